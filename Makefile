@@ -1,0 +1,42 @@
+# make demo and make test need Python 3.11+ and make; they set up .venv by themselves, through constraints.txt.
+PYTHON ?= $(shell for p in python3.13 python3.12 python3.11 python3 python; do \
+	$$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $$p && break; done)
+BIN := .venv/bin
+READY := .venv/.ready
+
+.PHONY: demo test slow lint format bench wheel clean
+
+demo: $(READY)
+	$(BIN)/onelayer demo
+
+test: $(READY)
+	$(BIN)/python -m pytest
+
+slow: $(READY)
+	$(BIN)/python -m pytest -m slow
+
+lint: $(READY)
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+
+format: $(READY)
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+bench: $(READY)
+	$(BIN)/python examples/benchmarks/import_time.py
+	$(BIN)/python examples/benchmarks/graph_cut.py
+
+wheel: $(READY)
+	$(BIN)/python -m build --outdir dist .
+
+# The stamp is written last, so an interrupted installation starts again and a finished one is not repeated.
+$(READY): pyproject.toml constraints.txt
+	@test -n "$(PYTHON)" || { echo "peft-onelayer needs Python 3.11 or later; none was found (set PYTHON=...)"; exit 1; }
+	$(BIN)/python -c '' 2>/dev/null || $(PYTHON) -m venv --clear .venv
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	@touch $(READY)
+
+clean:
+	rm -rf .venv build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache onelayer-demo
