@@ -1,0 +1,24 @@
+"""The PEFT method. Importing this package enters it into PEFT's mappings.
+
+`peft.utils.register_peft_method` accepts only members of PEFT's own enum, so the entries are made directly.
+"""
+
+from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_PREFIX_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING
+
+from .config import SingleLayerConfig, SingleLayerPeftType
+from .layer import SingleLayerLayer
+from .model import SingleLayerModel
+from .stack import find_decoder_stack, resolve_layers
+
+__all__ = [
+    "SingleLayerConfig",
+    "SingleLayerLayer",
+    "SingleLayerModel",
+    "SingleLayerPeftType",
+    "find_decoder_stack",
+    "resolve_layers",
+]
+
+PEFT_TYPE_TO_CONFIG_MAPPING[SingleLayerPeftType.SINGLE_LAYER] = SingleLayerConfig
+PEFT_TYPE_TO_TUNER_MAPPING[SingleLayerPeftType.SINGLE_LAYER] = SingleLayerModel
+PEFT_TYPE_TO_PREFIX_MAPPING[SingleLayerPeftType.SINGLE_LAYER] = SingleLayerModel.prefix

@@ -1,0 +1,86 @@
+"""The configuration of the single-layer method, as PEFT stores it in adapter_config.json."""
+
+from __future__ import annotations
+
+import enum
+from dataclasses import dataclass, field
+
+from peft.config import PeftConfig
+
+from .stack import parse_layers
+
+
+class SingleLayerPeftType(str, enum.Enum):  # noqa: UP042  PEFT parses str(), which StrEnum changes
+    """The PEFT type of this method. peft.PeftType is a closed enum; because this one is a `str` whose member's name
+    equals its value, it hashes and compares like the plain string found in adapter_config.json, and so serves as a
+    key of PEFT's mappings."""
+
+    SINGLE_LAYER = "SINGLE_LAYER"
+
+
+@dataclass
+class SingleLayerConfig(PeftConfig):
+    """Configuration of a [`SingleLayerModel`]: full training of one transformer block (or of a few).
+
+    Args:
+        layer (`int`, `str` or `list[int]`):
+            The block to train. An index counts from 0, a negative one from the end. Also a list of indices, a range
+            "8-13" (both ends included), "middle" (block L // 2) or "mid-5" (the paper's five middle blocks). Required.
+        target_modules (`str` or `list[str]`, *optional*):
+            Train only these parts of the block, by PEFT's matching rules: a list of names ("q_proj", "self_attn"; a
+            name stands for everything below it) or one name or regular expression. Default: every parameter.
+        layers_pattern (`str`, *optional*):
+            Name of the ModuleList that holds the blocks ("layers", "decoder.block"), for models with several.
+        init_weights (`bool`, defaults to `True`):
+            Start from the base model's weights. `False` adds noise to them and is of use only in tests.
+        master_dtype (`str`, defaults to `"float32"`):
+            Precision in which the trained weights are kept: "float32" (the forward pass rounds them to the base's
+            dtype; small RL updates would be lost in bfloat16) or "base", the dtype of the base model.
+        modules_to_save (`list[str]`, *optional*):
+            Modules outside the block that are trained and saved whole, e.g. a classification head.
+        layer_indices (`list[int]`, *optional*):
+            The resolved `layer`, ascending. Set when the model is wrapped; read back from adapter_config.json.
+        num_layers (`int`, *optional*):
+            Number of blocks of the base model. Set when the model is wrapped; on loading, another depth is an error.
+
+    Raises:
+        ValueError: `layer` missing or malformed, or `master_dtype` unknown. Whether `layer` is in range is checked
+            against the model when it is wrapped.
+    """
+
+    layer: int | str | list[int] | None = field(default=None, metadata={"help": "The block(s) to train."})
+    target_modules: str | list[str] | None = field(
+        default=None, metadata={"help": "Parts of the block to train; default: all of it."}
+    )
+    layers_pattern: str | None = field(
+        default=None, metadata={"help": "Name of the ModuleList of blocks, for models with several."}
+    )
+    init_weights: bool = field(default=True, metadata={"help": "Start from the base model's weights."})
+    master_dtype: str = field(
+        default="float32", metadata={"help": 'Precision of the trained weights: "float32" or "base".'}
+    )
+    modules_to_save: list[str] | None = field(
+        default=None, metadata={"help": "Modules outside the block that are trained and saved whole."}
+    )
+    layer_indices: list[int] | None = field(default=None, metadata={"help": "The resolved layer; set by wrapping."})
+    num_layers: int | None = field(default=None, metadata={"help": "Blocks of the base model; set by wrapping."})
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.peft_type = SingleLayerPeftType.SINGLE_LAYER
+        if self.layer is None:
+            raise ValueError('SingleLayerConfig needs the layer to train, for example layer=14 or layer="middle".')
+        parsed = parse_layers(self.layer)
+        if not isinstance(self.layer, str):  # plain integers: a NumPy one cannot be written to adapter_config.json
+            self.layer = parsed  # type: ignore[assignment]
+        if isinstance(self.target_modules, (set, tuple)):
+            self.target_modules = sorted(self.target_modules)
+        if self.target_modules is not None and not self.target_modules:
+            raise ValueError("target_modules is empty; leave it out to train the whole block.")
+        if self.master_dtype not in ("float32", "base"):
+            raise ValueError(f'master_dtype={self.master_dtype!r} is not known; expected "float32" or "base".')
+        # Given to the constructor these come from adapter_config.json and bind; set later, by wrapping a model, they
+        # only record, so that one config object can be used on several models (each keeps a copy of its own).
+        self._saved_indices = self.layer_indices
+        self._saved_num_layers = self.num_layers
+        self._stack_name = ""

@@ -1,0 +1,118 @@
+"""Cuts the autograd graph below the trained block, so that nothing is kept for, or run back through, frozen blocks.
+
+Trainers mark the embeddings' output as requiring grad (`enable_input_require_grads`) so that adapters work with
+gradient checkpointing. Every block below the trained one then joins the graph, only to compute a gradient of the frozen
+embeddings that nobody reads. Hooks on the blocks drop it:
+
+- at the first block the hidden states are detached;
+- a trained block under reentrant checkpointing gets hidden states that require grad, because
+  `torch.utils.checkpoint` with use_reentrant=True gives no gradients at all when no tensor argument requires one;
+- a frozen block whose input needs no gradient is run without checkpointing: there is nothing to recompute.
+
+transformers checkpoints `forward`, so hooks run outside the checkpointed region
+(`transformers.modeling_layers.GradientCheckpointingLayer`).
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from peft.utils.constants import SEQ_CLS_HEAD_NAMES
+from torch import nn
+
+from .layer import SingleLayerLayer
+from .stack import DecoderStack, text_config
+
+HEAD_NAMES = {*SEQ_CLS_HEAD_NAMES, "lm_head", "embed_out", "qa_outputs", "v_head"}  # modules that run after the blocks
+
+
+class GraphCut:
+    """The hooks of one model. Holds the model, so that copying the model copies the hooks with it."""
+
+    def __init__(self, model: nn.Module, stack: DecoderStack) -> None:
+        self.model = model
+        self.stack = stack
+        self.caller_wants_input_gradients = False
+        self.handles = [self._entry().register_forward_pre_hook(self._enter, with_kwargs=True)]
+        for block in stack.blocks:
+            self.handles.append(block.register_forward_pre_hook(self._before_block, with_kwargs=True))
+            self.handles.append(block.register_forward_hook(self._after_block, always_call=True))
+
+    def remove(self) -> None:
+        for handle in self.handles:
+            handle.remove()
+
+    def _entry(self) -> nn.Module:
+        """Where a caller's own embeddings enter: the innermost module around the blocks that takes `inputs_embeds`.
+
+        A multimodal model passes mixed embeddings on to its decoder, so there it is the whole model.
+        """
+        config, name = text_config(self.model), self.stack.owner
+        if config is not None:
+            takes_embeds = [n for n in _with_parents(name) if "inputs_embeds" in _parameter_names(self.model, n)]
+            name = takes_embeds[0] if takes_embeds and config is self.model.config else ""
+        return self.model.get_submodule(name)
+
+    def _enter(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+        # A plain module embeds nothing: whatever it is given may be what the caller wants gradients for.
+        given = [kwargs.get("inputs_embeds")] if text_config(self.model) else [*args, *kwargs.values()]
+        self.caller_wants_input_gradients = any(isinstance(t, torch.Tensor) and t.requires_grad for t in given)
+
+    def _before_block(self, block: Any, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict] | None:
+        if not torch.is_grad_enabled() or not (args or "hidden_states" in kwargs):
+            return None
+        before = hidden = args[0] if args else kwargs["hidden_states"]  # (B, T, H)
+        if block is self.stack.blocks[0] and hidden.requires_grad and self._cut_is_free():
+            hidden = hidden.detach()
+        if not hidden.requires_grad and getattr(block, "gradient_checkpointing", False) and block.training:
+            if not any(p.requires_grad for p in block.parameters()):
+                block.gradient_checkpointing = False  # restored by _after_block
+                block._checkpointing_skipped = True
+            elif block._gradient_checkpointing_func.keywords.get("use_reentrant", True):
+                hidden = hidden.detach().requires_grad_()
+        if hidden is before:
+            return None
+        return ((hidden, *args[1:]), kwargs) if args else (args, {**kwargs, "hidden_states": hidden})
+
+    def _after_block(self, block: Any, args: tuple, output: Any) -> None:
+        if block.__dict__.pop("_checkpointing_skipped", False):
+            block.gradient_checkpointing = True
+
+    def _cut_is_free(self) -> bool:
+        """Whether nothing that feeds the first block needs a gradient while an adapter trains."""
+        if self.caller_wants_input_gradients or any(p.requires_grad for p in self._parameters_before_blocks()):
+            return False
+        tuned = (m for m in self.stack.blocks.modules() if isinstance(m, SingleLayerLayer))
+        return any(p.requires_grad for m in tuned for p in m.parameters())
+
+    def _parameters_before_blocks(self, module: nn.Module | None = None) -> Iterator[nn.Parameter]:
+        """All parameters but those of the blocks and heads (and a few that run later; counting them is only slower)."""
+        module = module or self.model
+        yield from module.parameters(recurse=False)
+        for name, child in module.named_children():
+            if child is not self.stack.blocks and name not in HEAD_NAMES:
+                yield from self._parameters_before_blocks(child)
+
+
+def _with_parents(name: str) -> list[str]:
+    """The dotted names that enclose `name`, innermost first: "a.b", "a", ""."""
+    parts = name.split(".") if name else []
+    return [".".join(parts[:end]) for end in range(len(parts), -1, -1)]
+
+
+def _parameter_names(model: nn.Module, name: str) -> set[str]:
+    return set(inspect.signature(model.get_submodule(name).forward).parameters)
+
+
+def installed_graph_cuts(model: nn.Module) -> list[GraphCut]:
+    """The cuts on `model`, found through their hooks: a bare model with an injected adapter has no tuner."""
+    owners = (getattr(hook, "__self__", None) for m in model.modules() for hook in m._forward_pre_hooks.values())
+    return list(dict.fromkeys(owner for owner in owners if isinstance(owner, GraphCut)))
+
+
+def installed_graph_cut(stack: DecoderStack) -> GraphCut | None:
+    """The cut that sits on `stack`."""
+    return next(iter(installed_graph_cuts(stack.blocks[0])), None)
