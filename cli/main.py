@@ -1,0 +1,80 @@
+"""The entry point: the Typer application, and how every command ends.
+
+Exit codes: 0 done, 1 an error in one line, 2 wrong usage in one line, 130 after Ctrl-C. ONELAYER_DEBUG=1 shows
+tracebacks.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import warnings
+from typing import Annotated
+
+import typer
+
+from . import demo
+from ._errors import UserError
+
+app = typer.Typer(
+    name="onelayer",
+    help="Train one transformer block with reinforcement learning, and see what it is worth.",
+    invoke_without_command=True,
+    add_completion=False,
+    rich_markup_mode=None,
+)
+
+
+def _print_version(value: bool) -> None:
+    if value:
+        from importlib.metadata import version
+
+        print(f"onelayer {version('peft-onelayer')}")
+        raise typer.Exit
+
+
+@app.callback()
+def _onelayer(
+    context: typer.Context,
+    version: Annotated[
+        bool, typer.Option("--version", help="Print the version.", callback=_print_version, is_eager=True)
+    ] = False,
+) -> None:
+    if context.invoked_subcommand is None:
+        print(context.get_help())
+
+
+app.command("demo")(demo.demo)
+
+
+def _terminate(signum: int, frame: object) -> None:
+    raise SystemExit(128 + signum)  # unwinds, so that nothing half-written is left
+
+
+def main() -> None:
+    signal.signal(signal.SIGTERM, _terminate)
+    # peft and trl still use names that transformers 5 renamed: nothing that a user of this command could change
+    warnings.filterwarnings("ignore", message=".*is deprecated and will be removed in v6", category=FutureWarning)
+    try:
+        code = app(prog_name="onelayer", standalone_mode=False) or 0
+        if code == 130:  # Typer's way of reporting Ctrl-C when it does not end the process itself
+            raise KeyboardInterrupt
+    except typer.TyperException as error:
+        context = getattr(error, "ctx", None)  # only usage errors know their command
+        where = context.command_path if context else "onelayer"
+        print(f"{where}: {error.format_message().rstrip('.')}; see '{where} --help'.", file=sys.stderr)
+        code = 2
+    except (UserError, OSError) as error:
+        if os.environ.get("ONELAYER_DEBUG"):
+            raise
+        print(f"onelayer: {' '.join(str(error).split())}", file=sys.stderr)
+        code = 1
+    except KeyboardInterrupt:
+        print("onelayer: interrupted; nothing was written.", file=sys.stderr)
+        code = 130
+    sys.exit(code)
+
+
+if __name__ == "__main__":
+    main()

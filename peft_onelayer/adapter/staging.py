@@ -1,0 +1,64 @@
+"""Output folders that are either complete or not there.
+
+Everything is written to a hidden folder beside the target and renamed into place at the end; an error or Ctrl-C removes
+it. It does not know what is written.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+
+def check_target(target: Path, is_ours: Callable[[Path], bool]) -> None:
+    """Raise ValueError, saying what to do, unless `target` can become an output folder without losing anything.
+
+    That is when it does not exist but its parent does, is empty, or `is_ours(target)` says that an earlier run of the
+    same command wrote all of it.
+    """
+    target = target.resolve()
+    if target.exists() and not target.is_dir():
+        raise ValueError(f"{target} exists and is not a folder; choose another output folder.")
+    if target.is_dir() and any(target.iterdir()) and not is_ours(target):
+        raise ValueError(f"{target} exists and holds other files; choose a new output folder (nothing was changed).")
+    if target == Path.cwd():
+        raise ValueError(f"{target} is the current folder; name a new folder for the output.")
+    if not target.parent.is_dir():
+        raise ValueError(f"the folder {target.parent} does not exist; create it or choose another output folder.")
+
+
+@contextmanager
+def staged_directory(target: Path, is_ours: Callable[[Path], bool]) -> Iterator[Path]:
+    """Yield an empty folder that becomes `target` when the block ends without an exception.
+
+    Raises:
+        ValueError: by `check_target`, on entry and again before the rename.
+        OSError: the folder that should hold the target cannot be written to.
+    """
+    check_target(target, is_ours)
+    target = target.resolve()
+    staging = Path(tempfile.mkdtemp(prefix=f".{target.name}.partial-", dir=target.parent))
+    try:
+        umask = os.umask(0)
+        os.umask(umask)
+        staging.chmod(0o777 & ~umask)  # mkdtemp makes it private
+        yield staging
+        check_target(target, is_ours)  # minutes may have passed
+        old = Path(f"{staging}.old")
+        replaced = target.is_dir()
+        if replaced:
+            target.rename(old)
+        try:
+            staging.rename(target)
+        except OSError:
+            if replaced:
+                old.rename(target)
+            raise
+        if replaced:
+            shutil.rmtree(old)
+    finally:
+        shutil.rmtree(staging, ignore_errors=True)

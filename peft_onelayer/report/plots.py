@@ -1,0 +1,53 @@
+"""PNG plots: the reward of a run, and a ranking of layers. matplotlib is imported when one is drawn."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from peft_onelayer.probe.ranking import LayerRanking
+
+BLUE, ORANGE, GREY = "#3465a4", "#d9730d", "#9aa0a6"
+
+
+def _figure(width: float = 7.0, height: float = 3.6):
+    from matplotlib.backends.backend_agg import FigureCanvasAgg  # no pyplot: no window system, no global state
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(width, height), dpi=150, layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.add_subplot()
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.grid(axis="y", color="#e6e6e6")
+    axes.set_axisbelow(True)
+    return figure, axes
+
+
+def plot_rewards(rewards: Sequence[float], path: Path, title: str, window: int = 10) -> None:
+    """Draw the mean reward of every step, and its running mean over the last `window` steps."""
+    figure, axes = _figure()
+    steps = range(1, len(rewards) + 1)
+    running = [sum(rewards[max(0, i - window) : i]) / min(i, window) for i in steps]
+    axes.plot(steps, rewards, color=BLUE, alpha=0.35, linewidth=1, label="each step")
+    axes.plot(steps, running, color=BLUE, linewidth=2, label=f"mean of the last {window}")
+    axes.set(title=title, xlabel="GRPO step", ylabel="mean reward of the step", ylim=(0, 1))
+    axes.legend(frameon=False, loc="lower right")
+    figure.savefig(path)
+
+
+def plot_ranking(ranking: LayerRanking, path: Path, title: str) -> None:
+    """Draw the measured layers' scores with 95 % intervals; the pick in colour, those tied with the best lighter."""
+    figure, axes = _figure()
+    layers = sorted(ranking.order)
+    scores = [100 * (ranking.scores[layer] or 0.0) for layer in layers]
+    errors = [196 * (ranking.errors[layer] or 0.0) for layer in layers]
+    colours = [ORANGE if layer == ranking.pick else BLUE if layer in ranking.tied else GREY for layer in layers]
+    axes.bar(layers, scores, yerr=errors, color=colours, error_kw={"ecolor": "#444444", "capsize": 2, "linewidth": 1})
+    axes.axhline(0, color="#444444", linewidth=0.8)
+    axes.set_xticks(layers)
+    axes.set(title=title, xlabel="block", ylabel="accuracy gained (points)")
+    for colour, label in ((ORANGE, "pick"), (BLUE, "tied with the best (95 %)"), (GREY, "behind the best")):
+        if colour in colours:
+            axes.bar([layers[0]], [0], color=colour, label=label)
+    axes.legend(frameon=False)
+    figure.savefig(path)

@@ -1,0 +1,1 @@
+"""Reinforcement learning of one block with TRL's trainers."""

@@ -1,0 +1,153 @@
+"""Every mistake ends in one clear line and the right exit code, and leaves nothing behind."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import transformers
+
+import models
+from onelayer_cli.main import main
+
+
+@pytest.fixture
+def onelayer(tmp_path, monkeypatch, capfd):
+    """Runs the command in an empty folder and returns (exit code, lines on stderr, stdout)."""
+    work = tmp_path / "work"
+    work.mkdir()
+    monkeypatch.chdir(work)
+
+    def run(*arguments):
+        monkeypatch.setattr(sys, "argv", ["onelayer", *map(str, arguments)])
+        capfd.readouterr()  # what the test itself printed
+        with pytest.raises(SystemExit) as ended:
+            main()
+        out, err = capfd.readouterr()
+        return ended.value.code, err.splitlines(), out
+
+    yield run
+    assert list(work.iterdir()) == []  # nothing half-written, whatever happened
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "message"),
+    [
+        (["demo", "--layer", "99"], 1, "layer='99' is out of range: the model has 12 layers"),
+        (["demo", "--layer", "-13"], 1, "layer='-13' is out of range"),
+        (["demo", "--layer", "middel"], 1, 'did you mean "middle"?'),
+        (["demo", "--layer", "3-1"], 1, "empty range"),
+        (["demo", "--layer", ""], 1, "is not understood"),
+        (["demo", "--task", "poetry"], 1, "task 'poetry' is not known; expected arithmetic or sort"),
+        (["demo", "--model", "./nowhere"], 1, "no model folder at nowhere"),
+        (["demo", "--out", "no/such/parent"], 1, "does not exist; create it"),
+        (["demo", "--seed", "abc"], 2, "--seed"),
+        (["demo", "--seed", "-1"], 2, "--seed"),
+        (["demo", "--steps", "0"], 2, "--steps"),
+        (["demo", "--sede", "1"], 2, "No such option: --sede"),
+        (["demo", "extra"], 2, "extra"),
+        (["dmeo"], 2, "No such command 'dmeo'"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_one_line_and_an_exit_code(onelayer, arguments, code, message):
+    ended, lines, out = onelayer(*arguments)
+    assert ended == code
+    assert len(lines) == 1, lines
+    assert message.lower() in lines[0].lower()
+    assert lines[0].startswith("onelayer")
+    assert out == ""
+
+
+def _model_folders(folder):
+    """Folders that are no model to train, with what the message must say."""
+    bert = transformers.BertConfig(
+        vocab_size=32, hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16
+    )
+    (folder / "empty").mkdir()
+    transformers.BertForMaskedLM(bert).save_pretrained(folder / "masked")
+    transformers.Qwen3ForSequenceClassification(models.build(num_layers=1).config).save_pretrained(
+        folder / "classifier"
+    )
+    (folder / "broken").mkdir()
+    (folder / "broken" / "config.json").write_text("{")
+    (folder / "strange").mkdir()
+    (folder / "strange" / "config.json").write_text(json.dumps({"model_type": "no_such_model"}))
+    models.build(num_layers=1).save_pretrained(folder / "weightless")
+    (folder / "weightless" / "model.safetensors").unlink()
+    models.build(num_layers=1).save_pretrained(folder / "tokenless")
+    (folder / "file").write_text("x")
+    return {
+        "empty": "holds no config.json",
+        "masked": "BertForMaskedLM, not a causal language model",
+        "classifier": "Qwen3ForSequenceClassification, not a causal language model",
+        "broken": "cannot load the model",
+        "strange": "cannot load the model",
+        "weightless": "cannot load the model",
+        "tokenless": "cannot write the task's prompts",
+        "file": "no model folder",
+    }
+
+
+def test_a_folder_that_is_not_a_causal_lm(onelayer, tmp_path):
+    for name, message in _model_folders(tmp_path).items():
+        code, lines, out = onelayer("demo", "--model", tmp_path / name)
+        assert (code, len(lines), out) == (1, 1, ""), (name, lines)
+        assert message in lines[0] and name in lines[0], lines
+
+
+def test_an_output_that_is_not_ours_is_not_touched(onelayer, tmp_path):
+    theirs = tmp_path / "theirs"
+    theirs.mkdir()
+    (theirs / "thesis.txt").write_text("years of work")
+    (tmp_path / "file").write_text("x")
+    for target, message in ((theirs, "holds other files"), (tmp_path / "file", "is not a folder")):
+        code, lines, _ = onelayer("demo", "--out", target)
+        assert code == 1 and len(lines) == 1 and message in lines[0]
+    # a demo's folder to which a file was added is not only ours any more
+    (theirs / "demo.json").write_text('{"format": "onelayer-demo-1"}')
+    (theirs / "adapter").mkdir()
+    assert onelayer("demo", "--out", theirs)[0] == 1
+    assert {p.name for p in theirs.iterdir()} == {"thesis.txt", "demo.json", "adapter"}
+    assert (theirs / "thesis.txt").read_text() == "years of work"
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root writes anywhere")
+def test_a_read_only_output(onelayer, tmp_path):
+    (tmp_path / "locked").mkdir(mode=0o500)
+    code, lines, _ = onelayer("demo", "--out", tmp_path / "locked" / "out")
+    assert code == 1 and len(lines) == 1 and "Permission denied" in lines[0]
+
+
+def test_help_and_version(onelayer):
+    assert onelayer("--version")[0] == 0
+    for arguments in ([], ["--help"], ["demo", "--help"]):
+        code, lines, out = onelayer(*arguments)
+        assert code == 0 and lines == [] and out.startswith("Usage: onelayer")
+
+
+@pytest.mark.parametrize(("signum", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+@pytest.mark.parametrize("stage", ["ranking 12 blocks", "training block 5"])
+def test_interrupted_in_the_middle(tmp_path, signum, code, stage):
+    layer = "auto" if "ranking" in stage else "5"
+    command = [sys.executable, "-m", "onelayer_cli.main", "demo", "--layer", layer]
+    running = subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    try:
+        said = []
+        while not said or not said[-1].startswith(stage):
+            said.append(running.stderr.readline())
+            assert said[-1], said  # it ended before that stage
+        time.sleep(2)
+        assert len(list(tmp_path.iterdir())) == 1  # the hidden folder it works in
+        running.send_signal(signum)
+        out, err = running.communicate(timeout=60)
+    finally:
+        running.kill()
+    assert running.returncode == code
+    assert list(tmp_path.iterdir()) == []
+    assert out == ""
+    assert len(err.splitlines()) <= 1, err
+    assert signum != signal.SIGINT or err == "onelayer: interrupted; nothing was written.\n"
