@@ -1,0 +1,49 @@
+import copy
+
+import demo_model
+import pytest
+import torch
+
+from peft_onelayer.rl import run
+from peft_onelayer.tasks import load_task
+
+
+@pytest.fixture(scope="module")
+def base():
+    return demo_model.load()
+
+
+def test_only_the_block_changes_and_the_seed_decides_how(base):
+    model, tokenizer = base
+    before = {name: p.clone() for name, p in model.named_parameters()}
+    trained = []
+    for _ in range(2):
+        calls = []
+        result = run.train_layer(
+            copy.deepcopy(model),
+            tokenizer,
+            load_task("arithmetic"),
+            5,
+            steps=3,
+            seed=0,
+            on_step=lambda step, reward, calls=calls: calls.append((step, reward)),
+        )
+        assert calls == list(enumerate(result.rewards, start=1)) and len(calls) == 3
+        assert all(0 <= reward <= 1 for reward in result.rewards)
+        # 24 x 8 completions of at most 5 tokens to prompts of 9, three times; few of them end early
+        assert 0.9 * 3 * 192 * 5 < result.tokens_generated <= 3 * 192 * 5
+        assert result.tokens_trained == result.tokens_generated + 3 * 192 * 9
+        state = {name: p for name, p in result.model.get_base_model().named_parameters() if ".default." in name}
+        trained.append({name.replace(".single_layer_params.default", ""): p for name, p in state.items()})
+        merged = result.model.merge_and_unload()
+        for name, parameter in merged.named_parameters():
+            same = torch.equal(parameter, before[name])
+            assert same != name.startswith("model.layers.5."), name
+    assert trained[0].keys() == trained[1].keys() == {n for n in before if n.startswith("model.layers.5.")}
+    assert all(torch.equal(trained[0][name], trained[1][name]) for name in trained[0])
+
+
+def test_it_prints_nothing_on_stdout(base, capfd):
+    model, tokenizer = base
+    run.train_layer(copy.deepcopy(model), tokenizer, load_task("sort"), [0], steps=1, seed=1)
+    assert capfd.readouterr().out == ""
