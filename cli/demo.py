@@ -101,7 +101,8 @@ def _run(base, tokenizer, task, layers: list[int] | None, steps: int, seed: int,
         return evaluate(model, tokenizer, rows, task.reward, **settings)
 
     note(f"{task.name} on {PROBLEMS} held-out problems, such as {rows[0]['prompt']} -> {rows[0]['answer']}")
-    before = {mode: measure(base, greedy=mode == "greedy") for mode in ("sampled", "greedy")}
+    with status("evaluating the base ..."):
+        before = {mode: measure(base, greedy=mode == "greedy") for mode in ("sampled", "greedy")}
     note(f"base: {_percent(before['sampled'].mean)} sampled, {_percent(before['greedy'].mean)} greedy")
 
     ranking: LayerRanking | None = None
@@ -137,7 +138,8 @@ def _run(base, tokenizer, task, layers: list[int] | None, steps: int, seed: int,
     plot_rewards(result.rewards, folder / "reward.png", f"GRPO on block {name} of {num_layers}, {task.name}")
 
     trained = result.model
-    after = {mode: measure(trained, greedy=mode == "greedy") for mode in before}
+    with status("evaluating the adapter ..."):
+        after = {mode: measure(trained, greedy=mode == "greedy") for mode in before}
     differences = {mode: paired_difference(after[mode], before[mode]) for mode in before}
     trained_parameters = sum(
         t.numel() for t in get_peft_model_state_dict(trained, save_embedding_layers=False).values()
@@ -255,7 +257,7 @@ def _result_rows(summary: dict[str, Any]) -> list[list[str]]:
 def _print_summary(summary: dict[str, Any], out: Path) -> None:
     print_table(
         f"{summary['task']}, {summary['problems']} held-out problems",
-        ["", "base", "adapter", "difference", "standard error"],
+        ["", "base", "adapter", "difference (points)", "standard error"],
         _result_rows(summary),
     )
     share = summary["trained_parameters"] / summary["parameters"]

@@ -20,7 +20,7 @@ from peft_onelayer.tuner import SingleLayerConfig
 
 PROMPTS_PER_STEP = 24
 GENERATIONS_PER_PROMPT = 8
-LEARNING_RATE = 3e-3  # for one block of the demo model; ten times what full-parameter training of it bears
+LEARNING_RATE = 3e-3  # for one block of the demo model
 WARMUP_STEPS = 5
 
 
