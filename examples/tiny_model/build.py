@@ -3,7 +3,7 @@
     python examples/tiny_model/build.py [--out DIR] [--seed N]
 
 It learns two tasks with verifiable answers, three-digit addition and sorting eight digits (`peft_onelayer.tasks`), from
-answers of which 40 % are wrong. The result knows the tasks but is unsure of itself: greedy accuracy is well above
+answers of which 40 % are corrupted. The result knows the tasks but is unsure of itself: greedy accuracy is well above
 sampled accuracy, which is the room that reinforcement learning needs. Training stops at the first checkpoint inside the
 bounds below, on held-out problems; the model card is written from figures measured on other held-out problems.
 
@@ -17,8 +17,6 @@ import random
 import shutil
 import sys
 import time
-from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +27,7 @@ from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from transformers import GenerationConfig, PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 
 import peft_onelayer.tasks
-from peft_onelayer.tasks import arithmetic, sort
+from peft_onelayer.tasks import load_task
 from peft_onelayer.tasks.evaluation import Evaluation, evaluate
 
 DEFAULT_OUT = Path(peft_onelayer.tasks.__file__).parents[1] / "demo_model"
@@ -52,17 +50,6 @@ FILES = {
 }
 
 
-@dataclass(frozen=True)
-class Task:
-    """What training and evaluation need of a task."""
-
-    title: str
-    rows: Callable[..., list[dict[str, str]]]
-    reward: Callable[..., list[float]]
-    max_new_tokens: int
-    systematic_error: Callable[[str], str]  # prompt -> a plausible wrong answer, at times the right one
-
-
 def add_without_carries(prompt: str) -> str:
     """Return the answer to an addition whose carries are dropped: "A347+085=" -> "0322."."""
     a, b = prompt[1:4], prompt[5:8]
@@ -74,29 +61,16 @@ def sort_descending(prompt: str) -> str:
     return "".join(sorted(prompt[1:-1], reverse=True)) + "."
 
 
-TASKS = {
-    "arithmetic": Task(
-        "Addition, `A347+085=` -> `0432.`",
-        arithmetic.rows,
-        arithmetic.arithmetic_reward,
-        arithmetic.MAX_COMPLETION_TOKENS,
-        add_without_carries,
-    ),
-    "sort": Task(
-        "Sorting, `S51836270=` -> `01235678.`",
-        sort.rows,
-        sort.sort_reward,
-        sort.MAX_COMPLETION_TOKENS,
-        sort_descending,
-    ),
-}
+TASKS = {name: load_task(name) for name in BATCH}
+TITLES = {"arithmetic": "Addition, `A347+085=` -> `0432.`", "sort": "Sorting, `S51836270=` -> `01235678.`"}
+SYSTEMATIC_ERRORS = {"arithmetic": add_without_carries, "sort": sort_descending}
 
 
-def corrupt(row: dict[str, str], task: Task, rng: random.Random) -> str:
+def corrupt(row: dict[str, str], task: str, rng: random.Random) -> str:
     """Return the answer to train on: in 20 % of the rows a systematic error, in 20 % one digit changed."""
     draw = rng.random()
     if draw < CORRUPTED / 2:
-        return task.systematic_error(row["prompt"])
+        return SYSTEMATIC_ERRORS[task](row["prompt"])
     if draw < CORRUPTED:
         digits = list(row["answer"])
         position = rng.randrange(len(digits) - 1)
@@ -132,7 +106,7 @@ def build_model(tokenizer: PreTrainedTokenizerFast) -> Qwen3ForCausalLM:
         num_key_value_heads=2,
         head_dim=16,
         tie_word_embeddings=True,
-        initializer_range=0.06,  # the default .02 is for wide models; here addition would stay near 0 for 400 steps
+        initializer_range=0.07,  # the default .02 is for wide models: addition then stayed near 0 for 380 steps
         max_position_embeddings=64,
         rope_parameters={"rope_type": "default", "rope_theta": 10_000.0},
         pad_token_id=tokenizer.pad_token_id,
@@ -141,6 +115,9 @@ def build_model(tokenizer: PreTrainedTokenizerFast) -> Qwen3ForCausalLM:
         dtype="float32",
     )
     model = Qwen3ForCausalLM(config)
+    # The embeddings are also the head, and both stay frozen while one block is trained. Started as small as the other
+    # weights, they left GRPO on one block about ten points of sampled accuracy behind.
+    torch.nn.init.normal_(model.get_input_embeddings().weight, std=0.3)
     model.generation_config = GenerationConfig(pad_token_id=tokenizer.pad_token_id, eos_token_id=tokenizer.eos_token_id)
     return model
 
@@ -150,10 +127,9 @@ def training_batch(tokenizer: PreTrainedTokenizerFast, step: int, seed: int) -> 
     rng = random.Random(f"corrupt {seed} {step}")
     prompts, answers = [], []
     for name, size in BATCH.items():
-        task = TASKS[name]
-        for row in task.rows("train", size, seed=seed * MAX_STEPS + step):
+        for row in TASKS[name].rows("train", size, seed * MAX_STEPS + step):
             prompts.append(row["prompt"])
-            answers.append(corrupt(row, task, rng))
+            answers.append(corrupt(row, name, rng))
     texts = [prompt + answer for prompt, answer in zip(prompts, answers, strict=True)]
     tokens = tokenizer(texts, padding=True, padding_side="right", return_tensors="pt")
     ids: torch.Tensor = tokens["input_ids"]
@@ -174,7 +150,7 @@ def suitable(
     """Return each task's greedy and sampled evaluation, or None as soon as one of them is out of bounds."""
     figures = {}
     for name, task in TASKS.items():
-        settings: dict[str, Any] = {"reward": task.reward, "max_new_tokens": task.max_new_tokens}
+        settings: dict[str, Any] = {"reward": task.reward, "max_new_tokens": task.max_completion_tokens}
         greedy = evaluate(model, tokenizer, rows[name], greedy=True, **settings)
         log(f"  {name}: greedy {greedy.mean:.3f}")
         if not GREEDY_BOUNDS[0] <= greedy.mean <= GREEDY_BOUNDS[1]:
@@ -196,7 +172,7 @@ def train(
         RuntimeError: when no checkpoint was suitable.
     """
     # Scores jump by ten points between checkpoints, so the one that is chosen on some problems is measured on others.
-    held_out = {name: task.rows("test", CHOOSING + MEASURING, seed=0) for name, task in TASKS.items()}
+    held_out = {name: task.rows("test", CHOOSING + MEASURING, 0) for name, task in TASKS.items()}
     choosing = {name: rows[:CHOOSING] for name, rows in held_out.items()}
     measuring = {name: rows[CHOOSING:] for name, rows in held_out.items()}
     optimizer = torch.optim.AdamW(model.parameters(), betas=(0.9, 0.98), weight_decay=0.01)
@@ -289,8 +265,7 @@ def write_card(
         return f"{100 * evaluation.mean:.1f} ± {100 * evaluation.standard_error:.1f}"
 
     table = [
-        f"| {TASKS[name].title} | {percent(greedy)} | {percent(sampled)} |"
-        for name, (greedy, sampled) in figures.items()
+        f"| {TITLES[name]} | {percent(greedy)} | {percent(sampled)} |" for name, (greedy, sampled) in figures.items()
     ]
     card = CARD.format(
         parameters=model.num_parameters(),
