@@ -24,6 +24,9 @@ def python(code, **environment):
 def test_importing_it_registers_the_method_and_loads_neither_trl_nor_datasets():
     heavy = "{'trl', 'datasets', 'matplotlib', 'typer', 'peft_onelayer.tasks'}"
     assert python(f"import sys, peft_onelayer; print(sorted({heavy} & set(sys.modules)))") == "[]"
+    assert python("import peft_onelayer as p; print(p.probe_layers.__name__, p.LayerRanking.__name__)") == (
+        "probe_layers LayerRanking"
+    )
     tuner = python("import peft_onelayer, peft; print(peft.PEFT_TYPE_TO_TUNER_MAPPING['SINGLE_LAYER'].__name__)")
     assert tuner == "SingleLayerModel"
 
