@@ -43,10 +43,12 @@ def staged_directory(target: Path, is_ours: Callable[[Path], bool]) -> Iterator[
     target = target.resolve()
     staging = Path(tempfile.mkdtemp(prefix=f".{target.name}.partial-", dir=target.parent))
     try:
+        yield staging
+        # mkdtemp and safetensors make what they write private
         umask = os.umask(0)
         os.umask(umask)
-        staging.chmod(0o777 & ~umask)  # mkdtemp makes it private
-        yield staging
+        for path in (staging, *staging.rglob("*")):
+            path.chmod((0o777 if path.is_dir() else 0o666) & ~umask)
         check_target(target, is_ours)  # minutes may have passed
         old = Path(f"{staging}.old")
         replaced = target.is_dir()

@@ -21,11 +21,14 @@ def test_the_folder_appears_complete_and_leaves_nothing_beside_it(tmp_path):
     assert (tmp_path / "out" / "a").read_text() == "1"
 
 
-def test_it_has_the_permissions_of_a_plain_mkdir(tmp_path):
+def test_it_has_the_permissions_of_plain_folders_and_files(tmp_path):
     (tmp_path / "plain").mkdir()
-    with staged_directory(tmp_path / "out", never):
-        pass
-    assert (tmp_path / "out").stat().st_mode == (tmp_path / "plain").stat().st_mode
+    (tmp_path / "plain" / "a").write_text("1")
+    with staged_directory(tmp_path / "out", never) as folder:
+        (folder / "a").write_text("1")
+        (folder / "a").chmod(0o600)
+    for name in ("", "a"):
+        assert (tmp_path / "out" / name).stat().st_mode == (tmp_path / "plain" / name).stat().st_mode
 
 
 @pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt, SystemExit])
