@@ -71,7 +71,7 @@ def main() -> None:
         print(f"onelayer: {' '.join(str(error).split())}", file=sys.stderr)
         code = 1
     except KeyboardInterrupt:
-        print("onelayer: interrupted; nothing was written.", file=sys.stderr)
+        print("onelayer: interrupted.", file=sys.stderr)
         code = 130
     sys.exit(code)
 

@@ -17,8 +17,8 @@ from pathlib import Path
 def check_target(target: Path, is_ours: Callable[[Path], bool]) -> None:
     """Raise ValueError, saying what to do, unless `target` can become an output folder without losing anything.
 
-    That is when it does not exist but its parent does, is empty, or `is_ours(target)` says that an earlier run of the
-    same command wrote all of it.
+    It may not exist yet (its parent must), be empty, or hold nothing but what `is_ours(target)` recognises as written
+    by an earlier run of the same command; and it must be writable.
     """
     target = target.resolve()
     if target.exists() and not target.is_dir():
@@ -29,6 +29,9 @@ def check_target(target: Path, is_ours: Callable[[Path], bool]) -> None:
         raise ValueError(f"{target} is the current folder; name a new folder for the output.")
     if not target.parent.is_dir():
         raise ValueError(f"the folder {target.parent} does not exist; create it or choose another output folder.")
+    for folder in (target.parent, target):
+        if folder.is_dir() and not os.access(folder, os.W_OK | os.X_OK):
+            raise ValueError(f"{folder} is read-only; choose another output folder.")
 
 
 @contextmanager
@@ -37,7 +40,7 @@ def staged_directory(target: Path, is_ours: Callable[[Path], bool]) -> Iterator[
 
     Raises:
         ValueError: by `check_target`, on entry and again before the rename.
-        OSError: the folder that should hold the target cannot be written to.
+        OSError: the disk is full, or a rename failed; what was there before is still there.
     """
     check_target(target, is_ours)
     target = target.resolve()

@@ -94,7 +94,10 @@ def test_a_folder_behind_a_link_is_the_target(tmp_path):
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root writes anywhere")
-def test_a_read_only_parent_is_refused_before_the_work(tmp_path):
-    tmp_path.chmod(0o500)
-    with pytest.raises(PermissionError), staged_directory(tmp_path / "out", never):
+@pytest.mark.parametrize("locked", [".", "out"])
+def test_a_read_only_output_is_refused_before_the_work(tmp_path, locked):
+    (tmp_path / "out").mkdir()
+    (tmp_path / locked).chmod(0o500)
+    with pytest.raises(ValueError, match="is read-only"), staged_directory(tmp_path / "out", never):
         raise AssertionError("the block must not run")
+    assert [p.name for p in tmp_path.iterdir()] == ["out"]
