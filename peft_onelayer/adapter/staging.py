@@ -59,7 +59,7 @@ def staged_directory(target: Path, is_ours: Callable[[Path], bool]) -> Iterator[
             target.rename(old)
         try:
             staging.rename(target)
-        except OSError:
+        except BaseException:
             if replaced:
                 old.rename(target)
             raise
