@@ -14,7 +14,6 @@ import argparse
 import os
 import platform
 import random
-import shutil
 import sys
 import time
 from pathlib import Path
@@ -27,6 +26,7 @@ from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from transformers import GenerationConfig, PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 
 import peft_onelayer.tasks
+from peft_onelayer.adapter.staging import check_target, staged_directory
 from peft_onelayer.tasks import load_task
 from peft_onelayer.tasks.evaluation import Evaluation, evaluate
 
@@ -295,14 +295,20 @@ def log(message: str) -> None:
     print(message, file=sys.stderr, flush=True)
 
 
+def is_ours(folder: Path) -> bool:
+    """Whether `folder` holds nothing but what this script writes."""
+    return {path.name for path in folder.iterdir()} <= FILES
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=DEFAULT_OUT, help="folder to write (default: the package's)")
     parser.add_argument("--seed", type=int, default=0, help="of the weights and of the training data (default: 0)")
     arguments = parser.parse_args()
-    out: Path = arguments.out.resolve()
-    if out.exists() and (foreign := sorted({path.name for path in out.iterdir()} - FILES)):
-        parser.error(f"{out} holds other files ({', '.join(foreign)}); it would be replaced as a whole")
+    try:
+        check_target(arguments.out, is_ours)
+    except ValueError as error:
+        parser.error(str(error))
 
     # A second thread gains a tenth in these small matrices and loses far more where the other core is busy.
     torch.set_num_threads(1)
@@ -314,18 +320,11 @@ def main() -> None:
     model = build_model(tokenizer)
     steps, figures = train(model, tokenizer, arguments.seed)
 
-    # Written beside and renamed, so that a killed run leaves no folder that looks finished.
-    partial = out.with_name(out.name + ".partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-    model.save_pretrained(partial)
-    (partial / "model.safetensors").chmod(0o644)  # safetensors writes 600, which an installed package must not have
-    build_tokenizer().save_pretrained(partial)  # a fresh one: the used one carries the padding of its last call
-    write_card(partial, model, figures, seed=arguments.seed, steps=steps, seconds=time.monotonic() - start)
-    if out.exists():
-        shutil.rmtree(out)
-    partial.rename(out)
-    log(f"wrote {out}")
+    with staged_directory(arguments.out, is_ours) as folder:
+        model.save_pretrained(folder)
+        build_tokenizer().save_pretrained(folder)  # a fresh one: the used one carries the padding of its last call
+        write_card(folder, model, figures, seed=arguments.seed, steps=steps, seconds=time.monotonic() - start)
+    log(f"wrote {arguments.out}")
 
 
 if __name__ == "__main__":
