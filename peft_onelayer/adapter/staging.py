@@ -14,24 +14,28 @@ from contextlib import contextmanager
 from pathlib import Path
 
 
+class TargetError(OSError, ValueError):
+    """The output folder may not be used as one; the message says why and what to do."""
+
+
 def check_target(target: Path, is_ours: Callable[[Path], bool]) -> None:
-    """Raise ValueError, saying what to do, unless `target` can become an output folder without losing anything.
+    """Raise `TargetError`, saying what to do, unless `target` can become an output folder without losing anything.
 
     It may not exist yet (its parent must), be empty, or hold nothing but what `is_ours(target)` recognises as written
     by an earlier run of the same command; and it must be writable.
     """
     target = target.resolve()
     if target.exists() and not target.is_dir():
-        raise ValueError(f"{target} exists and is not a folder; choose another output folder.")
+        raise TargetError(f"{target} exists and is not a folder; choose another output folder.")
     if target.is_dir() and any(target.iterdir()) and not is_ours(target):
-        raise ValueError(f"{target} exists and holds other files; choose a new output folder (nothing was changed).")
+        raise TargetError(f"{target} exists and holds other files; choose a new output folder (nothing was changed).")
     if target == Path.cwd():
-        raise ValueError(f"{target} is the current folder; name a new folder for the output.")
+        raise TargetError(f"{target} is the current folder; name a new folder for the output.")
     if not target.parent.is_dir():
-        raise ValueError(f"the folder {target.parent} does not exist; create it or choose another output folder.")
+        raise TargetError(f"the folder {target.parent} does not exist; create it or choose another output folder.")
     for folder in (target.parent, target):
         if folder.is_dir() and not os.access(folder, os.W_OK | os.X_OK):
-            raise ValueError(f"{folder} is read-only; choose another output folder.")
+            raise TargetError(f"{folder} is read-only; choose another output folder.")
 
 
 @contextmanager
@@ -39,7 +43,7 @@ def staged_directory(target: Path, is_ours: Callable[[Path], bool]) -> Iterator[
     """Yield an empty folder that becomes `target` when the block ends without an exception.
 
     Raises:
-        ValueError: by `check_target`, on entry and again before the rename.
+        TargetError: by `check_target`, on entry and again before the rename.
         OSError: the disk is full, or a rename failed; what was there before is still there.
     """
     check_target(target, is_ours)

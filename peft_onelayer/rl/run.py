@@ -57,9 +57,6 @@ def train_layer(
     *,
     steps: int,
     seed: int,
-    learning_rate: float = LEARNING_RATE,
-    warmup_steps: int = WARMUP_STEPS,
-    decay: bool = True,
     on_step: Callable[[int, float], None] = lambda step, reward: None,
 ) -> RunResult:
     """Train `layer` of `model` with on-policy GRPO for `steps` steps of 24 prompts x 8 completions.
@@ -70,9 +67,6 @@ def train_layer(
 
     Args:
         steps: optimizer steps, at least 1.
-        learning_rate: peak rate.
-        warmup_steps: steps until the peak rate, fewer in a run that is not longer.
-        decay: False keeps the peak rate to the end.
         on_step: called after every step with its number and mean reward.
     """
     progress = _Progress(on_step)
@@ -99,9 +93,9 @@ def train_layer(
                 beta=0.0,
                 loss_type="grpo",
                 scale_rewards="group",
-                learning_rate=learning_rate,
-                lr_scheduler_type="linear" if decay else "constant_with_warmup",
-                warmup_steps=min(warmup_steps, steps - 1),
+                learning_rate=LEARNING_RATE,
+                lr_scheduler_type="linear",
+                warmup_steps=min(WARMUP_STEPS, steps - 1),
                 adam_beta2=0.99,
                 weight_decay=0.0,
                 max_grad_norm=1.0,

@@ -161,7 +161,7 @@ class SingleLayerModel(BaseTuner):
             for index in indices
             for path, module in stack.blocks[index].named_modules()
             if path and not isinstance(module, SingleLayerLayer) and "single_layer_params" not in path
-            if any(True for _ in module.parameters(recurse=False))
+            if SingleLayerModel._own_parameters(module)
         ]
 
     @staticmethod
