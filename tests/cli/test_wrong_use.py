@@ -135,7 +135,15 @@ def test_help_and_version(onelayer):
 def test_interrupted_in_the_middle(tmp_path, signum, code, stage):
     layer = "auto" if "ranking" in stage else "5"
     command = [sys.executable, "-m", "onelayer_cli.main", "demo", "--layer", layer]
-    running = subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    running = subprocess.Popen(
+        command,
+        cwd=tmp_path,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        # as on a terminal: a test run started in the background inherits an ignored SIGINT
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )
     try:
         said = []
         while not said or not said[-1].startswith(stage):
