@@ -6,6 +6,7 @@ tracebacks.
 
 from __future__ import annotations
 
+import logging
 import os
 import signal
 import sys
@@ -54,7 +55,10 @@ def _terminate(signum: int, frame: object) -> None:
 
 def main() -> None:
     signal.signal(signal.SIGTERM, _terminate)
-    # peft and trl still use names that transformers 5 renamed: nothing that a user of this command could change
+    # Nothing that a user of this command could change: peft and trl use names that transformers 5 renamed, and torchao,
+    # which peft imports where it is installed, reports the GPU kernels that it cannot load beside a CPU torch.
+    for name in ("torchao", "torch.utils._pytree"):
+        logging.getLogger(name).setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", message=".*is deprecated and will be removed in v6", category=FutureWarning)
     try:
         code = app(prog_name="onelayer", standalone_mode=False) or 0

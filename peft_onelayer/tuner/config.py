@@ -80,7 +80,8 @@ class SingleLayerConfig(PeftConfig):
         if self.master_dtype not in ("float32", "base"):
             raise ValueError(f'master_dtype={self.master_dtype!r} is not known; expected "float32" or "base".')
         # Given to the constructor these come from adapter_config.json and bind; set later, by wrapping a model, they
-        # only record, so that one config object can be used on several models (each keeps a copy of its own).
+        # only record, so that one config object can be used on several models (the last one holds it).
         self._saved_indices = self.layer_indices
         self._saved_num_layers = self.num_layers
+        self._revision_is_recorded = False
         self._stack_name = ""

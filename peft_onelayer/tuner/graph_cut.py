@@ -4,7 +4,7 @@ Trainers mark the embeddings' output as requiring grad (`enable_input_require_gr
 gradient checkpointing. Every block below the trained one then joins the graph, only to compute a gradient of the frozen
 embeddings that nobody reads. Hooks on the blocks drop it:
 
-- at the first block the hidden states are detached;
+- up to the first trained block, what a block is given is detached;
 - a trained block under reentrant checkpointing gets hidden states that require grad, because
   `torch.utils.checkpoint` with use_reentrant=True gives no gradients at all when no tensor argument requires one;
 - a frozen block whose input needs no gradient is run without checkpointing: there is nothing to recompute.
@@ -16,6 +16,7 @@ transformers checkpoints `forward`, so hooks run outside the checkpointed region
 from __future__ import annotations
 
 import inspect
+import warnings
 from collections.abc import Iterator
 from typing import Any
 
@@ -23,7 +24,9 @@ import torch
 from peft.utils.constants import SEQ_CLS_HEAD_NAMES
 from torch import nn
 
+from .first_step import refuse_frozen_adapter
 from .layer import SingleLayerLayer
+from .sharding import refuse_unmerging_in_forward
 from .stack import DecoderStack, text_config
 
 HEAD_NAMES = {*SEQ_CLS_HEAD_NAMES, "lm_head", "embed_out", "qa_outputs", "v_head"}  # modules that run after the blocks
@@ -36,7 +39,11 @@ class GraphCut:
         self.model = model
         self.stack = stack
         self.caller_wants_input_gradients = False
-        self.handles = [self._entry().register_forward_pre_hook(self._enter, with_kwargs=True)]
+        self.nothing_trained_yet = False  # in this pass: HRM and ALBERT run the same blocks several times
+        self.handles = [
+            model.register_forward_pre_hook(refuse_frozen_adapter, with_kwargs=True),
+            self._entry().register_forward_pre_hook(self._enter, with_kwargs=True),
+        ]
         for block in stack.blocks:
             self.handles.append(block.register_forward_pre_hook(self._before_block, with_kwargs=True))
             self.handles.append(block.register_forward_hook(self._after_block, always_call=True))
@@ -57,23 +64,41 @@ class GraphCut:
         return self.model.get_submodule(name)
 
     def _enter(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+        if module.training and torch.is_grad_enabled():
+            self._unmerge_what_trains()
         # A plain module embeds nothing: whatever it is given may be what the caller wants gradients for.
         given = [kwargs.get("inputs_embeds")] if text_config(self.model) else [*args, *kwargs.values()]
-        self.caller_wants_input_gradients = any(isinstance(t, torch.Tensor) and t.requires_grad for t in given)
+        self.caller_wants_input_gradients = any(map(_needs_gradient, given))
+        self.nothing_trained_yet = True
+
+    def _unmerge_what_trains(self) -> None:
+        """Undo a merge that an exception left behind: TRL merges for a push to vLLM and does not unmerge when the push
+        fails, and training a merged adapter would change nothing."""
+        merged = [m for m in self.stack.blocks.modules() if isinstance(m, SingleLayerLayer) and m.merged]
+        if any(layer._trains(name) for layer in merged for name in layer.active_adapters):
+            warnings.warn("the adapter was merged while it trains; unmerging it first.", stacklevel=2)
+            for layer in merged:
+                refuse_unmerging_in_forward(layer.base_layer)
+                layer.unmerge()
 
     def _before_block(self, block: Any, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict] | None:
         if not torch.is_grad_enabled() or not (args or "hidden_states" in kwargs):
             return None
-        before = hidden = args[0] if args else kwargs["hidden_states"]  # (B, T, H)
-        if block is self.stack.blocks[0] and hidden.requires_grad and self._cut_is_free():
-            hidden = hidden.detach()
+        changed = False
+        if self.nothing_trained_yet:
+            # Every tensor: some models hand the embeddings to later blocks too (Gemma 3n's per-layer inputs).
+            if any(map(_needs_gradient, (*args, *kwargs.values()))) and self._cut_is_free():
+                args, kwargs = tuple(map(_detached, args)), {name: _detached(value) for name, value in kwargs.items()}
+                changed = True
+            self.nothing_trained_yet = not any(p.requires_grad for p in block.parameters())
+        hidden = args[0] if args else kwargs["hidden_states"]  # (B, T, H)
         if not hidden.requires_grad and getattr(block, "gradient_checkpointing", False) and block.training:
             if not any(p.requires_grad for p in block.parameters()):
                 block.gradient_checkpointing = False  # restored by _after_block
                 block._checkpointing_skipped = True
-            elif block._gradient_checkpointing_func.keywords.get("use_reentrant", True):
-                hidden = hidden.detach().requires_grad_()
-        if hidden is before:
+            elif _is_reentrant(block) and not torch.compiler.is_compiling():  # compiled, both kinds are the same
+                hidden, changed = hidden.detach().requires_grad_(), True
+        if not changed:
             return None
         return ((hidden, *args[1:]), kwargs) if args else (args, {**kwargs, "hidden_states": hidden})
 
@@ -95,6 +120,18 @@ class GraphCut:
         for name, child in module.named_children():
             if child is not self.stack.blocks and name not in HEAD_NAMES:
                 yield from self._parameters_before_blocks(child)
+
+
+def _is_reentrant(block: Any) -> bool:
+    return block._gradient_checkpointing_func.keywords.get("use_reentrant", True)
+
+
+def _needs_gradient(value: Any) -> bool:
+    return isinstance(value, torch.Tensor) and value.requires_grad
+
+
+def _detached(value: Any) -> Any:
+    return value.detach() if _needs_gradient(value) else value
 
 
 def _with_parents(name: str) -> list[str]:

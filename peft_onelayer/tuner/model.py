@@ -3,8 +3,13 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
+import math
 import re
 import warnings
+import weakref
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -15,10 +20,16 @@ from peft.utils.peft_types import TaskType
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
+from . import mixed_batch
 from .config import SingleLayerConfig
+from .first_step import watch
 from .graph_cut import GraphCut, installed_graph_cut, installed_graph_cuts
 from .layer import SingleLayerLayer
-from .stack import DecoderStack, find_decoder_stack, resolve_layers
+from .quantized import unsupported_quantization
+from .stack import DecoderStack, find_decoder_stack, resolve_layers, text_config
+
+# id of a config object -> the model that holds it: it was resolved for that one last
+_holders: weakref.WeakValueDictionary[int, nn.Module] = weakref.WeakValueDictionary()
 
 
 class SingleLayerModel(BaseTuner):
@@ -67,14 +78,23 @@ class SingleLayerModel(BaseTuner):
             raise
 
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
-        """See `BaseTuner.inject_adapter`. Resolving fills in the config, so the model keeps a copy of it: the caller's
-        object can be used on another model, and only records what became of it here."""
+        """See `BaseTuner.inject_adapter`. Resolving works on a copy; then the model holds the caller's object, as with
+        any PEFT method, with what it was resolved to. A model that held it before keeps a copy with its own values."""
         given = self.peft_config[adapter_name]
         if given.task_type in (TaskType.TOKEN_CLS, TaskType.QUESTION_ANS) and given.modules_to_save is None:
             given.modules_to_save = []  # PEFT adds the heads to the caller's list afterwards: share it with the copy
         self.peft_config[adapter_name] = own = copy.copy(given)
+        if given._revision_is_recorded:
+            own.revision = None
+        records_revision = own.revision is None
         super().inject_adapter(model, adapter_name, *args, **kwargs)
-        given.layer_indices, given.num_layers = own.layer_indices, own.num_layers
+        held = getattr(_holders.get(id(given)), "peft_config", {})
+        if held is not self.peft_config:
+            held.update({name: copy.copy(given) for name, config in held.items() if config is given})
+        _holders[id(given)] = self.model
+        given.layer_indices, given.num_layers, given._stack_name = own.layer_indices, own.num_layers, own._stack_name
+        given.revision, given._revision_is_recorded = own.revision, records_revision
+        self.peft_config[adapter_name] = given
 
     def _prepare_adapter_config(self, peft_config: SingleLayerConfig, model_config: dict) -> SingleLayerConfig:
         """Resolve `layer` against the model and refuse what cannot be trained, before anything is changed."""
@@ -119,13 +139,11 @@ class SingleLayerModel(BaseTuner):
                     "cannot be wrapped; name the parts to train with target_modules."
                 )
             for name, tensor in (*block.named_parameters(), *block.named_buffers()):
-                is_packed = isinstance(tensor, nn.Parameter) and (
-                    not tensor.is_floating_point() or tensor.dtype.itemsize < 2  # float8
-                )
-                if is_packed or name.endswith("qweight"):  # GPTQ and AWQ pack into buffers of that name
+                if unsupported_quantization(name, tensor):
                     raise ValueError(
-                        f"{prefix}{name} holds {tensor.dtype}: a quantized block cannot be trained in full; "
-                        "load the base in bfloat16, or keep this block out of the quantization."
+                        f"{prefix}{name} holds {type(tensor).__name__} of {tensor.dtype}: of quantized blocks only "
+                        "those of bitsandbytes (4 and 8 bit) and torchao (int8) can be trained in full; load the base "
+                        "in bfloat16, or keep this block out of the quantization."
                     )
             for name, parameter in block.named_parameters():
                 if "single_layer_params" in name:
@@ -200,6 +218,7 @@ class SingleLayerModel(BaseTuner):
         stack = find_decoder_stack(model, peft_config.layers_pattern)
         if installed_graph_cut(stack) is None:
             GraphCut(model, stack)
+        watch(model)
 
     def _create_and_replace(
         self,
@@ -250,6 +269,22 @@ class SingleLayerModel(BaseTuner):
         for layer in layers:
             layer.to_base_dtype(adapter_name)
 
+    def enable_input_require_grads(self) -> None:
+        """As transformers' own, which hooks the embeddings so that their output requires gradients, with a hook that
+        does nothing under torch.compile: it would break the graph, which is cut below the block anyway."""
+        self.model.disable_input_require_grads()
+        handle = self.model.get_input_embeddings().register_forward_hook(_require_gradients)
+        self.model._require_grads_hooks = [handle]  # where transformers' disable_input_require_grads looks
+
+    def activation_checkpointing_enable(self, activation_checkpointing_kwargs: Any = None, **kwargs: Any) -> None:
+        """transformers' own, without the hook on the embeddings that it adds."""
+        self.model.activation_checkpointing_enable(activation_checkpointing_kwargs, **kwargs)
+        self.model.disable_input_require_grads()
+
+    def gradient_checkpointing_enable(self, gradient_checkpointing_kwargs: Any = None, **kwargs: Any) -> None:
+        """The older name of `activation_checkpointing_enable`."""
+        self.activation_checkpointing_enable(gradient_checkpointing_kwargs, **kwargs)
+
     def delete_adapter(self, adapter_name: str) -> None:
         """See `BaseTuner.delete_adapter`. PEFT lets each layer choose the next active adapter among its own; with
         adapters on different layers they would disagree."""
@@ -259,6 +294,115 @@ class SingleLayerModel(BaseTuner):
         if was_active and self.peft_config:
             self.set_adapter(remaining or [min(self.peft_config)])
 
+    def add_weighted_adapter(
+        self, adapters: list[str], weights: list[float], adapter_name: str, combination_type: str = "linear"
+    ) -> None:
+        """Add the adapter W_0 + sum_i weights_i * (W_i - W_0). It is neither active nor trainable; see `set_adapter`.
+
+        The adapters may be on different layers; the new one is on all of them. Computed in float64 and rounded once to
+        the masters' dtype, so one adapter with weight 1 is copied bit for bit.
+
+        Args:
+            adapters: names of existing adapters, each once.
+            weights: one finite number for each of them.
+            adapter_name: name of the new adapter.
+            combination_type: "linear", the only one.
+
+        Raises:
+            ValueError: unknown, repeated or no adapters, a name that is taken, not one weight for each adapter, another
+                combination type, or adapters with `modules_to_save`.
+        """
+        if unknown := [name for name in adapters if name not in self.peft_config]:
+            raise ValueError(f"no adapter named {', '.join(unknown)}; the model has {', '.join(self.peft_config)}.")
+        if not adapters or len(set(adapters)) < len(adapters):
+            raise ValueError(f"adapters={adapters!r}: name one or more adapters, each once.")
+        if len(weights) != len(adapters) or not all(math.isfinite(weight) for weight in weights):
+            raise ValueError(f"weights={weights!r}: give one finite number for each of {', '.join(adapters)}.")
+        if adapter_name in self.peft_config:
+            raise ValueError(f"there is an adapter named {adapter_name!r} already; delete it or use another name.")
+        if combination_type != "linear":
+            raise ValueError(f'combination_type={combination_type!r} is not known; expected "linear".')
+        configs = [self.peft_config[name] for name in adapters]
+        if any(config.modules_to_save for config in configs):
+            raise ValueError("adapters with modules_to_save cannot be combined: these modules are no sum of changes.")
+        layers = {
+            name: module
+            for name, module in self.model.named_modules()
+            if isinstance(module, SingleLayerLayer) and any(a in module.single_layer_params for a in adapters)
+        }
+        parts = None  # all of every block, or by their full names what at least one of the adapters has
+        if any(config.target_modules is not None for config in configs):
+            parts = [name.replace(".base_layer", "") for name in layers]
+        self.peft_config[adapter_name] = dataclasses.replace(
+            configs[0],
+            layer=sorted({index for config in configs for index in config.layer_indices}),
+            target_modules=parts,
+            master_dtype="float32" if any(c.master_dtype == "float32" for c in configs) else "base",
+            init_weights=True,
+            layer_indices=None,
+            num_layers=None,
+        )
+        self.inject_adapter(self.model, adapter_name)
+        for layer in layers.values():
+            layer.combine(dict(zip(adapters, weights, strict=True)), adapter_name)
+
+    @contextmanager
+    def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
+        """PEFT's seam for `adapter_names`, around a forward pass or `generate` (`PeftModel` has the same name).
+
+        Raises:
+            ValueError: in training mode, while adapters are merged, for names that do not exist, or not one per row.
+        """
+        names = kwargs.pop("adapter_names", None)
+        if names is None:
+            yield
+            return
+        layers = [module for module in self.modules() if isinstance(module, SingleLayerLayer)]
+        if self.training:
+            raise ValueError("Cannot pass `adapter_names` when the model is in training mode; call eval() first.")
+        if any(layer.merged for layer in layers):
+            raise ValueError(
+                "Cannot pass `adapter_names` when there are merged adapters, please call `unmerge_adapter` first."
+            )
+        if unknown := sorted(set(names) - {mixed_batch.BASE} - set(self.peft_config)):
+            raise ValueError(
+                f"Trying to infer with non-existing adapter(s): {', '.join(unknown)}; the model has "
+                f"{', '.join(self.peft_config)}, and {mixed_batch.BASE} stands for none."
+            )
+
+        def check_length(rows: int | None) -> None:
+            if rows not in (None, len(names)):
+                raise ValueError(
+                    "Length of `adapter_names` should be the same as the number of inputs, but got "
+                    f"{len(names)} names for a batch of {rows} rows."
+                )
+
+        handles = []
+        rows = mixed_batch.batch_size(args, kwargs, plain=text_config(self.model) is None)
+        check_length(rows)
+        if rows is None:  # PeftModelForCausalLM.forward keeps the inputs to itself
+            handles.append(
+                self.model.register_forward_pre_hook(
+                    lambda _, args, kwargs: check_length(mixed_batch.batch_size(args, kwargs)), with_kwargs=True
+                )
+            )
+        for module in self.modules():
+            if isinstance(module, AuxiliaryTrainingWrapper):
+                handles.append(
+                    module.register_forward_pre_hook(
+                        lambda _, args, kwargs: (args, {**kwargs, "adapter_names": list(names)}), with_kwargs=True
+                    )
+                )
+        try:
+            for layer in layers:
+                layer.row_adapters = list(names)
+            yield
+        finally:
+            for layer in layers:
+                layer.row_adapters = None
+            for handle in handles:
+                handle.remove()
+
     def _check_merge(self, adapter_names: list[str] | None, safe_merge: bool) -> None:
         """All checks before the first write, so that a merge is done on every layer or on none."""
         names = self.active_adapters if adapter_names is None else adapter_names
@@ -266,13 +410,26 @@ class SingleLayerModel(BaseTuner):
             if unknown := sorted(set(names) - set(self.peft_config)):
                 raise ValueError(f"no adapter named {', '.join(unknown)}; the model has {', '.join(self.peft_config)}.")
             for module in self.modules():
-                if safe_merge and isinstance(module, SingleLayerLayer):
-                    module.check_mergeable(list(dict.fromkeys([*module.merged_adapters, *names])))
+                if isinstance(module, SingleLayerLayer) and any(name in module.single_layer_params for name in names):
+                    module.refuse_merging()
+                    if safe_merge:
+                        module.check_mergeable(list(dict.fromkeys([*module.merged_adapters, *names])))
 
     def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:
-        """Merge into the base in place, on every layer or, if a check fails, on none. See `BaseTuner.merge_adapter`."""
+        """Merge into the base, on every layer or, if it fails or is interrupted, on none.
+
+        See `BaseTuner.merge_adapter`.
+        """
         self._check_merge(adapter_names, safe_merge)
-        super().merge_adapter(adapter_names, safe_merge)
+        before = {m: m.merged_adapters for m in self.modules() if isinstance(m, SingleLayerLayer)}
+        try:
+            super().merge_adapter(adapter_names, safe_merge)
+        except BaseException:
+            for layer, merged in before.items():
+                layer.unmerge()
+                if merged:
+                    layer.merge(adapter_names=merged)
+            raise
 
     def _unload_and_optionally_merge(
         self,
@@ -293,6 +450,25 @@ class SingleLayerModel(BaseTuner):
         for cut in installed_graph_cuts(model):
             cut.remove()
         return model
+
+    @classmethod
+    def _get_adapter_state_dict(
+        cls, model: nn.Module, config: Any, adapter_name: str, *args: Any, **kwargs: Any
+    ) -> dict[str, torch.Tensor]:
+        """What is saved. See `BaseTuner._get_adapter_state_dict`; warns of an adapter that changes nothing."""
+        tuned = [
+            module
+            for module in model.modules()
+            if isinstance(module, SingleLayerLayer) and adapter_name in module.single_layer_params
+            if adapter_name in module.active_adapters  # TRL's reference adapter is saved too, and may well be the base
+        ]
+        if tuned and all(layer.equals_base(adapter_name) for layer in tuned):
+            warnings.warn(
+                f"every weight of the adapter {adapter_name!r} equals the base model's in the base's dtype: it changes "
+                "nothing. It was not trained, or its updates were too small.",
+                stacklevel=2,
+            )
+        return super()._get_adapter_state_dict(model, config, adapter_name, *args, **kwargs)
 
     @classmethod
     def _remap_adapter_state_dict_for_load(
@@ -346,6 +522,11 @@ def _file_key(name: str) -> str:
     """A tensor's name apart from what depends on how the model is wrapped: PEFT's prefix, and the `base_layer` that
     the wrapper of a composite module puts before its children."""
     return name.removeprefix("base_model.model.").replace(".base_layer.", ".")
+
+
+def _require_gradients(module: nn.Module, args: tuple, output: torch.Tensor) -> None:
+    if not torch.compiler.is_compiling():
+        output.requires_grad_()
 
 
 def commit_hash(model: nn.Module) -> str | None:

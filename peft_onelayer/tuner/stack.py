@@ -50,7 +50,8 @@ def find_decoder_stack(model: nn.Module, layers_pattern: str | None = None) -> D
     """Find the one stack of transformer blocks in `model`.
 
     A transformers model is searched inside its text decoder, for a ModuleList as long as `num_hidden_layers`; a plain
-    module may hold any single ModuleList. `layers_pattern` ("layers", "decoder.block") picks one by its name's end.
+    module, or a model with an encoder and a decoder, must hold a single ModuleList. `layers_pattern` ("layers",
+    "decoder.block") picks one by its name's end.
 
     Raises:
         ValueError: no stack or several stacks; the message names what was found and how to choose.
@@ -61,11 +62,13 @@ def find_decoder_stack(model: nn.Module, layers_pattern: str | None = None) -> D
         chosen = [s for s in found if s.name == layers_pattern or s.name.endswith(f".{layers_pattern}")]
     else:
         chosen, config = found, text_config(model)
-        if config is not None and len(chosen) > 1:
+        # Of an encoder and a decoder neither is meant more, also where only one is num_hidden_layers long.
+        if config is not None and len(chosen) > 1 and not model.config.is_encoder_decoder:  # type: ignore[union-attr]
             if config is not model.config:  # a multimodal model: look inside its text decoder only
                 inside = [n for n, m in model.named_modules() if type(getattr(m, "config", None)) is type(config)]
                 chosen = [s for s in chosen if any(s.name.startswith(f"{n}.") for n in inside)] or chosen
-            chosen = [s for s in chosen if len(s.blocks) == config.num_hidden_layers] or chosen
+            depth = getattr(config, "num_hidden_layers", None)  # BLT has three stacks and no depth of its own
+            chosen = [s for s in chosen if len(s.blocks) == depth] or chosen
     if len(chosen) == 1:
         return chosen[0]
     what = f"layers_pattern={layers_pattern!r} matches {len(chosen)} of" if layers_pattern is not None else "found"

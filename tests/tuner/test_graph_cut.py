@@ -22,10 +22,10 @@ LAYER = 2
 
 
 def prepare(model, use_reentrant=None, cut: bool = True):
-    """As a trainer does it: the hook on the embeddings, checkpointing, training mode. `cut=False` removes the cut."""
-    model.enable_input_require_grads()
+    """Checkpointing, training mode, and transformers' hook on the embeddings. `cut=False` removes the cut."""
     if use_reentrant is not None:
         model.gradient_checkpointing_enable({"use_reentrant": use_reentrant})
+    model.get_base_model().enable_input_require_grads()  # as some trainers do before they wrap the model
     if not cut:
         for installed in installed_graph_cuts(model):
             installed.remove()
@@ -190,6 +190,7 @@ def test_no_cut_while_no_adapter_trains(how):
             assert first_block_gets_a_graph(model)
     else:
         model.set_requires_grad("default", False)
+        model.get_base_model().lm_head.requires_grad_(True)
         assert first_block_gets_a_graph(model)
         model.set_requires_grad("default", True)
     assert not first_block_gets_a_graph(model)

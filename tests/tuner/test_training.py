@@ -19,7 +19,7 @@ def prepare(model, use_reentrant: bool | None):
     """Turn checkpointing on as trainers do, with the hook on the embeddings."""
     if use_reentrant is not None:
         model.gradient_checkpointing_enable({"use_reentrant": use_reentrant})
-        model.enable_input_require_grads()
+        model.get_base_model().enable_input_require_grads()
     return model.train()
 
 

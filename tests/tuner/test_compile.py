@@ -1,0 +1,99 @@
+"""torch.compile: one graph for a training step and for inference, with the eager run's results."""
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+from models import build, build_architecture, token_batch
+from peft_onelayer import SingleLayerConfig
+from peft_onelayer.tuner import find_decoder_stack
+from tuner.helpers import masters, move, same, wrap
+
+# Traces forward and backward exactly as for a GPU, then runs the operators as they are: no compiler is needed, and the
+# results can be compared bit for bit.
+BACKEND = "aot_eager"
+
+
+@pytest.fixture(autouse=True)
+def fresh_compiler():
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()
+
+
+def compiled(model):
+    return torch.compile(model, fullgraph=True, backend=BACKEND)
+
+
+def train(run, parameters, steps=2):
+    """Gradients of the first step, weights after the last."""
+    optimizer = torch.optim.AdamW(parameters.values(), lr=1e-3)
+    first = {}
+    for seed in range(steps):
+        tokens = token_batch(seed=seed)
+        logits = run(input_ids=tokens, use_cache=False).logits
+        nn.functional.cross_entropy(logits.flatten(0, 1), tokens.flatten()).backward()
+        first = first or {name: p.grad.clone() for name, p in parameters.items()}
+        optimizer.step()
+        optimizer.zero_grad()
+    return first, {name: p.detach() for name, p in parameters.items()}
+
+
+@pytest.mark.parametrize(
+    "architecture, use_reentrant",
+    [
+        ("qwen3", None),
+        ("qwen3", False),
+        pytest.param("qwen3", True, marks=pytest.mark.slow),
+        pytest.param("gemma3_text", None, marks=pytest.mark.slow),
+        pytest.param("gpt2", None, marks=pytest.mark.slow),
+        pytest.param("gpt_oss", None, marks=pytest.mark.slow),
+    ],
+)
+def test_a_training_step_is_one_graph(architecture, use_reentrant):
+    """And equals the compiled full fine-tuning of that block bit for bit (an eager run uses other kernels)."""
+    base = build_architecture(architecture, num_hidden_layers=2)
+    model = wrap(copy.deepcopy(base), layer=1)
+    stack = find_decoder_stack(base)
+    own = {f"{stack.name}.1.{n}": p.requires_grad_() for n, p in stack.blocks[1].named_parameters()}
+    results = []
+    for each, parameters in ((base, own), (model, masters(model))):
+        if use_reentrant is not None:
+            each.gradient_checkpointing_enable({"use_reentrant": use_reentrant})
+            base.disable_input_require_grads()  # transformers' hook, with which nothing compiles; the model is without
+        results.append(train(compiled(each), parameters))
+    for plain, ours in zip(*results, strict=True):
+        assert same(ours, plain)
+
+
+@torch.no_grad()
+def test_inference_follows_what_is_in_effect():
+    model = wrap(build(num_layers=2, dtype=torch.bfloat16), layer=1)
+    move(model)
+    model.add_adapter("b", SingleLayerConfig(layer=0))
+    move(model, "b")
+    model.eval()
+    run, tokens = compiled(model), token_batch()
+    seen = []
+
+    def check():
+        logits = run(tokens).logits
+        assert torch.equal(logits, model(tokens).logits)
+        seen.append(logits)
+
+    check()
+    model.set_adapter("b")
+    check()
+    model.base_model.set_adapter(["default", "b"])
+    check()
+    with model.disable_adapter():
+        check()
+    model.set_adapter("default")
+    model.merge_adapter()
+    check()
+    model.unmerge_adapter()
+    check()
+    assert torch.equal(seen[0], seen[4]) and torch.equal(seen[0], seen[5])
+    assert len({tuple(logits.flatten().tolist()) for logits in seen}) == 4

@@ -1,0 +1,169 @@
+"""Training that cannot change the adapter is refused at its first step, and saving an untouched adapter warns."""
+
+import copy
+import gc
+import warnings
+
+import pytest
+import torch
+from peft import PeftModel
+from torch import nn
+from transformers import Trainer, TrainingArguments
+
+from models import build, token_batch
+from peft_onelayer import SingleLayerConfig
+from tuner.helpers import masters, move, train, wrap
+
+
+def step(model, optimizer):
+    tokens = token_batch()
+    model.train()(input_ids=tokens, labels=tokens).loss.backward()
+    optimizer.step()
+
+
+def trainable(model):
+    return [p for p in model.parameters() if p.requires_grad]
+
+
+def test_an_optimizer_made_before_wrapping_is_refused():
+    model = build()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    model = wrap(model)
+    before = {n: p.detach().clone() for n, p in model.named_parameters()}
+    with pytest.raises(RuntimeError, match=r"optimizer holds .* all of them are frozen.*Make it afterwards") as error:
+        step(model, optimizer)
+    assert "\n" not in str(error.value)
+    assert all(torch.equal(p, before[n]) for n, p in model.named_parameters())
+    with pytest.raises(RuntimeError, match="all of them are frozen"):  # not only once
+        optimizer.step()
+
+
+@pytest.mark.parametrize("make", ["head", "other adapter", "copied model"])
+def test_an_optimizer_of_the_wrong_parameters_is_refused(make):
+    model = wrap()
+    if make == "head":
+        optimizer = torch.optim.SGD(model.get_base_model().lm_head.parameters(), lr=1.0)
+    elif make == "other adapter":
+        optimizer = torch.optim.SGD(trainable(model), lr=1.0)
+        model.add_adapter("b", SingleLayerConfig(layer=1))
+        model.set_adapter("b")
+    else:
+        twin = copy.deepcopy(model)
+        optimizer = torch.optim.SGD(twin.get_base_model().parameters(), lr=1.0)
+        step(twin, optimizer)  # the copy itself trains
+        return
+    with pytest.raises(RuntimeError, match="all of them are frozen"):
+        step(model, optimizer)
+
+
+def test_a_loss_that_does_not_reach_the_layer_is_refused():
+    model = wrap(layer=3)
+    optimizer = torch.optim.AdamW(trainable(model), lr=1e-2)
+    model.train()
+    early = model(input_ids=token_batch(), output_hidden_states=True).hidden_states[1]  # after block 0
+    (early.sum() * nn.Parameter(torch.ones(()))).backward()
+    with pytest.raises(RuntimeError, match="no gradient has reached"):
+        optimizer.step()
+
+
+@pytest.mark.parametrize("how", ["disabled", "after zero_grad"])
+def test_a_step_without_gradients_is_refused(how):
+    model = wrap(modules_to_save=["lm_head"]) if how == "disabled" else wrap()
+    optimizer = torch.optim.AdamW(list(masters(model).values()), lr=1e-2)
+    if how == "disabled":
+        tokens = token_batch()
+        with model.disable_adapter():
+            model.get_base_model().enable_input_require_grads()
+            model.train()(input_ids=tokens, labels=tokens).loss.backward()
+    with pytest.raises(RuntimeError, match="no gradient has reached"):
+        optimizer.step()
+
+
+def test_a_frozen_adapter_is_refused_in_training(tmp_path):
+    model = wrap()
+    move(model)
+    model.save_pretrained(tmp_path)
+    loaded = PeftModel.from_pretrained(build(), tmp_path)
+    tokens = token_batch()
+    loaded(input_ids=tokens, labels=tokens)  # from_pretrained leaves it in eval mode
+    with pytest.raises(RuntimeError, match=r"default is frozen.*is_trainable=True"):
+        loaded.train()(input_ids=tokens, labels=tokens)
+    with pytest.raises(RuntimeError, match="is_trainable=True"):
+        loaded(input_ids=tokens)
+    with torch.no_grad():
+        loaded(input_ids=tokens)
+    loaded(input_ids=tokens, output_hidden_states=True)  # for a head outside of the model, which may train
+    with loaded.disable_adapter():
+        loaded(input_ids=tokens)
+    train(PeftModel.from_pretrained(build(), tmp_path, is_trainable=True))
+
+
+def test_the_trainer_refuses_it_too(tmp_path):
+    model = wrap(task_type="CAUSAL_LM")
+    model.set_requires_grad("default", False)
+    data = [{"input_ids": token_batch()[0], "labels": token_batch()[0]}] * 4
+    arguments = TrainingArguments(str(tmp_path), use_cpu=True, report_to="none", max_steps=2)
+    with pytest.raises(RuntimeError, match="is frozen"):
+        Trainer(model, arguments, train_dataset=data).train()
+
+
+def test_what_does_train_is_left_alone():
+    """Several optimizers, a frozen adapter under a trained head, a closure, another model's optimizer."""
+    model = wrap(modules_to_save=["lm_head"])
+    head = [p for n, p in model.named_parameters() if "lm_head.modules_to_save.default" in n]
+    model.train()
+    optimizers = [torch.optim.SGD(head, lr=0.1), torch.optim.SGD(list(masters(model).values()), lr=0.1)]
+    other = nn.Linear(2, 2)
+    other(torch.ones(2)).sum().backward()
+    tokens = token_batch()
+    model(input_ids=tokens, labels=tokens).loss.backward()
+    for optimizer in (torch.optim.SGD(other.parameters(), lr=0.1), *optimizers):
+        optimizer.step()
+    for parameter in masters(model).values():
+        parameter.requires_grad_(False)
+    model(input_ids=tokens, labels=tokens).loss.backward()
+    torch.optim.SGD(head, lr=0.1).step()
+
+    model = wrap()
+    before = {n: p.detach().clone() for n, p in masters(model).items()}
+    optimizer = torch.optim.LBFGS(trainable(model), max_iter=2)
+
+    def closure():
+        optimizer.zero_grad()
+        loss = model.train()(input_ids=tokens, labels=tokens).loss
+        loss.backward()
+        return loss
+
+    optimizer.step(closure)
+    assert not any(torch.equal(p, before[n]) for n, p in masters(model).items())
+
+
+def test_a_checked_model_and_optimizer_are_not_kept_alive():
+    import weakref
+
+    model = wrap()
+    optimizer = torch.optim.SGD(trainable(model), lr=0.1)
+    step(model, optimizer)
+    references = [weakref.ref(model.get_base_model()), weakref.ref(optimizer)]
+    del model, optimizer
+    gc.collect()
+    assert [reference() for reference in references] == [None, None]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_saving_an_adapter_that_equals_the_base_warns(tmp_path, dtype):
+    model = wrap(build(dtype=dtype))
+    with pytest.warns(UserWarning, match="'default' equals the base model's.*changes nothing"):
+        model.save_pretrained(tmp_path)
+    masters(model)["model.layers.2.input_layernorm.weight"].data += 1e-6  # less than bfloat16 can hold
+    with warnings.catch_warnings():
+        if dtype == torch.float32:
+            warnings.simplefilter("error", UserWarning)
+            model.save_pretrained(tmp_path)
+    if dtype == torch.bfloat16:
+        with pytest.warns(UserWarning, match="changes nothing"):
+            model.save_pretrained(tmp_path)
+    move(model)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        model.save_pretrained(tmp_path)
