@@ -115,6 +115,7 @@ def test_one_config_object_serves_models_of_different_depth(tmp_path):
         assert {name.split(".")[2] for name in masters(model)} == {str(index)}
         model.save_pretrained(tmp_path / str(num_layers))
         assert PeftConfig.from_pretrained(tmp_path / str(num_layers)).layer_indices == [index]
+    assert deep.peft_config["default"] is config is not shallow.peft_config["default"]  # PEFT: the object it was given
     assert (config.layer_indices, config.num_layers) == ([3], 7)  # what became of it last
     assert config.target_modules == "all-linear"
 
