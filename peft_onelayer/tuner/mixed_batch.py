@@ -68,7 +68,7 @@ class CacheRows:
 
     def __init__(self, cache: Any, layer: int) -> None:
         self.layers, self.layer = cache.layers, layer
-        self.whole = cache.layers[layer] if layer < len(cache.layers) else None
+        self.whole: Any = cache.layers[layer] if layer < len(cache.layers) else None
         self.parts: list[Any] = []
         if type(self.whole) not in (DynamicLayer, DynamicSlidingWindowLayer):
             raise ValueError(

@@ -262,7 +262,8 @@ class SingleLayerModel(BaseTuner):
             if narrowed and config.master_dtype == "float32" and not config.inference_mode:
                 warnings.warn(
                     "autocast_adapter_dtype=False keeps the trained block in the base model's dtype: without float32 "
-                    "master weights, small RL updates are rounded away (TRL asks for this under DeepSpeed ZeRO-3).",
+                    "master weights, small RL updates are rounded away, unless the optimizer keeps its own. (TRL asks "
+                    "for this under ZeRO-3, where DeepSpeed's bf16 optimizer does; the saved adapter has the base's dtype.)",
                     stacklevel=2,
                 )
                 break
