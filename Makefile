@@ -4,7 +4,7 @@ PYTHON ?= $(shell for p in python3.13 python3.12 python3.11 python3 python; do \
 BIN := .venv/bin
 READY := .venv/.ready
 
-.PHONY: demo test slow lint format bench wheel clean
+.PHONY: demo test slow peft-suite lint format bench trl-table wheel clean
 
 demo: $(READY)
 	$(BIN)/onelayer demo
@@ -14,6 +14,9 @@ test: $(READY)
 
 slow: $(READY)
 	$(BIN)/python -m pytest -m slow
+
+peft-suite: $(READY)
+	$(BIN)/python -m pytest -m slow --disable-warnings tests/peft_suite
 
 lint: $(READY)
 	$(BIN)/ruff format --check .
@@ -27,6 +30,10 @@ format: $(READY)
 bench: $(READY)
 	$(BIN)/python examples/benchmarks/import_time.py
 	$(BIN)/python examples/benchmarks/graph_cut.py
+
+# Trains every trainer of TRL and writes what came out into the README.
+trl-table: $(READY)
+	TRL_TABLE=write $(BIN)/python -m pytest tests/trl -m "slow or not slow"
 
 wheel: $(READY)
 	$(BIN)/python -m build --outdir dist .

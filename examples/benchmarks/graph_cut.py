@@ -34,7 +34,7 @@ def build(layer: int, cut: bool) -> PeftModel:
     )
     model = get_peft_model(LlamaForCausalLM(config), SingleLayerConfig(layer=layer, task_type="CAUSAL_LM"))
     model.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
-    model.get_base_model().enable_input_require_grads()  # on the wrapped model it would do nothing
+    model.get_base_model().enable_input_require_grads()  # the hook that the cut makes needless
     installed = installed_graph_cut(find_decoder_stack(model.get_base_model()))
     if not cut and installed is not None:
         installed.remove()

@@ -144,7 +144,7 @@ class SingleLayerLayer(nn.Module, BaseTunerLayer):
         return self._active_weights()[name] if name in self._active_names() else value
 
     def __setattr__(self, name: str, value: Any) -> None:
-        """State that model code keeps on a module (RecurrentGemma sets `rg_lru.recurrent_states`) is the base layer's."""
+        """What model code keeps on a module (RecurrentGemma sets `rg_lru.recurrent_states`) is the base layer's."""
         base = self.__dict__.get("_modules", {}).get("base_layer")
         if base is not None and name in base.__dict__ and name not in self.__dict__ and not name.startswith("_"):
             setattr(base, name, value)
@@ -216,7 +216,7 @@ class SingleLayerLayer(nn.Module, BaseTunerLayer):
         return self._weights_of(self._adapters_in_effect()) if self._in_effect() else {}
 
     def _rows_by_adapter(self) -> dict[str, list[int]]:
-        """Which entries of `row_adapters` take each adapter; where an adapter is not on this layer they take the base."""
+        """Which entries of `row_adapters` take each adapter; those whose adapter is elsewhere take the base."""
         rows: dict[str, list[int]] = {}
         for row, name in enumerate(self.row_adapters or []):
             rows.setdefault(name if name in self.single_layer_params else mixed_batch.BASE, []).append(row)

@@ -263,7 +263,7 @@ class SingleLayerModel(BaseTuner):
                 warnings.warn(
                     "autocast_adapter_dtype=False keeps the trained block in the base model's dtype: without float32 "
                     "master weights, small RL updates are rounded away, unless the optimizer keeps its own. (TRL asks "
-                    "for this under ZeRO-3, where DeepSpeed's bf16 optimizer does; the saved adapter has the base's dtype.)",
+                    "for this under ZeRO-3, where DeepSpeed's bf16 optimizer does; what is saved is rounded.)",
                     stacklevel=2,
                 )
                 break
