@@ -6,6 +6,7 @@ checked once for each optimizer, in a hook that torch calls before every optimiz
 
 from __future__ import annotations
 
+import functools
 import weakref
 from typing import Any
 
@@ -22,9 +23,13 @@ _checked: weakref.WeakSet[Optimizer] = weakref.WeakSet()
 
 def watch(model: nn.Module) -> None:
     """Check every optimizer that holds parameters of `model` before its first step."""
-    if not _watched:
-        register_optimizer_step_pre_hook(_before_step)
+    _register_hook()
     _watched.add(model)
+
+
+@functools.cache
+def _register_hook() -> None:
+    register_optimizer_step_pre_hook(_before_step)
 
 
 def refuse_frozen_adapter(model: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
@@ -58,12 +63,12 @@ def _before_step(optimizer: Optimizer, args: tuple, kwargs: dict[str, Any]) -> N
     held = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
     for model in list(_watched):
         layers = [module for module in model.modules() if isinstance(module, SingleLayerLayer)]
-        mine = [parameter for parameter in model.parameters() if id(parameter) in held]
         if layers and not held:  # a trainer's, which makes groups of parameters even if there are none
             raise RuntimeError(
                 "the optimizer holds no parameters: none required gradients when it was made. If the adapter was "
                 "loaded frozen, load it with is_trainable=True."
             )
+        mine = [parameter for parameter in model.parameters() if id(parameter) in held]
         if not layers or not mine:
             continue
         trained = [parameter for parameter in mine if parameter.requires_grad]

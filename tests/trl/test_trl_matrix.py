@@ -8,7 +8,7 @@ import pytest
 import torch
 import trl
 from peft import PeftModel, get_peft_model
-from trl_cells import CELLS, DPO_LOSSES, GRPO_LOSSES, KTO_LOSSES, LAYER, LAYERS, SERVER_CELLS, dpo, grpo
+from trl_cells import CELLS, DPO_LOSSES, GRPO_LOSSES, KTO_LOSSES, LAYER, LAYERS, SERVER_CELLS, dpo, grpo, kto
 from trl_runner import WAYS, make, run
 from tuner.helpers import wrap
 
@@ -78,7 +78,7 @@ def test_a_frozen_adapter_is_refused(tmp_path, chat_tokenizer, cell):
         trainer.train()
 
 
-@pytest.mark.parametrize("cell", [grpo(), dpo()], ids=["GRPO", "DPO"])
+@pytest.mark.parametrize("cell", [grpo(), grpo(path="RLOOTrainer"), dpo(), kto()], ids=["GRPO", "RLOO", "DPO", "KTO"])
 def test_a_reference_needs_the_name_default(tmp_path, chat_tokenizer, cell):
     """TRL copies `peft_config["default"]`; the README says so."""
     config = SingleLayerConfig(layer=LAYER, task_type="CAUSAL_LM")
