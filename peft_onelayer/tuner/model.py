@@ -24,7 +24,7 @@ from . import mixed_batch
 from .config import SingleLayerConfig
 from .first_step import watch
 from .graph_cut import GraphCut, installed_graph_cut, installed_graph_cuts
-from .layer import SingleLayerLayer
+from .layer import MasterParameters, SingleLayerLayer
 from .quantized import unsupported_quantization
 from .stack import DecoderStack, find_decoder_stack, resolve_layers, text_config
 
@@ -483,6 +483,9 @@ class SingleLayerModel(BaseTuner):
             ValueError: tensors missing or left over, a wrong shape, NaN or Inf.
         """
         modules = dict(model.named_modules())
+        for module in modules.values():  # TRL narrows the masters of a quantized model before a checkpoint is loaded
+            if isinstance(module, MasterParameters):
+                module.widen()
         masters = {
             f"{name}.single_layer_params.{adapter_name}.{key}": parameter
             for name, module in modules.items()

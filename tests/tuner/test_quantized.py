@@ -4,6 +4,8 @@ import warnings
 
 import pytest
 import torch
+import trl
+from datasets import Dataset
 from peft import PeftModel, get_peft_model, prepare_model_for_kbit_training
 from torch import nn
 from torchao.quantization import Float8WeightOnlyConfig, Int8DynamicActivationInt8WeightConfig, Int8WeightOnlyConfig
@@ -119,6 +121,52 @@ def test_trainer_and_checkpointing(load, tmp_path):
     )
     Trainer(model, arguments, train_dataset=data).train()
     assert not any(torch.equal(p, start[n]) for n, p in masters(model).items())
+
+
+@pytest.mark.parametrize("trained_before", [False, True])
+@pytest.mark.parametrize("trainer", ["SFT", "GRPO"])
+def test_trl_and_resuming(load, kind, tmp_path, tokenizer, trainer, trained_before):
+    """TRL casts what trains to bfloat16 on bitsandbytes bases, also before it loads a checkpoint: the masters are
+    float32 again from then on, and a resumed run equals the whole one."""
+    more = {"num_generations": 4, "max_completion_length": 6} if trainer == "GRPO" else {}
+    reward = {"reward_funcs": lambda completions, **_: [float(sum(map(ord, c)) % 17) for c in completions]}
+
+    def run(folder, resume=None):
+        model = wrap(load())
+        if trained_before:
+            move(model)
+        before = packed(model)
+        start = {n: p.detach().to(torch.bfloat16).float() for n, p in masters(model).items()}
+        arguments = getattr(trl, f"{trainer}Config")(
+            str(folder),
+            use_cpu=True,
+            bf16=False,
+            report_to="none",
+            max_steps=4,
+            save_steps=2,
+            learning_rate=1e-2,
+            per_device_train_batch_size=4,
+            **more,
+        )
+        made = getattr(trl, f"{trainer}Trainer")(
+            model=model,
+            args=arguments,
+            train_dataset=Dataset.from_dict(
+                {"prompt" if trainer == "GRPO" else "text": ["one", "two", "six", "ten"] * 4}
+            ),
+            processing_class=tokenizer,
+            **(reward if trainer == "GRPO" else {}),
+        )
+        narrowed = torch.float32 if kind.startswith("ao-") else torch.bfloat16
+        assert {p.dtype for p in masters(model).values()} == {narrowed}
+        made.train(resume_from_checkpoint=resume)
+        tuned = {n: p.detach() for n, p in masters(model).items()}
+        assert {p.dtype for p in tuned.values()} == {torch.float32} and same(packed(model), before)
+        assert not any(torch.equal(p, start[n]) for n, p in tuned.items())
+        return tuned
+
+    whole = run(tmp_path)
+    assert same(run(tmp_path / "resumed", str(tmp_path / "checkpoint-2")), whole)
 
 
 def test_saving_and_loading_are_exact(load, tmp_path):
