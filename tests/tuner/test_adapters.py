@@ -263,7 +263,9 @@ def test_a_quantized_block_is_refused(dtype):
     model = build()
     projection = model.model.layers[2].mlp.up_proj
     projection.weight = nn.Parameter(projection.weight.detach().to(dtype), requires_grad=False)
-    assert_refused(lambda: wrap(model, layer=2), model, rf"layers\.2\.mlp\.up_proj\.weight holds Parameter of {dtype}: ")
+    assert_refused(
+        lambda: wrap(model, layer=2), model, rf"layers\.2\.mlp\.up_proj\.weight holds Parameter of {dtype}: "
+    )
     wrap(model, layer=1)  # the others may be quantized
 
 

@@ -1,6 +1,5 @@
 """Rows of one batch that take different adapters: PEFT's `adapter_names`."""
 
-
 import pytest
 import torch
 
