@@ -25,8 +25,8 @@ from .config import SingleLayerConfig
 from .first_step import watch
 from .graph_cut import GraphCut, installed_graph_cut, installed_graph_cuts
 from .layer import MasterParameters, SingleLayerLayer
-from .quantized import unsupported_quantization
-from .stack import DecoderStack, find_decoder_stack, resolve_layers, text_config
+from .stack import find_decoder_stack, resolve_layers, text_config
+from .targets import check_blocks, check_targets, matches, owns_parameters, targetable
 
 # id of a config object -> the model that holds it: it was resolved for that one last
 _holders: weakref.WeakValueDictionary[int, nn.Module] = weakref.WeakValueDictionary()
@@ -113,79 +113,18 @@ class SingleLayerModel(BaseTuner):
                 f"{num_layers}: it belongs to another base model ({peft_config.base_model_name_or_path})."
             )
         indices = resolve_layers(peft_config._saved_indices or peft_config.layer, num_layers)  # type: ignore[arg-type]
-        self._check_blocks(stack, indices, peft_config)
+        check_blocks(model, stack, indices, peft_config)
         peft_config.layer_indices, peft_config.num_layers = indices, num_layers
         peft_config._stack_name = stack.name
         targets = peft_config.target_modules
         if isinstance(targets, str) and targets.lower() == ALL_LINEAR:  # PEFT would name those of the whole model
             peft_config.target_modules = [
-                path for _, path, module in self._targetable(stack, indices) if isinstance(module, (nn.Linear, Conv1D))
+                path for _, path, module in targetable(stack, indices) if isinstance(module, (nn.Linear, Conv1D))
             ]
-        self._check_targets(stack, indices, peft_config)
+        check_targets(stack, indices, peft_config)
         if peft_config.revision is None:
             peft_config.revision = commit_hash(model)
         return peft_config
-
-    def _check_blocks(self, stack: DecoderStack, indices: list[int], config: SingleLayerConfig) -> None:
-        everywhere: dict[int, list[str]] = {}
-        for name, parameter in self.model.named_parameters(remove_duplicate=False):
-            everywhere.setdefault(id(parameter), []).append(name)
-        for index in indices:
-            block, prefix = stack.blocks[index], f"{stack.name}.{index}."
-            direct = [name for name, _ in block.named_parameters(recurse=False)]
-            if direct and config.target_modules is None:
-                raise ValueError(
-                    f"block {index} ({type(block).__name__}) owns parameters directly ({', '.join(direct)}), which "
-                    "cannot be wrapped; name the parts to train with target_modules."
-                )
-            for name, tensor in (*block.named_parameters(), *block.named_buffers()):
-                if unsupported_quantization(name, tensor):
-                    raise ValueError(
-                        f"{prefix}{name} holds {type(tensor).__name__} of {tensor.dtype}: of quantized blocks only "
-                        "those of bitsandbytes (4 and 8 bit) and torchao (int8) can be trained in full; load the base "
-                        "in bfloat16, or keep this block out of the quantization."
-                    )
-            for name, parameter in block.named_parameters():
-                if "single_layer_params" in name:
-                    continue
-                others = [n for n in everywhere[id(parameter)] if n != prefix + name]
-                if others:
-                    raise ValueError(
-                        f"{prefix}{name} is shared with {others[0]}; training one layer of a model whose layers share "
-                        "parameters would change the other one too."
-                    )
-
-    def _check_targets(self, stack: DecoderStack, indices: list[int], config: SingleLayerConfig) -> None:
-        """Every entry of `target_modules` must name something in the block: a typo must not shrink what trains."""
-        if config.target_modules is None:
-            return
-        targetable = [(prefix, path) for prefix, path, _ in self._targetable(stack, indices)]
-        whole = isinstance(config.target_modules, str)
-        for target in [config.target_modules] if isinstance(config.target_modules, str) else config.target_modules:
-            if not any(_matches(target, path, whole, prefix) for prefix, path in targetable):
-                raise ValueError(
-                    f"target_modules entry {target!r} matches nothing in layer {', '.join(map(str, indices))}; "
-                    f"its modules are {', '.join(dict.fromkeys(path for _, path in targetable))}."
-                )
-
-    @staticmethod
-    def _targetable(stack: DecoderStack, indices: list[int]) -> list[tuple[str, str, nn.Module]]:
-        """The modules of the blocks with parameters of their own: name of the block with a dot, path inside, module.
-
-        The same whether or not an earlier adapter has wrapped them.
-        """
-        return [
-            (f"{stack.name}.{index}.", re.sub(r"\.base_layer(?=\.|$)", "", path), module)
-            for index in indices
-            for path, module in stack.blocks[index].named_modules()
-            if path and not isinstance(module, SingleLayerLayer) and "single_layer_params" not in path
-            if SingleLayerModel._own_parameters(module)
-        ]
-
-    @staticmethod
-    def _own_parameters(module: nn.Module) -> bool:
-        base = module.get_base_layer() if isinstance(module, SingleLayerLayer) else module
-        return any(True for _ in base.parameters(recurse=False))
 
     def _is_target(self, config: SingleLayerConfig, key: str) -> bool:
         """Whether the module `key` lies in the chosen block(s), has parameters of its own, and is targeted."""
@@ -193,7 +132,7 @@ class SingleLayerModel(BaseTuner):
         index, _, path = key.removeprefix(prefix).partition(".")
         if not key.startswith(prefix) or not path or int(index) not in (config.layer_indices or []):
             return False
-        if not self._own_parameters(self.model.get_submodule(key)):
+        if not owns_parameters(self.model.get_submodule(key)):
             return False
         if any(re.match(rf"(^|.*\.){name}($|\..*)", key) for name in config.modules_to_save or []):
             return False
@@ -201,8 +140,8 @@ class SingleLayerModel(BaseTuner):
         if targets is None:
             return True
         if isinstance(targets, str):
-            return _matches(targets, path, True, f"{prefix}{index}.")
-        return any(_matches(target, path, False, f"{prefix}{index}.") for target in targets)
+            return matches(targets, path, True, f"{prefix}{index}.")
+        return any(matches(target, path, False, f"{prefix}{index}.") for target in targets)
 
     def _check_target_module_exists(self, peft_config: SingleLayerConfig, key: str) -> bool:
         if self._is_target(peft_config, key):
@@ -536,18 +475,3 @@ def _require_gradients(module: nn.Module, args: tuple, output: torch.Tensor) -> 
 def commit_hash(model: nn.Module) -> str | None:
     """The Hub commit that a transformers model was loaded from; None for a local folder or a plain module."""
     return getattr(getattr(model, "config", None), "_commit_hash", None)
-
-
-def _matches(target: str, path: str, whole: bool, prefix: str) -> bool:
-    """PEFT's matching rule for a module of a block or one of its parents: a name, the end of one, or a full regex.
-
-    `path` is relative to the block ("self_attn.q_proj"), `prefix` what stands before it in the model's names. `whole`:
-    target_modules is one string, for which PEFT also tries a regular expression on the full name.
-    """
-    parts = path.split(".")
-    for candidate in (".".join(parts[: i + 1]) for i in range(len(parts))):
-        if candidate == target or f"{prefix}{candidate}".endswith(f".{target}") or prefix + candidate == target:
-            return True
-        if whole and (re.fullmatch(target, candidate) or re.fullmatch(target, prefix + candidate)):
-            return True
-    return False

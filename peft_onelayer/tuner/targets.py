@@ -1,0 +1,95 @@
+"""What of a block is trained: checks the block and picks modules in it by `target_modules`.
+
+Knows nothing of adapters' weights.
+"""
+
+from __future__ import annotations
+
+import re
+
+from torch import nn
+
+from .config import SingleLayerConfig
+from .layer import SingleLayerLayer
+from .quantized import unsupported_quantization
+from .stack import DecoderStack
+
+
+def check_blocks(model: nn.Module, stack: DecoderStack, indices: list[int], config: SingleLayerConfig) -> None:
+    """Raise ValueError for a block that cannot be trained module by module, or not without changing others."""
+    everywhere: dict[int, list[str]] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        everywhere.setdefault(id(parameter), []).append(name)
+    for index in indices:
+        block, prefix = stack.blocks[index], f"{stack.name}.{index}."
+        direct = [name for name, _ in block.named_parameters(recurse=False)]
+        if direct and config.target_modules is None:
+            raise ValueError(
+                f"block {index} ({type(block).__name__}) owns parameters directly ({', '.join(direct)}), which "
+                "cannot be wrapped; name the parts to train with target_modules."
+            )
+        for name, tensor in (*block.named_parameters(), *block.named_buffers()):
+            if unsupported_quantization(name, tensor):
+                raise ValueError(
+                    f"{prefix}{name} holds {type(tensor).__name__} of {tensor.dtype}: of quantized blocks only "
+                    "those of bitsandbytes (4 and 8 bit) and torchao (int8) can be trained in full; load the base "
+                    "in bfloat16, or keep this block out of the quantization."
+                )
+        for name, parameter in block.named_parameters():
+            if "single_layer_params" in name:
+                continue
+            others = [n for n in everywhere[id(parameter)] if n != prefix + name]
+            if others:
+                raise ValueError(
+                    f"{prefix}{name} is shared with {others[0]}; training one layer of a model whose layers share "
+                    "parameters would change the other one too."
+                )
+
+
+def check_targets(stack: DecoderStack, indices: list[int], config: SingleLayerConfig) -> None:
+    """Every entry of `target_modules` must name something in the block: a typo must not shrink what trains."""
+    if config.target_modules is None:
+        return
+    modules = [(prefix, path) for prefix, path, _ in targetable(stack, indices)]
+    whole = isinstance(config.target_modules, str)
+    for target in [config.target_modules] if isinstance(config.target_modules, str) else config.target_modules:
+        if not any(matches(target, path, whole, prefix) for prefix, path in modules):
+            raise ValueError(
+                f"target_modules entry {target!r} matches nothing in layer {', '.join(map(str, indices))}; "
+                f"its modules are {', '.join(dict.fromkeys(path for _, path in modules))}."
+            )
+
+
+def targetable(stack: DecoderStack, indices: list[int]) -> list[tuple[str, str, nn.Module]]:
+    """The modules of the blocks with parameters of their own: name of the block with a dot, path inside, module.
+
+    The same whether or not an earlier adapter has wrapped them.
+    """
+    return [
+        (f"{stack.name}.{index}.", re.sub(r"\.base_layer(?=\.|$)", "", path), module)
+        for index in indices
+        for path, module in stack.blocks[index].named_modules()
+        if path and not isinstance(module, SingleLayerLayer) and "single_layer_params" not in path
+        if owns_parameters(module)
+    ]
+
+
+def owns_parameters(module: nn.Module) -> bool:
+    """Whether parameters are registered on `module` itself, or on the one it wraps."""
+    base = module.get_base_layer() if isinstance(module, SingleLayerLayer) else module
+    return any(True for _ in base.parameters(recurse=False))
+
+
+def matches(target: str, path: str, whole: bool, prefix: str) -> bool:
+    """PEFT's matching rule for a module of a block or one of its parents: a name, the end of one, or a full regex.
+
+    `path` is relative to the block ("self_attn.q_proj"), `prefix` what stands before it in the model's names. `whole`:
+    target_modules is one string, for which PEFT also tries a regular expression on the full name.
+    """
+    parts = path.split(".")
+    for candidate in (".".join(parts[: i + 1]) for i in range(len(parts))):
+        if candidate == target or f"{prefix}{candidate}".endswith(f".{target}") or prefix + candidate == target:
+            return True
+        if whole and (re.fullmatch(target, candidate) or re.fullmatch(target, prefix + candidate)):
+            return True
+    return False
