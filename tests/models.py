@@ -121,8 +121,9 @@ ARCHITECTURES: dict[str, dict] = {
     "trocr": DECODER,
     "whisper": DECODER | {"max_target_positions": 64},
     "xlnet": {"d_model": 32, "n_head": 4, "d_head": 8, "d_inner": 48},
-    "xlstm": {"num_heads": 4, "qk_dim_factor": 1.0, "v_dim_factor": 1.0, "chunk_size": 5, "mode": "train"}
-    | {"ffn_round_up_to_multiple_of": 8},
+    "xlstm": {"num_heads": 4, "qk_dim_factor": 1.0, "v_dim_factor": 1.0, "chunk_size": 1, "mode": "train"}
+    | {"ffn_round_up_to_multiple_of": 8, "hidden_size": 64},  # its cache rounds the heads up to a width of 16
+    "youtu": LATENT,
     "xmod": {"languages": ["en_XX"], "default_language": "en_XX"},
     "zamba": {"layers_block_type": ["mamba", "hybrid"] * 2, "num_key_value_heads": 4},
     "zamba2": {"layers_block_type": ["mamba", "hybrid"] * 2, "mamba_d_state": 8, "chunk_size": 8, "n_mamba_heads": 4},

@@ -40,7 +40,8 @@ WITHOUT_GRADIENT = {
         ["bart", "bigbird_pegasus", "blenderbot", "blenderbot-small", "marian", "mbart", "mvp", "pegasus"], NO_ENCODER
     ),
     **dict.fromkeys(["plbart", "trocr", "whisper"], NO_ENCODER),
-    "deepseek_v4": r"\.compressor\.",  # compresses spans longer than the batch
+    # its first three blocks compress spans longer than the batch, the last one chooses by a top-k
+    "deepseek_v4": rf"\.[012]\.self_attn\.compressor\.|{INDEXER}",
     "prophetnet": r"\.cross_attn",
     "xlnet": r"\.(r_s_bias|seg_embed)$",  # segments are not given
 }
