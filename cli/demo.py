@@ -18,8 +18,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from ._errors import UserError, user_error
-from ._model import load_causal_lm
+from ._model import limit_threads, load_causal_lm
 from ._output import note, print_json, print_line, print_table, progress_bar, status
+from ._ranking import pick_layers
 
 if TYPE_CHECKING:
     from peft_onelayer.probe.ranking import LayerRanking
@@ -27,10 +28,10 @@ if TYPE_CHECKING:
 FORMAT = "onelayer-demo-1"
 FILES = {"adapter", "demo.json", "ranking.png", "reward.png"}
 ADAPTER_FILES = {"adapter_config.json", "adapter_model.safetensors", "layer_profile.json", "README.md"}
+TASKS = ("arithmetic", "sort")
 PROBLEMS = 1024
 SAMPLES = 4
 PROBE_STEPS = 8
-SMALL = 10_000_000  # parameters; below, a second thread gains nothing and on a busy machine costs a factor of ten
 
 
 def demo(
@@ -57,6 +58,8 @@ def demo(
 
     with user_error(ValueError):
         check_target(out, _is_ours)
+        if task not in TASKS:
+            raise UserError(f"the demo knows the tasks {' and '.join(TASKS)}, not {task!r}; onelayer train takes all.")
         the_task = load_task(task)
     base, tokenizer = load_causal_lm(str(files("peft_onelayer") / "demo_model") if model is None else model)
     with user_error(ValueError):
@@ -80,7 +83,6 @@ def demo(
 
 def _run(base, tokenizer, task, layers: list[int] | None, steps: int, seed: int, folder: Path, command: str) -> dict:
     """Do the work and write everything but demo.json to `folder`; returns what demo.json holds."""
-    import torch
     from peft import get_peft_model_state_dict
 
     from peft_onelayer.adapter.verify import fingerprint, fingerprint_in_fresh_process
@@ -88,17 +90,15 @@ def _run(base, tokenizer, task, layers: list[int] | None, steps: int, seed: int,
     from peft_onelayer.report.plots import plot_ranking, plot_rewards
     from peft_onelayer.rl.run import LEARNING_RATE, train_layer
     from peft_onelayer.tasks.evaluation import evaluate, paired_difference
-    from peft_onelayer.tuner import find_decoder_stack, resolve_layers
+    from peft_onelayer.tuner import find_decoder_stack
 
     num_layers = len(find_decoder_stack(base).blocks)
     parameters = sum(p.numel() for p in base.parameters())
-    if parameters < SMALL:
-        torch.set_num_threads(1)
+    limit_threads(base)
     rows = task.rows("test", PROBLEMS, seed)
 
     def measure(model, greedy: bool):
-        settings = {"max_new_tokens": task.max_completion_tokens, "samples": SAMPLES, "seed": seed, "greedy": greedy}
-        return evaluate(model, tokenizer, rows, task.reward, **settings)
+        return evaluate(model, tokenizer, task, rows, samples=SAMPLES, seed=seed, greedy=greedy)
 
     note(f"{task.name} on {PROBLEMS} held-out problems, such as {rows[0]['prompt']} -> {rows[0]['answer']}")
     with status("evaluating the base ..."):
@@ -117,8 +117,7 @@ def _run(base, tokenizer, task, layers: list[int] | None, steps: int, seed: int,
                 training_steps=steps,
                 on_step=lambda layer, step, reward: bar.update(layer * PROBE_STEPS + step, f"block {layer}"),
             )
-        layers = [ranking.pick] if ranking.pick is not None else resolve_layers("mid-5", num_layers)
-        why = _why(ranking)
+        layers, why = pick_layers(ranking, PROBE_STEPS)
         note(why)
         plot_ranking(ranking, folder / "ranking.png", f"{PROBE_STEPS} GRPO steps on each block, {task.name}")
     else:
@@ -209,19 +208,6 @@ def _is_ours(folder: Path) -> bool:
         and adapter.is_dir()
         and {p.name for p in adapter.iterdir()} <= ADAPTER_FILES
     )
-
-
-def _why(ranking: LayerRanking) -> str:
-    """One sentence on the choice: the pick, its gain, what it is tied with, what the ranking cost."""
-    best = ranking.order[0]
-    gain = f"{100 * (ranking.scores[best] or 0):+.1f} points (standard error {100 * (ranking.errors[best] or 0):.1f})"
-    cost = f"the ranking took {ranking.cost['share']:.0%} of the tokens of the training run"
-    if ranking.pick is None:
-        return f"no block gained beyond noise in {PROBE_STEPS} steps (best: block {best}, {gain}), so mid-5; {cost}"
-    others = ", ".join(str(layer) for layer in sorted(ranking.tied) if layer != best)
-    tie = f"indistinguishable from {others}" if others else "ahead of every other"
-    middle = f"; of these, block {ranking.pick} is nearest the middle" if ranking.pick != best else ""
-    return f"block {best} gained the most in {PROBE_STEPS} steps, {gain}, {tie}{middle}; {cost}"
 
 
 def _verdict(summary: dict[str, Any]) -> str:

@@ -15,7 +15,7 @@ from typing import Annotated
 
 import typer
 
-from . import demo
+from . import demo, eval, train
 from ._errors import UserError
 
 app = typer.Typer(
@@ -47,6 +47,8 @@ def _onelayer(
 
 
 app.command("demo")(demo.demo)
+app.command("train")(train.train)
+app.command("eval")(eval.evaluate)
 
 
 def _terminate(signum: int, frame: object) -> None:

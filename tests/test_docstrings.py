@@ -5,7 +5,17 @@ import importlib
 
 import pytest
 
-MODULES = ("tasks.arithmetic", "tasks.sort", "tasks.evaluation", "tuner.stack", "tuner.model")
+MODULES = (
+    "rl.algorithms",
+    "rl.settings",
+    "tasks.arithmetic",
+    "tasks.sort",
+    "tasks.evaluation",
+    "tasks.humaneval",
+    "tasks.sandbox",
+    "tuner.stack",
+    "tuner.model",
+)
 
 
 @pytest.mark.parametrize("name", MODULES)

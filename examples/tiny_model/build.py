@@ -17,7 +17,6 @@ import random
 import sys
 import time
 from pathlib import Path
-from typing import Any
 
 import tokenizers
 import torch
@@ -150,12 +149,11 @@ def suitable(
     """Return each task's greedy and sampled evaluation, or None as soon as one of them is out of bounds."""
     figures = {}
     for name, task in TASKS.items():
-        settings: dict[str, Any] = {"reward": task.reward, "max_new_tokens": task.max_completion_tokens}
-        greedy = evaluate(model, tokenizer, rows[name], greedy=True, **settings)
+        greedy = evaluate(model, tokenizer, task, rows[name], greedy=True)
         log(f"  {name}: greedy {greedy.mean:.3f}")
         if not GREEDY_BOUNDS[0] <= greedy.mean <= GREEDY_BOUNDS[1]:
             return None
-        sampled = evaluate(model, tokenizer, rows[name], samples=SAMPLES, temperature=1.0, **settings)
+        sampled = evaluate(model, tokenizer, task, rows[name], samples=SAMPLES)
         log(f"  {name}: sampled {sampled.mean:.3f}")
         if not SAMPLED_BOUNDS[0] <= sampled.mean <= SAMPLED_BOUNDS[1]:
             return None

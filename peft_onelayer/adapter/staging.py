@@ -51,11 +51,7 @@ def staged_directory(target: Path, is_ours: Callable[[Path], bool]) -> Iterator[
     staging = Path(tempfile.mkdtemp(prefix=f".{target.name}.partial-", dir=target.parent))
     try:
         yield staging
-        # mkdtemp and safetensors make what they write private
-        umask = os.umask(0)
-        os.umask(umask)
-        for path in (staging, *staging.rglob("*")):
-            path.chmod((0o777 if path.is_dir() else 0o666) & ~umask)
+        make_readable(staging)
         check_target(target, is_ours)  # minutes may have passed
         old = Path(f"{staging}.old")
         replaced = target.is_dir()
@@ -71,3 +67,11 @@ def staged_directory(target: Path, is_ours: Callable[[Path], bool]) -> Iterator[
             shutil.rmtree(old)
     finally:
         shutil.rmtree(staging, ignore_errors=True)
+
+
+def make_readable(folder: Path) -> None:
+    """Give a folder and all in it the permissions that the umask allows: mkdtemp and safetensors make files private."""
+    umask = os.umask(0)
+    os.umask(umask)
+    for path in (folder, *folder.rglob("*")):
+        path.chmod((0o777 if path.is_dir() else 0o666) & ~umask)

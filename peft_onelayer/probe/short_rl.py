@@ -13,7 +13,7 @@ from collections.abc import Callable, Sequence
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from peft_onelayer.rl.run import GENERATIONS_PER_PROMPT, LEARNING_RATE, PROMPTS_PER_STEP, train_layer
+from peft_onelayer.rl.run import Recipe, demo_recipe, train_layer
 from peft_onelayer.tasks import Task
 from peft_onelayer.tasks.evaluation import Evaluation, evaluate, paired_difference
 from peft_onelayer.tuner import find_decoder_stack
@@ -35,6 +35,8 @@ def probe_layers(
     samples: int = 4,
     seed: int = 0,
     training_steps: int = 150,
+    recipe: Recipe | None = None,
+    batch_size: int = 1024,
     on_step: Callable[[int, int, float], None] = lambda layer, step, reward: None,
 ) -> LayerRanking:
     """Rank `layers` (default: all) by the accuracy gained in `steps` GRPO steps.
@@ -45,6 +47,8 @@ def probe_layers(
 
     Args:
         training_steps: length of the training run that the cost is given as a share of.
+        recipe: the algorithm and its settings (default: `demo_recipe`).
+        batch_size: completions generated at a time when measuring.
         on_step: called with (layer, step, mean reward).
     """
     start = time.perf_counter()
@@ -55,14 +59,12 @@ def probe_layers(
     rows = task.rows("train", problems, seed + 1)
 
     def measure() -> Evaluation:
-        return evaluate(
-            model, tokenizer, rows, task.reward, max_new_tokens=task.max_completion_tokens, samples=samples, seed=seed
-        )
+        return evaluate(model, tokenizer, task, rows, samples=samples, seed=seed, batch_size=batch_size)
 
     base = measure()
     after: dict[int, Evaluation] = {}
     generated = base.tokens_generated
-    trained = 0
+    of_runs = trained = 0  # tokens generated, and trained on, in the short runs
     for layer in chosen:
         result = train_layer(
             model,
@@ -71,11 +73,13 @@ def probe_layers(
             layer,
             steps=steps,
             seed=seed,
+            recipe=recipe,
             on_step=lambda step, reward, layer=layer: on_step(layer, step, reward),  # type: ignore[misc]
         )
         after[layer] = measure()
         result.model.unload()
-        generated += result.tokens_generated + after[layer].tokens_generated
+        generated += after[layer].tokens_generated
+        of_runs += result.tokens_generated
         trained += result.tokens_trained
 
     gains = {layer: paired_difference(evaluation, base) for layer, evaluation in after.items()}
@@ -83,7 +87,8 @@ def probe_layers(
     best = order[0]
     tied = [layer for layer in order if layer == best or _indistinguishable(after[best], after[layer])]
     gain, error = gains[best]
-    per_step = (trained / len(chosen) / steps) + PROMPTS_PER_STEP * GENERATIONS_PER_PROMPT * task.max_completion_tokens
+    generated += of_runs
+    one_run = (of_runs + trained) / len(chosen) / steps * training_steps
     return LayerRanking(
         model=model.name_or_path,
         revision=commit_hash(model),
@@ -94,12 +99,12 @@ def probe_layers(
         order=order,
         tied=tied,
         pick=min(tied, key=lambda layer: abs(layer - (num_layers - 1) / 2)) if gain > Z_95 * error else None,
-        learning_rate=LEARNING_RATE,
+        learning_rate=(recipe or demo_recipe(task, steps)).settings["learning_rate"],
         cost={
             "tokens_generated": generated,
             "tokens_trained": trained,
             "seconds": round(time.perf_counter() - start, 1),
-            "share": round((generated + trained) / (per_step * training_steps), 3),
+            "share": round((generated + trained) / one_run, 3),
         },
         task=task.name,
         seed=seed,

@@ -1,5 +1,34 @@
-"""Reinforcement learning of one block with TRL's trainers."""
+"""Reinforcement learning of one block: what TRL lacks for it. TRL itself is loaded by the names that need it."""
 
-from .ema import EMAAdapterCallback, EMATeacherMixin
+import importlib
+from typing import TYPE_CHECKING, Any
 
-__all__ = ["EMAAdapterCallback", "EMATeacherMixin"]
+if TYPE_CHECKING:
+    from .advantages import gigpo_advantages
+    from .ema import EMAAdapterCallback, EMATeacherMixin
+    from .entropy import TopEntropyMixin
+    from .gigpo import GiGPOConfig, GiGPOTrainer
+
+__all__ = [
+    "EMAAdapterCallback",
+    "EMATeacherMixin",
+    "GiGPOConfig",
+    "GiGPOTrainer",
+    "TopEntropyMixin",
+    "gigpo_advantages",
+]
+
+_MODULES = {
+    "EMAAdapterCallback": ".ema",
+    "EMATeacherMixin": ".ema",
+    "GiGPOConfig": ".gigpo",
+    "GiGPOTrainer": ".gigpo",
+    "TopEntropyMixin": ".entropy",
+    "gigpo_advantages": ".advantages",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _MODULES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(_MODULES[name], __name__), name)

@@ -1,22 +1,26 @@
-"""One GRPO run on a task: TRL's trainer, set up the way the demo and the probe need it.
+"""One training run: a trainer of TRL, its data, and the blocks to train.
 
-It knows nothing about how the layers were chosen or what becomes of the trained model.
+It knows nothing about how the blocks were chosen or what becomes of the trained model.
 """
 
 from __future__ import annotations
 
+import math
 import tempfile
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
 import torch
 from datasets import Dataset
-from peft import PeftModel
-from transformers import PreTrainedModel, PreTrainedTokenizerBase, PrinterCallback, TrainerCallback
-from trl import GRPOConfig, GRPOTrainer
+from peft import PeftModel, get_peft_model
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, PrinterCallback, TrainerCallback, TrainingArguments
 
 from peft_onelayer.tasks import Task
 from peft_onelayer.tuner import SingleLayerConfig
+
+from .algorithms import Algorithm, load_algorithm
 
 PROMPTS_PER_STEP = 24
 GENERATIONS_PER_PROMPT = 8
@@ -24,92 +28,216 @@ LEARNING_RATE = 3e-3  # for one block of the demo model
 WARMUP_STEPS = 5
 
 
-@dataclass
+@dataclass(frozen=True)
 class RunResult:
-    """What a run leaves: the trained model, the mean reward of every step, and what it cost in tokens."""
+    """What a run leaves.
 
-    model: PeftModel
-    rewards: list[float] = field(default_factory=list)
-    tokens_generated: int = 0
-    tokens_trained: int = 0  # prompts and completions
+    Attributes:
+        model: the trained model, wrapped unless everything was trained.
+        rewards: the mean reward at every log, which is every step by default; empty for offline algorithms.
+        losses: the loss at every log.
+        steps: optimizer steps, those before a resumption counted.
+        tokens_generated: tokens of all completions of the run; 0 for offline algorithms.
+        tokens_trained: prompt and completion tokens that the trainer counted.
+    """
+
+    model: PeftModel | PreTrainedModel
+    rewards: list[float]
+    losses: list[float]
+    steps: int
+    tokens_generated: int
+    tokens_trained: int
 
 
 class _Progress(TrainerCallback):
-    """Collects what TRL logs after each step and reports the reward."""
+    """Reports the reward, or where there is none the loss, of every log."""
 
     def __init__(self, on_step: Callable[[int, float], None]) -> None:
         self.on_step = on_step
-        self.rewards: list[float] = []
-        self.tokens_generated = 0.0
 
     def on_log(self, args, state, control, logs=None, **kwargs) -> None:
-        if logs and "reward" in logs:
-            self.rewards.append(logs["reward"])
-            self.tokens_generated += logs["completions/mean_length"] * PROMPTS_PER_STEP * GENERATIONS_PER_PROMPT
-            self.on_step(state.global_step, logs["reward"])
+        if logs and ("reward" in logs or "loss" in logs):
+            self.on_step(state.global_step, logs.get("reward", logs.get("loss")))
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """An algorithm with the values of its configuration's fields, from which runs of several lengths can be made."""
+
+    algorithm: Algorithm
+    settings: Mapping[str, Any]
+    top_entropy: bool = False
+
+    def config(self, **changes: Any) -> TrainingArguments:
+        return self.algorithm.config_class(**{**self.settings, **changes})
+
+
+def device_settings() -> dict[str, Any]:
+    """Fields of a TRL configuration that depend on the machine: TRL's default bf16 is refused without a GPU."""
+    return {} if torch.cuda.is_available() else {"use_cpu": True, "bf16": False}
+
+
+def train(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    algorithm: Algorithm,
+    config: TrainingArguments,
+    rows: Sequence[dict[str, Any]],
+    *,
+    layers: int | str | list[int] | None,
+    task: Task | None = None,
+    top_entropy: bool = False,
+    resume_from: Path | None = None,
+    save_to: Path | None = None,
+    on_step: Callable[[int, float], None] = lambda step, value: None,
+) -> RunResult:
+    """Train `layers` of `model` on `rows` with the trainer that `algorithm` names.
+
+    `model` is wrapped in place. On the same machine the same arguments give the same weights, and a run resumed from a
+    checkpoint those of an uninterrupted one.
+
+    Args:
+        config: of the algorithm's configuration class.
+        rows: the training data, in the columns that the algorithm takes.
+        layers: what `SingleLayerConfig` takes, or None to train every parameter of the model.
+        task: gives an online algorithm its reward and, for agents, its environments.
+        top_entropy: divide the loss on `config.top_entropy_quantile` of the tokens by the number of those tokens.
+        resume_from: a checkpoint of an interrupted run.
+        save_to: folder for what `Trainer.save_model` writes: the adapter in float32, or the model in its own dtype.
+        on_step: called at every log with the step and the mean reward, or the loss where there is no reward.
+    """
+    trainer_class = algorithm.trainer_class(adapter=layers is not None)
+    if top_entropy:
+        from .entropy import TopEntropyMixin
+
+        trainer_class = type(trainer_class.__name__, (TopEntropyMixin, trainer_class), {})
+    dtype = model.dtype
+    if layers is None:
+        model = model.float()  # as a block's: bfloat16 drops most updates of RL's size
+    arguments: dict[str, Any] = {}
+    if algorithm.online and task is not None:
+        arguments["reward_funcs"] = task.reward
+        if task.environment_factory is not None:
+            arguments["environment_factory"] = task.environment_factory
+    if layers is not None:
+        peft_config = SingleLayerConfig(layer=layers, task_type="CAUSAL_LM")
+        if algorithm.takes_peft_config:
+            arguments["peft_config"] = peft_config
+        else:
+            model = get_peft_model(model, peft_config)
+    trainer = trainer_class(
+        model,
+        args=config,
+        train_dataset=Dataset.from_list(list(rows)),
+        processing_class=tokenizer,
+        callbacks=[_Progress(on_step)],
+        **arguments,
+    )
+    trainer.remove_callback(PrinterCallback)  # it prints every log to stdout
+    trainer.train(resume_from_checkpoint=str(resume_from) if resume_from else None)
+    trained = trainer.accelerator.unwrap_model(trainer.model)
+    if layers is None:
+        trained.to(dtype)
+    if save_to is not None:
+        trainer.save_model(str(save_to))
+    logs = trainer.state.log_history
+    return RunResult(
+        model=trained,
+        rewards=[log["reward"] for log in logs if "reward" in log],
+        losses=[log["loss"] for log in logs if "loss" in log],
+        steps=trainer.state.global_step,
+        tokens_generated=_tokens_generated(logs, config),
+        tokens_trained=int(trainer.state.num_input_tokens_seen),
+    )
+
+
+def prompts_needed(algorithm: Algorithm, config: TrainingArguments, steps: int | None = None) -> int:
+    """How many prompts a run of `steps` (default: `config.max_steps`) draws, at least those of one generation."""
+    fields = config.to_dict()
+    per_step = config.per_device_train_batch_size * config.gradient_accumulation_steps * config.world_size
+    group = fields[algorithm.group_size] if algorithm.group_size else 1
+    completions = (steps or config.max_steps) * per_step / fields.get("num_iterations", 1)
+    return math.ceil(max(completions, fields.get("generation_batch_size") or 1) / group)
+
+
+def _tokens_generated(logs: list[dict[str, float]], config: TrainingArguments) -> int:
+    """The sum of completion lengths; TRL logs their mean over the steps since the log before."""
+    per_step = config.per_device_train_batch_size * config.gradient_accumulation_steps * config.world_size
+    tokens, step = 0.0, 0.0
+    for log in logs:
+        if "completions/mean_length" in log:
+            tokens += log["completions/mean_length"] * per_step * (log["step"] - step)
+            step = log["step"]
+    return round(tokens)
 
 
 def train_layer(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     task: Task,
-    layer: int | str | list[int],
+    layer: int | str | list[int] | None,
     *,
     steps: int,
     seed: int,
+    recipe: Recipe | None = None,
     on_step: Callable[[int, float], None] = lambda step, reward: None,
 ) -> RunResult:
-    """Train `layer` of `model` with on-policy GRPO for `steps` steps of 24 prompts x 8 completions.
+    """Train `layer` of `model`, or with None all of it, on `task` for `steps` steps and leave nothing on disk.
 
-    Plain GRPO (arXiv 2402.03300: advantages normalised by the group's standard deviation, no KL term), AdamW without
-    weight decay, gradient norm clipped at 1, linear warm-up and linear decay to 0. `model` is wrapped in place; the
-    same seed on the same machine gives the same weights.
+    `model` is wrapped in place; the same seed on the same machine gives the same weights.
 
     Args:
         steps: optimizer steps, at least 1.
+        recipe: an online algorithm (default: `demo_recipe`).
         on_step: called after every step with its number and mean reward.
     """
-    progress = _Progress(on_step)
+    recipe = recipe or demo_recipe(task, steps)
     with tempfile.TemporaryDirectory() as scratch:
-        trainer = GRPOTrainer(
-            model,
-            reward_funcs=task.reward,
-            args=GRPOConfig(
-                output_dir=scratch,
-                save_strategy="no",
-                report_to="none",
-                disable_tqdm=True,
-                logging_steps=1,
-                seed=seed,
-                use_cpu=not torch.cuda.is_available(),
-                bf16=False,  # the base's own dtype; the trained block is float32 anyway
-                gradient_checkpointing=False,
-                max_steps=steps,
-                per_device_train_batch_size=PROMPTS_PER_STEP * GENERATIONS_PER_PROMPT,
-                num_generations=GENERATIONS_PER_PROMPT,
-                max_completion_length=task.max_completion_tokens,
-                temperature=1.0,
-                top_k=0,
-                beta=0.0,
-                loss_type="grpo",
-                scale_rewards="group",
-                learning_rate=LEARNING_RATE,
-                lr_scheduler_type="linear",
-                warmup_steps=min(WARMUP_STEPS, steps - 1),
-                adam_beta2=0.99,
-                weight_decay=0.0,
-                max_grad_norm=1.0,
-            ),
-            train_dataset=Dataset.from_list(task.rows("train", steps * PROMPTS_PER_STEP, seed)),
-            processing_class=tokenizer,
-            peft_config=SingleLayerConfig(layer=layer, task_type="CAUSAL_LM"),
-            callbacks=[progress],
+        config = recipe.config(
+            output_dir=scratch,
+            seed=seed,
+            max_steps=steps,
+            save_strategy="no",
+            report_to="none",
+            disable_tqdm=True,
+            logging_steps=1,
         )
-        trainer.remove_callback(PrinterCallback)  # it prints every log to stdout
-        trainer.train()
-    return RunResult(
-        model=trainer.model,
-        rewards=progress.rewards,
-        tokens_generated=round(progress.tokens_generated),
-        tokens_trained=int(trainer.state.num_input_tokens_seen),
-    )
+        rows = task.rows("train", prompts_needed(recipe.algorithm, config), seed)
+        return train(
+            model,
+            tokenizer,
+            recipe.algorithm,
+            config,
+            rows,
+            layers=layer,
+            task=task,
+            top_entropy=recipe.top_entropy,
+            on_step=on_step,
+        )
+
+
+def demo_recipe(task: Task, steps: int) -> Recipe:
+    """GRPO as the demo runs it: 24 prompts x 8 completions a step, on policy.
+
+    Plain GRPO (arXiv 2402.03300: advantages normalised by the group's standard deviation) without a KL term, AdamW
+    without weight decay, gradient norm clipped at 1, linear warm-up and linear decay to 0.
+    """
+    grpo = load_algorithm("grpo")
+    settings = {
+        "use_cpu": not torch.cuda.is_available(),
+        "bf16": False,  # the base's own dtype; the trained block is float32 anyway
+        "gradient_checkpointing": False,
+        "per_device_train_batch_size": PROMPTS_PER_STEP * GENERATIONS_PER_PROMPT,
+        "num_generations": GENERATIONS_PER_PROMPT,
+        "max_completion_length": task.max_completion_tokens,
+        "temperature": 1.0,
+        "top_k": 0,
+        "beta": 0.0,
+        "learning_rate": LEARNING_RATE,
+        "lr_scheduler_type": "linear",
+        "warmup_steps": min(WARMUP_STEPS, steps - 1),
+        "adam_beta2": 0.99,
+        "weight_decay": 0.0,
+        "max_grad_norm": 1.0,
+    }
+    return Recipe(grpo, {**grpo.settings, **settings})

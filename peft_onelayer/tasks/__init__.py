@@ -1,45 +1,84 @@
-"""Tasks with verifiable answers: one file per task, with its data, its prompt and its reward.
+"""Tasks with verifiable answers: one file per task, with its data, prompt, reward and, for agents, its environment.
 
-What every task offers:
+Every task module offers
 
-- `rows(split, n, seed)`: dicts with a "prompt" and the data set's other columns, the same for the same arguments. The
-  problems of "train" and "test" never overlap.
+- `load(argument)`: the `Task`; `argument` is what follows the colon of `reasoning_gym:chain_sum`, "" without one.
 - one reward whose name holds "reward", in TRL's signature: `reward(prompts, completions, <columns>, **kwargs)` returns
   one float per completion. Completions are plain strings or chat lists (`[{"role": "assistant", "content": "..."}]`).
-
-- `MAX_COMPLETION_TOKENS`, where a completion is cut.
 
 Importing this package imports no task. It knows nothing about models, tokenizers or trainers; the helpers below are
 what the tasks share.
 """
 
+import difflib
 import importlib
 import random
-from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
 
-TASKS = ("arithmetic", "sort")
+TASKS = ("arithmetic", "sort", "gsm8k", "reasoning_gym", "humaneval", "textworld")
+RUNS_CODE = ("humaneval",)  # tasks whose reward runs what the model wrote, and so take `unsafe`
+EXTRA = ("math_verify", "reasoning_gym", "textworld")  # imported by tasks, installed by the extra "tasks"
 
 
-class Task(NamedTuple):
-    """A task as the trainers and the evaluation take it; see the module's docstring for the fields."""
+@dataclass(frozen=True)
+class Task:
+    """A task as the trainers and the evaluation take it.
+
+    Attributes:
+        name: as given to `load_task`, such as "reasoning_gym:chain_sum".
+        rows: `rows(split, n, seed)` returns dicts with a "prompt" (plain text, or a list of chat messages) and the
+            columns that the reward takes, the same for the same arguments. The problems of "train" and "test" never
+            overlap. At most `n` rows, fewer where the split is smaller; those of "test" are distinct.
+        reward: in TRL's signature.
+        max_completion_tokens: where a completion is cut by default.
+        environment_factory: makes one environment per rollout, as TRL's `environment_factory`; None without turns.
+        data: what identifies the data for a repetition of the run: versions, revisions, digests.
+    """
 
     name: str
-    rows: Callable[[str, int, int], list[dict[str, str]]]
+    rows: Callable[[str, int, int], list[dict[str, Any]]]
     reward: Callable[..., list[float]]
     max_completion_tokens: int
+    environment_factory: Callable[[], Any] | None = None
+    data: Mapping[str, str] = field(default_factory=dict)
 
 
-def load_task(name: str) -> Task:
-    """Import the task `name`.
+def load_task(name: str, *, unsafe: bool = False) -> Task:
+    """Import the task `name`, such as "gsm8k", "reasoning_gym:chain_sum" or "path/to/file.py".
+
+    Args:
+        unsafe: let a task that runs the model's code do so where no sandbox can be made.
 
     Raises:
-        ValueError: for a name that is not in `TASKS`.
+        ValueError: for a name that is neither in `TASKS` nor a Python file, an argument that the task does not take,
+            data not found, or a library of the extra "tasks" that is not installed.
     """
-    if name not in TASKS:
-        raise ValueError(f"task {name!r} is not known; expected {' or '.join(TASKS)}")
-    module = importlib.import_module(f"{__name__}.{name}")
-    return Task(name, module.rows, getattr(module, f"{name}_reward"), module.MAX_COMPLETION_TOKENS)
+    if name.endswith(".py"):
+        from peft_onelayer.tasks.user import load_file_task
+
+        return load_file_task(name)
+    base, _, argument = name.partition(":")
+    if base not in TASKS:
+        near = difflib.get_close_matches(base, TASKS, n=1)
+        hint = f"did you mean {near[0]!r}? " if near else ""
+        raise ValueError(f"task {name!r} is not known; {hint}expected a Python file or one of {', '.join(TASKS)}")
+    try:
+        module = importlib.import_module(f"{__name__}.{base}")
+        return module.load(argument, unsafe=unsafe) if base in RUNS_CODE else module.load(argument)
+    except ModuleNotFoundError as error:
+        if error.name not in EXTRA:
+            raise
+        raise ValueError(f"task {base!r} needs {error.name}: pip install 'peft-onelayer[tasks]'") from error
+
+
+def as_chat(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Return the rows with plain prompts turned into one message of the user; chat prompts stay as they are."""
+    return [
+        {**row, "prompt": [{"role": "user", "content": row["prompt"]}]} if isinstance(row["prompt"], str) else row
+        for row in rows
+    ]
 
 
 HELD_OUT = 8  # one problem in eight belongs to the test split

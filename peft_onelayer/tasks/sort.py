@@ -9,14 +9,14 @@ credit for part of an answer.
 """
 
 from collections.abc import Sequence
-from typing import Any, Literal
+from typing import Any
 
-from peft_onelayer.tasks import draw_problems, exact_match
+from peft_onelayer.tasks import Task, draw_problems, exact_match
 
 MAX_COMPLETION_TOKENS = 9  # with one token per character
 
 
-def rows(split: Literal["train", "test"], n: int, seed: int) -> list[dict[str, str]]:
+def rows(split: str, n: int, seed: int) -> list[dict[str, Any]]:
     """Return `n` problems of a split; the same ones for the same arguments.
 
     Test problems are distinct; train problems may repeat.
@@ -46,3 +46,14 @@ def sort_reward(
     [1.0, 1.0, 0.0]
     """
     return exact_match(completions, answer)
+
+
+def load(argument: str = "") -> Task:
+    """Return the task; it takes no argument.
+
+    Raises:
+        ValueError: for an argument.
+    """
+    if argument:
+        raise ValueError(f"task 'sort' takes no argument, got {argument!r}; write just 'sort'")
+    return Task("sort", rows, sort_reward, MAX_COMPLETION_TOKENS)

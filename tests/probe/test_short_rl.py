@@ -38,7 +38,7 @@ def test_the_choice(monkeypatch):
     """From given scores: the best, what is tied with it, and the block nearest the middle among those."""
 
     def evaluation(*scores):
-        return Evaluation(prompts=tuple(map(str, range(len(scores)))), scores=scores, samples=1)
+        return Evaluation(problems=tuple(map(str, range(len(scores)))), scores=scores, samples=1)
 
     def choose(base, *after):
         measured = iter([base, *after])

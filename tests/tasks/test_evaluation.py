@@ -1,3 +1,5 @@
+import dataclasses
+import json
 import math
 import subprocess
 import sys
@@ -6,11 +8,12 @@ import demo_model
 import pytest
 import torch
 
-from peft_onelayer.tasks import arithmetic, sort
-from peft_onelayer.tasks.arithmetic import arithmetic_reward
+from peft_onelayer.tasks import load_task
 from peft_onelayer.tasks.evaluation import Evaluation, evaluate, paired_difference
 
-ROWS = arithmetic.rows("test", 64, seed=0)
+TASK = load_task("arithmetic")
+ROWS = TASK.rows("test", 64, 0)
+SORT_ROWS = load_task("sort").rows("test", 20, 0)
 
 
 @pytest.fixture(scope="module")
@@ -20,7 +23,7 @@ def base():
 
 @pytest.fixture(scope="module")
 def sampled(base):
-    return evaluate(*base, ROWS, arithmetic_reward, max_new_tokens=5)
+    return evaluate(*base, TASK, ROWS)
 
 
 class Recorder:
@@ -29,19 +32,23 @@ class Recorder:
     def __init__(self):
         self.prompts, self.completions, self.answers = [], [], []
 
-    def __call__(self, prompts, completions, answer):
+    def __call__(self, prompts, completions, answer, **kwargs):
         self.prompts += prompts
         self.completions += completions
         self.answers += answer
         return [float(completion[0] == "1") for completion in completions]
 
 
+def graded_by(reward):
+    return dataclasses.replace(TASK, reward=reward)
+
+
 def test_mean_and_standard_error_are_over_problems():
-    evaluation = Evaluation(prompts=("a", "b", "c", "d"), scores=(0.0, 0.25, 0.5, 1.0), samples=4)
+    evaluation = Evaluation(problems=("a", "b", "c", "d"), scores=(0.0, 0.25, 0.5, 1.0), samples=4)
     assert (evaluation.n, evaluation.mean) == (4, 0.4375)
     # squared deviations .1914 + .0352 + .0039 + .3164 = .546875; / 3 = .182292, / 4 = .045573, root = .213478
     assert evaluation.standard_error == pytest.approx(0.213478, abs=1e-6)
-    assert math.isnan(Evaluation(prompts=("a",), scores=(1.0,), samples=4).standard_error)
+    assert math.isnan(Evaluation(problems=("a",), scores=(1.0,), samples=4).standard_error)
 
 
 def test_a_paired_difference_takes_out_what_the_problems_share():
@@ -65,8 +72,8 @@ def test_a_difference_between_other_problems_is_refused(prompts):
 
 def test_a_score_is_the_mean_over_the_samples_of_its_own_problem(base):
     reward = Recorder()
-    evaluation = evaluate(*base, ROWS[:10], reward, max_new_tokens=5, samples=3, batch_size=7)
-    assert evaluation.prompts == tuple(row["prompt"] for row in ROWS[:10]) and evaluation.samples == 3
+    evaluation = evaluate(*base, graded_by(reward), ROWS[:10], samples=3, batch_size=7)
+    assert [json.loads(problem) for problem in evaluation.problems] == ROWS[:10] and evaluation.samples == 3
     assert reward.prompts == [row["prompt"] for row in ROWS[:10] for _ in range(3)]
     assert reward.answers == [row["answer"] for row in ROWS[:10] for _ in range(3)]
     first_digits = [float(completion[0] == "1") for completion in reward.completions]
@@ -76,31 +83,30 @@ def test_a_score_is_the_mean_over_the_samples_of_its_own_problem(base):
 
 
 def test_greedy_decoding_is_one_completion_that_no_seed_changes(base):
-    kwargs = {"reward": arithmetic_reward, "max_new_tokens": 5, "greedy": True}
-    greedy = evaluate(*base, ROWS, **kwargs)
+    greedy = evaluate(*base, TASK, ROWS, greedy=True)
     assert greedy.samples == 1 and set(greedy.scores) == {0.0, 1.0}
-    assert evaluate(*base, ROWS, seed=1, samples=9, batch_size=5, **kwargs) == greedy
-    cold = evaluate(*base, ROWS, arithmetic_reward, max_new_tokens=5, samples=2, temperature=1e-4)
+    assert evaluate(*base, TASK, ROWS, greedy=True, seed=1, samples=9, batch_size=5) == greedy
+    cold = evaluate(*base, TASK, ROWS, samples=2, temperature=1e-4)
     assert cold.scores == greedy.scores
 
 
 def test_sampling_follows_its_seed(base, sampled):
-    assert evaluate(*base, ROWS, arithmetic_reward, max_new_tokens=5) == sampled
-    assert evaluate(*base, ROWS, arithmetic_reward, max_new_tokens=5, seed=1).scores != sampled.scores
+    assert evaluate(*base, TASK, ROWS) == sampled
+    assert evaluate(*base, TASK, ROWS, seed=1).scores != sampled.scores
 
 
 def test_the_models_own_sampling_settings_play_no_part(sampled):
     model, tokenizer = demo_model.load()
     model.generation_config.update(do_sample=True, top_k=1, top_p=0.1, temperature=0.01, repetition_penalty=9.0)
-    assert evaluate(model, tokenizer, ROWS, arithmetic_reward, max_new_tokens=5) == sampled
+    assert evaluate(model, tokenizer, TASK, ROWS) == sampled
 
 
 def test_prompts_of_different_lengths_are_padded_on_the_left(base):
-    rows = [row for pair in zip(ROWS[:20], sort.rows("test", 20, seed=0), strict=True) for row in pair]
+    rows = [row for pair in zip(ROWS[:20], SORT_ROWS, strict=True) for row in pair]
     together, alone = Recorder(), Recorder()
-    evaluate(*base, rows, together, max_new_tokens=9, greedy=True)
+    evaluate(*base, graded_by(together), rows, max_completion_tokens=9, greedy=True)
     for row in rows:
-        evaluate(*base, [row], alone, max_new_tokens=9, greedy=True)
+        evaluate(*base, graded_by(alone), [row], max_completion_tokens=9, greedy=True)
     assert together.completions == alone.completions
     assert {len(completion) for completion in alone.completions} >= {4, 8}
 
@@ -112,7 +118,7 @@ def test_an_adapter_that_has_learnt_nothing_scores_like_its_base(base, sampled):
 
     model, tokenizer = demo_model.load()
     adapted = get_peft_model(model, SingleLayerConfig(layer=5))
-    assert evaluate(adapted, tokenizer, ROWS, arithmetic_reward, max_new_tokens=5) == sampled
+    assert evaluate(adapted, tokenizer, TASK, ROWS) == sampled
 
 
 @pytest.mark.parametrize("fails", [False, True])
@@ -125,7 +131,7 @@ def test_modes_gradients_and_random_state_are_as_before(fails):
     state = torch.get_rng_state()
     seen = []
 
-    def reward(prompts, completions, answer):
+    def reward(prompts, completions, answer, **kwargs):
         seen.append((model.training, torch.is_grad_enabled()))
         if fails:
             raise RuntimeError("the reward failed")
@@ -133,9 +139,9 @@ def test_modes_gradients_and_random_state_are_as_before(fails):
 
     if fails:
         with pytest.raises(RuntimeError, match="the reward failed"):
-            evaluate(model, tokenizer, ROWS[:4], reward, max_new_tokens=5)
+            evaluate(model, tokenizer, graded_by(reward), ROWS[:4])
     else:
-        evaluate(model, tokenizer, ROWS[:4], reward, max_new_tokens=5)
+        evaluate(model, tokenizer, graded_by(reward), ROWS[:4])
     assert seen == [(False, False)]
     assert {name: module.training for name, module in model.named_modules()} == modes
     assert torch.equal(torch.get_rng_state(), state)
@@ -145,13 +151,13 @@ def test_modes_gradients_and_random_state_are_as_before(fails):
 @pytest.mark.parametrize(("rows", "samples"), [([], 4), (ROWS, 0)])
 def test_nothing_to_evaluate_is_refused(base, rows, samples):
     with pytest.raises(ValueError, match="at least one row and one sample"):
-        evaluate(*base, rows, arithmetic_reward, max_new_tokens=5, samples=samples)
+        evaluate(*base, TASK, rows, samples=samples)
 
 
 def test_tokens_are_counted_without_the_padding_behind_them(base):
     reward = Recorder()
-    rows = [*ROWS[:20], *sort.rows("test", 20, seed=0)]  # answers of 4 and of 8 digits in one batch
-    evaluation = evaluate(*base, rows, reward, max_new_tokens=8, samples=2)
+    rows = [*ROWS[:20], *SORT_ROWS]  # answers of 4 and of 8 digits in one batch
+    evaluation = evaluate(*base, graded_by(reward), rows, max_completion_tokens=8, samples=2)
     lengths = [len(completion) for completion in reward.completions]
     assert min(lengths) <= 4 and max(lengths) == 8
     assert evaluation.tokens_generated == sum(min(length + 1, 8) for length in lengths)  # and the ".", if it fits

@@ -1,0 +1,228 @@
+"""HumanEval (arXiv 2107.03374): complete a Python function from its docstring; graded by unit tests in a sandbox.
+
+A row has the data set's own columns. HumanEval/53, shortened:
+
+    task_id             HumanEval/53
+    prompt              # Complete the function below. Answer with Python code only, without examples of its use.
+
+                        def add(x: int, y: int):
+                            [its docstring]
+    entry_point         add
+    canonical_solution      return x + y
+    test                def check(candidate):
+                            assert candidate(0, 1) == 1
+                            ...
+
+Its "prompt" is one comment line and then the data set's prompt, word for word. The whole is Python, which a base model
+continues, and to a chat model the comment says what to answer.
+
+    humaneval              the Hub data set openai/openai_humaneval
+    humaneval:SOURCE       another Hub data set, a .jsonl or .jsonl.gz file, or a folder of them with the same columns
+
+HumanEval is an evaluation set: all its 164 problems, and those of a file whose name does not say "train", are "test",
+and there is nothing to train on. To train, give a folder with a train.jsonl of other problems (see files.py).
+
+The tests may call the function, also by its own name, and what the prompt defines above it. It knows nothing about how
+the code is held (see sandbox.py, which says what that does not cover) or about other languages.
+"""
+
+import ast
+import functools
+import os
+import re
+import textwrap
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from peft_onelayer.tasks import Task, completion_text, sandbox
+from peft_onelayer.tasks.files import load_problems
+
+HUB = "openai/openai_humaneval"
+COLUMNS = ("prompt", "test", "entry_point")
+INSTRUCTION = "# Complete the function below. Answer with Python code only, without examples of its use.\n"
+MAX_COMPLETION_TOKENS = 512
+PARALLEL = min(16, os.cpu_count() or 1)  # sandboxes at a time
+READINGS = 50  # places at which the end of a completion is cut in search of what compiles
+
+_FENCE = re.compile(r"^[ \t]*(?:```|~~~).*\n?", re.MULTILINE)
+_CODE_STARTS = re.compile(r"(?:def|class|async|from|import)\s|@")
+
+
+def humaneval_reward(
+    prompts: Sequence[Any],
+    completions: Sequence[Any],
+    test: Sequence[str],
+    entry_point: Sequence[str],
+    *,
+    unsafe: bool = False,
+    **kwargs: Any,
+) -> list[float]:
+    """Reward 1.0 for code that passes all unit tests and 0.0 for any other, in TRL's signature.
+
+    A completion is a program that defines the function, or only the function's body, in or without a fence; prose
+    around it is ignored. `readings` has the rules.
+
+    Args:
+        prompts: hold the imports, helpers and head of the function, as plain text or chat lists.
+        completions: strings or chat lists.
+        test: the data set's column, source that defines `check(candidate)`.
+        entry_point: the data set's column, the name of the function.
+        unsafe: run the code without a sandbox where none can be made (see `sandbox.run`).
+        kwargs: the data set's "prompt", where it is given, is taken in place of `prompts`; the others are not used.
+
+    Raises:
+        SandboxError: where no sandbox can be made and `unsafe` is not set.
+        ValueError: for tests that are not Python, or that call the function with something that is not plain data.
+
+    >>> prompt = "def double(x):\\n    '''Twice x.'''\\n"
+    >>> test = "def check(candidate):\\n    assert candidate(4) == 8"
+    >>> completions = ["    return 2 * x", "```python\\ndef double(x):\\n    return x + x\\n```", "    return 8.5"]
+    >>> humaneval_reward([prompt] * 3, completions, [test] * 3, ["double"] * 3)
+    [1.0, 1.0, 0.0]
+    """
+    sandbox.require(unsafe=unsafe)
+
+    def grade(problem: tuple[Any, Any, str, str]) -> float:
+        prompt, completion, tests, function = problem
+        stub = _stub(completion_text(prompt), function)
+        programs = list(readings(completion_text(completion), stub, function))
+        tests = f"{_preamble(stub, function)}\n{tests}\n\ncheck({function})\n"
+        return float(bool(programs) and sandbox.run(programs, tests, [function], unsafe=unsafe).passed)
+
+    with ThreadPoolExecutor(PARALLEL) as pool:
+        problems = zip(kwargs.get("prompt", prompts), completions, test, entry_point, strict=True)
+        return list(pool.map(grade, problems))
+
+
+def readings(completion: str, stub: str, function: str) -> Iterator[str]:
+    """Yield the programs that a completion may be read as, the most likely first; the first that compiles counts.
+
+    Of several fenced blocks the last one that defines the function is taken; where none does, the first one.
+
+    - A program is put below what the prompt defines above the function. Prose before its first definition is left out,
+      and the end of its top level, as far as that does not compile.
+    - A body is put below the prompt and ends where the next top-level statement begins. It may have lost its
+      indentation, or that of its first line.
+
+    Args:
+        completion: what the model wrote.
+        stub: imports, helpers and the head of the function, with or without a docstring.
+        function: its name.
+
+    >>> stub = "import math\\n\\ndef root(x):\\n    'The square root.'\\n"
+    >>> next(readings("return math.sqrt(x)", stub, "root"))
+    "import math\\n\\ndef root(x):\\n    'The square root.'\\n    return math.sqrt(x)"
+    >>> next(readings("Sure:\\n```\\ndef root(x):\\n    return x ** .5\\n```\\nDone.", stub, "root"))
+    'import math\\n\\n\\ndef root(x):\\n    return x ** .5\\n'
+    """
+    head = _head(function)
+    blocks = _FENCE.split(completion.replace("\r\n", "\n"))
+    if defining := [block for block in blocks if head.search(textwrap.dedent(block))]:
+        block = textwrap.dedent(defining[-1])
+        if block.strip("\n")[:1].isspace():  # a body, and then the function once more
+            yield from _bodies(block, stub)
+        yield from _programs(block, stub, function)
+        return
+    # A fence below a body may only close it; otherwise what stands above a fence is prose.
+    starts_indented = blocks[0].strip("\n")[:1].isspace()
+    for block in blocks[:2] if starts_indented else blocks[1::-1]:
+        if block.strip():
+            yield from _bodies(block, stub)
+
+
+def _head(function: str) -> re.Pattern[str]:
+    return re.compile(rf"^(?:async[ \t]+)?def[ \t]+{re.escape(function)}\b", re.MULTILINE)
+
+
+def _programs(block: str, stub: str, function: str) -> Iterator[str]:
+    lines = block.splitlines(keepends=True)
+    head = _head(function)
+    defined = next(i for i, line in enumerate(lines) if head.match(line))
+    code = next(i for i, line in enumerate(lines) if _CODE_STARTS.match(line))
+    ends = [i for i in range(defined + 1, len(lines)) if not lines[i][0].isspace()]
+    for start in dict.fromkeys((0, code)):
+        for end in (len(lines), *reversed(ends[:READINGS])):
+            program = "".join(lines[start:end])
+            # a __future__ import has to be the first statement
+            yield program if "__future__" in program else f"{_preamble(stub, function)}\n{program}"
+
+
+def _bodies(block: str, stub: str) -> Iterator[str]:
+    block = block.strip("\n")
+    lines = block.splitlines(keepends=True)
+    top = [i for i in range(1, len(lines)) if not lines[i][0].isspace() and lines[i][0] != "#"]
+    first_block = "".join(lines[: top[0]] if top else lines)
+    stub = stub.rstrip() + "\n"
+    if block[:1].isspace():
+        yield stub + textwrap.indent(textwrap.dedent(first_block), "    ")
+    else:
+        # Indented as a whole, a body that has lost only its first indentation does not compile.
+        for end in (len(lines), *reversed(top[:READINGS])):
+            yield stub + textwrap.indent("".join(lines[:end]), "    ")
+    yield stub + "    " + first_block.lstrip()
+    yield stub + block  # a string or bracket may hold lines that only look like top-level statements
+
+
+def _preamble(stub: str, function: str) -> str:
+    """Return what the prompt holds above the function."""
+    match = _head(function).search(stub)
+    return stub[: match.start()] if match else ""
+
+
+def _stub(prompt: str, function: str) -> str:
+    """Return the code of a prompt, without a fence or prose around it."""
+    head = _head(function)
+    block = next((block for block in reversed(_FENCE.split(prompt)) if head.search(block)), prompt)
+    try:
+        compile(f"{block.rstrip()}\n    pass\n", "prompt", "exec")
+    except SyntaxError:
+        lines = block.splitlines(keepends=True)
+        return "".join(lines[next((i for i, line in enumerate(lines) if _CODE_STARTS.match(line)), 0) :])
+    return block
+
+
+def load(argument: str = "", *, unsafe: bool = False) -> Task:
+    """Return the task.
+
+    Args:
+        argument: where the problems are; the head of this module says what it may be.
+        unsafe: let the code run without a sandbox where none can be made.
+
+    Raises:
+        SandboxError: where no sandbox can be made and `unsafe` is not set.
+        ValueError: for data that is not there, lacks a column, or has tests that are not Python.
+    """
+    sandbox.require(unsafe=unsafe)
+    source = argument or HUB
+    problems = load_problems(source, COLUMNS)
+    if Path(source).expanduser().is_file() and len(problems.splits) == 2:  # a file that names no split
+        problems = replace(problems, splits={"test": [row for rows in problems.splits.values() for row in rows]})
+    for row in (row for rows in problems.splits.values() for row in rows):
+        _check_tests(row)
+
+    def rows(split: str, n: int, seed: int) -> list[dict[str, Any]]:
+        if split == "train" and split not in problems.splits:
+            raise ValueError(
+                f"{source} holds problems for evaluation only; to train on code, give humaneval:FOLDER with a "
+                f"train.jsonl (columns {', '.join(COLUMNS)})"
+            )
+        return [row | {"prompt": INSTRUCTION + row["prompt"]} for row in problems.rows(split, n, seed)]
+
+    @functools.wraps(humaneval_reward)
+    def reward(*args: Any, **kwargs: Any) -> list[float]:
+        return humaneval_reward(*args, **kwargs, unsafe=unsafe)
+
+    name = f"humaneval:{argument}" if argument else "humaneval"
+    return Task(name, rows, reward, MAX_COMPLETION_TOKENS, data=problems.data)
+
+
+def _check_tests(row: dict[str, Any]) -> None:
+    try:
+        tree = ast.parse(row["test"])
+    except SyntaxError as error:
+        raise ValueError(f"the tests of {row['entry_point']!r} are not Python: {error}") from error
+    if not any(isinstance(node, ast.FunctionDef) and node.name == "check" for node in tree.body):
+        raise ValueError(f"the tests of {row['entry_point']!r} define no check(candidate)")

@@ -1,0 +1,357 @@
+"""Rollouts: completions of a model for the rows of a task, with their rewards, in one turn or through an environment.
+
+They are the rollouts of `trl.GRPOTrainer` (1.16): the same tokens and rewards and, from the same random state, the same
+samples, but without a trainer and without a trace on the model. Text only, one environment class and synchronous
+tools, which is what a `Task` can hold. It knows nothing about a particular task or what the rewards are used for.
+"""
+
+import copy
+import inspect
+import math
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from peft import PeftModel
+from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase, TrainerState
+
+from . import Task
+
+Messages = list[dict[str, Any]]
+
+
+@dataclass(frozen=True)
+class Rollout:
+    """One completion of a row and its reward.
+
+    Attributes:
+        prompt: what the model was given: the row's prompt and, in an environment, the first observation behind it.
+        completion: text; for a chat prompt the messages that follow it, tool calls and their results among them.
+        reward: what the task's reward gave.
+        tokens: number of tokens that the model generated, the end-of-sequence token counted, padding and the
+            environment's tokens not.
+        ended: whether it ends with an end-of-sequence token; False where it was cut.
+    """
+
+    prompt: str | Messages
+    completion: str | Messages
+    reward: float
+    tokens: int
+    ended: bool
+
+
+def sample_rollouts(
+    model: PreTrainedModel | PeftModel,
+    tokenizer: PreTrainedTokenizerBase,
+    task: Task,
+    rows: Sequence[dict[str, Any]],
+    *,
+    greedy: bool = False,
+    samples: int = 4,
+    temperature: float = 1.0,
+    seed: int = 0,
+    batch_size: int = 1024,
+    max_completion_tokens: int | None = None,
+    on_progress: Callable[[int], None] = lambda done: None,
+) -> list[list[Rollout]]:
+    """Complete every row `samples` times, or once greedily, and grade the completions with the task's reward.
+
+    Sampling is from the full distribution (no top-k, no top-p, no penalties). The model stays on its device; its train
+    or eval mode and torch's random state are as before afterwards.
+
+    Args:
+        rows: dicts with a "prompt" (plain text, or a list of chat messages) and the columns that the reward takes.
+        greedy: decode greedily, once per row; `samples` and `temperature` then play no part.
+        samples: completions per row.
+        temperature: of sampling.
+        seed: of sampling; the samples also depend on `batch_size`.
+        batch_size: completions generated at a time.
+        max_completion_tokens: where a completion is cut that did not end by itself (default: the task's own); with an
+            environment it bounds all turns together, the environment's tokens included, as TRL's
+            `max_completion_length`.
+        on_progress: called after every batch with the number of completions done.
+
+    Returns:
+        The rollouts of each row, in the rows' order.
+
+    Raises:
+        ValueError: without rows, with samples < 1, a prompt that leaves no room in the model's context, chat prompts
+            for a tokenizer without a chat template, an environment with one that cannot render tool calls, or a reward
+            that returned something else than one number per completion.
+    """
+    if not rows or samples < 1:
+        raise ValueError(f"rollouts need at least one row and one sample, got {len(rows)} rows, samples={samples}")
+    chat = not isinstance(rows[0]["prompt"], str)
+    if chat and tokenizer.chat_template is None:
+        raise ValueError(f"the prompts of {task.name} are chat messages, but the tokenizer has no chat template")
+    if not chat and task.environment_factory is not None:
+        raise ValueError(f"task {task.name} plays through an environment and so needs chat prompts, not plain text")
+    samples = 1 if greedy else samples
+    player = _Player(model, tokenizer, task, greedy, temperature, max_completion_tokens or task.max_completion_tokens)
+    repeated = [row for row in rows for _ in range(samples)]
+    rollouts: list[Rollout] = []
+    with _generating(model, seed):
+        for start in range(0, len(repeated), batch_size):
+            rollouts += player.play(repeated[start : start + batch_size])
+            on_progress(len(rollouts))
+    return [rollouts[i : i + samples] for i in range(0, len(rollouts), samples)]
+
+
+@contextmanager
+def _generating(model: PreTrainedModel | PeftModel, seed: int) -> Iterator[None]:
+    """Eval mode, no gradients, torch seeded; on exit all as before."""
+    devices = [model.device] if model.device.type == "cuda" else []
+    training_modules = [module for module in model.modules() if module.training]
+    model.eval()
+    try:
+        with torch.no_grad(), torch.random.fork_rng(devices=devices):
+            torch.manual_seed(seed)
+            yield
+    finally:
+        for module in training_modules:
+            module.training = True
+
+
+@dataclass
+class _Episode:
+    """A rollout under way."""
+
+    prompt: Any  # as in Rollout
+    prompt_ids: list[int]
+    ids: list[int]  # everything behind the prompt: the model's tokens and the environment's
+    completion: Any  # as in Rollout
+    tokens: int  # of `ids`, those that the model generated
+    tools: dict[str, Callable[..., Any]]
+
+
+class _Player:
+    """Plays batches of rows: generates, lets the environments answer, and grades."""
+
+    def __init__(
+        self,
+        model: PreTrainedModel | PeftModel,
+        tokenizer: PreTrainedTokenizerBase,
+        task: Task,
+        greedy: bool,
+        temperature: float,
+        max_completion_tokens: int,
+    ) -> None:
+        self.model, self.tokenizer, self.task = model, tokenizer, task
+        self.max_completion_tokens = max_completion_tokens
+        # Some configurations have no such limit (ALiBi, state-space models).
+        self.context = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+        # As GRPOTrainer: every end-of-sequence id that the model declares ends a completion, and the tokenizer's.
+        declared = model.generation_config.eos_token_id
+        eos = {tokenizer.eos_token_id, *(declared if isinstance(declared, list) else [declared])} - {None}
+        self.eos = sorted(eos)
+        self.pad = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
+        # Spelled out because generate() fills every field left out from the model's own generation_config.json.
+        sampling = {"temperature": temperature, "top_k": 0, "top_p": 1.0}
+        self.generation_config = GenerationConfig(
+            max_new_tokens=max_completion_tokens,
+            do_sample=not greedy,
+            num_beams=1,
+            repetition_penalty=1.0,
+            pad_token_id=self.pad,
+            eos_token_id=self.eos,
+            use_cache=True,
+            disable_compile=True,
+            **({} if greedy else sampling),
+        )
+        self.environments: list[Any] = []  # made once and reset for every rollout, as TRL does
+        self.chat_template: str | None = None
+        if task.environment_factory is not None:
+            self._prepare_tools()
+
+    def _prepare_tools(self) -> None:
+        """Make the tokenizer able to write tool results and to read tool calls, the way `GRPOTrainer.__init__` does."""
+        from trl.chat_template_utils import (
+            add_response_schema,
+            get_training_chat_template,
+            is_chat_template_prefix_preserving,
+            supports_tool_calling,
+        )
+
+        if not supports_tool_calling(self.tokenizer):
+            raise ValueError(
+                f"task {self.task.name} plays through tool calls, which the tokenizer's chat template cannot write; "
+                "use a model with a tool-calling template"
+            )
+        if self.tokenizer.response_template is None:
+            self.tokenizer = add_response_schema(copy.copy(self.tokenizer))
+        if not is_chat_template_prefix_preserving(self.tokenizer):
+            self.chat_template = get_training_chat_template(self.tokenizer)
+
+    def play(self, rows: Sequence[dict[str, Any]]) -> list[Rollout]:
+        """Complete each row once and grade the completions."""
+        episodes = self._begin(rows)
+        if self.task.environment_factory is not None:
+            self._continue_with_tools(episodes)
+        return self._grade(rows, episodes)
+
+    def _begin(self, rows: Sequence[dict[str, Any]]) -> list[_Episode]:
+        """Reset the environments, render the prompts, and generate the first turn."""
+        prompts = [row["prompt"] for row in rows]
+        tools: list[dict[str, Callable[..., Any]]] = [{} for _ in rows]
+        chat = not isinstance(prompts[0], str)
+        if self.task.environment_factory is not None:
+            while len(self.environments) < len(rows):
+                self.environments.append(self.task.environment_factory())
+            for i, row in enumerate(rows):
+                observation = self.environments[i].reset(**row)
+                if observation is not None:
+                    last = prompts[i][-1]
+                    prompts[i] = [*prompts[i][:-1], {**last, "content": last["content"] + observation}]
+                tools[i] = _tools(self.environments[i])
+        if chat:
+            prompt_ids = [
+                self.tokenizer.apply_chat_template(
+                    prompt,
+                    tools=list(own.values()) or None,
+                    chat_template=self.chat_template,
+                    add_generation_prompt=True,
+                    return_dict=True,
+                )["input_ids"]
+                for prompt, own in zip(prompts, tools, strict=True)
+            ]
+        else:
+            prompt_ids = self.tokenizer(prompts)["input_ids"]
+        self._check_context(prompt_ids)
+        generated = self._generate(prompt_ids)
+        return [
+            _Episode(
+                prompt,
+                before,
+                ids,
+                [self._message(before, ids, own)] if chat else self._text(ids),
+                tokens=len(ids),
+                tools=own,
+            )
+            for prompt, before, ids, own in zip(prompts, prompt_ids, generated, tools, strict=True)
+        ]
+
+    def _check_context(self, prompt_ids: list[list[int]]) -> None:
+        longest = max(map(len, prompt_ids))
+        # In an environment TRL ends the episode where the context is full; a single turn has to fit.
+        room = 1 if self.task.environment_factory is not None else self.max_completion_tokens
+        if self.context is not None and longest + room > self.context:
+            raise ValueError(
+                f"a prompt of {longest} tokens and a completion of up to {self.max_completion_tokens} do not fit into "
+                f"the model's context of {self.context} tokens; shorten the prompts or allow fewer tokens"
+            )
+
+    def _generate(self, prompt_ids: list[list[int]]) -> list[list[int]]:
+        """Continue each sequence up to and including its first end-of-sequence token."""
+        length = max(map(len, prompt_ids))
+        input_ids = torch.tensor([[self.pad] * (length - len(ids)) + ids for ids in prompt_ids])  # (B, P) int64
+        attention_mask = torch.tensor([[0] * (length - len(ids)) + [1] * len(ids) for ids in prompt_ids])  # (B, P)
+        tokens = self.model.generate(
+            input_ids=input_ids.to(self.model.device),
+            attention_mask=attention_mask.to(self.model.device),
+            generation_config=self.generation_config,
+        )  # (B, P + T)
+        return [self._until_eos(ids) for ids in tokens[:, length:].tolist()]
+
+    def _until_eos(self, ids: list[int]) -> list[int]:
+        end = next((i for i, token in enumerate(ids) if token in self.eos), len(ids))
+        return ids[: end + 1]
+
+    def _text(self, ids: list[int]) -> str:
+        return self.tokenizer.decode(ids, skip_special_tokens=True)
+
+    def _message(self, before: list[int], ids: list[int], tools: dict[str, Callable[..., Any]]) -> dict[str, Any]:
+        """Return the assistant message that the model wrote as `ids` behind `before`."""
+        if self.tokenizer.response_template is None:
+            return {"role": "assistant", "content": self._text(ids)}
+        from trl.chat_template_utils import parse_response
+
+        return parse_response(self.tokenizer, ids, prefix=before, tools=list(tools.values()))
+
+    def _continue_with_tools(self, episodes: list[_Episode]) -> None:
+        """Call the tools that the last messages ask for and generate on, until no message asks (TRL's tool loop)."""
+        active = [episode for episode in episodes if episode.completion[-1].get("tool_calls")]
+        while active:
+            answers, contexts, going_on = [], [], []
+            for episode in active:
+                messages = [_call(call, episode.tools) for call in episode.completion[-1]["tool_calls"]]
+                behind = episode.ids + self._tool_message_ids(messages)
+                context = episode.prompt_ids + behind
+                if len(behind) > self.max_completion_tokens or (self.context and len(context) >= self.context):
+                    continue  # no room for the answer: the episode ends with the call
+                answers.append(messages)
+                contexts.append(context)
+                going_on.append(episode)
+            generated = self._generate(contexts) if going_on else []
+            active = []
+            for episode, messages, context, new in zip(going_on, answers, contexts, generated, strict=True):
+                behind = context[len(episode.prompt_ids) :]
+                new = new[: self.max_completion_tokens - len(behind)]
+                episode.ids = behind + new
+                episode.tokens += len(new)
+                episode.completion += messages
+                if new:
+                    episode.completion.append(self._message(context, new, episode.tools))
+                    if episode.completion[-1].get("tool_calls"):
+                        active.append(episode)
+
+    def _tool_message_ids(self, messages: Messages) -> list[int]:
+        """Return the tokens that the template writes for tool results and the opening of the next turn.
+
+        Found as `GRPOTrainer._get_tool_suffix_ids` finds them: the difference that the messages make behind a call.
+        """
+        name = messages[0]["name"]  # some templates derive the header of a result from the call's name
+        call = {"type": "function", "function": {"name": name, "arguments": {}}}
+        dialogue = [{"role": "user", "content": "dummy"}, {"role": "assistant", "content": "", "tool_calls": [call]}]
+        settings = {"chat_template": self.chat_template, "tokenize": True, "return_dict": False}
+        before = self.tokenizer.apply_chat_template(dialogue, add_generation_prompt=False, **settings)
+        after = self.tokenizer.apply_chat_template(dialogue + messages, add_generation_prompt=True, **settings)
+        # The model's turn ended with the end-of-sequence token; what the template writes behind it is still to come.
+        ends = [i for i, token in enumerate(before) if token == self.tokenizer.eos_token_id]
+        return after[ends[-1] + 1 if ends else len(before) :]
+
+    def _grade(self, rows: Sequence[dict[str, Any]], episodes: list[_Episode]) -> list[Rollout]:
+        prompts = [episode.prompt for episode in episodes]
+        completions = [episode.completion for episode in episodes]
+        columns: dict[str, Any] = {name: [row[name] for row in rows] for name in rows[0] if name != "prompt"}
+        if self.task.environment_factory is not None:
+            columns["environments"] = self.environments[: len(rows)]
+        # What TRL passes to every reward beside the columns; there is no training to follow and no log to write to.
+        columns |= {
+            "completion_ids": [episode.ids for episode in episodes],
+            "trainer_state": TrainerState(),
+            "log_extra": lambda column, values: None,
+            "log_metric": lambda name, value: None,
+        }
+        rewards = self.task.reward(prompts=prompts, completions=completions, **columns)
+        missing = sum(reward is None or math.isnan(reward) for reward in rewards)
+        if len(rewards) != len(rows) or missing:
+            raise ValueError(
+                f"the reward of {self.task.name} must return one number per completion, got {len(rewards)} values for "
+                f"{len(rows)} completions, {missing} of them None or NaN"
+            )
+        return [
+            Rollout(episode.prompt, episode.completion, float(reward), episode.tokens, episode.ids[-1] in self.eos)
+            for episode, reward in zip(episodes, rewards, strict=True)
+        ]
+
+
+def _tools(environment: Any) -> dict[str, Callable[..., Any]]:
+    """Return the tools of an environment, by name: its public methods but `reset` and `get_reward` (TRL's names)."""
+    names = [name for name, _ in inspect.getmembers(type(environment), predicate=inspect.isfunction)]
+    names = [name for name in names if not name.startswith("_") and name not in ("reset", "get_reward")]
+    return {name: getattr(environment, name) for name in names}
+
+
+def _call(call: dict[str, Any], tools: dict[str, Callable[..., Any]]) -> dict[str, Any]:
+    """Call a tool and return its result as a message; whatever it raises is told to the model, as TRL does."""
+    function = call["function"]
+    name = function["name"]
+    try:
+        if name not in tools:
+            raise ValueError(f"Tool {name} not found.")
+        result = tools[name](**function["arguments"])
+    except Exception as error:
+        result = {"error": str(error)}
+    return {"role": "tool", "name": name, "content": str(result)}

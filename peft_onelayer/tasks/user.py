@@ -1,0 +1,185 @@
+"""A user's own task: a Python file with rows and a reward, or a data set with a reward from a Python file.
+
+    --task path/to/file.py                          rows(split, n, seed), one function named *reward*; optionally
+                                                      MAX_COMPLETION_TOKENS and environment_factory
+    --dataset file.jsonl --reward file.py:function    a column "prompt"; the other columns reach the reward
+
+It runs the file with all rights of the user, as any Python script. It knows nothing about what the rows mean.
+examples/own_task shows both ways.
+"""
+
+import difflib
+import functools
+import hashlib
+import importlib.util
+import inspect
+import math
+import numbers
+import sys
+import traceback
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+from peft_onelayer.tasks import Task
+from peft_onelayer.tasks.files import load_problems
+
+MAX_COMPLETION_TOKENS = 512
+
+Row = dict[str, Any]
+Reward = Callable[..., list[float]]
+
+
+def load_file_task(name: str) -> Task:
+    """Return the task that the Python file `name` makes.
+
+    The file has `rows(split, n, seed)`, as `Task.rows`, and exactly one function whose name holds "reward", in TRL's
+    signature. It may have `MAX_COMPLETION_TOKENS` (512) and `environment_factory`.
+
+    Raises:
+        ValueError: for a file that is not there, cannot be imported, or lacks one of the two functions; from the task's
+            `rows`, for rows that are no rows; from its `reward`, for a result that is not one number per completion.
+    """
+    path, module = _import(name)
+    if not callable(vars(module).get("rows")):
+        raise ValueError(f"{path} has no function rows(split, n, seed)")
+    rewards = {key: value for key, value in _functions(module).items() if "reward" in key.lower()}
+    if len(rewards) != 1:
+        found = f"several: {', '.join(sorted(rewards))}" if rewards else "none"
+        raise ValueError(f"{path} must have exactly one function whose name holds 'reward'; found {found}")
+    ((reward_name, reward),) = rewards.items()
+    where = f"{path}:{reward_name}"
+    environment_factory = vars(module).get("environment_factory")
+
+    def rows(split: str, n: int, seed: int) -> list[Row]:
+        if split not in ("train", "test"):
+            raise ValueError(f"split must be 'train' or 'test', got {split!r}")
+        if n < 1:
+            raise ValueError(f"n must be at least 1, got {n}")
+        made = module.rows(split, n, seed)
+        _check_rows(f"rows({split!r}, {n}, {seed}) of {path}", made)
+        _check_signature(where, reward, [*made[0], *(["environments"] if environment_factory else [])])
+        return made
+
+    return Task(
+        name,
+        rows,
+        _checked(where, reward),
+        vars(module).get("MAX_COMPLETION_TOKENS", MAX_COMPLETION_TOKENS),
+        environment_factory,
+        data={path.name: _digest(path)},
+    )
+
+
+def load_dataset_task(dataset: str, reward: str) -> Task:
+    """Return the task made of a data set and a reward.
+
+    Args:
+        dataset: a .jsonl or .jsonl.gz file, a folder with a train and a test file, or a Hub data set
+            (`peft_onelayer.tasks.files` says how they are split), with a column "prompt": text, or chat messages.
+        reward: "path/to/file.py:function", in TRL's signature.
+
+    Raises:
+        ValueError: for data that is not there or is bad, or a reward that is not there or does not take the columns.
+    """
+    file, _, function = reward.rpartition(":")
+    if not file.endswith(".py"):
+        raise ValueError(f"reward must be 'path/to/file.py:function', got {reward!r}")
+    path, module = _import(file)
+    functions = _functions(module)
+    if function not in functions:
+        near = difflib.get_close_matches(function, functions) or sorted(functions)
+        raise ValueError(f"{path} has no function {function!r}; it has {', '.join(near) or 'none'}")
+    problems = load_problems(dataset, columns=("prompt",))
+    for split, rows in problems.splits.items():
+        if rows:
+            _check_rows(f"{dataset}, split {split!r}", rows)
+            _check_signature(reward, functions[function], list(rows[0]))
+    return Task(
+        dataset,
+        problems.rows,
+        _checked(reward, functions[function]),
+        MAX_COMPLETION_TOKENS,
+        data={**problems.data, path.name: _digest(path)},
+    )
+
+
+def _import(name: str) -> tuple[Path, ModuleType]:
+    path = Path(name).expanduser()
+    if not path.is_file():
+        raise ValueError(f"no file {path}")
+    spec = importlib.util.spec_from_file_location(f"onelayer_task_{path.stem}", path)
+    assert spec is not None and spec.loader is not None  # both are there for a name that ends in .py
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module  # where dataclasses and pickle look the module up
+    try:
+        spec.loader.exec_module(module)
+    except SyntaxError as error:
+        raise ValueError(f"{error.filename}:{error.lineno}: {error.msg}") from error
+    except Exception as error:
+        lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == str(path)]
+        line = f":{lines[-1]}" if lines else ""
+        raise ValueError(f"{path}{line} cannot be imported: {type(error).__name__}: {error}") from error
+    return path, module
+
+
+def _functions(module: ModuleType) -> dict[str, Reward]:
+    return {name: value for name, value in vars(module).items() if inspect.isfunction(value) and name[0] != "_"}
+
+
+def _digest(path: Path) -> str:
+    return f"sha256:{hashlib.sha256(path.read_bytes()).hexdigest()}"
+
+
+def _check_rows(where: str, rows: Sequence[Row]) -> None:
+    import pyarrow  # type: ignore[import-untyped]
+
+    if not isinstance(rows, list) or not rows or not all(isinstance(row, dict) for row in rows):
+        raise ValueError(f"{where}: expected a list of at least one dict, got {str(rows)[:60]}")
+    for number, row in enumerate(rows):
+        prompt = row.get("prompt")
+        chat = isinstance(prompt, list) and prompt and all({"role", "content"} <= set(message) for message in prompt)
+        if not chat and not isinstance(prompt, str):
+            raise ValueError(
+                f"{where}: row {number} has no 'prompt' that is text or a list of chat messages: {prompt!r}"
+            )
+        if row.keys() != rows[0].keys():
+            raise ValueError(f"{where}: row {number} has the columns {', '.join(row)}, row 0 has {', '.join(rows[0])}")
+    if taken := {"prompts", "completions", "completion_ids", "trainer_state"} & rows[0].keys():
+        raise ValueError(f"{where}: a column may not be called {min(taken)!r}, which the trainer passes itself")
+    for column in rows[0]:
+        try:
+            pyarrow.array([row[column] for row in rows])  # as datasets.Dataset.from_list will
+        except (pyarrow.ArrowException, OverflowError) as error:
+            raise ValueError(f"{where}: the values of column {column!r} are not all of one type: {error}") from error
+
+
+def _check_signature(where: str, reward: Reward, columns: Sequence[str]) -> None:
+    parameters = inspect.signature(reward).parameters.values()
+    if not any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters):
+        raise ValueError(f"{where} must take **kwargs, because the trainer passes more than the columns")
+    given = {"prompts", "completions", *columns} - {"prompt"}
+    for parameter in parameters:
+        named = parameter.kind in (parameter.POSITIONAL_OR_KEYWORD, parameter.KEYWORD_ONLY)
+        optional = parameter.default is not parameter.empty or parameter.kind is parameter.VAR_KEYWORD
+        if not optional and not (named and parameter.name in given):
+            raise ValueError(f"{where} takes {parameter.name!r}, but is given only {', '.join(sorted(given))}, by name")
+
+
+def _checked(where: str, reward: Reward) -> Reward:
+    """Return `reward` with its result checked."""
+
+    @functools.wraps(reward)  # trainers name the metric after it
+    def checked(prompts: Sequence[Any], completions: Sequence[Any], **kwargs: Any) -> list[float]:
+        scores = reward(prompts=prompts, completions=completions, **kwargs)
+        expected = len(completions)
+        if not isinstance(scores, Sequence) or len(scores) != expected:
+            got = len(scores) if isinstance(scores, Sequence) else type(scores).__name__
+            raise ValueError(f"{where} must return a list of {expected} numbers, one per completion; got {got}")
+        for score in scores:
+            if not isinstance(score, numbers.Real) or not math.isfinite(score):
+                raise ValueError(f"{where} must return one finite number per completion, got {score!r}")
+        return [float(score) for score in scores]
+
+    return checked

@@ -1,0 +1,235 @@
+"""`onelayer train` on the embedded model: what it trains, writes, repeats, resumes and refuses."""
+
+import json
+import shlex
+import signal
+import subprocess
+import sys
+import time
+from importlib.resources import files
+
+import pytest
+import torch
+from peft import AutoPeftModelForCausalLM
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
+
+from onelayer_cli import train as command
+
+BASE = str(files("peft_onelayer") / "demo_model")
+SMALL = ["--set", "per_device_train_batch_size=32", "--set", "gradient_checkpointing=false"]
+FAST = [*SMALL, "--set", "learning_rate=3e-3"]
+ON_BLOCK_5 = ["train", BASE, "--task", "arithmetic", "--layer", "5", *FAST]
+
+
+@pytest.fixture
+def train(tmp_path, onelayer):
+    """Runs the command and returns the finished run.json, and the folder."""
+
+    def run(*arguments, out="run"):
+        code, lines, _ = onelayer(*arguments, "--out", tmp_path / out)
+        assert code == 0, lines
+        return json.loads((tmp_path / out / "run.json").read_text()), tmp_path / out
+
+    return run
+
+
+def changed_tensors(folder) -> set[str]:
+    """Names of the base's tensors that the merged adapter, or the saved model, has other values of."""
+    base = dict(AutoModelForCausalLM.from_pretrained(BASE).named_parameters())
+    if (folder / "adapter_config.json").exists():
+        model = AutoPeftModelForCausalLM.from_pretrained(folder).merge_and_unload()
+    else:
+        model = AutoModelForCausalLM.from_pretrained(folder)
+    after = dict(model.named_parameters())
+    assert after.keys() == base.keys()
+    return {name for name in base if not torch.equal(base[name], after[name])}
+
+
+def tensors_of(*blocks) -> set[str]:
+    names = dict(AutoModelForCausalLM.from_pretrained(BASE).named_parameters())
+    return {n for n in names if not blocks or (n.split(".")[2:3] and n.split(".")[2] in map(str, blocks))}
+
+
+@pytest.mark.parametrize("algorithm", ["grpo", "dr_grpo"])
+def test_it_trains_the_block_and_records_the_run(train, algorithm):
+    run, folder = train(*ON_BLOCK_5, "--steps", "3", "--algorithm", algorithm)
+    assert changed_tensors(folder) == tensors_of(5)
+    assert {p.name for p in folder.iterdir()} == {
+        *("README.md", "adapter_config.json", "adapter_model.safetensors", "checkpoints", "run.json")
+    }
+    assert not list(folder.glob("*.bin"))
+    config = run["settings"]["config"]
+    assert (config["loss_type"], config["scale_rewards"], config["beta"]) == {
+        "grpo": ("grpo", "group", 0.001),
+        "dr_grpo": ("dr_grpo", "none", 0.0),
+    }[algorithm]
+    assert config["learning_rate"] == 3e-3 and config["max_steps"] == 3
+    assert run["status"] == "finished" and run["layers"] == [5]
+    results = run["results"]
+    assert results["steps"] == len(results["rewards"]) == len(results["losses"]) == 3
+    # 32 completions of at most 5 tokens to prompts of 9, three times
+    assert results["tokens_trained"] == results["tokens_generated"] + 3 * 32 * 9
+    assert 3 * 32 * 4 < results["tokens_generated"] <= 3 * 32 * 5
+    assert run["machine"]["versions"].keys() >= {"torch", "trl", "peft", "transformers", "python"}
+    assert set(run["settings"]["model"]["sha256"]) == {"config.json", "model.safetensors"}
+    card = (folder / "README.md").read_text()
+    assert "Block 5 of 12" in card and run["command"] in card
+
+
+def test_the_command_of_run_json_repeats_the_run(train, onelayer, tmp_path):
+    run, folder = train(*ON_BLOCK_5, "--steps", "4", "--seed", "3")
+    repeated = [str(tmp_path / "again") if part == str(folder) else part for part in shlex.split(run["command"])]
+    assert onelayer(*repeated[1:])[0] == 0
+    again = json.loads((tmp_path / "again" / "run.json").read_text())
+    assert again["results"]["sha256"] == run["results"]["sha256"]
+    assert again["settings"] == run["settings"]
+    other, _ = train(*ON_BLOCK_5, "--steps", "4", "--seed", "4", out="other")
+    assert other["results"]["sha256"] != run["results"]["sha256"]
+
+
+@pytest.mark.parametrize("signum", [signal.SIGKILL, pytest.param(signal.SIGINT, marks=pytest.mark.slow)])
+def test_a_resumed_run_equals_an_uninterrupted_one(train, onelayer, tmp_path, signum):
+    arguments = [*ON_BLOCK_5, "--steps", "20"]
+    out = tmp_path / "killed"
+    running = subprocess.Popen(
+        [sys.executable, "-m", "onelayer_cli.main", *arguments, "--out", str(out)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        # as on a terminal: a test run started in the background inherits an ignored SIGINT
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )
+    try:
+        while not (out / "checkpoints" / "checkpoint-8" / "trainer_state.json").exists():
+            assert running.poll() is None, running.communicate()
+            time.sleep(0.05)
+        running.send_signal(signum)
+        assert running.wait(timeout=60) == (130 if signum == signal.SIGINT else -signal.SIGKILL)
+    finally:
+        running.kill()
+        running.communicate()
+    assert not (out / "adapter_config.json").exists()
+    for wrong, message in (
+        ([], "unfinished run; continue it with --resume"),
+        (
+            ["--resume", "--seed", "1"],
+            "other settings, so it cannot go on with these: config.seed: 0 -> 1; seed: 0 -> 1",
+        ),
+    ):
+        code, lines, _ = onelayer(*arguments, *wrong, "--out", out)
+        assert code == 1 and len(lines) == 1 and message in lines[0]
+    resumed, _ = train(*arguments, "--resume", out="killed")
+    assert resumed["resumed_from"]
+    whole, _ = train(*arguments, out="whole")
+    assert resumed["results"]["sha256"] == whole["results"]["sha256"]
+    assert resumed["results"]["rewards"] == whole["results"]["rewards"]
+    assert resumed["results"]["tokens_generated"] == whole["results"]["tokens_generated"]
+
+
+@pytest.mark.parametrize("algorithm", ["grpo", "dr_grpo"])
+def test_full_trains_everything(train, algorithm):
+    arguments = ["train", BASE, "--task", "arithmetic", "--full", "--steps", "2", *SMALL, "--set", "learning_rate=3e-4"]
+    run, folder = train(*arguments, "--algorithm", algorithm)
+    assert changed_tensors(folder) == tensors_of()
+    assert run["layers"] is None and run["settings"]["full"] is True
+    assert not list(folder.glob("*.bin"))
+
+
+@pytest.mark.parametrize(("layer", "blocks"), [("-1", [11]), ("3-4", [3, 4]), ("mid-5", [3, 4, 5, 6, 7])])
+def test_layers_as_the_tuner_takes_them(train, layer, blocks):
+    run, folder = train("train", BASE, "--task", "sort", "--layer", layer, "--steps", "1", *FAST)
+    assert run["layers"] == blocks and changed_tensors(folder) == tensors_of(*blocks)
+
+
+def test_auto_ranks_first(train, monkeypatch):
+    monkeypatch.setattr(command, "PROBE_STEPS", 1)
+    wide = ["--set", "per_device_train_batch_size=256", *FAST[2:]]  # few, large batches
+    run, folder = train("train", BASE, "--task", "arithmetic", "--steps", "2", *wide)
+    profile = json.loads((folder / "layer_profile.json").read_text())
+    assert len(profile["order"]) == 12 and profile["learning_rate"] == 3e-3
+    assert run["layers"] == ([profile["pick"]] if profile["pick"] is not None else [3, 4, 5, 6, 7])
+    assert changed_tensors(folder) == tensors_of(*run["layers"])
+
+
+@pytest.mark.parametrize("algorithm", ["dpo", "kto"])
+def test_offline_on_pairs_from_graded_rollouts(train, algorithm):
+    arguments = ["train", BASE, "--algorithm", algorithm, "--task", "arithmetic", "--pairs-from-task", "40"]
+    run, folder = train(*arguments, "--layer", "5", "--steps", "2", *FAST)
+    pairs = [json.loads(line) for line in (folder / "pairs.jsonl").read_text().splitlines()]
+    assert pairs and all(set(pair) == set(pairs[0]) for pair in pairs)
+    assert changed_tensors(folder) == tensors_of(5)
+    assert len(run["results"]["losses"]) == 2 and run["results"]["rewards"] == []
+
+
+def test_offline_on_a_file_of_preferences(train, tmp_path):
+    rows = [{"prompt": f"A{i:03d}+001=", "chosen": f"{i + 1:04d}", "rejected": f"{i + 2:04d}"} for i in range(16)]
+    (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    arguments = ["train", BASE, "--algorithm", "dpo", "--dataset", tmp_path / "pairs.jsonl", "--layer", "2", *SMALL]
+    run, folder = train(*arguments, "--set", "num_train_epochs=2", "--set", "learning_rate=1e-3")
+    assert changed_tensors(folder) == tensors_of(2)
+    assert run["results"]["steps"] == 2  # two epochs of 16 rows in batches of 32
+    assert run["settings"]["dataset"]["data"]["pairs.jsonl"]
+
+
+def test_top_entropy_is_ours_and_not_trls(train):
+    options = ["--top-entropy", "0.2", "--set", "loss_type=dapo"]
+    ours, folder = train(*ON_BLOCK_5, "--steps", "2", *options)
+    assert ours["settings"]["config"]["top_entropy_quantile"] == 0.2 and changed_tensors(folder) == tensors_of(5)
+    options = ["--set", "top_entropy_quantile=0.2", "--set", "loss_type=dapo"]
+    trls, _ = train(*ON_BLOCK_5, "--steps", "2", *options, out="trl")
+    assert trls["results"]["sha256"] != ours["results"]["sha256"]
+
+
+def test_json_is_run_json(onelayer, tmp_path):
+    code, _, out = onelayer(*ON_BLOCK_5, "--steps", "1", "--json", "--out", tmp_path / "run")
+    assert code == 0 and json.loads(out) == json.loads((tmp_path / "run" / "run.json").read_text())
+    assert load_file(tmp_path / "run" / "adapter_model.safetensors")
+
+
+T = ["--task", "arithmetic"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "message"),
+    [
+        ([], 1, "give --task, or --dataset with --reward"),
+        ([*T, "--dataset", "x.jsonl"], 1, "not both"),
+        (["--dataset", "x.jsonl"], 1, "give --task, or --dataset with --reward"),
+        (["--task", "poetry"], 1, "task 'poetry' is not known"),
+        ([*T, "--algorithm", "gpro"], 1, "algorithm 'gpro' is not known; did you mean gspo or grpo"),
+        ([*T, "--algorithm", "gold"], 1, "is not offered: it distills a second, teacher model"),
+        ([*T, "--set", "leaning_rate=1"], 1, "has no field 'leaning_rate'; did you mean learning_rate"),
+        ([*T, "--set", "learning_rate=fast"], 1, "expected a number"),
+        ([*T, "--set", "learning_rate"], 1, "--set takes field=value"),
+        ([*T, "--set", "seed=1"], 1, "field seed is set by --seed"),
+        ([*T, "--set", "per_device_train_batch_size=7"], 1, "must be divisible by num_generations"),
+        ([*T, "--layer", "12"], 1, "the model has 12 layers"),
+        ([*T, "--layer", "5", "--full"], 1, "give one of them"),
+        ([*T, "--algorithm", "dpo"], 1, "dpo is offline and trains on preference data"),
+        ([*T, "--algorithm", "dpo", "--pairs-from-task", "9"], 1, "name one, such as mid-5"),
+        ([*T, "--pairs-from-task", "9"], 1, "grpo generates its own"),
+        (["--algorithm", "kto", "--dataset", "no.jsonl", "--layer", "5"], 1, "no file no.jsonl"),
+        ([*T, "--algorithm", "gigpo"], 1, "gigpo needs a task with an environment"),
+        ([*T, "--top-entropy", "1.5"], 1, "--top-entropy takes a share between 0 and 1"),
+        ([*T, "--algorithm", "rloo", "--top-entropy", "0.2"], 1, "--top-entropy"),
+        ([*T, "--chat"], 1, "--chat needs a chat template, and the model's tokenizer has none; use --plain"),
+        ([*T, "--resume"], 1, "holds no run to resume"),
+        ([*T, "--steps", "0"], 2, "--steps"),
+        ([*T, "--lyaer", "5"], 2, "No such option: --lyaer"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_mistakes_end_in_one_line(onelayer, tmp_path, arguments, code, message):
+    ended, lines, out = onelayer("train", BASE, *arguments, "--out", "run")
+    assert ended == code and len(lines) == 1, lines
+    assert message in lines[0], lines
+    assert out == ""
+
+
+def test_an_output_that_is_not_a_run_is_not_touched(onelayer, tmp_path):
+    (tmp_path / "theirs").mkdir()
+    (tmp_path / "theirs" / "thesis.txt").write_text("years of work")
+    code, lines, _ = onelayer("train", BASE, *T, "--layer", "5", "--out", tmp_path / "theirs")
+    assert code == 1 and len(lines) == 1 and "holds other files" in lines[0]
+    assert [p.name for p in (tmp_path / "theirs").iterdir()] == ["thesis.txt"]

@@ -1,0 +1,278 @@
+import json
+import random
+import re
+import threading
+from fractions import Fraction
+from pathlib import Path
+
+import pytest
+
+from peft_onelayer.tasks import load_task
+from peft_onelayer.tasks.gsm8k import final_answer, gsm8k_reward
+
+DATA = Path(__file__).resolve().parents[3] / "shared" / "data"
+SOLUTION = "She sells 16 - 3 - 4 = <<16-3-4=9>>9 eggs a day.\nShe makes 9 * 2 = $<<9*2=18>>18 every day.\n#### 18"
+
+
+def score(completion, answer=SOLUTION):
+    plain, chat = gsm8k_reward(
+        prompts=["", ""],
+        completions=[completion, [{"role": "assistant", "content": completion}]],
+        answer=[answer, answer],
+        question=["How much?", "How much?"],
+    )
+    assert plain == chat
+    return plain
+
+
+def read(name):
+    if not (DATA / name).is_file():
+        pytest.skip(f"the data set's file {name} is not there")
+    return [json.loads(line) for line in (DATA / name).read_text(encoding="utf-8").splitlines()]
+
+
+RIGHT = [
+    SOLUTION,
+    r"\boxed{18}",
+    r"So she makes $\boxed{18}$ dollars.",
+    r"\boxed{\$18.00}",
+    r"\boxed{18\text{ dollars}}",
+    r"\boxed{\text{\$18}}",
+    r"\boxed {{18}}",
+    r"\boxed{18 \text{ cm}^2}",
+    r"\boxed{18^\circ}",
+    r"\boxed{18\%}",
+    r"\boxed{x = 18}",
+    r"\boxed{9 \times 2 = 18}",
+    r"\boxed{\frac{36}{2}}",
+    r"First \boxed{9}, then twice that: \boxed{18}",
+    r"\[ \boxed{18} \]",
+    "#### 18",
+    "####18",
+    "#### $18.00\n",
+    "It is #### 9 first.\n#### 18 dollars",
+    r"#### \boxed{18}",
+    "<answer>18</answer>",
+    r"<answer>3</answer> no: <answer>\boxed{18}</answer>",
+    "18",
+    "18.",
+    "18!",
+    "+18",
+    "18.0",
+    "$18.00",
+    "US$18",
+    r"\$18",
+    "$18$",
+    r"\(18\)",
+    "**18**",
+    "18 dollars",
+    "18%",
+    "36/2",
+    "$18/day",
+    "She makes $18 every day.",
+    "9 eggs at $2 each. So she makes **$18** every day.",
+    "16 - 3 - 4 = 9\n9 * 2 = 18\n\n18 dollars",
+    "The answer is 18.",
+    "the answer is **18**",
+    "The answer is 9 * 2 = 18.",
+    "The answer is $18 per day, because 9 * 2 = 18.",
+    "The answer is 18 (9 eggs at $2).",
+    "**Answer:** $18",
+    "**Final Answer:**\n\n18",
+    r"The final answer is: $\boxed{18}$. I hope it is correct.",
+    "The answer is 9. No, the answer is 18.",
+]
+WRONG = [
+    "",
+    " \n",
+    "17",
+    "-18",
+    "−18",  # noqa: RUF001
+    "18.5",
+    "180",
+    "1.8",
+    "18/2",
+    "1 18",
+    "18 or 19",
+    "$18 and 50 cents",
+    r"\boxed{18, 19}",
+    r"\boxed{}",
+    r"\boxed{18",  # cut off
+    r"\boxed",
+    r"\boxed{18} is wrong, it is \boxed{17}",
+    "#### 17\nearlier she had 18.",
+    "#### ",
+    "<answer>17</answer> 18",
+    "The answer is 17, not 18.",
+    "The answer is",
+    "The answer is unknown",
+    "She has 18 eggs. She sells some",
+    "She has 18 eggs. She sells 9 of them.",
+    "She makes 9 * 2 = 18",  # cut off, or an intermediate step
+    "16 - 3 - 4 = 9\n9 * 2 = ",
+    "3 + 15",
+    r"\boxed{3 + 15}",
+    r"\boxed{18^1}",
+    r"\boxed{\infty}",
+    r"\boxed{1/0}",
+    "nan",
+]
+
+
+@pytest.mark.parametrize("completion", RIGHT)
+def test_a_right_final_answer_in_the_formats_seen_in_the_wild(completion):
+    assert score(completion) == 1.0
+
+
+@pytest.mark.parametrize("completion", WRONG)
+def test_anything_else_gets_nothing(completion):
+    assert score(completion) == 0.0
+
+
+@pytest.mark.parametrize(
+    ("answer", "completion", "reward"),
+    [
+        ("#### 1,234", "1234", 1.0),
+        ("#### 1234", "1,234", 1.0),
+        ("#### 1234", "1 234", 1.0),
+        ("#### 1234", r"\boxed{1{,}234}", 1.0),
+        ("#### 1234", r"\boxed{1\,234.00}", 1.0),
+        ("#### 2,125,000", r"\$2{,}125{,}000", 1.0),
+        ("#### 1234", "1,23,4", 0.0),
+        ("#### 1234", "1, 234", 0.0),
+        ("1/2", ".5", 1.0),
+        ("0.5", "1/2", 1.0),
+        ("0.5", r"\boxed{\dfrac{1}{2}}", 1.0),
+        ("0.5", r"\boxed{\frac12}", 1.0),
+        (r"\frac{1}{2}", "0.50", 1.0),
+        ("1/3", "0.333333", 1.0),
+        ("1/3", "0.33", 0.0),
+        ("7/2", "3 1/2", 1.0),
+        ("7/2", r"\boxed{3\tfrac{1}{2}}", 1.0),
+        ("-7/2", r"-3\frac{1}{2}", 1.0),
+        ("#### 50", "50%", 1.0),
+        ("0.5", "50%", 0.0),  # a percent sign is a unit
+        ("#### -5", "−5", 1.0),  # noqa: RUF001
+        ("#### -5", "-$5.00", 1.0),
+        ("#### -5", "$-5", 1.0),
+        ("#### -5", r"\boxed{- 5}", 1.0),
+        ("#### -5", "5", 0.0),
+        ("#### 123456789", "123456788", 0.0),
+        (18, "18", 1.0),
+    ],
+)
+def test_numbers_are_equal_whatever_their_form(answer, completion, reward):
+    assert score(completion, answer) == reward
+
+
+HOSTILE = {
+    "tower of powers": r"\boxed{9^{9^{9^{9}}}}",
+    "python powers": "9**9**9**9",
+    "factorials": r"\boxed{999999999!!!}",
+    "quotients": r"\boxed{" + "9/" * 40 + "9}",
+    "brackets": r"\boxed{" + "(" * 5_000 + "18" + "}",
+    "open braces": "{" * 100_000,
+    "nested fractions": r"\frac{" * 20_000,
+    "nested boxes": r"\boxed{" * 20_000,
+    "open tags": "<answer>" * 20_000,
+    "phrases": "answer: " * 20_000,
+    "digits": "9" * 100_000,
+    "groups": "1,111" * 20_000,
+    "spaced digits": "1 " * 50_000,
+    "minus signs": "-" * 50_000,
+    "stars": "*" * 50_000,
+    "words": "w " * 50_000,
+}
+
+
+@pytest.mark.parametrize("completion", HOSTILE.values(), ids=HOSTILE)
+def test_hostile_completions_get_nothing_and_end(completion):
+    rewards = []
+    # Not in the main thread, where math-verify's own time limits fail: the reward needs none.
+    thread = threading.Thread(target=lambda: rewards.append(score(completion)), daemon=True)
+    thread.start()
+    thread.join(timeout=60)  # each takes milliseconds; without care the first ones take hours
+    assert rewards == [0.0]
+
+
+def test_a_solution_without_a_number_is_refused():
+    with pytest.raises(ValueError, match="the answer 'no number' holds no final number"):
+        gsm8k_reward([""], ["18"], answer=["no number"])
+
+
+def wrong_numbers(number):
+    """Numbers that are not `number`, as close to it as a wrong answer gets."""
+    digits = f"{abs(number)}"
+    yield from (number + 1, number - 1, number * 10 + (number == 0), number + Fraction(1, 2))
+    if number:
+        yield from (-number, number * Fraction(1, 3), number * Fraction(99, 100), number * 100)
+    for i in range(len(digits) - 1):
+        swapped = int(digits[:i] + digits[i + 1] + digits[i] + digits[i + 2 :])
+        if swapped != abs(number):
+            yield swapped
+
+
+def written(number):
+    """`number` in the formats of answers."""
+    fraction = Fraction(number)
+    plain = str(fraction.numerator) if fraction.denominator == 1 else f"{fraction.numerator}/{fraction.denominator}"
+    yield from (rf"\boxed{{{plain}}}", f"#### {plain}", f"The answer is {plain}.", f"{plain} dollars", f"**{plain}**")
+    if fraction.denominator == 1:
+        yield from (f"${plain}.00", f"{fraction.numerator:,}", rf"\boxed{{\${fraction.numerator:,}.00}}", f"{plain}%")
+        yield rf"$\boxed{{{fraction.numerator:,}\text{{ dollars}}}}$".replace(",", "{,}")
+        yield rf"\frac{{{2 * fraction.numerator}}}{{2}}" if number >= 0 else f"-{-2 * fraction.numerator}/2"
+    else:
+        yield rf"\boxed{{{'-' * (fraction < 0)}\frac{{{abs(fraction.numerator)}}}{{{fraction.denominator}}}}}"
+
+
+def test_every_gold_answer_of_the_test_split_is_right_and_its_perturbations_wrong():
+    rows = read("gsm8k_test.jsonl")
+    assert len(rows) == 1319
+    completions, answers, expected = [], [], []
+    for row in rows:
+        number = int(row["answer"].rpartition("#### ")[2].replace(",", ""))
+        right = [row["answer"], f"Let me think: 1 + 1 = 2.\n{row['answer']}", *written(number)]
+        wrong = [text for other in wrong_numbers(number) for text in list(written(other))[:2]]
+        completions += right + wrong
+        answers += [row["answer"]] * (len(right) + len(wrong))
+        expected += [1.0] * len(right) + [0.0] * len(wrong)
+    rewards = gsm8k_reward([""] * len(answers), completions, answer=answers)
+    missed = [c for c, reward, right in zip(completions, rewards, expected, strict=True) if reward != right]
+    assert not missed and expected.count(1.0) >= 13 * 1319 and expected.count(0.0) > 16 * 1319
+
+
+def test_every_gold_answer_of_the_train_split_is_right():
+    answers = [row["answer"] for row in read("gsm8k_train.jsonl")]
+    assert gsm8k_reward([""] * len(answers), answers, answer=answers) == [1.0] * 7473
+
+
+def test_a_solution_cut_off_is_hardly_ever_right():
+    """Cut anywhere before its final answer, one solution in thousands ends in a sentence that already states it."""
+    rng = random.Random(0)
+    rows = [row for row in read("gsm8k_test.jsonl") for _ in range(5)]
+    cut = [row["answer"][: rng.randrange(row["answer"].index("\n####"))] for row in rows]
+    assert sum(gsm8k_reward([""] * len(rows), cut, answer=[row["answer"] for row in rows])) < 0.002 * len(rows)
+
+
+def test_the_task_reads_the_data_sets_files():
+    read("gsm8k_test.jsonl")
+    task = load_task(f"gsm8k:{DATA}")
+    (row,) = task.rows("test", 1, seed=0)
+    assert row.keys() == {"prompt", "question", "answer"}
+    assert row["prompt"].startswith(row["question"]) and r"\boxed{}" in row["prompt"]
+    assert len(task.rows("train", 10**5, 0)) == 7473 and len(task.rows("test", 10**5, 0)) == 1319
+    assert task.reward(prompts=[row["prompt"]], completions=[row["answer"]], answer=[row["answer"]]) == [1.0]
+    assert set(task.data) == {"gsm8k_train.jsonl", "gsm8k_test.jsonl"}
+
+
+def test_an_answer_without_a_number_is_found_when_the_data_is_loaded(tmp_path):
+    path = tmp_path / "train.jsonl"
+    path.write_text('{"question": "How many?", "answer": "#### 3"}\n{"question": "How?", "answer": "by hand"}\n')
+    with pytest.raises(ValueError, match=re.escape("the answer 'by hand' holds no final number")):
+        load_task(f"gsm8k:{path}")
+
+
+def test_the_final_answer_is_latex_that_math_verify_reads():
+    assert final_answer("#### 1,234.50") == "1234.50"
+    assert final_answer("-3 1/2") == r"-(3+\frac{1}{2})"
+    assert final_answer("no idea") is None

@@ -1,0 +1,315 @@
+import gzip
+import itertools
+import json
+import textwrap
+from pathlib import Path
+
+import pytest
+
+from peft_onelayer.tasks import load_task, sandbox
+from peft_onelayer.tasks.humaneval import INSTRUCTION, humaneval_reward, readings
+
+REAL = Path(__file__).parents[2].parent / "shared" / "data" / "HumanEval.jsonl.gz"
+pytestmark = pytest.mark.skipif(bool(sandbox.available()), reason=str(sandbox.available()))
+
+STUB = '''\
+import math
+from typing import List
+
+SCALE = 2
+
+
+def scaled(x: float) -> float:
+    """Helper."""
+    return SCALE * x
+
+
+def roots(xs: List[float]) -> List[float]:
+    """Square roots, scaled, of those that have one.
+    >>> roots([4, -1])
+    [4.0]
+    """
+'''
+BODY = """\
+    result = []
+    for x in xs:
+        if x >= 0:
+            result.append(scaled(math.sqrt(x)))
+
+    # done
+    return result
+"""
+PROGRAM = "def roots(xs: List[float]) -> List[float]:\n" + BODY
+TEST = """
+METADATA = {'author': 'x'}
+
+def check(candidate):
+    assert candidate([4, -1, 9]) == [4.0, 6.0]
+    assert candidate([]) == []
+    assert roots([1]) == [scaled(1)]
+"""
+FENCED = f"```python\n{PROGRAM}```\n"
+DEDENTED = textwrap.dedent(BODY)
+
+
+def grade(*completions, prompt=STUB, test=TEST, entry_point="roots", **kwargs):
+    n = len(completions)
+    return humaneval_reward([prompt] * n, list(completions), test=[test] * n, entry_point=[entry_point] * n, **kwargs)
+
+
+RIGHT = {
+    "body": BODY,
+    "body without its end": BODY.rstrip(),
+    "body with a blank line before": "\n" + BODY,
+    "body in other indentation": textwrap.indent(DEDENTED, "  "),
+    "body that lost its first indentation": BODY.lstrip(),
+    "body that lost a part of its first indentation": BODY[1:],
+    "body that lost its indentation": DEDENTED,
+    "body with tabs": textwrap.indent(DEDENTED.replace("    ", "\t"), "\t"),
+    "body and a second function": BODY + "\n\ndef other(x):\n    return roots(\n",
+    "body and a main part": BODY + '\n\nif __name__ == "__main__":\n    print(roots([int(input())]))\n',
+    "body and its function once more": BODY + "\n\n" + PROGRAM.replace("sqrt", "exp"),
+    "body and a comment": BODY + "# Test it:\nprint(roots(\n",
+    "body with a comment in the first column": BODY.replace("    # done", "# done"),
+    "body with a string in the first column": '    """\nNo docstring.\n"""\n' + BODY,
+    "dedented body and a second function": DEDENTED + "\ndef other(x):\n    return (\n",
+    "body in a fence": f"```python\n{BODY}```",
+    "dedented body in a fence": f"Here it is:\n\n```\n{DEDENTED}```\nDone.",
+    "body and a closing fence": BODY + "```\n\nThis loops over the numbers.",
+    "program": PROGRAM,
+    "program after a space": " " + PROGRAM,
+    "program in a fence": FENCED,
+    "program in a fence with DOS lines": FENCED.replace("\n", "\r\n"),
+    "program in a fence without language": FENCED.replace("python", ""),
+    "program in a tilde fence": FENCED.replace("```", "~~~"),
+    "program in an unclosed fence": "Sure!\n" + FENCED.removesuffix("```\n"),
+    "program in a fence in a list": "1. So:\n\n" + textwrap.indent(FENCED, "   "),
+    "program in a fence between prose": f"I'd filter first.\n\n{FENCED}\nIt's linear; don't use a loop.",
+    "draft, program, example": f"{FENCED.replace('sqrt', 'exp')}No:\n{FENCED}Use:\n```\nroots([4])\n```",
+    "thoughts, then a program": f"<think>\n```python\ndef roots(xs):\n    return xs\n```\nwrong\n</think>\n{FENCED}",
+    "program between prose": f"Here's the function:\n\n{PROGRAM}\nIt's linear; I didn't use\na list comprehension.\n",
+    "program and what was cut": PROGRAM + "\n\nassert roots([4]) == [4.0]\n\ndef test_roots():\n    assert roots([",
+    "program with its own imports": "import math\nfrom typing import List, Dict\n\n" + PROGRAM,
+    "program with a future import": "from __future__ import annotations\nimport math\n"
+    + PROGRAM.replace("scaled(", "(2 * "),
+    "program with a helper below": PROGRAM.replace("scaled(", "twice(") + "\n\ndef twice(x):\n    return 2 * x\n",
+    "whole prompt and body": STUB + BODY,
+    "async helper, decorator": "import functools\n\n@functools.cache\ndef one():\n    return 1\n\n" + PROGRAM,
+    "chat": [{"role": "assistant", "content": FENCED}],
+}
+WRONG = {
+    "nothing": "",
+    "blank": "\n  \n",
+    "an empty fence": "```python\n```",
+    "prose": "I cannot do that.",
+    "pass": "    pass\n",
+    "another result": BODY.replace("sqrt", "exp"),
+    "another function": FENCED.replace("def roots", "def square_roots"),
+    "cut short": BODY[:-12],
+    "cut in the program": f"```python\n{PROGRAM[:-12]}",
+    "the prompt again": STUB,
+    "right in the draft only": FENCED + FENCED.replace("sqrt", "exp"),
+    "not a function": "roots = 3\n",
+    "a class": "class Solution:\n" + textwrap.indent(PROGRAM, "    "),
+    "chat": [{"role": "assistant", "content": "Sure."}],
+}
+
+
+def test_forms_of_a_right_completion():
+    rewards = grade(*RIGHT.values())
+    assert dict(zip(RIGHT, rewards, strict=True)) == dict.fromkeys(RIGHT, 1.0)
+
+
+def test_wrong_completions():
+    rewards = grade(*WRONG.values())
+    assert dict(zip(WRONG, rewards, strict=True)) == dict.fromkeys(WRONG, 0.0)
+
+
+def test_forms_of_the_prompt():
+    fenced = f"Complete this function:\n\n```python\n{STUB}```\nAnswer with code."
+    chat = [{"role": "system", "content": "You write Python."}, {"role": "user", "content": INSTRUCTION + STUB}]
+    for prompt in (
+        STUB.rstrip(),
+        INSTRUCTION + STUB,
+        f"Please complete:\n{STUB.removeprefix('import math')}",
+        fenced,
+        chat,
+    ):
+        # without a docstring too: the head alone is no complete statement
+        assert grade(BODY.replace("math.sqrt(x)", "x ** .5"), prompt=prompt) == [1.0], prompt
+    assert grade(BODY, prompt=STUB.partition('    """Square')[0]) == [1.0]
+    # a data set's own column, as TRL never passes it but a user may
+    assert grade(BODY, prompt="?") == [0.0]
+    assert humaneval_reward(
+        ["?"], [BODY], [TEST], ["roots"], prompt=[STUB], task_id=["x"], canonical_solution=[""]
+    ) == [1.0]
+
+
+def test_what_trl_passes_beside_the_columns_is_ignored():
+    rewards = humaneval_reward(
+        prompts=[STUB, STUB],
+        completions=[BODY, WRONG["pass"]],
+        completion_ids=[[1], [2]],
+        test=[TEST] * 2,
+        entry_point=["roots"] * 2,
+        task_id=["a", "b"],
+        trainer_state=None,
+        log_extra=print,
+        log_metric=print,
+    )
+    assert rewards == [1.0, 0.0]
+
+
+def test_the_program_that_does_not_compile_at_its_end_is_cut_at_its_top_level_only():
+    assert list(readings("def f(x):\n    return (\n\nx = 1\ny = 2", "", "f")) == [
+        "\ndef f(x):\n    return (\n\nx = 1\ny = 2",
+        "\ndef f(x):\n    return (\n\nx = 1\n",
+        "\ndef f(x):\n    return (\n\n",
+    ]
+
+
+# --- the real data set ---
+
+
+@pytest.fixture(scope="module")
+def problems():
+    if not REAL.exists():
+        pytest.skip(f"{REAL} is not there")
+    return load_task(f"humaneval:{REAL}").rows("test", 164, seed=0)
+
+
+def grade_all(problems, completions):
+    columns = {name: [row[name] for row in problems] for name in problems[0]}
+    prompts = [[{"role": "user", "content": prompt}] for prompt in columns.pop("prompt")]
+    rewards = humaneval_reward(prompts=prompts, completions=completions, **columns)
+    return {row["task_id"]: reward for row, reward in zip(problems, rewards, strict=True)}
+
+
+def test_all_canonical_bodies_pass(problems):
+    rewards = grade_all(problems, [row["canonical_solution"] for row in problems])
+    assert len(rewards) == 164 and {name for name, reward in rewards.items() if reward != 1.0} == set()
+
+
+FORMS = [
+    lambda prompt, body: f"```python\n{prompt}{body}\n```",
+    lambda prompt, body: f"Here's how:\n\n{prompt}{body}\n\nI hope it's clear.",
+    lambda prompt, body: f"```python\n{prompt[prompt.rindex('def ') :]}{body}",  # without imports and helpers
+    lambda prompt, body: f"```\n{body}\n```\n",
+    lambda prompt, body: textwrap.dedent(body),
+    lambda prompt, body: body.lstrip(),
+    lambda prompt, body: body.rstrip() + "\n\n\ndef main():\n    print(",
+]
+
+
+def test_all_canonical_solutions_pass_in_other_forms(problems):
+    pairs = zip(itertools.cycle(FORMS), problems, strict=False)
+    rewards = grade_all(problems, [form(row["prompt"], row["canonical_solution"]) for form, row in pairs])
+    assert {name for name, reward in rewards.items() if reward != 1.0} == set()
+
+
+BROKEN = [
+    "    return None\n",
+    "    return [[[]]]\n",
+    "    raise AssertionError\n",
+    "    raise SystemExit\n",
+    "    import sys; sys.exit(0)\n",
+    "    import os; os._exit(0)\n",
+    """\
+    class Equal(int):
+        def __eq__(self, other):
+            return True
+    return Equal()
+""",
+    """\
+    import os
+    for fd in range(256):
+        try:
+            os.write(fd, b'{"passed": true}\\n')
+        except OSError:
+            pass
+""",
+]
+
+
+def test_all_broken_solutions_fail(problems):
+    rewards = grade_all(problems, [BROKEN[i % len(BROKEN)] for i in range(len(problems))])
+    assert len(rewards) == 164 and {name for name, reward in rewards.items() if reward != 0.0} == set()
+
+
+def test_rows_of_the_real_data(problems):
+    assert len({row["task_id"] for row in problems}) == 164
+    with gzip.open(REAL, "rt") as file:
+        originals = {row["task_id"]: row for row in map(json.loads, file)}
+    for row in problems:
+        assert row == originals[row["task_id"]] | {"prompt": INSTRUCTION + originals[row["task_id"]]["prompt"]}
+
+
+# --- loading ---
+
+
+@pytest.fixture
+def write(tmp_path):
+    def write(name, n=40, **changes):
+        row = {
+            "task_id": "x",
+            "prompt": STUB,
+            "canonical_solution": BODY,
+            "test": TEST,
+            "entry_point": "roots",
+        } | changes
+        rows = [row | {"task_id": f"{name}/{i}", "prompt": f"N = {i}\n{row['prompt']}"} for i in range(n)]
+        path = tmp_path / name
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+        return path
+
+    return write
+
+
+def test_all_of_a_file_is_for_evaluation(write):
+    task = load_task(f"humaneval:{write('mine.jsonl')}")
+    rows = task.rows("test", 100, 0)
+    assert len({row["task_id"] for row in rows}) == 40
+    assert task.rows("test", 7, 0) == rows[:7] and task.rows("test", 7, 1) != rows[:7]
+    assert task.reward.__name__ == "humaneval_reward" and task.data["mine.jsonl"].startswith("sha256:")
+    columns = {name: [row[name] for row in rows[:2]] for name in rows[0] if name != "prompt"}
+    prompts = [row["prompt"] for row in rows[:2]]
+    assert task.reward(prompts=prompts, completions=[BODY, "    pass"], **columns) == [1.0, 0.0]
+    with pytest.raises(ValueError, match=r"for evaluation only; .* give humaneval:FOLDER with a train.jsonl"):
+        task.rows("train", 1, 0)
+
+
+def test_a_folder_may_hold_problems_to_train_on(write, tmp_path):
+    write("train.jsonl")
+    write("test.jsonl", n=3, prompt="# other\n" + STUB)
+    task = load_task(f"humaneval:{tmp_path}")
+    assert len(task.rows("train", 100, 0)) == 40 and len(task.rows("test", 100, 0)) == 3
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"test": "def check(candidate):\n    assert candidate("}, "the tests of 'roots' are not Python"),
+        ({"test": "assert roots([]) == []"}, r"the tests of 'roots' define no check\(candidate\)"),
+    ],
+)
+def test_bad_data_is_refused_when_loaded(write, changes, message):
+    with pytest.raises(ValueError, match=message):
+        load_task(f"humaneval:{write('bad.jsonl', **changes)}")
+
+
+def test_missing_data_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="no file or folder"):
+        load_task(f"humaneval:{tmp_path}/none.jsonl")
+
+
+def test_without_a_sandbox_loading_is_refused_unless_unsafe(write, monkeypatch):
+    name = f"humaneval:{write('mine.jsonl')}"
+    monkeypatch.setattr(sandbox, "available", lambda: "no sandbox can be made here")
+    with pytest.raises(sandbox.SandboxError, match=r"no sandbox can be made here.*--unsafe"):
+        load_task(name)
+    with pytest.raises(sandbox.SandboxError, match="--unsafe"):
+        grade(BODY)
+    with pytest.warns(UserWarning, match="runs without a sandbox"):
+        task = load_task(name, unsafe=True)
+    with pytest.warns(UserWarning, match="runs without a sandbox"):
+        assert task.reward([STUB] * 2, [BODY, "    pass"], [TEST] * 2, ["roots"] * 2) == [1.0, 0.0]
