@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from ._errors import UserError, user_error
-from ._model import ADAPTER_FILES, load_causal_lm, to_device
+from ._model import ADAPTER_FILES, load_causal_lm, quiet_hub, to_device
 from ._output import is_main_process, note, print_json, print_line, print_table, progress_bar, status
 from ._ranking import pick_layers
 from ._task import as_asked, check_writable, open_task
@@ -119,7 +119,7 @@ def train(
         from peft_onelayer.rl.settings import convert_settings, parse_settings
         from peft_onelayer.tuner import find_decoder_stack, resolve_layers
 
-    with user_error(ValueError, OSError, ImportError):
+    with user_error(ValueError, OSError, ImportError), quiet_hub():
         chosen = load_algorithm(algorithm)
         overrides = parse_settings(settings or [])
         folder = RunFolder(out, resume, main=is_main_process())
@@ -197,9 +197,9 @@ def train(
         elif the_task is not None:
             rows = the_task.rows("train", prompts_needed(chosen, config), seed)
         _run(folder, run, base, tokenizer, recipe, config, rows, the_task)
-    run = json.loads((out / "run.json").read_text())
     if not folder.main:
         return
+    run = json.loads((out / "run.json").read_text())
     if as_json:
         print_json(run)
     else:

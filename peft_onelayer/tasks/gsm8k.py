@@ -37,7 +37,7 @@ _PHRASE_END = re.compile(r"[.!;](?=\s|$)|, | \(|\n| because\b| since\b")
 
 _LONGEST = 400  # characters of a final answer with its sentence
 _SENTENCE_END = re.compile(r"(?<=[.!?])\s+|\n")
-_STARTS_AS_NUMBER = re.compile(r"[^\w\s]*(?:US\$)?[^\w\s]*[0-9]|\\[dtc]?frac")
+_STARTS_AS_NUMBER = re.compile(r"[^\w\s]*(?:US\$[^\w\s]*)?[0-9]|\\[dtc]?frac")
 
 _CHARACTERS = str.maketrans(
     dict.fromkeys("−–—‐‑﹣－", "-")  # noqa: RUF001

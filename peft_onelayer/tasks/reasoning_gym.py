@@ -30,6 +30,8 @@ import sys
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+import numpy
+
 from peft_onelayer.tasks import Task, completion_text
 from peft_onelayer.tasks.files import is_held_out
 
@@ -203,12 +205,15 @@ def _entries(name: str, seed: str) -> Iterator[dict[str, Any]]:
         number = int.from_bytes(hashlib.sha256(f"{seed} {chunk}".encode()).digest()[:4]) >> 1
         dataset = reasoning_gym.create_dataset(name, size=_CHUNK, seed=number)
         for index in range(_CHUNK):
-            state = random.getstate()  # list_functions draws from the global generator too
+            # list_functions and codeio draw from the global generators too
+            states = random.getstate(), numpy.random.get_state()
             random.seed(number + index)
+            numpy.random.seed(number + index)
             try:
                 entry = dataset[index]
             finally:
-                random.setstate(state)
+                random.setstate(states[0])
+                numpy.random.set_state(states[1])
             yield entry
         chunk += 1
 

@@ -149,13 +149,12 @@ def test_where_there_is_no_room_for_an_answer(model_and_tokenizer, tmp_path, wha
         limit = len(one_turn) - len(prompt) - missing
     else:
         model.config.max_position_embeddings = len(one_turn) + 1 - missing
-    _, ((*theirs,),), (ids,), _, (tokens,) = trl_rollouts(
+    _, (theirs,), _, _, (tokens,) = trl_rollouts(
         model, tokenizer, COUNTER, ROWS[:1], tmp_path, max_completion_tokens=limit, **settings
     )
     ((ours,),) = sample_rollouts(model, tokenizer, COUNTER, ROWS[:1], max_completion_tokens=limit, **settings)
     assert (ours.completion, ours.tokens) == (theirs, tokens)
     assert len(ours.completion) == (1 if missing else 2 if what == "completion" else 3)
-    assert len(ids) == (tokens if missing else len(one_turn) - len(prompt) if what == "completion" else len(ids))
 
 
 @pytest.fixture

@@ -1,0 +1,141 @@
+import hashlib
+import json
+import re
+import runpy
+from pathlib import Path
+
+import pytest
+
+from peft_onelayer.tasks import load_task
+from peft_onelayer.tasks.user import load_dataset_task
+
+EXAMPLE = Path(__file__).resolve().parents[2] / "examples" / "own_task"
+ROWS = "def rows(split, n, seed): return [{'prompt': 'p', 'answer': 'a'}] * n\n"
+REWARD = "def my_reward(prompts, completions, answer, **kwargs): return [len(c) for c in completions]\n"
+
+
+def write(path, text):
+    path.write_text(text)
+    return str(path)
+
+
+def data(tmp_path, rows, name="train.jsonl"):
+    return write(tmp_path / name, "".join(json.dumps(row) + "\n" for row in rows))
+
+
+def refused(call, message):
+    with pytest.raises(ValueError, match=re.escape(message)) as raised:
+        call()
+    assert "\n" not in str(raised.value)
+
+
+def test_the_example_of_a_file_runs():
+    task = load_task(str(EXAMPLE / "reverse.py"))
+    train, test = task.rows("train", 99, 0), task.rows("test", 99, 0)
+    assert len(train) == 8 and len(test) == 4
+    assert not {row["prompt"] for row in train} & {row["prompt"] for row in test}
+    answers = [row["answer"] for row in test]
+    prompts = [row["prompt"] for row in test]
+    assert task.reward(prompts=prompts, completions=answers, answer=answers) == [1.0] * 4
+    chats = [[{"role": "assistant", "content": "x"}]] * 4
+    assert task.reward(prompts=prompts, completions=chats, answer=answers, trainer_state=None) == [0.0] * 4
+    assert task.max_completion_tokens == 16 and task.reward.__name__ == "reverse_reward"
+    content = (EXAMPLE / "reverse.py").read_bytes()
+    assert task.data == {"reverse.py": f"sha256:{hashlib.sha256(content).hexdigest()}"}
+
+
+def test_the_example_of_a_data_set_runs():
+    task = load_dataset_task(str(EXAMPLE / "capitals.jsonl"), f"{EXAMPLE / 'contains.py'}:contains_answer")
+    rows = task.rows("train", 99, 0) + task.rows("test", 99, 0)
+    assert len({row["prompt"] for row in rows}) == 16 and task.max_completion_tokens == 512
+    answers = [row["answer"] for row in rows]
+    prompts = [row["prompt"] for row in rows]
+    assert task.reward(prompts=prompts, completions=[f" {a}." for a in answers], answer=answers) == [1.0] * 16
+    assert task.reward(prompts=prompts, completions=["?"] * 16, answer=answers) == [0.0] * 16
+    assert set(task.data) == {"capitals.jsonl", "contains.py"}
+
+
+def test_the_page_and_its_files_are_short():
+    for file in EXAMPLE.iterdir():
+        if file.is_file():
+            assert len(file.read_text().splitlines()) < 30
+    assert runpy.run_path(str(EXAMPLE / "reverse.py"))["rows"]("test", 1, 0)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("def rows(:\n", "{file}:1: invalid syntax"),
+        ("x = 1\ny = x / 0\n", "{file}:2 cannot be imported: ZeroDivisionError: division by zero"),
+        ("import no_such_package\n", "{file}:1 cannot be imported: ModuleNotFoundError: No module named"),
+        (REWARD, "{file} has no function rows(split, n, seed)"),
+        (ROWS, "exactly one function whose name holds 'reward'; found none"),
+        (ROWS + REWARD + REWARD.replace("my", "her"), "found several: her_reward, my_reward"),
+    ],
+)
+def test_a_file_that_is_no_task_is_refused(tmp_path, text, message):
+    path = tmp_path / "task.py"
+    path.write_text(text)
+    refused(lambda: load_task(str(path)), message.format(file=path))
+
+
+@pytest.mark.parametrize(
+    ("rows", "message"),
+    [
+        ("[]", "expected a list of at least one dict, got []"),
+        ("['p']", "expected a list of at least one dict"),
+        ("[{'question': 'q'}]", "row 0 has no 'prompt' that is text or a list of chat messages: None"),
+        ("[{'prompt': ['hello']}]", "row 0 has no 'prompt'"),
+        ("[{'prompt': 'p', 'answer': 1}, {'prompt': 'p'}]", "row 1 has the columns prompt, row 0 has prompt, answer"),
+        ("[{'prompt': 'p', 'answer': 1}, {'prompt': 'p', 'answer': 'a'}]", "values of column 'answer' are not all of"),
+        ("[{'prompt': 'p', 'prompts': 1}]", "a column may not be called 'prompts'"),
+        ("[{'prompt': 'p'}]", "takes 'answer', but is given only completions, prompts, by name"),
+    ],
+)
+def test_rows_that_are_no_rows_are_refused(tmp_path, rows, message):
+    path = write(tmp_path / "task.py", f"def rows(split, n, seed): return {rows}\n{REWARD}")
+    refused(lambda: load_task(path).rows("train", 2, 0), message)
+
+
+def test_rows_may_be_chats_and_reach_the_file_with_their_arguments(tmp_path):
+    prompt = "[{'role': 'user', 'content': f'{split} {n} {seed}'}]"
+    path = write(
+        tmp_path / "t.py", f"def rows(split, n, seed): return [{{'prompt': {prompt}, 'answer': 'a'}}]\n{REWARD}"
+    )
+    task = load_task(path)
+    assert task.rows("test", 3, 7)[0]["prompt"] == [{"role": "user", "content": "test 3 7"}]
+    refused(lambda: task.rows("dev", 1, 0), "split must be 'train' or 'test', got 'dev'")
+    refused(lambda: task.rows("train", 0, 0), "n must be at least 1, got 0")
+
+
+@pytest.mark.parametrize(
+    ("result", "message"),
+    [
+        ("1.0", "must return a list of 2 numbers, one per completion; got float"),
+        ("[1.0]", "must return a list of 2 numbers, one per completion; got 1"),
+        ("[1.0, 'good']", "must return one finite number per completion, got 'good'"),
+        ("[1.0, None]", "must return one finite number per completion, got None"),
+        ("[1.0, float('nan')]", "must return one finite number per completion, got nan"),
+    ],
+)
+def test_a_reward_with_a_bad_result_is_named_at_its_first_result(tmp_path, result, message):
+    path = write(tmp_path / "task.py", f"{ROWS}def my_reward(prompts, completions, **kwargs): return {result}\n")
+    refused(lambda: load_task(path).reward(prompts=["p"] * 2, completions=["x"] * 2, answer=["a"] * 2), message)
+
+
+def test_the_reward_of_a_data_set_is_checked_when_it_is_loaded(tmp_path):
+    source = data(tmp_path, [{"prompt": "p", "answer": "a"}])
+    file = write(
+        tmp_path / "rewards.py",
+        REWARD + "def strict(prompts, completions, answer): ...\ndef other(completions, target, **kwargs): ...\n",
+    )
+    task = load_dataset_task(source, f"{file}:my_reward")
+    assert task.rows("train", 5, 0) == [{"prompt": "p", "answer": "a"}]
+    assert task.reward(prompts=["p"], completions=["xyz"], answer=["a"]) == [3.0]
+    refused(lambda: load_dataset_task(source, f"{file}:my_rewards"), "no function 'my_rewards'; it has my_reward")
+    refused(lambda: load_dataset_task(source, f"{file}:strict"), "rewards.py:strict must take **kwargs")
+    refused(lambda: load_dataset_task(source, f"{file}:other"), "takes 'target', but is given only answer, completions")
+    refused(lambda: load_dataset_task(source, file), "reward must be 'path/to/file.py:function'")
+    refused(lambda: load_dataset_task(source, "missing.py:reward"), "no file missing.py")
+    no_prompt = data(tmp_path, [{"text": "p"}], "test.jsonl")
+    refused(lambda: load_dataset_task(no_prompt, f"{file}:my_reward"), "test.jsonl:1: no column 'prompt'; found text")
