@@ -1,11 +1,31 @@
-"""From a ranking to the blocks to train, with the sentence that says why."""
+"""Ranks the blocks, and goes from a ranking to the blocks to train and the sentence that says why."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
+
+from ._output import progress_bar
 
 if TYPE_CHECKING:
     from peft_onelayer.probe.ranking import LayerRanking
+    from peft_onelayer.tasks import Task
+
+
+def rank_blocks(base: Any, tokenizer: Any, task: Task, *, steps: int, **settings: Any) -> LayerRanking:
+    """`probe_layers` of all blocks by runs of `steps` steps; `settings` are its other arguments."""
+    from peft_onelayer.probe.short_rl import probe_layers
+    from peft_onelayer.tuner import find_decoder_stack
+
+    num_layers = len(find_decoder_stack(base).blocks)
+    with progress_bar(f"ranking {num_layers} blocks", num_layers * steps) as bar:
+        return probe_layers(
+            base,
+            tokenizer,
+            task,
+            steps=steps,
+            on_step=lambda layer, step, reward: bar.update(layer * steps + step, f"block {layer}"),
+            **settings,
+        )
 
 
 def pick_layers(ranking: LayerRanking, steps: int) -> tuple[list[int], str]:

@@ -19,8 +19,9 @@ import typer
 
 from ._errors import UserError, user_error
 from ._model import limit_threads, load_causal_lm
+from ._options import Json
 from ._output import note, print_json, print_line, print_table, progress_bar, status
-from ._ranking import pick_layers
+from ._ranking import pick_layers, rank_blocks
 
 if TYPE_CHECKING:
     from peft_onelayer.probe.ranking import LayerRanking
@@ -47,7 +48,7 @@ def demo(
     model: Annotated[
         str | None, typer.Option(help="Another base model for the task: a folder or a Hub id.", show_default=False)
     ] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print the figures as JSON instead of a table.")] = False,
+    as_json: Json = False,
 ) -> None:
     """Watch one block get chosen, trained with GRPO and saved as an adapter (under 3 minutes on 2 cores)."""
     start = time.perf_counter()
@@ -86,7 +87,6 @@ def _run(base, tokenizer, task, layers: list[int] | None, steps: int, seed: int,
     from peft import get_peft_model_state_dict
 
     from peft_onelayer.adapter.verify import fingerprint, fingerprint_in_fresh_process
-    from peft_onelayer.probe.short_rl import probe_layers
     from peft_onelayer.report.plots import plot_ranking, plot_rewards
     from peft_onelayer.rl.run import LEARNING_RATE, train_layer
     from peft_onelayer.tasks.evaluation import evaluate, paired_difference
@@ -107,16 +107,7 @@ def _run(base, tokenizer, task, layers: list[int] | None, steps: int, seed: int,
 
     ranking: LayerRanking | None = None
     if layers is None:
-        with progress_bar(f"ranking {num_layers} blocks", num_layers * PROBE_STEPS) as bar:
-            ranking = probe_layers(
-                base,
-                tokenizer,
-                task,
-                steps=PROBE_STEPS,
-                seed=seed,
-                training_steps=steps,
-                on_step=lambda layer, step, reward: bar.update(layer * PROBE_STEPS + step, f"block {layer}"),
-            )
+        ranking = rank_blocks(base, tokenizer, task, steps=PROBE_STEPS, seed=seed, training_steps=steps)
         layers, why = pick_layers(ranking, PROBE_STEPS)
         note(why)
         plot_ranking(ranking, folder / "ranking.png", f"{PROBE_STEPS} GRPO steps on each block, {task.name}")

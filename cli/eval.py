@@ -18,6 +18,7 @@ import typer
 
 from ._errors import UserError, user_error
 from ._model import find_adapter, load_adapter, load_causal_lm, quiet_hub, read_adapter_config, to_device
+from ._options import Chat, Json, Revision, Reward, TaskName, Unsafe
 from ._output import note, print_json, print_line, print_table, progress_bar, status
 from ._task import as_asked, check_writable, open_task
 
@@ -32,15 +33,11 @@ def evaluate(
     adapter: Annotated[
         str | None, typer.Option(help="Adapter to compare with the base: a folder or a Hub id.", show_default=False)
     ] = None,
-    task: Annotated[
-        str | None, typer.Option(help="gsm8k, reasoning_gym:chain_sum, ... or a file.py.", show_default=False)
-    ] = None,
+    task: TaskName = None,
     dataset: Annotated[
         str | None, typer.Option(help="A JSONL file or a Hub data set with prompts, for --reward.", show_default=False)
     ] = None,
-    reward: Annotated[
-        str | None, typer.Option(help="Reward for the prompts of --dataset: file.py:function.", show_default=False)
-    ] = None,
+    reward: Reward = None,
     split: Annotated[str, typer.Option(help="Problems of which split: test or train.")] = "test",
     problems: Annotated[int, typer.Option(min=1, help="Number of problems; fewer where the split is smaller.")] = 256,
     samples: Annotated[int, typer.Option(min=0, help="Sampled completions per problem; 0 for greedy alone.")] = 4,
@@ -51,20 +48,13 @@ def evaluate(
     ] = None,
     batch_size: Annotated[int, typer.Option(min=1, help="Completions at a time; the samples depend on it.")] = 64,
     seed: Annotated[int, typer.Option(min=0, max=2**31 - 1, help="Seed of the problems and of sampling.")] = 0,
-    chat: Annotated[
-        bool | None,
-        typer.Option(
-            "--chat/--plain",
-            help="Give prompts as user messages. [default: if the tokenizer has a chat template]",
-            show_default=False,
-        ),
-    ] = None,
-    revision: Annotated[str | None, typer.Option(help="Hub revision of the base model.", show_default=False)] = None,
-    unsafe: Annotated[bool, typer.Option("--unsafe", help="Let the model's code run without a full sandbox.")] = False,
+    chat: Chat = None,
+    revision: Revision = None,
+    unsafe: Unsafe = False,
     out: Annotated[
         Path | None, typer.Option(help="JSON file for the figures and every problem's score.", show_default=False)
     ] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print the figures as JSON instead of a table.")] = False,
+    as_json: Json = False,
 ) -> None:
     """Measure MODEL on a task, sampled and greedy, and an adapter against its base on the same problems."""
     start = time.perf_counter()

@@ -20,8 +20,9 @@ import typer
 
 from ._errors import UserError, user_error
 from ._model import ADAPTER_FILES, load_causal_lm, quiet_hub, to_device
+from ._options import Chat, Json, Revision, Reward, TaskName, Unsafe
 from ._output import is_main_process, note, print_json, print_line, print_table, progress_bar, status
-from ._ranking import pick_layers
+from ._ranking import pick_layers, rank_blocks
 from ._task import as_asked, check_writable, open_task
 
 if TYPE_CHECKING:
@@ -53,19 +54,14 @@ def train(
         typer.Option(help="Block to train: 14, -1, 8-13, middle, mid-5, or auto to rank the blocks on the task first."),
     ] = "auto",
     full: Annotated[bool, typer.Option("--full", help="Train every parameter instead: the baseline.")] = False,
-    task: Annotated[
-        str | None,
-        typer.Option(help="arithmetic, gsm8k, reasoning_gym:chain_sum, ... or a file.py.", show_default=False),
-    ] = None,
+    task: TaskName = None,
     dataset: Annotated[
         str | None,
         typer.Option(
             help="A JSONL file or Hub data set: prompts (with --reward) or, offline, preferences.", show_default=False
         ),
     ] = None,
-    reward: Annotated[
-        str | None, typer.Option(help="Reward for the prompts of --dataset: file.py:function.", show_default=False)
-    ] = None,
+    reward: Reward = None,
     algorithm: Annotated[str, typer.Option(help="grpo, dr_grpo, dapo, gigpo, rloo, dpo, kto, ...")] = "grpo",
     steps: Annotated[
         int | None,
@@ -91,19 +87,12 @@ def train(
         ),
     ] = None,
     seed: Annotated[int, typer.Option(min=0, max=2**31 - 1, help="Seed of data, sampling and training.")] = 0,
-    chat: Annotated[
-        bool | None,
-        typer.Option(
-            "--chat/--plain",
-            help="Give prompts as user messages. [default: if the tokenizer has a chat template]",
-            show_default=False,
-        ),
-    ] = None,
-    revision: Annotated[str | None, typer.Option(help="Hub revision of the base model.", show_default=False)] = None,
+    chat: Chat = None,
+    revision: Revision = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on with the interrupted run in --out.")] = False,
     report_to: Annotated[str, typer.Option(help="TRL's own logging: wandb, trackio, tensorboard, ...")] = "none",
-    unsafe: Annotated[bool, typer.Option("--unsafe", help="Let the model's code run without a full sandbox.")] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="Print run.json instead of a table.")] = False,
+    unsafe: Unsafe = False,
+    as_json: Json = False,
 ) -> None:
     """Train one block of MODEL (or several, or all) with an algorithm of TRL; the result is a PEFT adapter."""
     os.environ.setdefault("TRL_EXPERIMENTAL_SILENCE", "1")  # of the algorithms and environments it calls experimental
@@ -342,25 +331,20 @@ def _rank(
 ) -> tuple[list[int], str]:
     """Rank the blocks by short runs, kept in layer_profile.json: the blocks to train, and why."""
     from peft_onelayer.probe.ranking import LayerRanking
-    from peft_onelayer.probe.short_rl import probe_layers
-    from peft_onelayer.tuner import find_decoder_stack
 
     kept = folder.path / "layer_profile.json"
     if kept.exists():
         return pick_layers(LayerRanking.from_json(kept.read_text()), PROBE_STEPS)
-    num_layers = len(find_decoder_stack(base).blocks)
-    with progress_bar(f"ranking {num_layers} blocks", num_layers * PROBE_STEPS) as bar:
-        ranking = probe_layers(
-            base,
-            tokenizer,
-            task,
-            steps=PROBE_STEPS,
-            seed=seed,
-            training_steps=config.max_steps,
-            recipe=recipe,
-            batch_size=max(GENERATE, config.per_device_train_batch_size),
-            on_step=lambda layer, step, reward: bar.update(layer * PROBE_STEPS + step, f"block {layer}"),
-        )
+    ranking = rank_blocks(
+        base,
+        tokenizer,
+        task,
+        steps=PROBE_STEPS,
+        seed=seed,
+        training_steps=config.max_steps,
+        recipe=recipe,
+        batch_size=max(GENERATE, config.per_device_train_batch_size),
+    )
     ranking = _agreed(ranking)
     folder.write("layer_profile.json", ranking.to_json())
     layers, why = pick_layers(ranking, PROBE_STEPS)

@@ -37,7 +37,7 @@ _PHRASE_END = re.compile(r"[.!;](?=\s|$)|, | \(|\n| because\b| since\b")
 
 _LONGEST = 400  # characters of a final answer with its sentence
 _SENTENCE_END = re.compile(r"(?<=[.!?])\s+|\n")
-_STARTS_AS_NUMBER = re.compile(r"[^\w\s]*(?:US\$[^\w\s]*)?[0-9]|\\[dtc]?frac")
+_STARTS_AS_NUMBER = re.compile(r"\W*(?:US\$\W*)?(?:[0-9]|[dtc]?frac\b)")
 
 _CHARACTERS = str.maketrans(
     dict.fromkeys("−–—‐‑﹣－", "-")  # noqa: RUF001
@@ -92,6 +92,7 @@ def final_answer(text: str) -> str | None:
     >>> final_answer(r"The answer is -3\frac{1}{2} metres."), final_answer(r"So it is \boxed{1{,}234}, not 12.")
     ('-(3+\\frac{1}{2})', '1234')
     """
+    text = text.replace("\\fbox", "\\boxed")
     boxed = text.rfind("\\boxed")
     tag_end = text.rfind("</answer>")
     tag = text.rfind("<answer>", 0, max(tag_end, 0))

@@ -47,6 +47,8 @@ RIGHT = [
     r"\boxed{\frac{36}{2}}",
     r"First \boxed{9}, then twice that: \boxed{18}",
     r"\[ \boxed{18} \]",
+    r"\[ 18 \]",
+    r"\fbox{18}",
     "#### 18",
     "####18",
     "#### $18.00\n",

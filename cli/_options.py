@@ -1,0 +1,27 @@
+"""Options that several commands share, each defined once."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+TaskName = Annotated[
+    str | None,
+    typer.Option("--task", help="arithmetic, gsm8k, reasoning_gym:chain_sum, ... or a file.py.", show_default=False),
+]
+Reward = Annotated[
+    str | None,
+    typer.Option("--reward", help="Reward for the prompts of --dataset: file.py:function.", show_default=False),
+]
+Chat = Annotated[
+    bool | None,
+    typer.Option(
+        "--chat/--plain",
+        help="Give prompts as user messages. [default: if the tokenizer has a chat template]",
+        show_default=False,
+    ),
+]
+Revision = Annotated[str | None, typer.Option("--revision", help="Hub revision of the base model.", show_default=False)]
+Unsafe = Annotated[bool, typer.Option("--unsafe", help="Let the model's code run without a full sandbox.")]
+Json = Annotated[bool, typer.Option("--json", help="Print the figures as JSON instead of a table.")]
