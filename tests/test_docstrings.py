@@ -6,19 +6,25 @@ import importlib
 import pytest
 
 MODULES = (
+    "rl.advantages",
     "rl.algorithms",
+    "rl.record",
     "rl.settings",
     "tasks.arithmetic",
     "tasks.sort",
+    "tasks.gsm8k",
+    "tasks.reasoning_gym",
     "tasks.evaluation",
     "tasks.humaneval",
     "tasks.sandbox",
+    "tasks.textworld",
     "tuner.stack",
     "tuner.model",
 )
 
 
 @pytest.mark.parametrize("name", MODULES)
-def test_the_examples_of(name):
+def test_the_examples_of(name, tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))  # of the games
     results = doctest.testmod(importlib.import_module(f"peft_onelayer.{name}"))
     assert results.attempted > 0 and results.failed == 0

@@ -10,7 +10,7 @@ from peft_onelayer.probe.ranking import LayerRanking
 BLUE, ORANGE, GREY = "#3465a4", "#d9730d", "#9aa0a6"
 
 
-def _figure(width: float = 7.0, height: float = 3.6):
+def new_figure(width: float = 7.0, height: float = 3.6):
     from matplotlib.backends.backend_agg import FigureCanvasAgg  # no pyplot: no window system, no global state
     from matplotlib.figure import Figure
 
@@ -25,7 +25,7 @@ def _figure(width: float = 7.0, height: float = 3.6):
 
 def plot_rewards(rewards: Sequence[float], path: Path, title: str, window: int = 10) -> None:
     """Draw the mean reward of every step, and its running mean over the last `window` steps."""
-    figure, axes = _figure()
+    figure, axes = new_figure()
     steps = range(1, len(rewards) + 1)
     running = [sum(rewards[max(0, i - window) : i]) / min(i, window) for i in steps]
     axes.plot(steps, rewards, color=BLUE, alpha=0.35, linewidth=1, label="each step")
@@ -37,7 +37,7 @@ def plot_rewards(rewards: Sequence[float], path: Path, title: str, window: int =
 
 def plot_ranking(ranking: LayerRanking, path: Path, title: str) -> None:
     """Draw the measured layers' scores with 95 % intervals; the pick in colour, those tied with the best lighter."""
-    figure, axes = _figure()
+    figure, axes = new_figure()
     layers = sorted(ranking.order)
     scores = [100 * (ranking.scores[layer] or 0.0) for layer in layers]
     errors = [196 * (ranking.errors[layer] or 0.0) for layer in layers]

@@ -321,7 +321,7 @@ def test_a_trainer_plays_the_games_and_trains_the_block(trainer_class, tmp_path)
             seed=0,
             max_steps=2,
             logging_steps=1,
-            per_device_train_batch_size=32,
+            per_device_train_batch_size=16,
             num_generations=8,
             max_completion_length=task.max_completion_tokens,
             learning_rate=2e-3,
@@ -329,7 +329,7 @@ def test_a_trainer_plays_the_games_and_trains_the_block(trainer_class, tmp_path)
             top_k=0,
             loss_type="grpo",
         ),
-        train_dataset=Dataset.from_list(task.rows("train", 8, 0)),
+        train_dataset=Dataset.from_list(task.rows("train", 4, 0)),
         processing_class=tokenizer,
         peft_config=SingleLayerConfig(layer=6, task_type="CAUSAL_LM"),
         environment_factory=task.environment_factory,
@@ -339,9 +339,9 @@ def test_a_trainer_plays_the_games_and_trains_the_block(trainer_class, tmp_path)
     changed = {name for name, value in trainer.model.named_parameters() if not torch.equal(value, before[name])}
     assert changed and all(".layers.6." in name for name in changed)
 
-    assert len(seen) == 64
+    assert len(seen) == 32
     calls = [message for _, completion, _ in seen for message in completion if message["role"] == "tool"]
-    assert len(calls) > 200, "the agent calls the tool several times in a rollout"
+    assert len(calls) > 100, "the agent calls the tool several times in a rollout"
     invalid = [message for message in calls if message["content"].startswith(("invalid", "{'error'"))]
     assert len(invalid) < len(calls) / 5, "the agent mostly uses commands of the game"
     for prompt, completion, score in seen:
