@@ -24,6 +24,7 @@ def load_causal_lm(name: str, revision: str | None = None):
     Raises:
         UserError: not there, not a causal language model, incomplete, or without a tokenizer.
     """
+    from huggingface_hub.errors import HTTPError
     from huggingface_hub.utils import logging as hub_logging
     from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
@@ -60,7 +61,7 @@ def load_causal_lm(name: str, revision: str | None = None):
                     f"{name} lacks {len(info['missing_keys'])} weights, such as {min(info['missing_keys'])}."
                 )
             tokenizer = AutoTokenizer.from_pretrained(name, revision=revision)
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, ValueError, KeyError, HTTPError) as error:
         reason = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
         what = f"the model in {name}" if is_path else f"{name}, neither a folder here nor found on the Hub"
         raise UserError(f"cannot load {what}: {reason}") from error
@@ -111,6 +112,7 @@ def find_adapter(name: str) -> Path:
         UserError: not there, or no adapter whose weights are a safetensors file.
     """
     from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HTTPError
 
     folder = Path(name).expanduser()
     if folder.exists() or name.startswith((".", "~", os.sep)) or name.count("/") != 1:
@@ -120,7 +122,7 @@ def find_adapter(name: str) -> Path:
         try:
             with status(f"no folder {name} here; looking for it on the Hub ..."), quiet_hub():
                 folder = Path(snapshot_download(name, allow_patterns=list(ADAPTER_FILES)))
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, HTTPError) as error:
             reason = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
             raise UserError(f"{name} is neither an adapter folder here nor found on the Hub: {reason}") from error
     for file in ADAPTER_FILES:  # an adapter_model.bin would be unpickled

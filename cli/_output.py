@@ -9,6 +9,7 @@ from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
@@ -23,7 +24,7 @@ err = Console(stderr=True, highlight=False, quiet=not is_main_process())
 
 def note(message: str) -> None:
     """A line about what is going on."""
-    err.print(message, markup=False, soft_wrap=True)
+    err.print(plain(message), markup=False, soft_wrap=True)
 
 
 def status(message: str) -> AbstractContextManager[object]:
@@ -36,17 +37,31 @@ def print_json(data: Any) -> None:
 
 
 def print_table(title: str, header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
-    """A table on stdout; all columns but the first are aligned right."""
-    table = Table(title=title, title_justify="left", title_style="bold", show_header=any(header))
+    """A table of plain text on stdout; all columns but the first are aligned right."""
+    table = Table(title=escape(plain(title)), title_justify="left", title_style="bold", show_header=any(header))
     for i, name in enumerate(header):
         table.add_column(name, justify="right" if i else "left", no_wrap=True)
     for row in rows:
-        table.add_row(*row)
-    Console(highlight=False).print(table)
+        table.add_row(*(escape(plain(cell)) for cell in row))
+    console = Console(highlight=False)
+    if not console.is_terminal:
+        console.width = 1000  # of which it takes what it needs: a reader in a pipe wants whole names
+    console.print(table)
+
+
+def common_prefix(names: Sequence[str]) -> str:
+    """What the names of a block's tensors share ("model.layers.5."), to be said once instead of in every row."""
+    shared = os.path.commonprefix(list(names))  # noqa: RUF071  these are no paths
+    return shared[: shared.rfind(".") + 1]
 
 
 def print_line(message: str = "") -> None:
-    print(message)
+    print(plain(message))
+
+
+def plain(text: str) -> str:
+    """Without what could steer the terminal: names and records may come from a stranger."""
+    return "".join(c if c.isprintable() or c == "\n" else "?" for c in text)
 
 
 class Bar:

@@ -12,7 +12,6 @@ import time
 from importlib.metadata import version
 from importlib.resources import files
 from pathlib import Path
-from string import Template
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -25,10 +24,12 @@ from ._ranking import pick_layers, rank_blocks
 
 if TYPE_CHECKING:
     from peft_onelayer.probe.ranking import LayerRanking
+    from peft_onelayer.tasks import Task
 
 FORMAT = "onelayer-demo-1"
 FILES = {"adapter", "demo.json", "ranking.png", "reward.png"}
-ADAPTER_FILES = {"adapter_config.json", "adapter_model.safetensors", "layer_profile.json", "README.md"}
+ADAPTER_FILES = {"adapter_config.json", "adapter_model.safetensors", "README.md"}
+ADAPTER_FILES |= {"layer_profile.json", "run.json", "eval.json"}
 TASKS = ("arithmetic", "sort")
 PROBLEMS = 1024
 SAMPLES = 4
@@ -87,13 +88,16 @@ def _run(base, tokenizer, task, layers: list[int] | None, steps: int, seed: int,
     from peft import get_peft_model_state_dict
 
     from peft_onelayer.adapter.verify import fingerprint, fingerprint_in_fresh_process
+    from peft_onelayer.hub.card import model_card
     from peft_onelayer.report.plots import plot_ranking, plot_rewards
+    from peft_onelayer.rl.record import describe_model
     from peft_onelayer.rl.run import LEARNING_RATE, train_layer
     from peft_onelayer.tasks.evaluation import evaluate, paired_difference
     from peft_onelayer.tuner import find_decoder_stack
 
     num_layers = len(find_decoder_stack(base).blocks)
-    parameters = sum(p.numel() for p in base.parameters())
+    model = describe_model(base)
+    parameters = model["parameters"]
     limit_threads(base)
     rows = task.rows("test", PROBLEMS, seed)
 
@@ -178,7 +182,22 @@ def _run(base, tokenizer, task, layers: list[int] | None, steps: int, seed: int,
     summary["verdict"] = _verdict(summary)
     if ranking is not None:
         (adapter / "layer_profile.json").write_text(ranking.to_json())
-    (adapter / "README.md").write_text(_card(summary))
+    measured = {
+        mode: {
+            "n": e.n,
+            "samples": e.samples,
+            "base": {"mean": e.mean, "standard_error": e.standard_error},
+            "adapter": {"mean": after[mode].mean, "standard_error": after[mode].standard_error},
+            "difference": dict(zip(("mean", "standard_error"), differences[mode], strict=True)),
+        }
+        for mode, e in before.items()
+    }
+    run, evaluation = _records(summary, model, task, adapter, measured)
+    for name, record in (("run.json", run), ("eval.json", evaluation)):
+        (adapter / name).write_text(json.dumps(record, indent=2) + "\n")
+    config = json.loads((adapter / "adapter_config.json").read_text())
+    card = model_card(config, run, evaluation, parameters=trained_parameters, local_base=bool(model["sha256"]))
+    (adapter / "README.md").write_text(card)
     if not equal:
         raise UserError(
             "the adapter reloaded in a fresh process is not bit-equal to the trained one; nothing was kept."
@@ -254,19 +273,50 @@ def _print_summary(summary: dict[str, Any], out: Path) -> None:
     print_line(f"Written to {out}: " + ", ".join(sorted(p.name for p in out.iterdir())))
 
 
-def _card(summary: dict[str, Any]) -> str:
-    """The adapter's model card, filled from the run's figures."""
-    template = Template((files("peft_onelayer.model_cards") / "adapter.md").read_text())
-    share = summary["trained_parameters"] / summary["parameters"]
-    return template.substitute(
-        {
-            **summary,
-            "layer": ", ".join(map(str, summary["layers"])),
-            "base_model": Path(summary["model"]).name,
-            "results": "\n".join("| " + " | ".join(row) + " |" for row in _result_rows(summary)),
-            "trained_parameters": f"{summary['trained_parameters']:,}",
-            "parameters": f"{summary['parameters']:,}",
-            "share": f"{100 * share:.1f}",
-            "versions": ", ".join(f"{name} {number}" for name, number in summary["versions"].items()),
-        }
-    )
+def _records(
+    summary: dict[str, Any], model: dict[str, Any], task: Task, adapter: Path, measured: dict[str, dict[str, Any]]
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """run.json and eval.json of the adapter, in the form of `onelayer train` and `eval`, for `onelayer push`."""
+    from peft_onelayer.hub.card import EVALUATION_FORMAT
+    from peft_onelayer.rl import record
+    from peft_onelayer.rl.run import demo_recipe
+
+    algorithm = demo_recipe(task, summary["steps"]).algorithm
+    data = {"name": task.name, "data": dict(task.data), "chat": False}
+    run = {
+        "format": record.FORMAT,
+        "command": summary["command"],
+        "settings": {
+            "model": model,
+            "algorithm": algorithm.name,
+            "trainer": algorithm.trainer,
+            "task": data,
+            "seed": summary["seed"],
+            "config": {"learning_rate": summary["learning_rate"]},
+        },
+        "machine": record.describe_machine(),
+        "layers": summary["layers"],
+        "why": summary["why"],
+        "results": {name: summary[name] for name in ("steps", "rewards", "verdict")},
+        "status": "finished",
+    }
+    evaluation = {
+        "format": EVALUATION_FORMAT,
+        "command": summary["command"],
+        "model": model,
+        "adapter": {
+            "name": adapter.name,
+            "peft_type": "SINGLE_LAYER",
+            "layers": summary["layers"],
+            "sha256": record.file_digest(adapter / "adapter_model.safetensors"),
+        },
+        "task": data,
+        "split": "test",
+        "n": PROBLEMS,
+        "samples": SAMPLES,
+        "temperature": 1.0,
+        "max_completion_tokens": task.max_completion_tokens,
+        "seed": summary["seed"],
+        "results": measured,
+    }
+    return run, evaluation

@@ -15,8 +15,9 @@ from typing import Annotated
 
 import typer
 
-from . import demo, eval, train
+from . import demo, eval, export, inspect, merge, pull, push, search, train
 from ._errors import UserError
+from ._output import plain
 
 app = typer.Typer(
     name="onelayer",
@@ -49,6 +50,12 @@ def _onelayer(
 app.command("demo")(demo.demo)
 app.command("train")(train.train)
 app.command("eval")(eval.evaluate)
+app.command("inspect")(inspect.inspect)
+app.command("merge")(merge.merge)
+app.command("export")(export.export)
+app.command("push")(push.push)
+app.command("pull")(pull.pull)
+app.command("search")(search.search)
 
 
 def _terminate(signum: int, frame: object) -> None:
@@ -69,12 +76,13 @@ def main() -> None:
     except typer.TyperException as error:
         context = getattr(error, "ctx", None)  # only usage errors know their command
         where = context.command_path if context else "onelayer"
-        print(f"{where}: {error.format_message().rstrip('.')}; see '{where} --help'.", file=sys.stderr)
+        message = " ".join(error.format_message().split())  # a missing choice is listed over several lines
+        print(f"{where}: {message.rstrip('.')}; see '{where} --help'.", file=sys.stderr)
         code = 2
     except (UserError, OSError) as error:
         if os.environ.get("ONELAYER_DEBUG"):
             raise
-        print(f"onelayer: {' '.join(str(error).split())}", file=sys.stderr)
+        print(f"onelayer: {plain(' '.join(str(error).split()))}", file=sys.stderr)
         code = 1
     except KeyboardInterrupt:
         print("onelayer: interrupted.", file=sys.stderr)

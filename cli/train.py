@@ -11,9 +11,7 @@ import statistics
 import sys
 import tempfile
 import time
-from importlib.resources import files
 from pathlib import Path
-from string import Template
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -247,7 +245,7 @@ def _run(
             "seconds": round(time.perf_counter() - start, 1),
             "sha256": {file.name: file_digest(file) for file in sorted(published.glob("*.safetensors"))},
         }
-        (published / "README.md").write_text(_card(run))
+        (published / "README.md").write_text(_card(run, published))
 
 
 def _task(
@@ -390,22 +388,11 @@ def _print_summary(run: dict[str, Any], out: Path) -> None:
     print_line(f"Written to {out}: " + ", ".join(sorted(p.name for p in out.iterdir())))
 
 
-def _card(run: dict[str, Any]) -> str:
-    """The model card: what was trained and how to repeat it; results are `onelayer eval`'s."""
-    settings = run["settings"]
-    template = Template((files("peft_onelayer.model_cards") / "run.md").read_text())
-    return template.substitute(
-        algorithm=settings["algorithm"],
-        trainer=settings["trainer"].rpartition(".")[2],
-        base_model=settings["model"]["name"],
-        blocks=_blocks(run),
-        why=run["why"],
-        data=(settings["task"] or settings["dataset"])["name"],
-        seed=settings["seed"],
-        progress=" ".join(_progress(run)),
-        steps=run["results"]["steps"],
-        versions=", ".join(f"{name} {number}" for name, number in run["machine"]["versions"].items()),
-        command=run["command"],
-        load="AutoModelForCausalLM" if settings["full"] else "AutoPeftModelForCausalLM",
-        package="transformers" if settings["full"] else "peft",
-    )
+def _card(run: dict[str, Any], folder: Path) -> str:
+    """The model card: what was trained and how to repeat it; results are `onelayer eval`'s, and `push` adds them."""
+    from peft_onelayer.hub.card import model_card
+
+    local = bool(run["settings"]["model"]["sha256"])
+    if run["layers"] is None:
+        return model_card(None, run, local_base=local)
+    return model_card(json.loads((folder / ADAPTER_FILES[0]).read_text()), run, local_base=local)

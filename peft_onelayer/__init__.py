@@ -6,13 +6,43 @@ from typing import TYPE_CHECKING, Any
 from .tuner import SingleLayerConfig, SingleLayerModel
 
 if TYPE_CHECKING:
+    from .adapter.export import export_adapter
+    from .adapter.inspection import inspect_adapter
+    from .adapter.merge import merge_into_checkpoint
+    from .hub.profiles import load_profile
+    from .hub.pull import pull_adapter
+    from .hub.push import push_adapter
+    from .hub.search import search_adapters
     from .probe.ranking import LayerRanking
     from .probe.short_rl import probe_layers
 
 __version__ = "0.1.0"
-__all__ = ["LayerRanking", "SingleLayerConfig", "SingleLayerModel", "__version__", "probe_layers"]
+__all__ = [
+    "LayerRanking",
+    "SingleLayerConfig",
+    "SingleLayerModel",
+    "__version__",
+    "export_adapter",
+    "inspect_adapter",
+    "load_profile",
+    "merge_into_checkpoint",
+    "probe_layers",
+    "pull_adapter",
+    "push_adapter",
+    "search_adapters",
+]
 
-_ON_FIRST_USE = {"LayerRanking": ".probe.ranking", "probe_layers": ".probe.short_rl"}  # they need trl and datasets
+_ON_FIRST_USE = {  # some need trl and datasets
+    "LayerRanking": ".probe.ranking",
+    "export_adapter": ".adapter.export",
+    "inspect_adapter": ".adapter.inspection",
+    "load_profile": ".hub.profiles",
+    "merge_into_checkpoint": ".adapter.merge",
+    "probe_layers": ".probe.short_rl",
+    "pull_adapter": ".hub.pull",
+    "push_adapter": ".hub.push",
+    "search_adapters": ".hub.search",
+}
 
 
 def __getattr__(name: str) -> Any:

@@ -6,6 +6,11 @@ import importlib
 import pytest
 
 MODULES = (
+    "adapter.digest",
+    "adapter.encoding",
+    "adapter.integrity",
+    "hub.privacy",
+    "hub.profiles",
     "rl.advantages",
     "rl.algorithms",
     "rl.record",

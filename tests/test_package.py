@@ -33,7 +33,8 @@ def test_importing_it_registers_the_method_and_loads_neither_trl_nor_datasets():
 
 def test_a_wheel_carries_the_demo_model_the_profiles_and_the_card(tmp_path):
     source = tmp_path / "source"  # building writes beside the sources
-    for name in subprocess.check_output(["git", "ls-files"], cwd=ROOT, text=True).splitlines():
+    listed = ["git", "ls-files", "--cached", "--others", "--exclude-standard"]
+    for name in subprocess.check_output(listed, cwd=ROOT, text=True).splitlines():
         (source / name).parent.mkdir(parents=True, exist_ok=True)
         (source / name).write_bytes((ROOT / name).read_bytes())
     build = [sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", tmp_path / "dist", source]
@@ -51,6 +52,8 @@ model = AutoModelForCausalLM.from_pretrained(str(files("peft_onelayer") / "demo_
 AutoTokenizer.from_pretrained(str(files("peft_onelayer") / "demo_model"))
 profiles = len(list((files("peft_onelayer") / "profiles").iterdir()))
 card = (files("peft_onelayer.model_cards") / "adapter.md").is_file()
+for name in peft_onelayer.__all__:
+    getattr(peft_onelayer, name)
 print(peft_onelayer.__file__, onelayer_cli.__file__, model.num_parameters(), profiles, card)
 """
     found = python(code, PYTHONPATH=str(site)).split()

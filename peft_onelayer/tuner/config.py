@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import enum
 from dataclasses import dataclass, field
+from typing import Any
 
 from peft.config import PeftConfig
 
@@ -42,6 +43,16 @@ class SingleLayerConfig(PeftConfig):
             The resolved `layer`, ascending. Set when the model is wrapped; read back from adapter_config.json.
         num_layers (`int`, *optional*):
             Number of blocks of the base model. Set when the model is wrapped; on loading, another depth is an error.
+        encoding (`dict`, *optional*):
+            Of an adapter stored in the sparse encoding: its format, the counts of changes and the digests that guard
+            it (peft_onelayer/adapter/SPECIFICATION.md). Read from adapter_config.json; what PEFT saves is dense, so it
+            is never written.
+
+    `PeftModel.from_pretrained(base, folder, allow_other_base=True)` loads a sparse adapter on a base of the same shapes
+    that is not the one it was trained on. Where PEFT and transformers read the configuration themselves, hand it to
+    them: `config = SingleLayerConfig.from_pretrained(folder, allow_other_base=True)`, then
+    `peft_model.add_adapter(name, config)` before `peft_model.load_adapter(folder, name)`, or transformers'
+    `model.load_adapter(folder, peft_config=config)`.
 
     Raises:
         ValueError: `layer` missing or malformed, or `master_dtype` unknown. Whether `layer` is in range is checked
@@ -64,6 +75,9 @@ class SingleLayerConfig(PeftConfig):
     )
     layer_indices: list[int] | None = field(default=None, metadata={"help": "The resolved layer; set by wrapping."})
     num_layers: int | None = field(default=None, metadata={"help": "Blocks of the base model; set by wrapping."})
+    encoding: dict | None = field(
+        default=None, repr=False, metadata={"help": "The sparse encoding; read from the file."}
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -85,3 +99,18 @@ class SingleLayerConfig(PeftConfig):
         self._saved_num_layers = self.num_layers
         self._revision_is_recorded = False
         self._stack_name = ""
+        self._allow_other_base = False
+
+    @classmethod
+    def from_pretrained(cls, *args: Any, allow_other_base: bool = False, **kwargs: Any) -> SingleLayerConfig:
+        """See `PeftConfig.from_pretrained`, to which `PeftModel.from_pretrained` hands its keyword arguments.
+
+        `allow_other_base` is no field: adapter_config.json must not be able to set it.
+        """
+        config = super().from_pretrained(*args, **kwargs)
+        config._allow_other_base = allow_other_base
+        return config
+
+    def to_dict(self) -> dict[str, Any]:
+        """The fields as they are saved beside dense weights."""
+        return super().to_dict() | {"encoding": None}

@@ -20,11 +20,14 @@ from peft.utils.peft_types import TaskType
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
+from peft_onelayer.adapter.integrity import shown
+
 from . import mixed_batch
 from .config import SingleLayerConfig
 from .first_step import watch
 from .graph_cut import GraphCut, installed_graph_cut, installed_graph_cuts
 from .layer import MasterParameters, SingleLayerLayer
+from .sparse import forget, read_through_transformers, restore_sparse
 from .stack import find_decoder_stack, resolve_layers, text_config
 from .targets import check_blocks, check_targets, matches, owns_parameters, targetable
 
@@ -95,6 +98,9 @@ class SingleLayerModel(BaseTuner):
         given.layer_indices, given.num_layers, given._stack_name = own.layer_indices, own.num_layers, own._stack_name
         given.revision, given._revision_is_recorded = own.revision, records_revision
         self.peft_config[adapter_name] = given
+        forget(self.model)
+        if given.encoding is not None:
+            read_through_transformers(self.model, adapter_name, self._remap_adapter_state_dict_for_load)
 
     def _prepare_adapter_config(self, peft_config: SingleLayerConfig, model_config: dict) -> SingleLayerConfig:
         """Resolve `layer` against the model and refuse what cannot be trained, before anything is changed."""
@@ -109,8 +115,8 @@ class SingleLayerModel(BaseTuner):
         num_layers = len(stack.blocks)
         if peft_config._saved_num_layers not in (None, num_layers):
             raise ValueError(
-                f"this adapter was made for a model of {peft_config._saved_num_layers} layers and this one has "
-                f"{num_layers}: it belongs to another base model ({peft_config.base_model_name_or_path})."
+                f"this adapter was made for a model of {shown(peft_config._saved_num_layers)} layers and this one has "
+                f"{num_layers}: it belongs to another base model ({shown(peft_config.base_model_name_or_path)})."
             )
         indices = resolve_layers(peft_config._saved_indices or peft_config.layer, num_layers)  # type: ignore[arg-type]
         check_blocks(model, stack, indices, peft_config)
@@ -281,6 +287,7 @@ class SingleLayerModel(BaseTuner):
             init_weights=True,
             layer_indices=None,
             num_layers=None,
+            encoding=None,
         )
         self.inject_adapter(self.model, adapter_name)
         for layer in layers.values():
@@ -416,11 +423,14 @@ class SingleLayerModel(BaseTuner):
     ) -> dict[str, torch.Tensor]:
         """Insert the adapter's name and check the tensors against the model before anything is written.
 
+        The sparse encoding is decoded here: it is PEFT's one seam between reading a file and writing the model.
         Tensors are cast to the masters' dtype, because `low_cpu_mem_usage=True` assigns them instead of copying.
 
         Raises:
-            ValueError: tensors missing or left over, a wrong shape, NaN or Inf.
+            ValueError: tensors missing or left over, a wrong shape, NaN or Inf; for a sparse adapter another base.
         """
+        forget(model)
+        state_dict = restore_sparse(model, config, adapter_name, state_dict)
         modules = dict(model.named_modules())
         for module in modules.values():  # TRL narrows the masters of a quantized model before a checkpoint is loaded
             if isinstance(module, MasterParameters):
@@ -445,7 +455,7 @@ class SingleLayerModel(BaseTuner):
         for what, names in (("lacks", masters.keys() - given), ("has unknown", given - masters.keys())):
             if names:
                 raise ValueError(
-                    f"the adapter {what} {len(names)} tensor(s), for example {min(names)}: "
+                    f"the adapter {what} {len(names)} tensor(s), for example {shown(min(names))}: "
                     "it was made for another base model or is incomplete."
                 )
         for name, master in masters.items():

@@ -68,7 +68,9 @@ def test_the_card_states_the_run_and_invents_nothing(default_run):
     summary = json.loads((folder / "onelayer-demo" / "demo.json").read_text())
     assert "$" not in card and "None" not in card and "More Information Needed" not in card
     assert summary["verdict"] in card and summary["why"] in card and summary["command"] in card
-    assert f"{100 * summary['results']['sampled']['adapter']:.1f} %" in card
+    sampled = summary["results"]["sampled"]
+    assert f"| {sampled['base']:.4f} ± " in card and f"| {sampled['adapter']:.4f} ± " in card
+    assert f"| {sampled['difference']:+.4f} ± {sampled['standard_error']:.4f} |" in card
 
 
 def test_our_own_folder_is_replaced_and_no_gain_is_reported_as_none(default_run):

@@ -1,0 +1,63 @@
+"""`onelayer inspect`: what is in an adapter and where it comes from, without its base."""
+
+from __future__ import annotations
+
+import json
+from typing import Annotated
+
+import typer
+
+from ._errors import user_error
+from ._model import quiet_hub
+from ._options import AllowOtherBase, Json
+from ._output import common_prefix, print_json, print_line, print_table, status
+
+
+def inspect(
+    adapter: Annotated[str, typer.Argument(help="The adapter: a folder or a Hub id.")],
+    base: Annotated[
+        str | None,
+        typer.Option(help="Base model to measure the change against: a folder or a Hub id.", show_default=False),
+    ] = None,
+    revision: Annotated[str | None, typer.Option(help="Hub revision of the adapter.", show_default=False)] = None,
+    allow_other_base: AllowOtherBase = False,
+    as_json: Json = False,
+) -> None:
+    """Show ADAPTER's layers, tensors, encoding, sizes and provenance; with --base also how much changed."""
+    with status("loading ..."), quiet_hub():
+        from peft_onelayer.adapter.inspection import inspect_adapter
+
+    with user_error(ValueError), quiet_hub(), status(f"reading {adapter} ..."):
+        found = inspect_adapter(adapter, base, revision=revision, allow_other_base=allow_other_base)
+    if as_json:
+        print_json(found.to_json())
+        return
+
+    def number(value: float | None, form: str) -> str:
+        return "?" if value is None else format(value, form)
+
+    prefix = common_prefix([t.name for t in found.tensors])
+    print_table(
+        f"{adapter}: layer {', '.join(map(str, found.layers))} of {found.num_layers}, {prefix}*",
+        ["tensor", "shape", "dtype", "encoding", "bytes", "density", "change", "relative"],
+        [
+            [
+                t.name.removeprefix(prefix),
+                " x ".join(map(str, t.shape)),
+                t.dtype,
+                t.encoding,
+                str(t.bytes),
+                number(t.density, ".2%"),
+                number(t.change, ".4g"),
+                number(t.relative, ".2e"),
+            ]
+            for t in found.tensors
+        ],
+    )
+    density = "unknown without --base" if found.density is None else f"{found.density:.2%}"
+    print_line(f"{found.encoding}, {found.bytes:,} bytes; density: {density}")
+    print_line(f"norm of the change: {'unknown without --base' if found.change is None else f'{found.change:.4g}'}")
+    commit = f" at {found.base['revision']}" if found.base["revision"] else ""
+    print_line(f"base: {found.base['name'] or 'not recorded'}{commit}")
+    for name, value in found.provenance.items():
+        print_line(f"{name}: {value if isinstance(value, str) else json.dumps(value)}")

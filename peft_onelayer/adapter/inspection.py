@@ -1,0 +1,190 @@
+"""What is in an adapter's folder: layers, tensors, encoding, sizes, what changed, and where it comes from.
+
+It changes nothing and needs no base; with one it also measures the change.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from .checkpoint import Checkpoint
+from .encoding import changed_entries
+from .locate import adapter_folder, base_folder
+from .merge import check_base, effective_tensor
+from .reader import WEIGHTS, AdapterFile, check_plain_file, open_adapter
+
+RECORD_LIMIT = 16 * 2**20  # bytes of a run.json or layer_profile.json
+
+
+@dataclass(frozen=True)
+class InspectedTensor:
+    """One tensor of an adapter.
+
+    Attributes:
+        name: in the base model.
+        shape: of the tensor.
+        dtype: of its stored values.
+        encoding: what the file holds of it: "dense", or the parts of the sparse encoding, such as "gaps + values".
+        bytes: what these take.
+        base_digest: `tensor_digest` of the base's tensor that a sparse adapter was trained on; None for a dense one.
+        changed: number of entries that differ from the base's; None where not known.
+        density: the share of them.
+        change: Frobenius norm of the change; None without the base.
+        relative: the same over the norm of the base's tensor.
+    """
+
+    name: str
+    shape: list[int]
+    dtype: str
+    encoding: str
+    bytes: int
+    base_digest: str | None = None
+    changed: int | None = None
+    density: float | None = None
+    change: float | None = None
+    relative: float | None = None
+
+
+@dataclass(frozen=True)
+class Inspection:
+    """An adapter's folder; `to_json` is what `onelayer inspect --json` prints.
+
+    Attributes:
+        folder: where it lies.
+        layers: the trained blocks, counted from 0.
+        num_layers: of the base.
+        target_modules: the parts of the block that were trained; None for all.
+        encoding: "dense" or "sparse".
+        bytes: size of adapter_model.safetensors.
+        tensors: sorted by name.
+        density: the share of all entries that differ from the base's; None where not known.
+        change: Frobenius norm of the whole change; None without the base.
+        base: name, Hub commit and, of a sparse adapter, `config_digest` of the base as the adapter records them.
+        provenance: what adapter_config.json, run.json and layer_profile.json say of its making; what they do not say
+            is missing.
+    """
+
+    folder: Path
+    layers: list[int]
+    num_layers: int
+    target_modules: Any
+    encoding: str
+    bytes: int
+    tensors: list[InspectedTensor]
+    density: float | None
+    change: float | None
+    base: dict[str, Any]
+    provenance: dict[str, Any]
+
+    def to_json(self) -> dict[str, Any]:
+        return {"format": "onelayer-inspect-1", **asdict(self), "folder": str(self.folder)}
+
+
+def inspect_adapter(
+    adapter: str | Path, base: str | Path | None = None, *, revision: str | None = None, allow_other_base: bool = False
+) -> Inspection:
+    """Read the adapter in a folder or on the Hub, where the base is not downloaded.
+
+    Args:
+        adapter: a folder or a Hub id.
+        base: folder or Hub id of the base's checkpoint, to measure the change against.
+        revision: branch, tag or commit of an adapter on the Hub.
+        allow_other_base: measure against a base that the adapter was not trained on.
+
+    Raises:
+        ValueError: no adapter of this method, damaged, or made for another base than `base`.
+    """
+    file = open_adapter(adapter_folder(adapter, revision))
+    checkpoint = None
+    if base is not None:
+        recorded = file.config.get("base_model_name_or_path")
+        checkpoint = Checkpoint(base_folder(base, file.config.get("revision") if str(base) == recorded else None))
+        check_base(file, checkpoint, allow_other_base)
+    tensors = [_tensor(file, name, checkpoint, allow_other_base) for name in file.names]
+    entries = sum(torch.Size(t.shape).numel() for t in tensors)
+    counts, norms = [t.changed for t in tensors], [t.change for t in tensors]
+    return Inspection(
+        folder=file.folder,
+        layers=file.layers,
+        num_layers=file.config["num_layers"],
+        target_modules=file.config.get("target_modules"),
+        encoding=file.encoding,
+        bytes=(file.folder / WEIGHTS).stat().st_size,
+        tensors=tensors,
+        density=None if None in counts or not entries else sum(c for c in counts if c is not None) / entries,
+        change=None if None in norms else sum(n**2 for n in norms if n is not None) ** 0.5,
+        base={
+            "name": file.config.get("base_model_name_or_path"),
+            "revision": file.config.get("revision"),
+            "config": None if file.sparse is None else file.sparse.base.get("config"),
+        },
+        provenance=_provenance(file),
+    )
+
+
+def _tensor(file: AdapterFile, name: str, checkpoint: Checkpoint | None, allow_other_base: bool) -> InspectedTensor:
+    parts = file.parts(name)
+    record = None if file.sparse is None else file.sparse.tensors.get(name)
+    values = parts.get("", parts.get("values"))
+    assert values is not None  # `open_adapter` refuses a tensor without parts, `parts` one without values
+    shape = list(values.shape if record is None else record.shape)
+    changed = None if record is None else record.changed
+    change = relative = None
+    if checkpoint is not None:
+        original = checkpoint.read(checkpoint.stored_as[name])
+        value = effective_tensor(file, name, original, allow_other_base)
+        changed = changed_entries(value, original)[0].numel()
+        change = float((value.double() - original.double()).norm())
+        relative = change / norm if (norm := float(original.double().norm())) else None
+    count = torch.Size(shape).numel()
+    return InspectedTensor(
+        name=name,
+        shape=shape,
+        dtype=str(values.dtype).removeprefix("torch."),
+        encoding="dense" if set(parts) in ({""}, {"values"}) else " + ".join(sorted(parts)),
+        bytes=sum(part.nbytes for part in parts.values()),
+        base_digest=None if record is None else record.base,
+        changed=changed,
+        density=None if changed is None or not count else changed / count,
+        change=change,
+        relative=relative,
+    )
+
+
+def _provenance(file: AdapterFile) -> dict[str, Any]:
+    run, profile = _record(file, "run.json"), _record(file, "layer_profile.json")
+    settings = run.get("settings")
+    settings = settings if isinstance(settings, dict) else {}
+    task = settings.get("task")
+    found = {
+        "peft_version": file.config.get("peft_version"),
+        "algorithm": settings.get("algorithm"),
+        "task": task.get("name") if isinstance(task, dict) else task,
+        "model": settings.get("model"),
+        "status": run.get("status"),
+        "seed": settings.get("seed"),
+        "command": run.get("command"),
+        "machine": run.get("machine"),
+        "layer_profile": {"method": profile.get("method"), "pick": profile.get("pick")} if profile else None,
+    }
+    return {name: value for name, value in found.items() if value is not None}
+
+
+def _record(file: AdapterFile, name: str) -> dict[str, Any]:
+    """The fields of a JSON file in the adapter's folder; empty if there is none."""
+    path = file.folder / name
+    if not path.exists():
+        return {}
+    check_plain_file(path)
+    if path.stat().st_size > RECORD_LIMIT:
+        raise ValueError(f"{path} has {path.stat().st_size} bytes, more than a record of a run.")
+    try:
+        fields = json.loads(path.read_bytes())
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path} is not JSON: {error}") from None
+    return fields if isinstance(fields, dict) else {}

@@ -1,0 +1,235 @@
+"""What adapter_config.json says of a sparse adapter, and the checks that refuse a wrong base or a damaged tensor.
+
+One tensor's form is the business of encoding.py. It knows nothing of PEFT's model: tensors of the base are handed in.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+
+from .digest import config_digest, tensor_digest
+from .encoding import BITS, decode_tensor, split_key
+
+FORMAT = "onelayer-sparse-1"
+DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in (*BITS, torch.float64)}
+
+
+@dataclass(frozen=True)
+class TensorRecord:
+    """What is recorded of one trained tensor.
+
+    Attributes:
+        dtype: of the base's tensor when the adapter was trained on it; the encoded values have it too.
+        shape: of both.
+        changed: number of entries that differ bit by bit.
+        base: `tensor_digest` of the base's tensor.
+        result: `tensor_digest` of the trained tensor, rounded to `dtype`.
+    """
+
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    changed: int
+    base: str
+    result: str
+
+    def to_json(self) -> dict[str, Any]:
+        return {**vars(self), "dtype": str(self.dtype).removeprefix("torch."), "shape": list(self.shape)}
+
+
+@dataclass(frozen=True)
+class SparseEncoding:
+    """The field `encoding` of adapter_config.json.
+
+    Attributes:
+        base: what is known of the base: "name", "revision", "config" (`config_digest`), "num_layers".
+        tensors: a record of each trained tensor, by its name in the base model.
+    """
+
+    base: dict[str, Any]
+    tensors: dict[str, TensorRecord]
+
+    @classmethod
+    def from_json(cls, fields: Any) -> SparseEncoding:
+        """Check and take the field `encoding` of adapter_config.json.
+
+        Raises:
+            ValueError: another format, or fields that are missing or no such thing.
+        """
+        if not isinstance(fields, dict) or fields.get("format") != FORMAT:
+            found = fields.get("format") if isinstance(fields, dict) else fields
+            raise ValueError(
+                f"the adapter's encoding is {shown(found, 40)!r} and this version reads {FORMAT!r}: "
+                "update peft-onelayer, or ask for the dense adapter."
+            )
+        base, tensors = fields.get("base"), fields.get("tensors")
+        if not isinstance(base, dict) or not isinstance(tensors, dict) or not tensors:
+            raise ValueError("the adapter's encoding lacks its base or its tensors.")
+        return cls(base, {name: _record(name, entry) for name, entry in tensors.items()})
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "format": FORMAT,
+            "base": self.base,
+            "tensors": {name: record.to_json() for name, record in self.tensors.items()},
+        }
+
+    def group(self, keys: Iterable[str]) -> tuple[dict[str, dict[str, str]], list[str]]:
+        """Sort an adapter file's keys: by trained tensor and suffix (as `decode_tensor` takes them), and the others.
+
+        Raises:
+            ValueError: a recorded tensor is missing, or one is there twice.
+        """
+        groups: dict[str, dict[str, str]] = {name: {} for name in self.tensors}
+        others = []
+        for key in keys:
+            stem, suffix = split_key(key)
+            group = groups.get(base_name(stem)) if suffix else None
+            if group is None:
+                others.append(key)
+            elif suffix in group:
+                raise ValueError(f"the adapter holds {shown(base_name(key))} twice.")
+            else:
+                group[suffix] = key
+        if missing := [name for name, group in groups.items() if not group]:
+            raise ValueError(
+                f"the adapter lacks {len(missing)} tensor(s), for example {shown(min(missing))}: it is incomplete."
+            )
+        return groups, others
+
+    def restore(
+        self,
+        name: str,
+        parts: Mapping[str, torch.Tensor],
+        base: torch.Tensor,
+        allow_other_base: bool = False,
+        found: Mapping[str, Any] | None = None,
+    ) -> torch.Tensor:
+        """Decode a trained tensor, in the recorded dtype, and check that it is the one that was encoded.
+
+        Args:
+            name: one of `tensors`.
+            parts: what the file holds of it, by suffix.
+            base: the base's tensor.
+            allow_other_base: apply the change to whatever `base` is, rounded to the recorded dtype, if it has the
+                shape. What it gives is checked only where `base` turns out to be the recorded one.
+            found: what is known of the base at hand, as `describe_base` says it, for the message.
+
+        Raises:
+            ValueError: another base, or a damaged adapter.
+        """
+        record = self.tensors[name]
+        self.check_shape(name, base.shape, found)
+        if base.dtype != record.dtype and not allow_other_base:
+            here, there = (str(dtype).removeprefix("torch.") for dtype in (base.dtype, record.dtype))
+            quantized = "" if base.is_floating_point() else " (quantized)"
+            raise self.other_base(
+                f"its {name} is {here}{quantized} and was {there} in training; load it with dtype={there!r}", found
+            )
+        base = base.detach().cpu().to(record.dtype)
+        known = tensor_digest(base) == record.base
+        if not known and not allow_other_base:
+            raise self.other_base(f"its {name} holds other weights", found)
+        value = decode_tensor(name, parts, base)
+        if known and (tensor_digest(value) != record.result or count_changed(value, base) != record.changed):
+            raise ValueError(f"the adapter's {name} is damaged: it does not decode to the tensor that was published.")
+        return value
+
+    def check_shape(self, name: str, shape: Iterable[int], found: Mapping[str, Any] | None = None) -> None:
+        """Raise ValueError if the base's tensor is not of the recorded shape; no option allows that."""
+        here, there = list(shape), list(self.tensors[name].shape)
+        if here != there:
+            raise self.other_base(f"its {name} has shape {here}, not {there}", found, way_out=False)
+
+    def other_config(self, found: Mapping[str, Any]) -> str | None:
+        """What to warn of if the configuration of the base at hand is not the recorded one.
+
+        No error: a longer context or added tokens are set on the right base too, and versions of transformers differ
+        in how they write the same configuration.
+        """
+        there, here = self.base.get("config"), found.get("config")
+        if not there or not here or there == here:
+            return None
+        return (
+            "the base's trained tensors are those that the adapter was trained on, but its configuration is another "
+            f"(digest {shown(there, 12)} there and {shown(here, 12)} here): its output may differ from the published."
+        )
+
+    def other_base(self, problem: str, found: Mapping[str, Any] | None = None, way_out: bool = True) -> ValueError:
+        """The error for a base that is not the one the adapter was trained on; names all that is known to differ."""
+        made = " at ".join(shown(self.base[field]) for field in ("name", "revision") if self.base.get(field))
+        differ = [
+            f"{what} {shown(self.base[field])} there and {shown(found[field])} here"
+            for field, what in (("name", "name"), ("revision", "commit"), ("config", "configuration"))
+            if found and self.base.get(field) and found.get(field) and self.base[field] != found[field]
+        ]
+        allow = (
+            " To take it all the same, pass allow_other_base=True to PeftModel.from_pretrained or "
+            "SingleLayerConfig.from_pretrained, or --allow-other-base on the command line."
+        )
+        return ValueError(
+            f"this is not the base that the adapter was trained on ({made or 'unnamed'}): {problem}"
+            f"{'; ' + ', '.join(differ) if differ else ''}.{allow if way_out else ''}"
+        )
+
+
+def describe_base(config: Any, name: str | None, revision: str | None, num_layers: int) -> dict[str, Any]:
+    """What is recorded of a base; `config` is its transformers configuration, or None for a plain module."""
+    digest = None if config is None else config_digest(config)
+    return {"name": name, "revision": revision, "config": digest, "num_layers": num_layers}
+
+
+def shown(value: Any, limit: int = 200) -> str:
+    """What a message says of a value out of a stranger's file: in one line, no control characters, not long.
+
+    >>> shown("a\\nb"), shown(["a"])
+    ('a?b', 'list')
+    """
+    text = str(value) if isinstance(value, (str, int, float)) or value is None else type(value).__name__
+    return "".join(c if c.isprintable() else "?" for c in text[:limit])
+
+
+def base_name(key: str) -> str:
+    """The name in the base model of what an adapter file or a wrapped model calls `key`.
+
+    >>> base_name("base_model.model.model.layers.5.mlp.down_proj.single_layer_params.weight")
+    'model.layers.5.mlp.down_proj.weight'
+    """
+    key = key.removeprefix("base_model.model.").replace(".base_layer.", ".")
+    return key.replace(".single_layer_params.", ".")
+
+
+def count_changed(values: torch.Tensor, base: torch.Tensor) -> int:
+    """How many entries differ bit by bit; both of one shape and dtype."""
+    if values.dtype not in BITS:
+        return int((values != base).sum())
+    new, old = (tensor.detach().cpu().contiguous().view(BITS[values.dtype]).numpy() for tensor in (values, base))
+    return int(np.count_nonzero(new != old))
+
+
+def _record(name: str, entry: Any) -> TensorRecord:
+    fields = entry if isinstance(entry, dict) else {}
+    dtype, shape, changed = fields.get("dtype"), fields.get("shape"), fields.get("changed")
+    base, result = fields.get("base"), fields.get("result")
+    if (
+        not isinstance(dtype, str)
+        or dtype not in DTYPES
+        or not isinstance(shape, list)
+        or len(shape) > 8
+        or any(type(size) is not int or not 0 <= size < 2**40 for size in shape)
+        or type(changed) is not int
+        or not 0 <= changed <= math.prod(shape)
+        or not isinstance(base, str)
+        or not isinstance(result, str)
+        or not all(re.fullmatch("[0-9a-f]{64}", digest) for digest in (base, result))
+    ):
+        raise ValueError(
+            f"the adapter's encoding says no dtype, shape, count of changes and digests of {shown(name)!r}."
+        )
+    return TensorRecord(DTYPES[dtype], tuple(shape), changed, base, result)

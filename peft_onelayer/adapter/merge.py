@@ -1,0 +1,241 @@
+"""Merges adapters into a checkpoint on disk, file by file: what `merge_and_unload` and `save_pretrained` would give,
+without loading the model.
+
+Every file is copied; in the copies the bytes of the trained tensors are replaced, one tensor in memory at a time.
+"""
+
+from __future__ import annotations
+
+import shutil
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from peft_onelayer.tuner import find_decoder_stack
+
+from .checkpoint import DTYPES, Checkpoint
+from .locate import adapter_folder, base_folder, hub_identity
+from .reader import TRAINED, AdapterFile, open_adapter
+from .staging import TargetError, check_target, staged_directory
+
+FICLONE = 0x40049409  # linux/fs.h; fcntl.FICLONE came with Python 3.12
+
+
+@dataclass(frozen=True)
+class Merged:
+    """What a merge wrote.
+
+    Attributes:
+        folder: the new checkpoint.
+        base: the folder it was made from.
+        layers: the layers that changed, ascending.
+        tensors: names of the tensors that changed, as the loaded model calls them.
+        rewritten: the safetensors files they are in; the others were copied.
+        left_out: files of the base that hold its unchanged weights in other formats, which OUT must not.
+        bytes: size of all that was written.
+        reflinked: whether the copies share their storage with the base until one of them changes.
+    """
+
+    folder: Path
+    base: Path
+    layers: list[int]
+    tensors: list[str]
+    rewritten: list[str]
+    left_out: list[str]
+    bytes: int
+    reflinked: bool
+
+
+def merge_into_checkpoint(
+    base: str | Path,
+    adapters: str | Path | Sequence[str | Path],
+    out: str | Path,
+    *,
+    revision: str | None = None,
+    allow_other_base: bool = False,
+    on_progress: Callable[[int, int], None] = lambda done, total: None,
+) -> Merged:
+    """Write the checkpoint `base` with the weights of `adapters` to the new folder `out`.
+
+    Each trained tensor becomes the adapter's value rounded to the base's dtype, as `merge_and_unload` rounds it. `out`
+    appears complete or not at all.
+
+    Args:
+        base: a folder, or a Hub id.
+        adapters: one or several folders or Hub ids; several must not train the same tensors.
+        out: a folder that does not exist yet, or an empty one.
+        revision: branch, tag or commit of a Hub id; default, the commit that the adapter was trained on.
+        allow_other_base: merge although the adapter was trained on another base of the same shapes.
+        on_progress: called with the bytes copied so far and in all.
+
+    Raises:
+        ValueError: the base is incomplete, quantized or not stored as transformers loads it; an adapter is damaged or
+            made for another base; two adapters train the same tensor.
+        TargetError: `out` may not be used, by `check_target`.
+        OSError: the disk is full.
+    """
+    names = [adapters] if isinstance(adapters, (str, Path)) else list(adapters)
+    if not names:
+        raise ValueError("no adapter was given.")
+    check_target(Path(out), lambda folder: False)  # before anything is downloaded
+    files = [open_adapter(adapter_folder(name)) for name in names]
+    if revision is None and str(base) == files[0].config.get("base_model_name_or_path"):
+        revision = files[0].config.get("revision")
+    checkpoint = Checkpoint(base_folder(base, revision))
+    for folder in (checkpoint.folder, *(file.folder for file in files)):
+        if folder.resolve() in Path(out).resolve().parents:
+            raise TargetError(f"{out} is inside {folder}, which stays as it is; choose an output folder outside of it.")
+    sources: dict[str, AdapterFile] = {}
+    for file in files:
+        check_base(file, checkpoint, allow_other_base)
+        for name in file.names:
+            if name in sources:
+                raise ValueError(
+                    f"{sources[name].folder} and {file.folder} both train {name}; merge adapters of different layers, "
+                    "or load both with PEFT and use merge_and_unload(adapter_names=[...])."
+                )
+            sources[name] = file
+    by_shard: dict[str, list[str]] = {shard: [] for shard in checkpoint.shards}
+    for name in sources:
+        by_shard[checkpoint.places[checkpoint.stored_as[name]].file].append(name)
+    others, left_out = checkpoint.other_files()
+    # What could still go wrong goes wrong first; without config.json a folder looks unfinished to the last moment.
+    order = sorted(checkpoint.shards, key=lambda shard: not by_shard[shard])
+    order += sorted(others, key=lambda name: name == "config.json")
+    sizes = {name: (checkpoint.folder / name).stat().st_size for name in order}
+    total, done, reflinked = sum(sizes.values()), 0, True
+    with staged_directory(Path(out), lambda folder: False) as staging:
+        for name in order:
+            (staging / name).parent.mkdir(parents=True, exist_ok=True)
+            if reflinked and not _clone(checkpoint.folder / name, staging / name):
+                reflinked = False
+                _check_space(staging, total)
+            if not reflinked:
+                shutil.copyfile(checkpoint.folder / name, staging / name)
+            if by_shard.get(name):
+                replacements = {tensor: sources[tensor] for tensor in by_shard[name]}
+                _replace(checkpoint, staging / name, replacements, allow_other_base)
+            done += sizes[name]
+            on_progress(done, total)
+    return Merged(
+        folder=Path(out),
+        base=checkpoint.folder,
+        layers=sorted({layer for file in files for layer in file.layers}),
+        tensors=sorted(sources),
+        rewritten=[shard for shard in checkpoint.shards if by_shard[shard]],
+        left_out=left_out,
+        bytes=total,
+        reflinked=reflinked,
+    )
+
+
+def check_base(adapter: AdapterFile, checkpoint: Checkpoint, allow_other_base: bool = False) -> None:
+    """Raise ValueError unless the adapter's tensors all have a place in the checkpoint, and, as far as it can be known,
+    it is the one that they were trained on."""
+    where, depth = f"the adapter in {adapter.folder}", adapter.config["num_layers"]
+    if checkpoint.model is not None:
+        found = len(find_decoder_stack(checkpoint.model, adapter.config.get("layers_pattern")).blocks)
+        if found != depth:
+            raise ValueError(
+                f"{where} was made for a model of {depth} layers and {checkpoint.folder} has {found}: it belongs to "
+                f"another base model ({adapter.config.get('base_model_name_or_path')})."
+            )
+    for name in adapter.names:
+        if not all(TRAINED in key for key in adapter.keys[name].values()):
+            raise ValueError(
+                f"{where} also holds {name}, which is no part of the trained layer (modules_to_save); load it with "
+                "PEFT, merge_and_unload and save_pretrained."
+            )
+        if name not in checkpoint.stored_as:
+            known = checkpoint.model is not None and name in checkpoint.model.state_dict()
+            raise ValueError(
+                f"{checkpoint.folder} does not store {name} as one tensor, but in a form that transformers converts "
+                "when it loads it; load the adapter with PEFT, merge_and_unload and save_pretrained."
+                if known
+                else f"{checkpoint.folder} holds no {name}, which {where} trains: it was made for another base model."
+            )
+        place = checkpoint.places[checkpoint.stored_as[name]]
+        if place.dtype not in DTYPES:
+            raise ValueError(f"{checkpoint.folder} stores {name} as {place.dtype}, which is no floating-point weight.")
+    if not allow_other_base and (difference := _other_base(adapter, checkpoint)):
+        raise ValueError(
+            f"{where} was trained on {difference}; if the shapes fit, --allow-other-base takes it all the same."
+        )
+
+
+def _other_base(adapter: AdapterFile, checkpoint: Checkpoint) -> str | None:
+    """In words what the adapter was trained on, if that is known to be another base than `checkpoint`."""
+    if adapter.sparse is not None:
+        return None  # it carries digests of the base's tensors, which are checked when they are read
+    name, commit = adapter.config.get("base_model_name_or_path"), adapter.config.get("revision")
+    hub_id, hub_commit = hub_identity(checkpoint.folder)
+    if name and Path(name).is_dir():
+        folder = Path(name)
+        if folder.resolve() == checkpoint.folder.resolve():
+            return None
+        trained_on = Checkpoint(folder)
+        same = all(
+            tensor in trained_on.stored_as
+            and torch.equal(
+                trained_on.read(trained_on.stored_as[tensor]), checkpoint.read(checkpoint.stored_as[tensor])
+            )
+            for tensor in adapter.names
+        )
+        return None if same else f"{folder}, whose weights differ from those in {checkpoint.folder}"
+    if hub_id and name and hub_id != name:
+        return f"{name}, and {checkpoint.folder} is {hub_id}"
+    if hub_commit and commit and hub_commit != commit:
+        return f"{name} at commit {commit}, and {checkpoint.folder} is at {hub_commit}"
+    return None
+
+
+def effective_tensor(
+    adapter: AdapterFile, name: str, base: torch.Tensor, allow_other_base: bool = False
+) -> torch.Tensor:
+    """The trained tensor `name` in the dtype of `base`, the checkpoint's tensor; of a dense adapter that is all that
+    counts of `base`, which may be on the meta device.
+
+    Raises:
+        ValueError: as `AdapterFile.tensor`.
+    """
+    trained_on = base
+    if adapter.sparse is not None:  # its changes are those of the base in the dtype that it was loaded in for training
+        trained_on = base.to(adapter.sparse.tensors[name].dtype)
+    return adapter.tensor(name, trained_on, allow_other_base).to(base.dtype)
+
+
+def _replace(checkpoint: Checkpoint, copy: Path, sources: dict[str, AdapterFile], allow_other_base: bool) -> None:
+    """Write the adapters' tensors over the base's in `copy`, a copy of a safetensors file of `checkpoint`."""
+    with copy.open("r+b") as file:
+        for name, adapter in sources.items():
+            place = checkpoint.places[checkpoint.stored_as[name]]
+            if adapter.sparse is not None:
+                base = checkpoint.read(checkpoint.stored_as[name])
+            else:
+                base = torch.empty(place.shape, dtype=DTYPES[place.dtype], device="meta")
+            value = effective_tensor(adapter, name, base, allow_other_base)
+            file.seek(place.start)
+            file.write(value.contiguous().flatten().view(torch.uint8).numpy().data)
+
+
+def _clone(source: Path, target: Path) -> bool:
+    """Make `target` a copy-on-write clone of `source`, if their file system can."""
+    if sys.platform != "linux":
+        return False
+    import fcntl
+
+    with source.open("rb") as old, target.open("wb") as new:
+        try:
+            fcntl.ioctl(new, FICLONE, old.fileno())
+        except OSError:  # another file system, or one without clones
+            return False
+    return True
+
+
+def _check_space(folder: Path, needed: int) -> None:
+    free = shutil.disk_usage(folder).free
+    if free < needed:
+        raise OSError(f"{folder.parent} has {free / 1e9:.2f} GB free and the merged model takes {needed / 1e9:.2f} GB.")

@@ -1,0 +1,104 @@
+"""Writes an adapter in the sparse encoding of SPECIFICATION.md: of each trained tensor only what differs from the base.
+
+How a tensor is encoded is the business of encoding.py, what is recorded of it that of integrity.py.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft.tuners.tuners_utils import BaseTunerLayer
+from safetensors.torch import save_file
+from torch import nn
+
+from .checkpoint import Checkpoint
+from .digest import tensor_digest
+from .encoding import encode_tensor
+from .integrity import DTYPES, SparseEncoding, TensorRecord, base_name, count_changed, describe_base
+from .locate import ADAPTER_FILES, hub_identity
+from .reader import CONFIG, TRAINED, WEIGHTS, open_adapter
+from .staging import staged_directory
+
+
+def write_sparse(adapter: Path | str, out: Path | str, base: nn.Module | Path | str) -> SparseEncoding:
+    """Write the adapter in the folder `adapter`, dense or sparse, to the new folder `out` in the sparse encoding.
+
+    What is kept of a trained tensor is its effective value, the master rounded to the dtype of the base; that value is
+    restored bit for bit on loading. `out` appears complete or not at all. The other files of an adapter (run.json,
+    layer_profile.json, README.md) are copied.
+
+    Args:
+        adapter: a folder.
+        out: a folder that does not exist yet, or an empty one.
+        base: the base, in the dtype it was trained in: a loaded model, wrapped by PEFT or not, or a checkpoint folder.
+
+    Returns:
+        What was recorded.
+
+    Raises:
+        ValueError: a damaged adapter, one made for another base, or a base that is quantized or merged.
+        TargetError: `out` may not be used, by `check_target`.
+    """
+    file = open_adapter(adapter)
+    tensor_of, identity = _open_base(base, file.config)
+    state: dict[str, torch.Tensor] = {}
+    records: dict[str, TensorRecord] = {}
+    for name in file.names:
+        suffix, key = next(iter(file.keys[name].items()))
+        key = key.removesuffix(f".{suffix}") if suffix else key
+        if TRAINED not in key:  # a head or embeddings beside the block: they stay as they are
+            state[key] = file.tensor(name)
+            continue
+        original = tensor_of(name)
+        if not original.is_floating_point():
+            raise ValueError(f"the base's {name} is {original.dtype}, quantized; give the base in floating point.")
+        value = file.tensor(name, original)
+        state |= encode_tensor(key, value, original)
+        changed, digests = count_changed(value, original), (tensor_digest(original), tensor_digest(value))
+        records[name] = TensorRecord(original.dtype, tuple(original.shape), changed, *digests)
+    encoding = SparseEncoding(identity, records)
+    with staged_directory(Path(out), lambda folder: False) as staging:
+        save_file(state, staging / WEIGHTS, metadata={"format": "pt"})
+        config = {**file.config, "encoding": encoding.to_json()}
+        (staging / CONFIG).write_text(json.dumps(config, indent=2, sort_keys=True))
+        for extra in ADAPTER_FILES:
+            source = file.folder / extra
+            if extra not in (CONFIG, WEIGHTS) and source.is_file() and not source.is_symlink():
+                shutil.copyfile(source, staging / extra)
+    return encoding
+
+
+def _open_base(base: Any, config: dict[str, Any]) -> tuple[Callable[[str], torch.Tensor], dict[str, Any]]:
+    """How to get a tensor of the base by name, and what is to be recorded of the base."""
+    given_name, revision, depth = config.get("base_model_name_or_path"), config.get("revision"), config["num_layers"]
+    if isinstance(base, nn.Module):
+        if any(isinstance(module, BaseTunerLayer) and module.merged for module in base.modules()):
+            raise ValueError("an adapter is merged into the base; call unmerge_adapter() first.")
+        weights = {base_name(name): p for name, p in base.named_parameters() if TRAINED not in name}
+        model_config = getattr(base, "config", None)
+        source: Callable[[str], torch.Tensor] = weights.__getitem__
+        names = set(weights)
+    else:
+        checkpoint = Checkpoint(Path(base))
+        model_config = None if checkpoint.model is None else checkpoint.model.config
+        dtype = DTYPES.get(str(checkpoint.config.get("dtype") or checkpoint.config.get("torch_dtype")))
+        names = set(checkpoint.stored_as)
+        revision = revision or hub_identity(Path(base))[1]
+
+        def source(name: str) -> torch.Tensor:
+            return checkpoint.read(checkpoint.stored_as[name]).to(dtype=dtype)
+
+    def tensor_of(name: str) -> torch.Tensor:
+        if name not in names:
+            raise ValueError(
+                f"the base has no tensor {name}: the adapter was made for another one, or transformers makes it from "
+                "several tensors of the checkpoint, and the base must be given as a loaded model."
+            )
+        return source(name)
+
+    return tensor_of, describe_base(model_config, given_name, revision, depth)

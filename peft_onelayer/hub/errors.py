@@ -1,0 +1,90 @@
+"""What goes wrong between here and the Hub, as one line that says what to do.
+
+It does not know what was being done; the caller says it in words.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from json import JSONDecodeError
+
+from huggingface_hub import constants, get_token
+from huggingface_hub.errors import (
+    EntryNotFoundError,
+    GatedRepoError,
+    HfHubHTTPError,
+    HFValidationError,
+    HTTPError,
+    LocalEntryNotFoundError,
+    OfflineModeIsEnabled,
+    RepositoryNotFoundError,
+    RevisionNotFoundError,
+)
+
+LOG_IN = "log in with `hf auth login` or set HF_TOKEN"
+
+
+class HubError(OSError, ValueError):
+    """The Hub could not be reached, or refused; the message says why and what to do."""
+
+
+@contextmanager
+def hub_errors(doing: str, repo_id: str | None = None) -> Iterator[None]:
+    """Turn what huggingface_hub raises into a `HubError` "cannot {doing}: {why}".
+
+    Args:
+        doing: "push to me/adapter".
+        repo_id: the repository asked for, where there is one.
+    """
+    try:
+        yield
+    except HubError:
+        raise
+    except (HTTPError, OfflineModeIsEnabled, EntryNotFoundError, HFValidationError, JSONDecodeError) as error:
+        raise HubError(f"cannot {doing}: {_reason(error, repo_id)}") from error
+    except RuntimeError as error:  # huggingface_hub._commit_api._upload_lfs_files wraps what ended an upload
+        if error.__cause__ is None:
+            raise
+        raise HubError(f"cannot {doing}: {_reason(error.__cause__, repo_id)}") from error
+
+
+def _reason(error: BaseException, repo_id: str | None) -> str:
+    endpoint, token = constants.ENDPOINT, get_token()
+    if isinstance(error, LocalEntryNotFoundError) and error.__cause__ is not None:
+        return _reason(error.__cause__, repo_id)
+    if isinstance(error, GatedRepoError):
+        hint = "with a token that was given access" if token else LOG_IN
+        return f"it is gated; ask for access at {endpoint}/{repo_id} and come back {hint}."
+    if isinstance(error, RevisionNotFoundError):
+        return "it has no such revision; give a branch, a tag or a commit that exists."
+    if isinstance(error, RepositoryNotFoundError):
+        seen = "that your token may see" if token else f"that is public; if it is private, {LOG_IN}"
+        return f"{endpoint} has no model {repo_id} {seen}."
+    if isinstance(error, HfHubHTTPError):
+        return _refusal(error.response.status_code, error.server_message, token)
+    if isinstance(error, OfflineModeIsEnabled):
+        return "HF_HUB_OFFLINE is set, which forbids requests to the Hub; unset it."
+    if isinstance(error, JSONDecodeError):
+        return f"{endpoint} answered with something that is not the Hub's; try again, or check HF_ENDPOINT."
+    if isinstance(error, HTTPError):  # no answer: a time-out, a refused or a dropped connection
+        what = " ".join(str(error).split()) or "no answer"
+        return f"{endpoint} cannot be reached ({type(error).__name__}: {_hidden(what, token)}); try again."
+    return _hidden(" ".join(str(error).split()), token)
+
+
+def _refusal(status: int, message: str | None, token: str | None) -> str:
+    said = f" ({_hidden(' '.join(message.split()), token)})" if message else ""
+    if status == 401:
+        return f"the Hub refused the token{said}; {LOG_IN}." if token else f"no token was found; {LOG_IN}."
+    if status == 403:
+        return f"the token has no right to do that{said}; use a token with write access, or another name."
+    if status == 429:
+        return f"too many requests{said}; wait a few minutes and try again."
+    if status >= 500:
+        return f"the Hub failed with {status}{said}; try again: what was already transferred is not sent twice."
+    return f"the Hub answered {status}{said}."
+
+
+def _hidden(text: str, token: str | None) -> str:
+    return text.replace(token, "<token>") if token else text

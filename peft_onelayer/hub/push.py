@@ -1,0 +1,380 @@
+"""Publishes an adapter: checks it, writes what the repository will hold to a scratch folder, commits that at once.
+
+It does not know how the adapter was trained; what it says of that comes from the records beside the adapter.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import tempfile
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from huggingface_hub import (
+    CommitOperationAdd,
+    CommitOperationDelete,
+    HfApi,
+    constants,
+    get_token,
+    hf_hub_download,
+)
+from huggingface_hub.errors import RevisionNotFoundError
+from huggingface_hub.utils import validate_repo_id, yaml_dump
+
+from peft_onelayer.adapter.locate import adapter_folder
+from peft_onelayer.adapter.reader import CONFIG, WEIGHTS, AdapterFile, open_adapter
+
+from .card import EVALUATION_FORMAT, PLOT, eval_results, model_card
+from .check import cached_base, check_tensors
+from .errors import HubError, hub_errors
+from .privacy import is_local, last_part, without_private
+
+if TYPE_CHECKING:
+    from peft_onelayer.probe.ranking import LayerRanking
+
+RUN_FORMAT = "onelayer-run-1"
+RUN, PROFILE, CARD, EVALUATION = "run.json", "layer_profile.json", "README.md", "eval.json"
+RESULTS = ".eval_results/onelayer.yaml"
+PEFT_EXPORT = "peft"
+# What a push may leave in a repository; those that a later push does not write are removed with it.
+PUBLISHED = (CONFIG, WEIGHTS, CARD, PROFILE, PLOT, RUN, RESULTS, f"{PEFT_EXPORT}/{CONFIG}", f"{PEFT_EXPORT}/{WEIGHTS}")
+# What may stand in a repository that somebody made on the Hub's pages for this adapter.
+STARTING_FILES = {".gitattributes", ".gitignore", "README.md", "LICENSE"}
+
+
+@dataclass(frozen=True)
+class Push:
+    """What a push sent, or what a dry run would send.
+
+    Args:
+        repo_id: the repository.
+        endpoint: the Hub.
+        revision: the branch.
+        files: path in the repository and bytes of every file.
+        encoding: "sparse" or "dense".
+        notes: what a reader of the repository will miss, and why.
+        commit: URL of the commit; None for a dry run.
+        pull_request: URL of the pull request, if one was opened.
+    """
+
+    repo_id: str
+    endpoint: str
+    revision: str
+    files: dict[str, int]
+    encoding: str
+    notes: list[str] = field(default_factory=list)
+    commit: str | None = None
+    pull_request: str | None = None
+
+
+def push_adapter(
+    folder: Path | str,
+    repo_id: str,
+    *,
+    private: bool | None = None,
+    revision: str | None = None,
+    create_pr: bool = False,
+    message: str | None = None,
+    evaluation: Path | str | None = None,
+    base_model: str | None = None,
+    dense: bool = False,
+    with_peft: bool = False,
+    dry_run: bool = False,
+) -> Push:
+    """Publish the adapter in `folder` on the Hub, in one commit; token and endpoint are huggingface_hub's own.
+
+    The repository gets the adapter, its configuration, a card, and, where they stand beside the adapter, the cleaned
+    run.json and layer_profile.json with its plot. A repository that holds something else is left alone. A second try
+    after a failure sends only what is missing.
+
+    Args:
+        folder: of the adapter.
+        repo_id: "name" or "owner/name"; created unless it exists.
+        private: whether a new repository is private; None for the account's default.
+        revision: branch, created unless it exists; None for "main".
+        create_pr: propose the commit as a pull request instead.
+        message: of the commit.
+        evaluation: what `onelayer eval --out` wrote of this adapter; by default eval.json beside it, if there is one.
+        base_model: the base's Hub id, for an adapter that was trained on a local copy.
+        dense: publish every weight, even where the base is at hand for the sparse encoding.
+        with_peft: also publish the form that plain PEFT loads, in the folder `PEFT_EXPORT`; of a sparse adapter only
+            where the base is at hand.
+        dry_run: send nothing and ask the Hub nothing.
+
+    Raises:
+        ValueError: no adapter, a damaged one, or records of another adapter (`HubError` for what the Hub refuses).
+    """
+    with hub_errors(f"push to {repo_id}"):
+        validate_repo_id(repo_id)
+        if base_model is not None:
+            validate_repo_id(base_model)
+    folder = Path(folder).expanduser()
+    if not folder.is_dir():
+        raise ValueError(f"no adapter folder at {folder}; give the one that onelayer train wrote.")
+    with tempfile.TemporaryDirectory(prefix="onelayer-push-") as scratch:
+        staged = Path(scratch)
+        adapter, notes = stage(
+            adapter_folder(folder),
+            staged,
+            repo_id,
+            evaluation=None if evaluation is None else Path(evaluation),
+            base_model=base_model,
+            dense=dense,
+            with_peft=with_peft,
+        )
+        sizes = {name: (staged / name).stat().st_size for name in PUBLISHED if (staged / name).exists()}
+        push = Push(repo_id, constants.ENDPOINT, revision or constants.DEFAULT_REVISION, sizes, adapter.encoding, notes)
+        if dry_run:
+            return push
+        message = message or f"Adapter of block {', '.join(map(str, adapter.layers))}, with onelayer push"
+        commit = _commit(staged, push, private=private, create_pr=create_pr, message=message)
+    return Push(**{**vars(push), "repo_id": commit[0], "commit": commit[1], "pull_request": commit[2]})
+
+
+def stage(
+    folder: Path,
+    staged: Path,
+    repo_id: str | None,
+    *,
+    evaluation: Path | None = None,
+    base_model: str | None = None,
+    dense: bool = False,
+    with_peft: bool = False,
+) -> tuple[AdapterFile, list[str]]:
+    """Check the adapter in `folder` and write all that a repository holds to the empty folder `staged`.
+
+    Returns:
+        The adapter as it will be published, and notes on what is missing.
+
+    Raises:
+        ValueError: as `push_adapter`.
+    """
+    adapter = open_adapter(folder)
+    base = _local_base(adapter.config)
+    parameters, _ = check_tensors(adapter, base)
+    run = _record(folder / RUN, RUN_FORMAT, "run")
+    measured = _evaluation(folder, evaluation)
+    profile = _profile(folder / PROFILE)
+
+    notes = _write_weights(folder, staged, adapter, base, dense)
+    try:
+        notes += _write_records(staged, repo_id, run, measured, profile, parameters, base_model, with_peft)
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"{RUN} or {EVALUATION} of {folder} is not what such a record holds: {error!r}.") from error
+    if with_peft:
+        _write_peft_export(adapter, base, staged)
+    _check_no_secret(staged)
+    return open_adapter(staged), notes
+
+
+def _write_records(
+    staged: Path,
+    repo_id: str | None,
+    run: dict[str, Any] | None,
+    measured: dict[str, Any] | None,
+    profile: LayerRanking | None,
+    parameters: int,
+    base_model: str | None,
+    with_peft: bool,
+) -> list[str]:
+    """Clean adapter_config.json and write all that is not weights; notes on what the card lacks."""
+    config = json.loads((staged / CONFIG).read_text())
+    trained_on = run["settings"]["model"] if run else {"name": None, "sha256": {}}
+    given = [name for name in (config.get("base_model_name_or_path"), trained_on["name"]) if name]
+    # run.json has digests of a folder's files, and of a model from the Hub the commit
+    local_base = not base_model and (bool(trained_on["sha256"]) or any(is_local(name) for name in given))
+    names = {name: base_model or last_part(name) for name in given if base_model or local_base}
+
+    config, run, measured = (record and without_private(record, names) for record in (config, run, measured))
+    (staged / CONFIG).write_text(_to_json(config))
+    if run:
+        (staged / RUN).write_text(_to_json(run))
+    if profile:
+        from peft_onelayer.report.plots import plot_ranking
+
+        cleaned = without_private({"model": profile.model, "task": profile.task}, names)
+        profile = replace(profile, **cleaned)
+        (staged / PROFILE).write_text(profile.to_json())
+        plot_ranking(profile, staged / PLOT, f"{profile.method} on {profile.task}, each block of {profile.num_layers}")
+    if measured and (entries := eval_results(measured)):
+        (staged / RESULTS).parent.mkdir()
+        (staged / RESULTS).write_text(yaml_dump(entries, sort_keys=False))
+    card = model_card(
+        config,
+        run,
+        measured,
+        profile,
+        repo_id=repo_id,
+        parameters=parameters,
+        peft_export=PEFT_EXPORT if with_peft else None,
+        local_base=local_base,
+    )
+    (staged / CARD).write_text(card)
+    if not local_base:
+        return []
+    return [
+        "the base is a local folder, so the card names no base on the Hub, and search will not find the adapter by it; "
+        "give its Hub id with --base-model"
+    ]
+
+
+def _write_weights(folder: Path, staged: Path, adapter: AdapterFile, base: Path | None, dense: bool) -> list[str]:
+    """Write the weights and their configuration, sparse where the base is at hand; notes on why not."""
+    if dense and adapter.encoding == "sparse":
+        raise ValueError(f"{folder} is sparse already, and --dense publishes what it holds dense; leave it out.")
+    if dense or adapter.encoding == "sparse":
+        _copy_weights(folder, staged)
+        return []
+    if base is None:
+        _copy_weights(folder, staged)
+        name = adapter.config.get("base_model_name_or_path")
+        return [f"the base {name} is not on this machine, so the adapter goes up dense; download it to publish sparse"]
+    from peft_onelayer.adapter.sparse import write_sparse
+
+    with tempfile.TemporaryDirectory(prefix="onelayer-push-") as scratch:
+        sparse = Path(scratch) / "sparse"
+        write_sparse(folder, sparse, base)
+        _copy_weights(sparse, staged)
+    return []
+
+
+def _copy_weights(folder: Path, staged: Path) -> None:
+    for name in (CONFIG, WEIGHTS):
+        shutil.copyfile(folder / name, staged / name)
+
+
+def _local_base(config: dict[str, Any]) -> Path | None:
+    """The base's checkpoint folder: where it was trained from, or in the Hub's cache."""
+    name = config.get("base_model_name_or_path")
+    return Path(name) if name and Path(name).is_dir() else cached_base(config)
+
+
+def _write_peft_export(adapter: AdapterFile, base: Path | None, staged: Path) -> None:
+    from peft_onelayer.adapter.export import export_adapter
+
+    if base is None and adapter.encoding == "sparse":
+        name = adapter.config.get("base_model_name_or_path")
+        raise ValueError(f"--with-peft needs the base of a sparse adapter, and {name} is not here; download it.")
+    out = staged / PEFT_EXPORT
+    export_adapter(adapter.folder, out, format="peft", base=base)
+    for path in list(out.iterdir()):
+        if path.name not in (CONFIG, WEIGHTS):
+            path.unlink()
+    base = json.loads((staged / CONFIG).read_text())["base_model_name_or_path"]
+    exported = without_private(json.loads((out / CONFIG).read_text()))
+    (out / CONFIG).write_text(_to_json({**exported, "base_model_name_or_path": base}))
+
+
+def _record(path: Path, expected: str, what: str) -> dict[str, Any] | None:
+    """A record beside the adapter; None where there is none."""
+    if not path.is_file():
+        return None
+    try:
+        record = json.loads(path.read_text())
+    except ValueError as error:
+        raise ValueError(f"{path} is not JSON: {error}") from None
+    if not isinstance(record, dict) or record.get("format") != expected:
+        raise ValueError(f'{path} is no record of {what}: expected "format": "{expected}".')
+    return record
+
+
+def _evaluation(folder: Path, path: Path | None) -> dict[str, Any] | None:
+    """The figures of an `onelayer eval` of the adapter in `folder`."""
+    if path is not None and not path.is_file():
+        raise ValueError(f"no file {path}; give what onelayer eval --out wrote.")
+    measured = _record(path or folder / EVALUATION, EVALUATION_FORMAT, "an evaluation")
+    if measured is None:
+        return None
+    from peft_onelayer.rl.record import file_digest
+
+    if not measured.get("adapter"):
+        raise ValueError(f"{path or folder / EVALUATION} measured the base alone; evaluate it with --adapter {folder}.")
+    if measured["adapter"]["sha256"] != file_digest(folder / WEIGHTS):
+        raise ValueError(f"{path or folder / EVALUATION} measured another adapter than {folder}: the weights differ.")
+    return measured
+
+
+def _profile(path: Path) -> LayerRanking | None:
+    if not path.is_file():
+        return None
+    from peft_onelayer.probe.ranking import LayerRanking
+
+    try:
+        return LayerRanking.from_json(path.read_text())
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
+
+
+def _check_no_secret(staged: Path) -> None:
+    """The last look before anything leaves the machine."""
+    token = get_token()
+    for path in staged.rglob("*"):
+        if token and path.is_file() and path.name != WEIGHTS and token.encode() in path.read_bytes():
+            raise ValueError(
+                f"{path.name} would publish your Hub token; remove it from the records beside the adapter."
+            )
+
+
+def _commit(
+    staged: Path, push: Push, *, private: bool | None, create_pr: bool, message: str
+) -> tuple[str, str, str | None]:
+    """(repository with its owner, URL of the commit, URL of the pull request)."""
+    api = HfApi()
+    with hub_errors(f"push to {push.repo_id}", push.repo_id):
+        repo_id = api.create_repo(push.repo_id, private=private, exist_ok=True).repo_id
+        if private and not api.model_info(repo_id).private:
+            raise HubError(
+                f"cannot push to {repo_id}: it exists and is public; make it private in its settings on the Hub, or "
+                "leave out --private (nothing was changed)."
+            )
+        main = push.revision == constants.DEFAULT_REVISION
+        there = _files_there(api, repo_id, push.revision, may_be_missing=not main)
+        if there is None:
+            api.create_branch(repo_id, branch=push.revision, exist_ok=True)
+            there = _files_there(api, repo_id, push.revision) or set()
+        _check_ours(repo_id, push.revision, there)
+        stale = sorted(there & (set(PUBLISHED) - set(push.files)))
+        done = api.create_commit(
+            repo_id,
+            [
+                *(CommitOperationAdd(name, staged / name) for name in push.files),
+                *(CommitOperationDelete(name) for name in stale),
+            ],
+            commit_message=message,
+            revision=push.revision,
+            create_pr=create_pr,
+        )
+    return repo_id, done.commit_url, done.pr_url
+
+
+def _files_there(api: HfApi, repo_id: str, revision: str, may_be_missing: bool = False) -> set[str] | None:
+    try:
+        return {file.rfilename for file in api.model_info(repo_id, revision=revision).siblings or []}
+    except RevisionNotFoundError:
+        if may_be_missing:
+            return None
+        raise
+
+
+def _check_ours(repo_id: str, revision: str, there: set[str]) -> None:
+    """Refuse to write over a repository that holds something else."""
+    if CONFIG in there:
+        path = hf_hub_download(repo_id, CONFIG, revision=revision)
+        try:
+            kind = json.loads(Path(path).read_text())["peft_type"]
+        except (ValueError, KeyError, TypeError):
+            kind = "unknown"
+        if kind == "SINGLE_LAYER":
+            return
+        what = f"an adapter of another kind ({str(kind)[:40]})"
+    elif others := sorted(there - STARTING_FILES):
+        what = f"other files ({', '.join(others[:3])}{', ...' if len(others) > 3 else ''})"
+    else:
+        return
+    raise HubError(f"cannot push to {repo_id}: it exists and holds {what}; choose another name (nothing was changed).")
+
+
+def _to_json(data: Any) -> str:
+    return json.dumps(data, indent=2) + "\n"

@@ -1,0 +1,236 @@
+"""`onelayer inspect`, `merge` and `export`: what they print is what the library does, and every mistake is one line."""
+
+import json
+import shutil
+
+import pytest
+import torch
+from peft import PeftModel, get_peft_model
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
+
+import models
+from peft_onelayer import SingleLayerConfig, inspect_adapter
+
+COMMIT = "0123456789abcdef0123456789abcdef01234567"
+WEIGHTS = "adapter_model.safetensors"
+
+
+def load(folder):
+    return AutoModelForCausalLM.from_pretrained(folder, dtype="auto")
+
+
+def weights_of(model):
+    return {name: tensor.clone() for name, tensor in model.state_dict().items()}
+
+
+def same(a, b):
+    return a.keys() == b.keys() and all(a[n].dtype == b[n].dtype and torch.equal(a[n], b[n]) for n in a)
+
+
+def save_adapter(folder, base, layer, share=0.1):
+    model = get_peft_model(load(base), SingleLayerConfig(layer=layer, task_type="CAUSAL_LM"))
+    torch.manual_seed(0)
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.data += 0.01 * torch.randn_like(parameter) * (torch.rand_like(parameter) < share)
+    model.save_pretrained(folder)
+    run = {"task": {"name": "arithmetic"}, "algorithm": "grpo", "seed": 7, "model": {"name": "base"}}
+    (folder / "run.json").write_text(json.dumps({"settings": run, "status": "finished", "command": "\x1b[31mred"}))
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory):
+    """A sharded base and another one of the same shapes, and adapters of layers 1 and 3 of the first."""
+    root = tmp_path_factory.mktemp("files")
+    for name, seed in (("base", 0), ("other", 1)):
+        models.build("Qwen2", dtype=torch.bfloat16, seed=seed).save_pretrained(root / name, max_shard_size="12KB")
+    (root / "base" / "tokenizer.json").write_text("{}")
+    save_adapter(root / "one", root / "base", 1)
+    save_adapter(root / "three", root / "base", 3)
+    return root
+
+
+def merged_by_peft(files, *names):
+    model = PeftModel.from_pretrained(load(files / "base"), files / names[0], adapter_name="0")
+    for i, name in enumerate(names[1:], 1):
+        model.load_adapter(files / name, str(i))
+    return weights_of(model.merge_and_unload(adapter_names=[str(i) for i in range(len(names))]))
+
+
+def test_inspect_without_and_with_the_base(onelayer, files):
+    code, lines, out = onelayer("inspect", files / "one")
+    assert (code, lines) == (0, [])
+    assert "layer 1 of 4, model.layers.1.*" in out and "mlp.down_proj.weight" in out and "32 x 48" in out
+    assert "density: unknown without --base" in out and "norm of the change: unknown without --base" in out
+    assert "algorithm: grpo\n" in out and "task: arithmetic\n" in out and "seed: 7\n" in out
+    assert f"base: {files / 'base'}\n" in out
+    assert "\x1b" not in out  # nothing of a stranger's file steers the terminal
+
+    code, lines, out = onelayer("inspect", files / "one", "--base", files / "base", "--json")
+    assert (code, lines) == (0, [])
+    found = json.loads(out)
+    assert found == json.loads(json.dumps(inspect_adapter(files / "one", files / "base").to_json()))
+    want, base = merged_by_peft(files, "one"), weights_of(load(files / "base"))
+    assert [tensor["name"] for tensor in found["tensors"]] == [n for n in sorted(base) if ".layers.1." in n]
+    changed = squares = entries = 0
+    for tensor in found["tensors"]:
+        new, old = want[tensor["name"]].double(), base[tensor["name"]].double()
+        assert tensor["changed"] == int((new != old).sum()) and tensor["density"] == tensor["changed"] / new.numel()
+        assert tensor["change"] == pytest.approx(float((new - old).norm()), rel=1e-12)
+        assert tensor["relative"] == pytest.approx(tensor["change"] / float(old.norm()), rel=1e-12)
+        assert (tensor["encoding"], tensor["dtype"], tensor["bytes"]) == ("dense", "float32", 4 * new.numel())
+        changed, entries, squares = changed + tensor["changed"], entries + new.numel(), squares + tensor["change"] ** 2
+    assert found["density"] == changed / entries and found["change"] == pytest.approx(squares**0.5)
+    assert found["layers"] == [1] and found["num_layers"] == 4
+    assert found["bytes"] == (files / "one" / WEIGHTS).stat().st_size
+
+
+def test_inspect_a_sparse_adapter(onelayer, files, tmp_path):
+    assert onelayer("export", files / "one", tmp_path / "sparse", "--format", "sparse")[0] == 0
+    dense = json.loads(onelayer("inspect", files / "one", "--base", files / "base", "--json")[2])
+    found = json.loads(onelayer("inspect", tmp_path / "sparse", "--json")[2])
+    assert found["encoding"] == "sparse" and found["density"] == dense["density"]  # recorded: no base is needed
+    assert [t["changed"] for t in found["tensors"]] == [t["changed"] for t in dense["tensors"]]
+    assert found["change"] is None and {t["change"] for t in found["tensors"]} == {None}
+    assert all(len(t["base_digest"]) == 64 for t in found["tensors"]) and len(found["base"]["config"]) == 64
+    assert sum(t["bytes"] for t in found["tensors"]) == sum(
+        tensor.nbytes for tensor in load_file(tmp_path / "sparse" / WEIGHTS).values()
+    )
+    measured = json.loads(onelayer("inspect", tmp_path / "sparse", "--base", files / "base", "--json")[2])
+    assert measured["change"] == dense["change"]
+
+
+def test_merge_two_adapters(onelayer, files, tmp_path):
+    adapters = (files / "one", files / "three")
+    code, lines, out = onelayer("merge", files / "base", *adapters, tmp_path / "out")
+    assert code == 0 and lines == [f"merging into {tmp_path / 'out'} ..."]
+    assert f"layer 1, 3 of {files / 'base'} replaced" in out
+    assert same(weights_of(load(tmp_path / "out")), merged_by_peft(files, "one", "three"))
+    assert {p.name for p in (tmp_path / "out").iterdir()} == {p.name for p in (files / "base").iterdir()}
+    report = json.loads(onelayer("merge", files / "base", files / "one", tmp_path / "again", "--json")[2])
+    assert report["layers"] == [1] and report["folder"] == str(tmp_path / "again")
+    assert report["bytes"] == sum(p.stat().st_size for p in (tmp_path / "again").iterdir())
+
+
+def test_names_on_the_hub(onelayer, files, tmp_path, monkeypatch):
+    """Ids stand for what is in the Hub's cache, whose files are links; the loopback Hub's tests download them."""
+    import huggingface_hub.constants as hub
+
+    monkeypatch.setattr(hub, "HF_HUB_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(hub, "HF_HUB_OFFLINE", True)
+    for name in ("base", "one"):
+        repo = tmp_path / "cache" / f"models--org--{name}"
+        shutil.copytree(files / name, repo / "blobs")
+        (repo / "snapshots" / COMMIT).mkdir(parents=True)
+        (repo / "refs").mkdir()
+        (repo / "refs" / "main").write_text(COMMIT)
+        if name == "one":
+            edit(repo / "blobs" / "adapter_config.json", base_model_name_or_path="org/base", revision=COMMIT)
+        for path in (repo / "blobs").iterdir():
+            (repo / "snapshots" / COMMIT / path.name).symlink_to(f"../../blobs/{path.name}")
+    code, lines, _ = onelayer("merge", "org/base", "org/one", tmp_path / "out")
+    assert code == 0, lines
+    assert same(weights_of(load(tmp_path / "out")), merged_by_peft(files, "one"))
+    assert not any(path.is_symlink() for path in (tmp_path / "out").iterdir())
+    # the base is not even looked for
+    shutil.rmtree(tmp_path / "cache" / "models--org--base")
+    code, lines, out = onelayer("inspect", "org/one")
+    assert (code, lines) == (0, []) and f"base: org/base at {COMMIT}" in out
+    code, lines, out = onelayer("merge", "org/base", "org/one", tmp_path / "none")
+    assert (code, len(lines), out) == (1, 1, "") and "org/base is neither a folder here nor a model found" in lines[0]
+
+
+@pytest.mark.parametrize("form", ["peft", "dense", "sparse"])
+def test_exports_that_load_to_the_same_bits(onelayer, files, tmp_path, form):
+    out = tmp_path / form
+    report = json.loads(onelayer("export", files / "one", out, "--format", form, "--json")[2])
+    assert (report["format"], report["bytes"]) == (form, (out / WEIGHTS).stat().st_size)
+    model = PeftModel.from_pretrained(load(files / "base"), out)
+    assert same(weights_of(model.merge_and_unload()), merged_by_peft(files, "one"))
+
+
+def test_export_flat(onelayer, files, tmp_path):
+    code, lines, out = onelayer("export", files / "one", tmp_path / "flat", "--format", "flat")
+    assert (code, lines) == (0, []) and "flat, " in out
+    weights = weights_of(load(files / "base"))
+    tensors = load_file(tmp_path / "flat" / "sparse_weights.safetensors")
+    for key in tensors:
+        if key.endswith(".indices"):
+            name = key.removesuffix(".indices")
+            weights[name].view(-1)[tensors[key].long()] = tensors[f"{name}.values"]
+    assert same(weights, merged_by_peft(files, "one"))
+
+
+def test_export_lora_says_what_is_lost(onelayer, files, tmp_path):
+    code, lines, out = onelayer("export", files / "one", tmp_path / "lora", "--format", "lora", "--rank", "4")
+    assert code == 0 and len(lines) == 1 and lines[0].startswith("LoRA has no place for norms and biases: ")
+    assert "left out" in out and "input_layernorm.weight" in out and "All in all 0." in out
+    assert f"{tmp_path / 'lora'}: lora, {(tmp_path / 'lora' / WEIGHTS).stat().st_size:,} bytes" in out
+    report = onelayer("export", files / "one", tmp_path / "half", "--format", "lora", "--energy", "0.5", "--json")[2]
+    kept = [t for t in json.loads(report)["tensors"] if t["rank"]]
+    assert len(kept) == 7 and all(0 < t["error"] <= 0.5**0.5 + 1e-6 for t in kept)
+
+
+def edit(path, **changes):
+    path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "message"),
+    [
+        (["merge"], 2, "Missing argument"),
+        (["merge", "{base}", "{one}"], 2, "Missing argument"),
+        (["merge", "{base}", "{one}", "{out}", "--alow-other-base"], 2, "No such option"),
+        (["merge", "{base}", "{one}", "{base}"], 1, "exists and holds other files"),
+        (["merge", "{base}", "{one}", "{one}"], 1, "exists and holds other files"),
+        (["merge", "{base}", "{one}", "{base}/out"], 1, "is inside"),
+        (["merge", "{base}", "{one}", "{one}/out"], 1, "is inside"),
+        (["merge", "{base}", "{one}", "{root}/no/such/out"], 1, "does not exist"),
+        (["merge", "{base}", "{one}", "{one}", "{out}"], 1, "both train model.layers.1."),
+        (["merge", "{other}", "{one}", "{out}"], 1, "--allow-other-base"),
+        (
+            ["merge", "{one}", "{base}", "{out}"],
+            1,
+            "describes no single-layer adapter|holds no readable adapter_config",
+        ),
+        (["merge", "{pickled}", "{one}", "{out}"], 1, "pickled weights"),
+        (["merge", "./nowhere", "{one}", "{out}"], 1, "no folder at nowhere"),
+        (["merge", "{base}", "./nowhere", "{out}"], 1, "no folder at nowhere"),
+        (["merge", "{base}", "{truncated}", "{out}"], 1, "damaged"),
+        (["inspect"], 2, "Missing argument"),
+        (["inspect", "./nowhere"], 1, "no folder at nowhere"),
+        (["inspect", "{base}"], 1, "adapter_config.json"),
+        (["inspect", "{truncated}"], 1, "damaged"),
+        (["inspect", "{lora}"], 1, "its peft_type is 'LORA'"),
+        (["inspect", "{one}", "--base", "{other}"], 1, "--allow-other-base"),
+        (["inspect", "{one}", "--base", "{one}"], 1, "is an adapter and not a base model"),
+        (["export", "{one}", "{out}"], 2, "--format"),
+        (["export", "{one}", "{out}", "--format", "gguf"], 2, "gguf"),
+        (["export", "{one}", "{out}", "--format", "lora", "--rank", "0"], 2, "--rank"),
+        (["export", "{one}", "{out}", "--format", "lora", "--energy", "2"], 2, "--energy"),
+        (["export", "{one}", "{out}", "--format", "lora", "--energy", "0"], 1, "above 0 and up to 1"),
+        (["export", "{one}", "{out}", "--format", "lora", "--rank", "1", "--energy", "1"], 1, "exclude each other"),
+        (["export", "{one}", "{out}", "--format", "peft", "--rank", "4"], 1, "are those of the format lora"),
+        (["export", "{one}", "{one}", "--format", "peft"], 1, "exists and holds other files"),
+        (["export", "{one}", "{out}", "--format", "flat", "--base", "{other}"], 1, "--allow-other-base"),
+        (["export", "{truncated}", "{out}", "--format", "dense"], 1, "damaged"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_wrong_use(onelayer, files, tmp_path, arguments, code, message):
+    shutil.copytree(files / "one", tmp_path / "truncated")
+    (tmp_path / "truncated" / WEIGHTS).write_bytes((files / "one" / WEIGHTS).read_bytes()[:1000])
+    shutil.copytree(files / "one", tmp_path / "lora")
+    edit(tmp_path / "lora" / "adapter_config.json", peft_type="LORA")
+    (tmp_path / "pickled").mkdir()
+    shutil.copy(files / "base" / "config.json", tmp_path / "pickled")
+    (tmp_path / "pickled" / "pytorch_model.bin").write_bytes(b"")
+    before = sorted(files.rglob("*")) + sorted(tmp_path.rglob("*"))
+    places = {name: files / name for name in ("base", "other", "one")}
+    places |= {name: tmp_path / name for name in ("truncated", "lora", "pickled", "out")} | {"root": tmp_path}
+    ended, lines, out = onelayer(*(argument.format(**places) for argument in arguments))
+    assert (ended, out) == (code, ""), lines
+    assert len(lines) == 1 and lines[0].startswith("onelayer"), lines
+    assert any(part.lower() in lines[0].lower() for part in message.split("|")), lines
+    assert sorted(files.rglob("*")) + sorted(tmp_path.rglob("*")) == before

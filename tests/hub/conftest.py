@@ -1,0 +1,168 @@
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from loopback import OTHER_TOKEN, TOKEN, Hub
+from peft import get_peft_model
+
+import models
+from peft_onelayer import SingleLayerConfig
+from peft_onelayer.probe.ranking import LayerRanking
+from peft_onelayer.rl.record import file_digest
+
+
+@pytest.fixture(scope="session")
+def _server(tmp_path_factory):
+    """One Hub and one process of commands for all tests, which share nothing but the imports."""
+    hub = Hub()
+    home = tmp_path_factory.mktemp("home")
+    environment = {name: value for name, value in os.environ.items() if not name.startswith(("HF_", "HUGGING"))}
+    environment |= {"HF_ENDPOINT": hub.url, "HF_HOME": str(home), "HF_HUB_DISABLE_XET": "1", "HF_HUB_ETAG_TIMEOUT": "2"}
+    environment |= {"HF_HUB_DOWNLOAD_TIMEOUT": "1", "HF_HUB_DISABLE_TELEMETRY": "1", "HOME": str(home)}
+    worker = subprocess.Popen(
+        [sys.executable, str(Path(__file__).with_name("worker.py"))],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        env=environment,
+        text=True,
+    )
+    yield SimpleNamespace(hub=hub, worker=worker, home=home, environment=environment)
+    worker.stdin.close()
+    worker.wait(timeout=30)
+    hub.close()
+
+
+@pytest.fixture
+def hub(_server):
+    """An empty Hub with the users "me" and "you"; TOKEN is mine."""
+    _server.hub.reset()
+    _server.hub.users = {TOKEN: "me", OTHER_TOKEN: "you"}
+    return _server.hub
+
+
+@pytest.fixture
+def ask(_server, hub):
+    """Runs one command, or Python code, with my token; what it returns has code, out, err (lines) and result.
+
+    No answer and no cached file ever holds a token.
+    """
+
+    def run(*arguments, token=TOKEN, code=None, **environment):
+        wanted = {"environment": environment | ({"HF_TOKEN": token} if token else {})}
+        wanted |= {"code": code} if code else {"arguments": [str(argument) for argument in arguments]}
+        _server.worker.stdin.write(json.dumps(wanted) + "\n")
+        _server.worker.stdin.flush()
+        answer = SimpleNamespace(**json.loads(_server.worker.stdout.readline()))
+        said = answer.out + "".join(answer.err)
+        assert not any(secret in said for secret in (TOKEN, OTHER_TOKEN, token) if secret), said
+        return answer
+
+    yield run
+    for path in _server.home.rglob("*"):
+        assert not path.is_file() or path.is_symlink() or TOKEN.encode() not in path.read_bytes(), path
+    shutil.rmtree(_server.home / "hub", ignore_errors=True)  # the client's cache
+
+
+@pytest.fixture(scope="session")
+def base_folder(tmp_path_factory):
+    """A tiny base model in bfloat16, with a tokenizer, as a folder."""
+    folder = tmp_path_factory.mktemp("somewhere") / "tiny-base"
+    models.build(dtype=torch.bfloat16).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def adapter(base_folder, tmp_path):
+    """A folder as `onelayer train` leaves it: block 1 of 4, a hundredth of it changed, with all of its records."""
+    base = models.build(dtype=torch.bfloat16)
+    base.name_or_path = base.config._name_or_path = str(base_folder)
+    model = get_peft_model(base, SingleLayerConfig(layer=1))
+    torch.manual_seed(1)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.add_((torch.rand_like(parameter) < 0.01) * 0.5)
+    folder = tmp_path / "secret-project" / "adapter"
+    model.save_pretrained(folder)
+    (folder / "README.md").write_text("as trained")
+    (folder / "checkpoints").mkdir()
+    (folder / "checkpoints" / "optimizer.pt").write_bytes(b"a pickle")
+    write_records(folder, base_folder)
+    return folder
+
+
+@pytest.fixture
+def quick(adapter):
+    """The same without a layer profile, whose plot takes longer than all else of a push."""
+    (adapter / "layer_profile.json").unlink()
+    return adapter
+
+
+def write_records(folder: Path, base: Path) -> None:
+    """run.json, layer_profile.json and eval.json of the adapter in `folder`."""
+    digest = file_digest(folder / "adapter_model.safetensors")
+    task = {"name": "gsm8k", "data": {"openai/gsm8k:main": "e53f048856ff4f594e959d75785d2c2d37b678ee"}, "chat": True}
+    model = {"name": str(base), "revision": None, "sha256": {"config.json": "0" * 64}, "dtype": "bfloat16"}
+    model |= {"num_layers": 4, "parameters": 30_000}
+    run = {
+        "format": "onelayer-run-1",
+        "command": f"onelayer train {base} --layer auto --task gsm8k --out {folder} --set hub_token={TOKEN} --seed 7",
+        "settings": {
+            "model": model,
+            "algorithm": "grpo",
+            "trainer": "trl.trainer.grpo_trainer.GRPOTrainer",
+            "layer": "auto",
+            "full": False,
+            "task": task,
+            "dataset": None,
+            "seed": 7,
+            "config": {"learning_rate": 5e-6, "logging_dir": f"{folder}/logs", "hub_token": TOKEN, "beta": 0.001},
+        },
+        "machine": {"versions": {"torch": "2.13.0", "trl": "1.16.0"}, "device": "cpu"},
+        "layers": [1],
+        "why": "block 1 gained the most in 8 steps, +3.1 points (standard error 0.9)",
+        "results": {"steps": 20, "rewards": [0.1] * 10 + [0.4] * 10, "losses": [], "sha256": {}},
+        "status": "finished",
+    }
+    (folder / "run.json").write_text(json.dumps(run))
+    ranking = LayerRanking(
+        model=str(base),
+        revision=None,
+        num_layers=4,
+        method="short_rl",
+        scores=[0.01, 0.031, None, -0.02],
+        errors=[0.01, 0.009, None, 0.01],
+        order=[1, 0, 3],
+        tied=[1],
+        pick=1,
+        learning_rate=3e-3,
+        cost={"tokens_generated": 1000, "tokens_trained": 900, "seconds": 3.0, "share": 0.05},
+        task="gsm8k",
+        seed=7,
+    )
+    (folder / "layer_profile.json").write_text(ranking.to_json())
+    figures = {"tokens_generated": 100, "seconds": 1.0}
+    result = {"n": 64, "samples": 4, "base": {"mean": 0.25, "standard_error": 0.0312, **figures}}
+    result |= {"adapter": {"mean": 0.375, "standard_error": 0.0341, **figures}}
+    result |= {"difference": {"mean": 0.125, "standard_error": 0.0123}}
+    evaluation = {
+        "format": "onelayer-eval-1",
+        "command": f"onelayer eval {base} --adapter {folder} --task gsm8k",
+        "model": model,
+        "adapter": {"name": str(folder), "peft_type": "SINGLE_LAYER", "layers": [1], "sha256": digest},
+        "task": task,
+        "split": "test",
+        "n": 64,
+        "samples": 4,
+        "temperature": 1.0,
+        "max_completion_tokens": 256,
+        "seed": 0,
+        "results": {"greedy": {**result, "samples": 1}, "sampled": result},
+    }
+    (folder / "eval.json").write_text(json.dumps(evaluation))

@@ -1,0 +1,64 @@
+"""load_profile: the figures that the package ships, and those published beside an adapter."""
+
+import json
+
+import pytest
+
+import peft_onelayer
+from peft_onelayer.hub.profiles import parse_profile, shipped_profiles
+
+
+def test_the_shipped_profiles_are_the_papers():
+    assert len(shipped_profiles()) == 7
+    profile = peft_onelayer.load_profile("Qwen/Qwen3-1.7B-Base")
+    assert (profile.num_layers, len(profile.scores), profile.partial) == (28, 28, False)
+    assert (profile.scores[10], profile.scores[24]) == (1.14, 0.28)  # best and worst of FACTS.md's table
+    assert (profile.base, profile.full, profile.measure) == (44.1, 50.8, "contribution")
+    assert "2607.01232" in profile.source and profile.algorithm == "grpo"
+    partial = peft_onelayer.load_profile("Qwen/Qwen3-8B-Base")
+    assert partial.partial and (partial.scores[16], partial.scores[0], partial.scores[1]) == (1.07, -0.51, None)
+
+
+def test_one_beside_an_adapter(hub, ask, adapter):
+    here = peft_onelayer.load_profile(str(adapter))
+    assert (here.scores, here.measure, here.data) == ([0.01, 0.031, None, -0.02], "short_rl", "gsm8k")
+    assert peft_onelayer.load_profile(str(adapter / "layer_profile.json")) == here
+    assert ask("push", adapter, "me/gsm").code == 0
+    code = "import dataclasses, peft_onelayer; result = dataclasses.asdict(peft_onelayer.load_profile('me/gsm'))"
+    published = ask(code=code).result
+    commit = hub.repos["me/gsm"].branches["main"]
+    assert (published["scores"], published["model"]) == (here.scores, "tiny-base")
+    assert published["source"] == f"me/gsm at {commit[:12]}"
+
+
+def test_one_line_says_what_is_wrong(hub, ask, adapter, tmp_path):
+    hub.add("me/bare", {"README.md": b""})
+    for name, message in (("me/bare", "layer_profile.json"), ("me/nothing", "no model me/nothing")):
+        code = f"""
+import peft_onelayer
+try:
+    peft_onelayer.load_profile({name!r})
+except ValueError as error:
+    result = str(error)
+"""
+        answer = ask(code=code)
+        assert message in answer.result and "\n" not in answer.result, answer
+    with pytest.raises(ValueError, match=r"no layer profile \./nowhere: give one of Qwen/"):
+        peft_onelayer.load_profile("./nowhere")
+    with pytest.raises(ValueError, match="no layer profile"):
+        peft_onelayer.load_profile(str(tmp_path))
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        *({"format": "theirs"}, {"num_layers": 5}, {"num_layers": True}, {"scores": "many"}, {"scores": None}),
+        *({"scores": [0.1, 0.2, None, "x"]}, {"scores": [0.1, 0.2, None, float("nan")]}, {"method": None}),
+    ],
+)
+def test_a_damaged_profile_is_refused(adapter, change):
+    data = json.loads((adapter / "layer_profile.json").read_text()) | change
+    with pytest.raises(ValueError, match="a stranger's holds"):
+        parse_profile(json.dumps(data), "a stranger's")
+    with pytest.raises(ValueError, match="it is not JSON"):
+        parse_profile("[" * 100_000, "a stranger's")
