@@ -448,8 +448,10 @@ def test_killed_at_random_moments(tmp_path, monkeypatch):
     for _ in range(20):
         pid = os.fork()  # imports are paid once
         if pid == 0:
-            merge_into_checkpoint(base, adapter, out)
-            os._exit(0)
+            try:
+                merge_into_checkpoint(base, adapter, out)
+            finally:
+                os._exit(0)
         time.sleep(draw.uniform(0, duration))
         os.kill(pid, signal.SIGKILL)
         os.waitpid(pid, 0)
