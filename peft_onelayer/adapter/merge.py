@@ -230,9 +230,10 @@ def _clone(source: Path, target: Path) -> bool:
     with source.open("rb") as old, target.open("wb") as new:
         try:
             fcntl.ioctl(new, FICLONE, old.fileno())
+            return True
         except OSError:  # another file system, or one without clones
+            target.unlink()  # ext4 would flush a file that was emptied before it was written, when it is closed
             return False
-    return True
 
 
 def _check_space(folder: Path, needed: int) -> None:
