@@ -43,7 +43,7 @@ wheel: $(READY)
 $(READY): pyproject.toml constraints.txt
 	@test -n "$(PYTHON)" || { echo "peft-onelayer needs Python 3.11 or later; none was found (set PYTHON=...)"; exit 1; }
 	$(BIN)/python -c '' 2>/dev/null || $(PYTHON) -m venv --clear .venv
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev,tasks]'
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev,tasks,slurm]'
 	@touch $(READY)
 
 clean:

@@ -12,14 +12,13 @@ from __future__ import annotations
 import argparse
 import copy
 import json
-import math
-import statistics
 from importlib.resources import files
 from pathlib import Path
 
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from peft_onelayer import layer_contribution
 from peft_onelayer.rl.algorithms import load_algorithm
 from peft_onelayer.rl.run import Recipe, demo_recipe, train_layer
 from peft_onelayer.tasks import load_task
@@ -28,18 +27,6 @@ from peft_onelayer.tasks.evaluation import Evaluation, evaluate
 AGENT = Path(__file__).parent / "textworld" / "model"
 # A learning rate that suits one block is ten times too high for all of them (measured on the demo model).
 RATES = {"one": 3e-3, "all": 3e-4}
-
-
-def contribution(one: Evaluation, full: Evaluation, base: Evaluation) -> tuple[float, float] | None:
-    """C and its standard error over problems (linearized paired ratio); None where full is the base within noise."""
-    gains = [a - b for a, b in zip(one.scores, base.scores, strict=True)]
-    whole = [a - b for a, b in zip(full.scores, base.scores, strict=True)]
-    scale, n = statistics.fmean(whole), len(whole)
-    if abs(scale) < 3 * statistics.stdev(whole) / math.sqrt(n):
-        return None
-    c = statistics.fmean(gains) / scale
-    residuals = [(a - c * b) / scale for a, b in zip(gains, whole, strict=True)]
-    return c, statistics.stdev(residuals) / math.sqrt(n)
 
 
 def main() -> None:
@@ -87,10 +74,10 @@ def main() -> None:
     report = {"algorithm": options.algorithm, "task": task.name, "base": start.mean, "full": full.mean, "layers": {}}
     for layer in options.layers:
         one = train(layer)
-        c = contribution(one, full, start)
-        shown = "undefined: full is the base within noise" if c is None else f"C = {c[0]:.2f} +- {c[1]:.2f}"
+        c = layer_contribution(one.scores, start.scores, full.scores)
+        shown = f"undefined: {c.reason}" if c.value is None else f"C = {c.value:.2f} +- {c.standard_error:.2f}"
         print(f"block {layer:<3} {one.mean:.3f} +- {one.standard_error:.3f}  {shown}")
-        report["layers"][layer] = {"mean": one.mean, "contribution": c}
+        report["layers"][layer] = {"mean": one.mean, "contribution": c.value}
     if options.out:
         options.out.write_text(json.dumps(report, indent=2) + "\n")
 

@@ -15,33 +15,44 @@ if TYPE_CHECKING:
     from .hub.search import search_adapters
     from .probe.ranking import LayerRanking
     from .probe.short_rl import probe_layers
+    from .sweep.metric import layer_contribution, rank_correlation
+    from .sweep.profile import SweepProfile
+    from .sweep.sweep import sweep_layers
 
 __version__ = "0.1.0"
 __all__ = [
     "LayerRanking",
     "SingleLayerConfig",
     "SingleLayerModel",
+    "SweepProfile",
     "__version__",
     "export_adapter",
     "inspect_adapter",
+    "layer_contribution",
     "load_profile",
     "merge_into_checkpoint",
     "probe_layers",
     "pull_adapter",
     "push_adapter",
+    "rank_correlation",
     "search_adapters",
+    "sweep_layers",
 ]
 
 _ON_FIRST_USE = {  # some need trl and datasets
     "LayerRanking": ".probe.ranking",
+    "SweepProfile": ".sweep.profile",
     "export_adapter": ".adapter.export",
     "inspect_adapter": ".adapter.inspection",
+    "layer_contribution": ".sweep.metric",
     "load_profile": ".hub.profiles",
     "merge_into_checkpoint": ".adapter.merge",
     "probe_layers": ".probe.short_rl",
     "pull_adapter": ".hub.pull",
     "push_adapter": ".hub.push",
+    "rank_correlation": ".sweep.metric",
     "search_adapters": ".hub.search",
+    "sweep_layers": ".sweep.sweep",
 }
 
 

@@ -200,7 +200,7 @@ def _profile(profile: LayerRanking) -> str:
     share = profile.cost.get("share")
     cost = f", for {share:.0%} of the tokens of the training run" if share is not None else ""
     return (
-        f"## Layer profile\n\n![What each block gains in a short run]({PLOT})\n\n"
+        f"## Layer profile\n\n![What each block gains]({PLOT})\n\n"
         f"`{profile.method}` on `{profile.task}` {pick} of {profile.num_layers}{cost}. "
         "The figures are in `layer_profile.json`.\n\n"
     )

@@ -12,7 +12,7 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
-PROFILE_FORMAT, RANKING_FORMAT = "onelayer-profile-1", "onelayer-ranking-1"
+FORMATS = ("onelayer-profile-1", "onelayer-ranking-1", "onelayer-sweep-1")  # shipped, of a probe, of a sweep
 FILE = "layer_profile.json"
 LIMIT = 2**20  # bytes; a model of 100 layers takes 10,000
 
@@ -92,17 +92,15 @@ def parse_profile(text: str, source: str) -> LayerProfile:
         source: what `LayerProfile.source` says of a file that names none.
 
     Raises:
-        ValueError: neither of the two formats, or scores that do not fit the number of layers.
+        ValueError: none of `FORMATS`, or scores that do not fit the number of layers.
     """
     try:
         data: Any = json.loads(text)
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{source} holds no layer profile: it is not JSON ({str(error)[:80]}).") from None
     kind = data.get("format") if isinstance(data, dict) else None
-    if kind not in (PROFILE_FORMAT, RANKING_FORMAT):
-        raise ValueError(
-            f'{source} holds no layer profile: expected "format": "{PROFILE_FORMAT}" or "{RANKING_FORMAT}".'
-        )
+    if kind not in FORMATS:
+        raise ValueError(f'{source} holds no layer profile: expected a "format" of {", ".join(FORMATS)}.')
     contribution = data.get("contribution")
     scores = data.get("scores") if contribution is None else contribution
     depth = data.get("num_layers")

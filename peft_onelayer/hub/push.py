@@ -300,9 +300,11 @@ def _profile(path: Path) -> LayerRanking | None:
     if not path.is_file():
         return None
     from peft_onelayer.probe.ranking import LayerRanking
+    from peft_onelayer.sweep.profile import FORMAT, SweepProfile
 
+    text = path.read_text()
     try:
-        return LayerRanking.from_json(path.read_text())
+        return (SweepProfile if f'"{FORMAT}"' in text else LayerRanking).from_json(text)
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from None
 

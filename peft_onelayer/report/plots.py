@@ -1,4 +1,4 @@
-"""PNG plots: the reward of a run, and a ranking of layers. matplotlib is imported when one is drawn."""
+"""PNG plots: the reward of a run, a ranking of layers, a sweep's profile. matplotlib is imported when one is drawn."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from peft_onelayer.probe.ranking import LayerRanking
+from peft_onelayer.sweep.profile import SweepProfile
 
 BLUE, ORANGE, GREY = "#3465a4", "#d9730d", "#9aa0a6"
 
@@ -49,5 +50,32 @@ def plot_ranking(ranking: LayerRanking, path: Path, title: str) -> None:
     for colour, label in ((ORANGE, "pick"), (BLUE, "tied with the best (95 %)"), (GREY, "behind the best")):
         if colour in colours:
             axes.bar([layers[0]], [0], color=colour, label=label)
+    axes.legend(frameon=False)
+    figure.savefig(path)
+
+
+def plot_profile(profile: SweepProfile, path: Path, title: str) -> None:
+    """Draw each layer's contribution with 95 % intervals against full (1) and base (0); gains where C is undefined."""
+    figure, axes = new_figure()
+    defined = profile.undefined is None
+    values = profile.contribution if defined else profile.scores
+    errors = profile.contribution_errors if defined else profile.errors
+    layers = [k for k, value in enumerate(values) if value is not None]
+    axes.errorbar(
+        layers,
+        [values[k] for k in layers],
+        yerr=[1.96 * (errors[k] or 0.0) for k in layers],
+        color=BLUE,
+        marker="o",
+        markersize=4,
+        linewidth=1,
+        ecolor="#444444",
+        capsize=2,
+        label="one block trained",
+    )
+    axes.axhline(0, color=GREY, linewidth=1, label="base")
+    full = 1.0 if defined else profile.full_gain[0]
+    axes.axhline(full, color=ORANGE, linewidth=1, label="every parameter trained")
+    axes.set(title=title, xlabel="block", ylabel="layer contribution C" if defined else "gain over the base")
     axes.legend(frameon=False)
     figure.savefig(path)

@@ -47,7 +47,7 @@ def test_it_says_what_was_measured_and_how_to_use_it(adapter, tmp_path):
     card = (folder / "README.md").read_text()
     assert "# Block 1 of 4, trained with grpo on `gsm8k`" in card
     assert "| greedy | 64 | 0.2500 ± 0.0312 | 0.3750 ± 0.0341 | +0.1250 ± 0.0123 |" in card
-    assert "![What each block gains in a short run](layer_profile.png)" in card
+    assert "![What each block gains](layer_profile.png)" in card
     assert (folder / "layer_profile.png").read_bytes().startswith(b"\x89PNG")
     assert "of 30,000 parameters" in card and "GRPOTrainer" in card and "learning rate 5e-06" in card
     assert "mean reward 0.1 -> 0.4 (first and last 2 of 20 logs)" in card

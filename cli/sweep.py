@@ -1,0 +1,226 @@
+"""`onelayer sweep`: measure what each block contributes, by training every one of them. Resumes what was stopped."""
+
+from __future__ import annotations
+
+import math
+import sys
+from contextlib import redirect_stdout
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from ._errors import UserError, user_error
+from ._model import load_causal_lm, quiet_hub
+from ._options import Chat, Json, Revision, Unsafe
+from ._output import note, print_line, print_table, progress_bar, status
+from ._task import as_asked, check_writable
+
+if TYPE_CHECKING:
+    from peft_onelayer.sweep.profile import SweepProfile
+
+OWNED = {
+    "output_dir": "--out",
+    "seed": "--seeds",
+    "max_steps": "--steps",
+    "learning_rate": "--learning-rate and --full-learning-rate",
+}
+
+
+def sweep(
+    model: Annotated[str, typer.Argument(help="Base model: a folder or a Hub id.")],
+    task: Annotated[str, typer.Option(help="arithmetic, gsm8k, reasoning_gym:chain_sum, ... or a file.py.")],
+    out: Annotated[Path, typer.Option(help="Folder for the rows and the profile; goes on with what is in it.")] = Path(
+        "onelayer-sweep"
+    ),
+    layers: Annotated[str, typer.Option(help="Blocks to measure: all, or such as 0,5,8-11,mid-5,-1.")] = "all",
+    algorithm: Annotated[str, typer.Option(help="grpo, dr_grpo, gigpo, rloo, ...: an online one.")] = "grpo",
+    steps: Annotated[int, typer.Option(min=1, help="Optimizer steps of every run.")] = 150,
+    seeds: Annotated[str, typer.Option(help="Seeds of training: 0 or 0,1,2.")] = "0",
+    learning_rate: Annotated[float, typer.Option(help="Of the runs of one block.")] = 5e-6,
+    full_learning_rate: Annotated[
+        float | None,
+        typer.Option(help="Of the full-parameter runs. [default: --learning-rate]", show_default=False),
+    ] = None,
+    search_learning_rates: Annotated[
+        str | None,
+        typer.Option(
+            metavar="RATES",
+            help="Choose both rates among these, by runs of the middle block and of all parameters: 1e-6,5e-6,2e-5.",
+            show_default=False,
+        ),
+    ] = None,
+    settings: Annotated[
+        list[str] | None,
+        typer.Option("--set", metavar="FIELD=VALUE", help="Any field of the TRL config; repeatable."),
+    ] = None,
+    problems: Annotated[int, typer.Option(min=1, help="Held-out problems to evaluate on.")] = 256,
+    samples: Annotated[int, typer.Option(min=1, help="Sampled completions per problem.")] = 4,
+    greedy: Annotated[bool, typer.Option("--greedy", help="Evaluate greedily too.")] = False,
+    batch_size: Annotated[int, typer.Option(min=1, help="Completions at a time in the evaluation.")] = 64,
+    engine: Annotated[str, typer.Option(help="Where the runs are executed: local, ray or slurm.")] = "local",
+    workers: Annotated[
+        int | None,
+        typer.Option(min=1, help="Runs at a time. [default: one per GPU or, without, per core]", show_default=False),
+    ] = None,
+    early_stop: Annotated[
+        bool, typer.Option("--early-stop", help="With ray: stop blocks that fall behind in training (ASHA).")
+    ] = False,
+    slurm: Annotated[
+        list[str] | None,
+        typer.Option(metavar="FIELD=VALUE", help="With slurm: a parameter of submitit; repeatable."),
+    ] = None,
+    chat: Chat = None,
+    revision: Revision = None,
+    unsafe: Unsafe = False,
+    as_json: Json = False,
+) -> None:
+    """Measure the layer contribution of MODEL's blocks: base, full and one run per block, on the same problems."""
+    with status("loading ..."):
+        from peft_onelayer.rl.algorithms import build_config, load_algorithm
+        from peft_onelayer.rl.run import device_settings
+        from peft_onelayer.rl.settings import convert_settings, parse_settings
+        from peft_onelayer.sweep.engines import RunsFailedError, load_engine
+        from peft_onelayer.sweep.sweep import sweep_layers
+        from peft_onelayer.tasks import load_task
+
+    with user_error(ValueError, OSError), quiet_hub():
+        load_engine(engine)
+        options = _engine_options(engine, early_stop, slurm or [])
+        chosen = load_algorithm(algorithm)
+        overrides = parse_settings(settings or [])
+        build_config(chosen, {"output_dir": str(out), **device_settings()}, overrides, OWNED)
+        values = convert_settings(chosen.config_class, overrides)
+        numbers = _numbers("--seeds", seeds, int)
+        rates = _numbers("--search-learning-rates", search_learning_rates, float) if search_learning_rates else []
+        for rate in (learning_rate, full_learning_rate, *rates):
+            if rate is not None and not (0 < rate < math.inf):
+                raise ValueError(f"a learning rate must be above 0, got {rate}")
+        the_task = load_task(task, unsafe=unsafe)
+        _check_out(out)
+    base, tokenizer = load_causal_lm(model, revision)
+    with user_error(ValueError):
+        check_writable(as_asked(the_task, tokenizer, chat)[0].rows("test", 1, 0)[0], tokenizer, model)
+    del base
+    # Ray and Ray Tune report on stdout, which is for the result.
+    with (
+        progress_bar(f"sweep of {model}", 1) as bar,
+        redirect_stdout(sys.stderr),
+        user_error(ValueError, RunsFailedError),
+    ):
+
+        def show(done: int, total: int, spec: Any, row: dict[str, Any]) -> None:
+            bar.progress.update(bar.task, total=total)
+            score = f"stopped after {row['stopped']} steps" if "stopped" in row else f"score {row['mean']:.4f}"
+            bar.update(done, f"{spec}: {score}")
+            if bar.progress.disable:
+                note(f"{done}/{total} {spec}: {score}")
+
+        profile = sweep_layers(
+            model,
+            task,
+            out=out,
+            layers=layers,
+            algorithm=algorithm,
+            steps=steps,
+            seeds=numbers,
+            learning_rate=learning_rate,
+            full_learning_rate=full_learning_rate,
+            search_learning_rates=rates,
+            settings=values,
+            problems=problems,
+            samples=samples,
+            greedy=greedy,
+            batch_size=batch_size,
+            chat=chat,
+            revision=revision,
+            unsafe=unsafe,
+            engine=engine,
+            workers=workers,
+            engine_options=options,
+            on_row=show,
+        )
+    from peft_onelayer.report.plots import plot_profile
+
+    plot_profile(profile, out / "layer_profile.png", f"{algorithm} on {task}, {steps} steps")
+    if as_json:
+        print(profile.to_json(), end="")
+    else:
+        _print_profile(profile, out)
+
+
+def _engine_options(engine: str, early_stop: bool, slurm: list[str]) -> dict[str, Any]:
+    """Arguments of the engine's own, from the options that belong to it."""
+    from peft_onelayer.rl.settings import parse_settings
+
+    if early_stop and engine != "ray":
+        raise ValueError(f"--early-stop is done by Ray Tune; use it with --engine ray, not {engine}")
+    if slurm and engine != "slurm":
+        raise ValueError(f"--slurm sets parameters of --engine slurm, not of {engine}")
+    options: dict[str, Any] = {"early_stop": True} if early_stop else {}
+    if slurm:
+        parameters = parse_settings(slurm)
+        options["parameters"] = {k: int(v) if v.isdigit() else v for k, v in parameters.items()}
+    return options
+
+
+def _numbers(option: str, text: str, kind: type) -> list[Any]:
+    try:
+        return [kind(part) for part in text.replace(",", " ").split()]
+    except ValueError:
+        raise ValueError(f"{option} takes numbers separated by commas, got {text!r}") from None
+
+
+def _check_out(out: Path) -> None:
+    """Refuse a folder that no sweep made."""
+    if out.exists() and not out.is_dir():
+        raise UserError(f"{out} is a file; --out takes a folder.")
+    if not out.parent.is_dir():
+        raise UserError(f"the folder {out.parent} does not exist; create it or choose another --out.")
+    if out.is_dir() and any(out.iterdir()) and not (out / "rows").is_dir():
+        raise UserError(f"{out} exists and holds other files; choose a new --out (nothing was changed).")
+
+
+def _print_profile(profile: SweepProfile, out: Path) -> None:
+    def cell(value: float | None, error: float | None, sign: str = "") -> str:
+        return "" if value is None else f"{value:{sign}.4f} ± " + ("?" if error is None else f"{error:.4f}")
+
+    rows = [["base", cell(profile.base, profile.base_error), "", ""]]
+    rows.append(["full", f"{profile.full:.4f}", cell(profile.full_gain[0], profile.full_gain[1], "+"), ""])
+    for k in range(profile.num_layers):
+        mean = profile.means[k]
+        if mean is not None:
+            gained = cell(profile.scores[k], profile.errors[k], "+")
+            c = cell(profile.contribution[k], profile.contribution_errors[k]) if not profile.undefined else "undefined"
+            rows.append([str(k), f"{mean:.4f}", gained, c])
+        elif str(k) in profile.stopped:
+            rows.append([str(k), f"stopped after {', '.join(map(str, profile.stopped[str(k)]))} steps", "", ""])
+    print_table(
+        f"{profile.algorithm} on {profile.task}: {profile.steps} steps, seeds {', '.join(map(str, profile.seeds))}, "
+        f"{profile.problems} problems x {profile.samples}",
+        ["block", "score", "gain", "C"],
+        rows,
+    )
+    print_line("± one standard error: over the problems, paired, and over the seeds where there are several.")
+    if profile.undefined:
+        print_line(f"C is undefined: {profile.undefined}.")
+    print_line(_verdict(profile))
+    if profile.learning_rate_search:
+        print_line(f"Learning rates found: {profile.learning_rate:g} for a block, {profile.full_learning_rate:g} full.")
+    cost = profile.cost
+    print_line(
+        f"Cost: {cost['tokens_generated']:,.0f} tokens generated, {cost['tokens_trained']:,.0f} trained on, "
+        f"{cost['seconds']:.0f} s of runs; {cost['share']:.1f} times one run of a block."
+    )
+    print_line(f"Written to {out}: rows/, layer_profile.json, layer_profile.csv, layer_profile.png")
+
+
+def _verdict(profile: SweepProfile) -> str:
+    if not profile.order:
+        return "No block was measured to the end."
+    best = profile.order[0]
+    others = [str(k) for k in sorted(profile.tied) if k != best]
+    tie = f"indistinguishable from {', '.join(others)}" if others else "ahead of every other"
+    if profile.pick is None:
+        return f"No block gained beyond noise; the most, block {best}, is {tie}."
+    return f"Block {best} is the best, {tie}."

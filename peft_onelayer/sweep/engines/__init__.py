@@ -1,0 +1,73 @@
+"""Where the runs of a sweep are executed, one module per place: this machine, a Ray cluster, a Slurm cluster.
+
+Every module has one function,
+
+    run(specs, *, folder, workers=None, run_row=run_layer, ...) -> Iterator[Row]
+
+that yields the rows of `specs` in the order in which they are done and keeps nothing itself. A run whose process or
+machine is lost is tried again, twice at most; a run that raises is not, since it would raise again. Neither keeps the
+others from going on: at the end the lost ones are a `RunsFailedError`. A generator that is closed early stops its runs.
+
+An engine gets all runs at once and may look at the whole list. That is the seam for sharing work between them, such as
+the frozen blocks below the trained one, or training several blocks in a batch: a `run_layers(specs) -> Iterator[Row]`
+beside `run_layer` would take groups of them. Nothing of that is here.
+"""
+
+from __future__ import annotations
+
+import importlib
+import traceback
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+from peft_onelayer.sweep.run_layer import Row, RunSpec
+
+Answer = dict[str, Any]  # {"row": ...}, or {"error": an exception in one line}
+
+TRIES = 3  # the first and two more
+ENGINES = {"local": "local", "ray": "ray_engine", "slurm": "slurm"}
+EXTRA = {"ray": "ray", "submitit": "slurm"}  # the library that an engine imports, and the extra that installs it
+
+
+class RunsFailedError(Exception):
+    """Some runs gave no row; the message is one line."""
+
+    def __init__(self, failures: Sequence[tuple[RunSpec, str]]) -> None:
+        spec, reason = failures[0]
+        more = f" (and {len(failures) - 1} more)" if len(failures) > 1 else ""
+        super().__init__(
+            f"{len(failures)} of the runs failed: {spec}: {reason}{more}; what is done is kept, and the same command "
+            "tries the others again"
+        )
+
+
+def load_engine(name: str) -> Callable[..., Iterator[Row]]:
+    """Return the function `run` of the engine `name`.
+
+    Raises:
+        ValueError: for an unknown name, or one whose library is not installed.
+
+    >>> load_engine("slurp")
+    Traceback (most recent call last):
+    ValueError: engine 'slurp' is not known; expected one of local, ray, slurm
+    """
+    if name not in ENGINES:
+        raise ValueError(f"engine {name!r} is not known; expected one of {', '.join(ENGINES)}")
+    try:
+        return importlib.import_module(f"{__name__}.{ENGINES[name]}").run
+    except ModuleNotFoundError as error:
+        if error.name not in EXTRA:
+            raise
+        extra = EXTRA[error.name]
+        raise ValueError(f"engine {name!r} needs {error.name}: pip install 'peft-onelayer[{extra}]'") from error
+
+
+def attempt(run_row: Callable[..., Row], spec: RunSpec, *arguments: Any) -> Answer:
+    """Run where the engine put it; what it raises is an answer too, with the traceback on stderr, the engine's log."""
+    try:
+        return {"row": run_row(spec, *arguments)}
+    except Exception as error:
+        traceback.print_exc()
+        message = " ".join(str(error).split())
+        # the message of a ValueError speaks for itself
+        return {"error": message if isinstance(error, ValueError) and message else f"{type(error).__name__}: {message}"}

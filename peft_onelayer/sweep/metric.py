@@ -1,0 +1,167 @@
+"""Layer contribution, with its standard error, and the rank correlation of two profiles.
+
+Pure arithmetic in float64; it knows nothing about models, tasks or how scores came about.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import ArrayLike
+
+Z_95 = 1.959964  # two-sided 95 % point of the normal distribution
+
+
+class LayerContribution(NamedTuple):
+    """C of one layer.
+
+    Attributes:
+        value: C; None where it is undefined.
+        standard_error: of C; None where C is undefined or there are fewer than two problems.
+        reason: why C is undefined; None where it is defined.
+    """
+
+    value: float | None
+    standard_error: float | None
+    reason: str | None = None
+
+
+def layer_contribution(layer: ArrayLike, base: ArrayLike, full: ArrayLike) -> LayerContribution:
+    """Return C = (S_layer - S_base) / (S_full - S_base) of arXiv 2607.01232 and its standard error.
+
+    S is the mean over problems and, where there are several, over training seeds. C is undefined, never divided
+    through, where full equals base within noise: where the 95 % interval of S_full - S_base holds 0.
+
+    The standard error is that of the linearized ratio. With D = S_full - S_base, a_p and b_p the gains of layer and
+    full on problem p (means over seeds), and r_p = (a_p - C b_p) / D,
+
+        se^2 = var(r_p) / P + (V(layer) + C^2 V(full)) / D^2
+
+    for P problems: problems are paired, seeds are independent. V is the variance of a mean over K seeds that comes from
+    the seeds themselves, the problems held fixed (two-way analysis of variance with one score per cell):
+    V = max(0, MS_seeds - MS_residual) / (P K), and 0 for one seed, whose spread cannot be known. The linearization is
+    good where D is many standard errors; near the limit of being defined it is too small.
+
+    Args:
+        layer: scores of the model of which this layer was trained: one per problem (P,), or per training seed and
+            problem (K, P); a single number is a mean whose noise is not known.
+        base: scores of the untrained model on the same problems in the same order, (P,) or a number.
+        full: scores after training every parameter, as `layer`, not necessarily from as many seeds.
+
+    Raises:
+        ValueError: numbers of problems that differ, no scores, or scores that are not finite.
+
+    >>> round(layer_contribution(51.8, base=44.1, full=50.8).value, 2)  # Qwen3-1.7B-Base, block 10: 7.7 / 6.7
+    1.15
+    >>> c = layer_contribution([1, 0, 1, 1], base=[0, 0, 1, 0], full=[1, 1, 1, 1])  # gains .5 and .75
+    >>> round(c.value, 3), round(c.standard_error, 3)
+    (0.667, 0.314)
+    >>> layer_contribution([1, 1, 0, 1], base=[1, 0, 0, 1], full=[0, 1, 0, 1]).reason
+    'full equals base within noise: the difference is +0.0000, its standard error 0.4082'
+    """
+    layer, base, full = _scores("layer", layer), _scores("base", base), _scores("full", full)
+    if not layer.shape[1] == base.shape[1] == full.shape[1]:
+        raise ValueError(
+            "layer contribution needs the same problems for layer, base and full; got "
+            f"{layer.shape[1]}, {base.shape[1]} and {full.shape[1]} scores"
+        )
+    difference, error = gain(full, base)
+    if abs(difference) <= Z_95 * (error or 0.0):
+        noise = "" if error is None else f", its standard error {error:.4f}"
+        return LayerContribution(
+            None, None, f"full equals base within noise: the difference is {difference:+.4f}{noise}"
+        )
+    a, b = layer.mean(0) - base.mean(0), full.mean(0) - base.mean(0)  # (P,)
+    c = float(a.mean() / difference)
+    if error is None:
+        return LayerContribution(c, None)
+    variance = _mean_variance(a - c * b) + _seed_variance(layer) + c**2 * _seed_variance(full)
+    return LayerContribution(c, math.sqrt(variance) / abs(difference))
+
+
+def gain(after: ArrayLike, before: ArrayLike) -> tuple[float, float | None]:
+    """Return the difference of two mean scores and its standard error, problems paired and seeds independent.
+
+    Args:
+        after: (P,) or (K, P), as in `layer_contribution`.
+        before: likewise.
+
+    Returns:
+        mean(after) - mean(before), and the error; None with fewer than two problems.
+
+    >>> gain([[1.0, 0.5], [1.0, 0.5]], [0.5, 0.5])
+    (0.25, 0.25)
+    """
+    after, before = _scores("after", after), _scores("before", before)
+    if after.shape[1] != before.shape[1]:
+        raise ValueError(f"a gain needs the same problems, got {after.shape[1]} and {before.shape[1]} scores")
+    differences = after.mean(0) - before.mean(0)
+    if differences.size < 2:
+        return float(differences.mean()), None
+    variance = _mean_variance(differences) + _seed_variance(after) + _seed_variance(before)
+    return float(differences.mean()), math.sqrt(variance)
+
+
+def rank_correlation(a: Sequence[float | None], b: Sequence[float | None]) -> float | None:
+    """Return Spearman's rank correlation: Pearson's correlation of the ranks, ties sharing the mean of their ranks.
+
+    Positions at which either is None (a layer not measured, a contribution undefined) are left out before ranking.
+
+    Returns:
+        A number from -1 to 1; None where it is undefined: fewer than two positions left, or one side all tied.
+
+    Raises:
+        ValueError: of different lengths, or NaN or infinite.
+
+    >>> rank_correlation([1.0, 2.0, 3.0, None], [10.0, 30.0, 20.0, 0.0])
+    0.5
+    >>> rank_correlation([1.0, 1.0, 1.0], [1.0, 2.0, 3.0]) is None
+    True
+    """
+    if len(a) != len(b):
+        raise ValueError(f"a rank correlation needs two sequences of one length, got {len(a)} and {len(b)}")
+    pairs = [(x, y) for x, y in zip(a, b, strict=True) if x is not None and y is not None]
+    if not all(math.isfinite(x) and math.isfinite(y) for x, y in pairs):
+        raise ValueError("a rank correlation needs finite numbers (or None where there is none), got NaN or infinity")
+    if len(pairs) < 2:
+        return None
+    # Twice the ranks around their mean are whole numbers, so that everything but the last division is exact.
+    x, y = (_ranks(values) for values in zip(*pairs, strict=True))
+    spread = float(x @ x) * float(y @ y)
+    return float(x @ y) / math.sqrt(spread) if spread else None
+
+
+def _ranks(values: Sequence[float]) -> np.ndarray:
+    """Twice the ranks, minus their mean: how many are smaller minus how many are larger."""
+    v = np.asarray(values, dtype=float)
+    return np.sign(v[:, None] - v[None, :]).sum(1)
+
+
+def _scores(name: str, values: ArrayLike) -> np.ndarray:
+    """(K, P) float64."""
+    scores = np.atleast_2d(np.asarray(values, dtype=float))
+    if scores.ndim != 2 or not scores.size or not np.isfinite(scores).all():
+        raise ValueError(
+            f"{name} must hold finite scores, one per problem or one per seed and problem; got shape {np.shape(values)}"
+        )
+    return scores
+
+
+def _mean_variance(values: np.ndarray) -> float:
+    """Variance of the mean of a sample."""
+    return float(values.var(ddof=1) / values.size)
+
+
+def _seed_variance(scores: np.ndarray) -> float:
+    """V of `layer_contribution` for scores (K, P)."""
+    seeds, problems = scores.shape
+    if seeds < 2 or problems < 2:
+        return 0.0
+    of_seed, of_problem = scores.mean(1, keepdims=True), scores.mean(0, keepdims=True)
+    residual = scores - of_seed - of_problem + scores.mean()
+    between = problems * float(of_seed.var(ddof=1))
+    within = float((residual**2).sum()) / ((seeds - 1) * (problems - 1))
+    return max(0.0, between - within) / (problems * seeds)

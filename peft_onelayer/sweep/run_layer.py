@@ -1,0 +1,224 @@
+"""One run of a sweep: a specification in, a row of results out.
+
+`run_layer` is a pure function: on one kind of machine the same specification gives the same row, but for "seconds". It
+knows nothing about other runs, about where rows are kept or about who calls it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import os
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+if TYPE_CHECKING:
+    from peft_onelayer.tasks import Task
+    from peft_onelayer.tasks.evaluation import Evaluation
+
+FORMAT = "onelayer-row-1"
+
+Layer = int | Literal["base", "full"] | list[int]
+Row = dict[str, Any]
+OnStep = Callable[[int, float], None]
+
+
+@dataclass(frozen=True)
+class RunSpec:
+    """All that decides the outcome of a run; every field is a JSON value.
+
+    Attributes:
+        model: folder, or id on the Hub.
+        revision: commit of a model on the Hub.
+        model_digests: `digest_model(model)`: checked before the run.
+        task: name for `load_task`.
+        layer: the block, or blocks, to train; "full" for every parameter; "base" to train nothing.
+        algorithm: name for `load_algorithm`; an online one.
+        settings: fields of the algorithm's TRL configuration, over its defaults; the learning rate is among them.
+        steps: optimizer steps.
+        seed: of training and of its data.
+        problems: how many to evaluate on.
+        samples: completions of each, at temperature 1.
+        split: the problems' split.
+        evaluation_seed: of the problems and of sampling.
+        batch_size: completions at a time in the evaluation; the samples depend on it.
+        greedy: whether to evaluate greedily too.
+        chat: whether plain prompts become messages of a user.
+        task_data: `Task.data`: what identifies the data.
+        unsafe: as of `load_task`.
+    """
+
+    model: str
+    task: str
+    layer: Layer
+    algorithm: str
+    steps: int
+    seed: int
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    revision: str | None = None
+    model_digests: Mapping[str, str] = field(default_factory=dict)
+    problems: int = 256
+    samples: int = 4
+    split: str = "test"
+    evaluation_seed: int = 0
+    batch_size: int = 64
+    greedy: bool = False
+    chat: bool = False
+    task_data: Mapping[str, str] = field(default_factory=dict)
+    unsafe: bool = False
+
+    def __post_init__(self) -> None:
+        if isinstance(self.layer, str) and self.layer not in ("base", "full"):
+            raise ValueError(f'layer must be an index, a list of indices, "base" or "full", got {self.layer!r}')
+
+    def digest(self) -> str:
+        """SHA-256 of the specification as canonical JSON: keys sorted, no spaces.
+
+        A folder is known by the digests of its files; its path is left out, so that it can be moved.
+
+        Raises:
+            ValueError: a setting is no JSON value.
+
+        >>> spec = RunSpec("Qwen/Qwen3-1.7B-Base", "gsm8k", 10, "grpo", 100, 0, {"learning_rate": 5e-6})
+        >>> spec.digest()[:8], spec.digest() == RunSpec.from_dict(json.loads(json.dumps(asdict(spec)))).digest()
+        ('1948ddc4', True)
+        """
+        identity = asdict(self)
+        if self.model_digests:
+            del identity["model"]
+        try:
+            text = json.dumps(identity, sort_keys=True, separators=(",", ":"), allow_nan=False)
+        except TypeError as error:
+            raise ValueError(f"a run's settings must be JSON values: {error}") from None
+        return hashlib.sha256(text.encode()).hexdigest()
+
+    @classmethod
+    def from_dict(cls, fields: Mapping[str, Any]) -> RunSpec:
+        """The specification whose `dataclasses.asdict` is `fields`."""
+        return cls(**fields)
+
+    def __str__(self) -> str:
+        """In a few words, for messages.
+
+        >>> print(RunSpec("m", "sort", [3, 4], "grpo", 8, 1), RunSpec("m", "sort", "base", "grpo", 8, 1), sep="; ")
+        blocks 3, 4, seed 1; base
+        """
+        if self.layer == "base":
+            return "base"
+        layers = self.layer if isinstance(self.layer, list) else [self.layer]
+        what = "full" if self.layer == "full" else f"block{'s' * (len(layers) > 1)} {', '.join(map(str, layers))}"
+        rate = self.settings.get("learning_rate")
+        return f"{what}, seed {self.seed}" + (f", learning rate {rate:g}" if rate is not None else "")
+
+
+def run_layer(spec: RunSpec, on_step: OnStep = lambda step, reward: None) -> Row:
+    """Train what `spec` says and evaluate it, leaving nothing behind.
+
+    Args:
+        on_step: called after every step with its number and mean reward.
+
+    Returns:
+        JSON values: "format"; "digest" and "spec", the specification; "scores", one per problem, the mean over its
+        samples; "mean" and "standard_error" of them (None for one problem); "greedy_scores", likewise for greedy
+        decoding, or None; "problems_digest", SHA-256 of the problems; "rewards", one per step; "steps";
+        "tokens_generated" and "tokens_trained" in training; "tokens_evaluated", generated in the evaluation; "seconds";
+        "versions", of the libraries and the machine.
+
+    Raises:
+        ValueError: the model's files are not those of the specification, or what it names does not fit together.
+    """
+    os.environ.setdefault("TRL_EXPERIMENTAL_SILENCE", "1")
+    import datasets
+    import torch
+    import transformers
+
+    from peft_onelayer.rl.algorithms import load_algorithm
+    from peft_onelayer.rl.record import describe_machine
+    from peft_onelayer.rl.run import Recipe, device_settings, train_layer
+    from peft_onelayer.tasks.evaluation import evaluate
+
+    start = time.perf_counter()
+    found = digest_model(spec.model)
+    if found != spec.model_digests:
+        changed = min(name for name, _ in found.items() ^ spec.model_digests.items())
+        raise ValueError(f"the model in {spec.model} is not the one that the run was made for: {changed} differs")
+    datasets.disable_progress_bars()
+    transformers.logging.disable_progress_bar()
+    task = open_task(spec)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(spec.model, revision=spec.revision)
+    model = transformers.AutoModelForCausalLM.from_pretrained(spec.model, revision=spec.revision, dtype="auto")
+    if torch.cuda.is_available():
+        model.to("cuda")
+    rows = task.rows(spec.split, spec.problems, spec.evaluation_seed)
+    rewards: list[float] = []
+    steps = generated = trained = 0
+    if spec.layer != "base":
+        algorithm = load_algorithm(spec.algorithm)
+        if not algorithm.online:
+            raise ValueError(f"a sweep trains on rewards; {algorithm.name} is offline")
+        length = {algorithm.completion_length: task.max_completion_tokens} if algorithm.completion_length else {}
+        recipe = Recipe(algorithm, {**device_settings(), **length, **algorithm.settings, **spec.settings})
+        result = train_layer(
+            model,
+            tokenizer,
+            task,
+            None if spec.layer == "full" else spec.layer,
+            steps=spec.steps,
+            seed=spec.seed,
+            recipe=recipe,
+            on_step=on_step,
+        )
+        model = result.model
+        rewards, steps = result.rewards, result.steps
+        generated, trained = result.tokens_generated, result.tokens_trained
+
+    def measure(greedy: bool) -> Evaluation:
+        seed, batch_size = spec.evaluation_seed, spec.batch_size
+        return evaluate(
+            model, tokenizer, task, rows, greedy=greedy, samples=spec.samples, seed=seed, batch_size=batch_size
+        )
+
+    sampled = measure(greedy=False)
+    greedy = measure(greedy=True) if spec.greedy else None
+    return {
+        "format": FORMAT,
+        "digest": spec.digest(),
+        "spec": asdict(spec),
+        "scores": list(sampled.scores),
+        "mean": sampled.mean,
+        "standard_error": None if math.isnan(sampled.standard_error) else sampled.standard_error,
+        "greedy_scores": list(greedy.scores) if greedy else None,
+        "problems_digest": hashlib.sha256("\n".join(sampled.problems).encode()).hexdigest(),
+        "rewards": rewards,
+        "steps": steps,
+        "tokens_generated": generated,
+        "tokens_trained": trained,
+        "tokens_evaluated": sampled.tokens_generated + (greedy.tokens_generated if greedy else 0),
+        "seconds": round(time.perf_counter() - start, 2),
+        "versions": describe_machine(),
+    }
+
+
+def digest_model(model: str) -> dict[str, str]:
+    """SHA-256 of the configuration and the weights of a model in a folder, by file; {} for one on the Hub."""
+    from peft_onelayer.rl.record import file_digest
+
+    folder = Path(model)
+    files = [folder / "config.json", *sorted(folder.glob("*.safetensors"))] if folder.is_dir() else []
+    return {path.name: file_digest(path) for path in files}
+
+
+def open_task(spec: RunSpec) -> Task:
+    """The task of a specification, its prompts as messages of a user where `chat` says so."""
+    from peft_onelayer.tasks import as_chat, load_task
+
+    task = load_task(spec.task, unsafe=spec.unsafe)
+    if dict(task.data) != dict(spec.task_data):
+        raise ValueError(f"the data of task {spec.task} is not what the run was made for: {dict(task.data)}")
+    if not spec.chat:
+        return task
+    return replace(task, rows=lambda split, n, seed: as_chat(task.rows(split, n, seed)))

@@ -1,0 +1,72 @@
+"""The rows of a sweep as files: `rows/<digest of the specification>.json`, each complete or not there.
+
+It does not know what a row holds beyond its digest.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from .run_layer import FORMAT, Row, RunSpec
+
+
+class RowStore:
+    """The rows in a folder."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    @contextmanager
+    def writing(self) -> Iterator[None]:
+        """Create the folder and keep it for this process alone, so that no run is done twice at a time.
+
+        Raises:
+            ValueError: another process writes to it.
+        """
+        self.folder.mkdir(parents=True, exist_ok=True)
+        # The system drops the lock with the process, however that ends.
+        with (self.folder / ".lock").open("w") as lock:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise ValueError(f"another sweep is writing to {self.folder.parent}; wait for it to end") from None
+            for left in self.folder.glob(".*.partial"):  # by a kill
+                left.unlink()
+            yield
+
+    def read(self, spec: RunSpec) -> Row | None:
+        """The row of `spec`; None where there is none, or a damaged one."""
+        digest = spec.digest()
+        try:
+            row = json.loads((self.folder / f"{digest}.json").read_text())
+        except (FileNotFoundError, ValueError):
+            return None
+        complete = isinstance(row, dict) and row.get("format") == FORMAT and row.get("digest") == digest
+        return row if complete else None
+
+    def write(self, row: Row) -> None:
+        """Write the whole row or nothing.
+
+        Raises:
+            OSError: the disk is full, or not there any more.
+        """
+        write_whole(self.folder / f"{row['digest']}.json", json.dumps(row, allow_nan=False) + "\n")
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Write a file in one piece; after an error there is what was there before."""
+    partial = path.with_name(f".{path.name}.partial")
+    try:
+        with partial.open("w") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())  # a full disk may show only now
+        os.replace(partial, path)
+    except BaseException:
+        partial.unlink(missing_ok=True)
+        raise

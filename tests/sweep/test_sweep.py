@@ -1,0 +1,311 @@
+"""The sweep: its profile, and that one killed by anything goes on and ends with the rows of an undisturbed one."""
+
+import csv
+import ctypes
+import errno
+import json
+import multiprocessing
+import os
+import random
+import shutil
+import time
+from collections import Counter
+from pathlib import Path
+
+import fake_runs
+import numpy as np
+import pytest
+from specs import DEMO
+
+from peft_onelayer.sweep.engines import RunsFailedError
+from peft_onelayer.sweep.metric import layer_contribution
+from peft_onelayer.sweep.profile import SweepProfile, make_profile
+from peft_onelayer.sweep.run_layer import RunSpec
+from peft_onelayer.sweep.store import RowStore, write_whole
+from peft_onelayer.sweep.sweep import sweep_layers
+
+pytestmark = pytest.mark.usefixtures("light_workers")
+LAYERS = [0, 3, 5, 11]
+ROWS = 1 + 2 * (1 + len(LAYERS))
+
+
+def sweep(out, seeds=(0, 1), layers=LAYERS, sleep=0.05, workers=2, settings=None, **options):
+    """A sweep of runs that compute nothing, on the real demo model's description."""
+    settings = {"sleep": sleep} | (settings or {})
+    return sweep_layers(
+        DEMO,
+        "arithmetic",
+        out=out,
+        layers=layers,
+        steps=2,
+        seeds=seeds,
+        learning_rate=3e-3,
+        full_learning_rate=3e-4,
+        settings=settings,
+        problems=200,
+        workers=workers,
+        run_row=fake_runs.run,
+        **options,
+    )
+
+
+started = fake_runs.started
+
+
+def without_timings(path):
+    profile = json.loads((path / "layer_profile.json").read_text())
+    profile["cost"]["seconds"] = 0
+    return profile
+
+
+def test_the_profile_follows_from_the_rows(tmp_path):
+    calls = []
+    profile = sweep(tmp_path / "out", on_row=lambda done, total, spec, row: calls.append((done, total)))
+    assert calls == [(i, ROWS) for i in range(1, ROWS + 1)]
+    rows = fake_runs.stored(tmp_path / "out").values()
+    assert len(rows) == ROWS == len(started(tmp_path))
+
+    def scores(layer):
+        found = sorted((r for r in rows if r["spec"]["layer"] == layer), key=lambda r: r["spec"]["seed"])
+        return [r["scores"] for r in found]
+
+    (base,), full = scores("base"), scores("full")
+    for k in range(12):
+        if k not in LAYERS:
+            assert profile.contribution[k] is profile.scores[k] is profile.errors[k] is profile.means[k] is None
+            continue
+        c = layer_contribution(scores(k), base, full)
+        assert (profile.contribution[k], profile.contribution_errors[k]) == (c.value, c.standard_error)
+        assert profile.scores[k] == pytest.approx(profile.means[k] - profile.base)
+        assert profile.means[k] == pytest.approx(np.mean(scores(k)))
+    assert profile.order == [11, 5, 3, 0] and profile.pick == 11 and profile.tied == [11]
+    assert profile.full_gain[0] == pytest.approx(profile.full - profile.base)
+    assert profile.undefined is None and profile.seeds == [0, 1] and profile.problems == 200
+    assert (profile.learning_rate, profile.full_learning_rate, profile.learning_rate_search) == (3e-3, 3e-4, None)
+    runs = ROWS - 1  # each 2 steps, and every row an evaluation
+    assert profile.cost["tokens_generated"] == runs * 20 + ROWS * 100 and profile.cost["tokens_trained"] == runs * 40
+    assert profile.cost["share"] == pytest.approx((runs * 60 + ROWS * 100) / 60, abs=1e-3)
+    text = (tmp_path / "out" / "layer_profile.json").read_text()
+    assert SweepProfile.from_json(text) == profile
+    table = list(csv.DictReader((tmp_path / "out" / "layer_profile.csv").open()))
+    assert [line["layer"] for line in table] == ["base", "full", "0", "3", "5", "11"]
+    assert float(table[-1]["contribution"]) == profile.contribution[11]
+    with pytest.raises(ValueError, match="not a layer profile of a sweep"):
+        SweepProfile.from_json('{"format": "onelayer-ranking-1"}')
+
+
+def test_what_is_finished_never_runs_again(tmp_path):
+    sweep(tmp_path / "out", seeds=[0])
+    before = started(tmp_path)
+    sweep(tmp_path / "out", seeds=[0])
+    assert started(tmp_path) == before
+    sweep(tmp_path / "out", seeds=[0, 1])  # one seed more: its five runs, and not the base
+    assert len(started(tmp_path)) == ROWS and set(started(tmp_path).values()) == {1}
+    row = min((tmp_path / "out" / "rows").glob("*.json"))
+    row.write_text(row.read_text()[:100])  # as a power cut might leave it
+    sweep(tmp_path / "out", seeds=[0, 1])
+    assert started(tmp_path)[row.stem] == 2 and sum(started(tmp_path).values()) == ROWS + 1
+
+
+def test_the_search_for_learning_rates(tmp_path):
+    profile = sweep(tmp_path / "out", seeds=[3], layers="0-2,mid-1", search_learning_rates=[1e-4, 1e-3])
+    search = profile.learning_rate_search
+    assert search["rates"] == [1e-4, 1e-3] and search["block"] == 2 and search["split"] == "train"
+    assert profile.learning_rate == 1e-4 == profile.full_learning_rate  # of equal scores the first
+    rows = fake_runs.stored(tmp_path / "out").values()
+    trials = [row["spec"] for row in rows if row["spec"]["split"] == "train"]
+    assert {(t["layer"], t["settings"]["learning_rate"], t["seed"], t["evaluation_seed"]) for t in trials} == {
+        (layer, rate, 3, 1) for layer in (2, "full") for rate in (1e-4, 1e-3)
+    }
+    assert len(rows) == 4 + 1 + 1 + 4 and [k for k in range(12) if profile.means[k]] == [0, 1, 2, 5]
+    assert profile.cost["tokens_trained"] == 9 * 40  # the search's runs are counted
+
+
+def in_a_process_to_kill(function, *arguments, **keywords):
+    """A copy of this process: it has imported everything already."""
+    process = multiprocessing.get_context("fork").Process(target=function, args=arguments, kwargs=keywords)
+    process.start()
+    return process
+
+
+def workers_of(log):
+    """Workers whose runs report to `log`: the process that started them may be gone."""
+    found = []
+    for pid in filter(str.isdigit, os.listdir("/proc")):
+        try:
+            environment = Path("/proc", pid, "environ").read_bytes()
+            if b"engines.worker" in Path("/proc", pid, "cmdline").read_bytes() and log.encode() in environment:
+                found.append(pid)
+        except OSError:
+            continue
+    return found
+
+
+def test_killed_at_random_moments_it_ends_with_the_same_rows(tmp_path):
+    undisturbed = sweep(tmp_path / "undisturbed")
+    (tmp_path / "log").unlink()
+    rng = random.Random(os.getpid())
+    out, finished_before, kills = tmp_path / "killed", Counter(), 0
+    while True:
+        process = in_a_process_to_kill(sweep, out)
+        target = len(finished_before) + rng.randint(0, 4)
+        while process.is_alive() and len(list((out / "rows").glob("*.json"))) < target:
+            time.sleep(0.01)
+        process.join(rng.uniform(0.0, 0.1))
+        alive = process.is_alive()
+        process.kill()
+        process.join()
+        deadline = time.monotonic() + 20
+        while workers_of(str(tmp_path)) and time.monotonic() < deadline:
+            time.sleep(0.05)
+        assert workers_of(str(tmp_path)) == []  # they end with the driver
+        again = {digest: n for digest, n in finished_before.items() if started(tmp_path)[digest] != n}
+        assert again == {}, "finished rows were run again"
+        finished_before = Counter({digest: started(tmp_path)[digest] for digest in fake_runs.stored(out)})
+        if not alive:
+            break
+        kills += 1
+    assert kills > 0, "it was never killed"
+    assert fake_runs.stored(out) == fake_runs.stored(tmp_path / "undisturbed") and len(fake_runs.stored(out)) == ROWS
+    assert without_timings(out) == without_timings(tmp_path / "undisturbed")
+    assert undisturbed.order == SweepProfile.from_json((out / "layer_profile.json").read_text()).order
+    assert {path.name for path in (out / "rows").iterdir() if path.suffix != ".json"} == {".lock"}
+
+
+def test_workers_that_die_leave_the_same_rows(tmp_path):
+    kill = {"kill": {"3": 1, "full": 2}}
+    sweep(tmp_path / "dying", settings=kill)
+    assert sorted(started(tmp_path).values())[-4:] == [2, 2, 3, 3]
+    assert len(fake_runs.stored(tmp_path / "dying")) == ROWS
+    # As if every run had been started three times: now none dies any more.
+    (tmp_path / "log").write_text("".join(3 * f"{digest} first\n" for digest in started(tmp_path)))
+    sweep(tmp_path / "undisturbed", settings=kill)
+    assert fake_runs.stored(tmp_path / "dying") == fake_runs.stored(tmp_path / "undisturbed")
+
+
+def test_a_run_that_fails_leaves_the_others_and_no_profile(tmp_path):
+    with pytest.raises(RunsFailedError, match=r"2 of the runs failed: block 3, seed [01], .*: no luck"):
+        sweep(tmp_path / "out", settings={"fail": {"3": "no luck"}})
+    assert len(fake_runs.stored(tmp_path / "out")) == ROWS - 2
+    assert not (tmp_path / "out" / "layer_profile.json").exists()
+
+
+libc = ctypes.CDLL(None, use_errno=True)
+CLONE_NEWNS, CLONE_NEWUSER, MS_REMOUNT = 0x20000, 0x10000000, 32
+
+
+def _mount(folder, flags, size):
+    if libc.mount(b"tmpfs", str(folder).encode(), b"tmpfs", flags, f"size={size}".encode()) != 0:
+        raise OSError(ctypes.get_errno(), "mount")
+
+
+def _sweep_on_a_full_disk(tmp_path, disk, answer):
+    """In a process of its own: a file system of 16 pages, which is then made larger, and the same sweep again."""
+    uid, gid = os.getuid(), os.getgid()
+    if libc.unshare(CLONE_NEWUSER | CLONE_NEWNS) != 0:
+        answer.put("no namespaces here")
+        return
+    for name, text in (("setgroups", "deny"), ("uid_map", f"0 {uid} 1"), ("gid_map", f"0 {gid} 1")):
+        Path("/proc/self", name).write_text(text)
+    _mount(disk, 0, "64k")
+    try:
+        sweep(disk / "out")
+        answer.put("the disk did not fill up")
+        return
+    except OSError as error:
+        full = error.errno
+    names = sorted(path.name for path in (disk / "out" / "rows").iterdir())
+    finished = {digest: started(tmp_path)[digest] for digest in fake_runs.stored(disk / "out")}
+    _mount(disk, MS_REMOUNT, "16m")
+    sweep(disk / "out")
+    shutil.copytree(disk / "out", tmp_path / "resumed")
+    answer.put((full, names, finished))
+
+
+def test_a_full_disk_stops_it_and_it_goes_on(tmp_path):
+    sweep(tmp_path / "undisturbed")
+    (tmp_path / "log").unlink()
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    answer = multiprocessing.get_context("fork").Queue()
+    process = in_a_process_to_kill(_sweep_on_a_full_disk, tmp_path, disk, answer)
+    process.join(120)
+    assert process.exitcode == 0
+    found = answer.get(timeout=10)
+    if found == "no namespaces here":
+        pytest.skip(found)
+    code, names, finished = found
+    assert code == errno.ENOSPC
+    assert 0 < len(finished) < ROWS and names == sorted([*(f"{digest}.json" for digest in finished), ".lock"])
+    assert all(started(tmp_path)[digest] == n for digest, n in finished.items())  # not run again
+    assert fake_runs.stored(tmp_path / "resumed") == fake_runs.stored(tmp_path / "undisturbed")
+
+
+def test_two_sweeps_do_not_share_a_folder(tmp_path):
+    store = RowStore(tmp_path / "out" / "rows")
+    with store.writing(), pytest.raises(ValueError, match="another sweep is writing to"):
+        sweep(tmp_path / "out")
+    assert not (tmp_path / "log").exists()
+
+
+def test_a_row_is_written_whole_or_not_at_all(tmp_path, monkeypatch):
+    write_whole(tmp_path / "a", "before")
+    monkeypatch.setattr(os, "fsync", lambda fd: (_ for _ in ()).throw(OSError(errno.ENOSPC, "full")))
+    with pytest.raises(OSError, match="full"):
+        write_whole(tmp_path / "a", "after")
+    assert (tmp_path / "a").read_text() == "before" and [path.name for path in tmp_path.iterdir()] == ["a"]
+    spec = RunSpec("m", "t", 0, "grpo", 1, 0)
+    (tmp_path / f"{spec.digest()}.json").write_text('{"format": "onelayer-row-1", "digest": "another"}')
+    assert RowStore(tmp_path).read(spec) is None
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"layers": "12"}, "layer='12' is out of range"),
+        ({"layers": "3,3"}, "names a layer twice"),
+        ({"seeds": []}, "seeds must be one or more different numbers"),
+        ({"seeds": [1, 1]}, "seeds must be one or more different numbers"),
+        ({"algorithm": "dpo"}, "dpo is offline"),
+        ({"engine": "slurp"}, "engine 'slurp' is not known"),
+    ],
+)
+def test_what_cannot_work_is_refused_before_anything_runs(tmp_path, arguments, message):
+    with pytest.raises(ValueError, match=message):
+        sweep(tmp_path / "out", **arguments)
+    assert not (tmp_path / "out").exists()
+
+
+def as_stopped(row, steps):
+    """What the Ray engine makes of a run that was stopped early."""
+    kept = {name: row[name] for name in ("format", "digest", "spec", "seconds")}
+    missing = dict.fromkeys(("scores", "mean", "standard_error", "greedy_scores", "problems_digest", "versions"))
+    return kept | missing | {"stopped": steps, "steps": steps, "rewards": row["rewards"][:steps]}
+
+
+def test_a_stopped_block_is_said_to_be_stopped_and_runs_in_full_when_asked(tmp_path):
+    whole = sweep(tmp_path / "out", seeds=[0])
+    path = next(p for p in (tmp_path / "out" / "rows").glob("*.json") if '"layer": 3,' in p.read_text())
+    rows = [json.loads(p.read_text()) for p in (tmp_path / "out" / "rows").glob("*.json")]
+    by_layer = {row["spec"]["layer"]: row for row in rows}
+    by_layer[3] = as_stopped(by_layer[3], 1)
+    profile = make_profile(
+        model=DEMO,
+        revision=None,
+        num_layers=12,
+        task="arithmetic",
+        seeds=[0],
+        steps=2,
+        base=by_layer["base"],
+        full=[by_layer["full"]],
+        layers={k: [by_layer[k]] for k in LAYERS},
+    )
+    assert profile.stopped == {"3": [1]} and profile.contribution[3] is profile.means[3] is None
+    assert profile.order == [11, 5, 0] and profile.contribution[5] == whole.contribution[5]
+    # one of the two steps of a run (10 and 20 tokens a step), and no evaluation (100)
+    assert whole.cost["tokens_generated"] - profile.cost["tokens_generated"] == 10 + 100
+    assert whole.cost["tokens_trained"] - profile.cost["tokens_trained"] == 20
+    assert profile.to_csv().splitlines()[4].startswith("3,,,,,,") and profile.to_csv().splitlines()[4].endswith(",1")
+    path.write_text(json.dumps(by_layer[3]))
+    assert sweep(tmp_path / "out", seeds=[0]).stopped == {}
+    assert started(tmp_path)[path.stem] == 2 and sum(started(tmp_path).values()) == 7
