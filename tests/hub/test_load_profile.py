@@ -62,3 +62,38 @@ def test_a_damaged_profile_is_refused(adapter, change):
         parse_profile(json.dumps(data), "a stranger's")
     with pytest.raises(ValueError, match="it is not JSON"):
         parse_profile("[" * 100_000, "a stranger's")
+
+
+def test_a_sweeps_profile_is_read_and_pushed_as_it_is(ask, adapter, hub):
+    ranking = json.loads((adapter / "layer_profile.json").read_text())
+    measured = {
+        **ranking,
+        "format": "onelayer-sweep-1",
+        "method": "sweep",
+        "contribution": [0.2, 0.9, None, 0.1],
+        "base": 0.2,
+        "full": 0.6,
+        "contribution_errors": [0.1] * 4,
+        "undefined": None,
+        "means": [0.3, 0.5, None, 0.2],
+        "base_error": 0.01,
+        "full_gain": [0.4, 0.02],
+        "full_learning_rate": 1e-6,
+        "learning_rate_search": None,
+        "algorithm": "grpo",
+        "settings": {},
+        "steps": 9,
+        "seeds": [0],
+        "problems": 64,
+        "samples": 4,
+        "split": "test",
+        "stopped": {},
+        "greedy": None,
+    }
+    (adapter / "layer_profile.json").write_text(json.dumps(measured))
+    here = peft_onelayer.load_profile(str(adapter))
+    assert (here.measure, here.scores) == ("contribution", measured["contribution"])
+    assert (here.base, here.full) == (0.2, 0.6)
+    assert ask("push", adapter, "me/sweep").code == 0
+    published = json.loads(hub.files("me/sweep")["layer_profile.json"])
+    assert published["contribution"] == measured["contribution"] and published["format"] == "onelayer-sweep-1"
