@@ -33,7 +33,6 @@ ADAPTER_FILES |= {"layer_profile.json", "run.json", "eval.json"}
 TASKS = ("arithmetic", "sort")
 PROBLEMS = 1024
 SAMPLES = 4
-PROBE_STEPS = 8
 
 
 def demo(
@@ -111,10 +110,10 @@ def _run(base, tokenizer, task, layers: list[int] | None, steps: int, seed: int,
 
     ranking: LayerRanking | None = None
     if layers is None:
-        ranking = rank_blocks(base, tokenizer, task, steps=PROBE_STEPS, seed=seed, training_steps=steps)
-        layers, why = pick_layers(ranking, PROBE_STEPS)
+        ranking = rank_blocks(base, tokenizer, task, seed=seed, training_steps=steps)
+        layers, why = pick_layers(ranking)
         note(why)
-        plot_ranking(ranking, folder / "ranking.png", f"{PROBE_STEPS} GRPO steps on each block, {task.name}")
+        plot_ranking(ranking, folder / "ranking.png", f"what each block gained in the race, {task.name}")
     else:
         why = "chosen by the user"
     name = ", ".join(map(str, layers))

@@ -15,7 +15,7 @@ from typing import Annotated
 
 import typer
 
-from . import demo, eval, export, inspect, merge, pull, push, search, sweep, train
+from . import demo, eval, export, inspect, merge, probe, pull, push, search, sweep, train
 from ._errors import UserError
 from ._output import plain
 
@@ -48,6 +48,7 @@ def _onelayer(
 
 
 app.command("demo")(demo.demo)
+app.command("probe")(probe.probe)
 app.command("train")(train.train)
 app.command("eval")(eval.evaluate)
 app.command("sweep")(sweep.sweep)

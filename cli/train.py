@@ -21,6 +21,7 @@ from ._model import ADAPTER_FILES, load_causal_lm, quiet_hub, to_device
 from ._options import Chat, Json, Revision, Reward, TaskName, Unsafe
 from ._output import is_main_process, note, print_json, print_line, print_table, progress_bar, status
 from ._ranking import pick_layers, rank_blocks
+from ._recipe import LEARNING_RATE
 from ._task import as_asked, check_writable, open_task
 
 if TYPE_CHECKING:
@@ -31,8 +32,6 @@ if TYPE_CHECKING:
     from peft_onelayer.tasks import Task
 
 DEFAULT_STEPS = 150
-LEARNING_RATE = 5e-6  # arXiv 2607.01232, Table 8, for one block and for all
-PROBE_STEPS = 8
 SAMPLES_PER_PAIR = 8
 GENERATE = 64  # completions at a time, at least, where there are no gradients
 OWNED = {
@@ -327,26 +326,34 @@ def _pairs(
 def _rank(
     folder: RunFolder, base: Any, tokenizer: Any, task: Task, recipe: Recipe, config: Any, seed: int
 ) -> tuple[list[int], str]:
-    """Rank the blocks by short runs, kept in layer_profile.json: the blocks to train, and why."""
+    """Rank the blocks within the default budget, kept in layer_profile.json: the blocks to train, and why."""
+    from peft_onelayer.probe.race import NothingToLearnError
     from peft_onelayer.probe.ranking import LayerRanking
+    from peft_onelayer.tuner import find_decoder_stack, resolve_layers
 
     kept = folder.path / "layer_profile.json"
     if kept.exists():
-        return pick_layers(LayerRanking.from_json(kept.read_text()), PROBE_STEPS)
-    ranking = rank_blocks(
-        base,
-        tokenizer,
-        task,
-        steps=PROBE_STEPS,
-        seed=seed,
-        training_steps=config.max_steps,
-        recipe=recipe,
-        batch_size=max(GENERATE, config.per_device_train_batch_size),
-    )
+        return pick_layers(LayerRanking.from_json(kept.read_text()))
+    try:
+        ranking = rank_blocks(
+            base,
+            tokenizer,
+            task,
+            seed=seed,
+            training_steps=config.max_steps,
+            recipe=recipe,
+            batch_size=max(GENERATE, config.per_device_train_batch_size),
+        )
+    except NothingToLearnError as error:
+        note(f"nothing to rank by: {error}")
+        return resolve_layers("mid-5", len(find_decoder_stack(base).blocks)), f"nothing to rank by, so mid-5: {error}"
     ranking = _agreed(ranking)
     folder.write("layer_profile.json", ranking.to_json())
-    layers, why = pick_layers(ranking, PROBE_STEPS)
+    layers, why = pick_layers(ranking)
     note(why)
+    rate = ranking.recommended_rate
+    if rate is not None and rate < config.learning_rate:
+        note(f"the ranking suggests a lower learning rate for this block: --set learning_rate={rate:.2g}")
     return layers, why
 
 

@@ -13,8 +13,8 @@ if TYPE_CHECKING:
     from .hub.pull import pull_adapter
     from .hub.push import push_adapter
     from .hub.search import search_adapters
+    from .probe.probe import probe_layers
     from .probe.ranking import LayerRanking
-    from .probe.short_rl import probe_layers
     from .sweep.metric import layer_contribution, rank_correlation
     from .sweep.profile import SweepProfile
     from .sweep.sweep import sweep_layers
@@ -47,7 +47,7 @@ _ON_FIRST_USE = {  # some need trl and datasets
     "layer_contribution": ".sweep.metric",
     "load_profile": ".hub.profiles",
     "merge_into_checkpoint": ".adapter.merge",
-    "probe_layers": ".probe.short_rl",
+    "probe_layers": ".probe.probe",
     "pull_adapter": ".hub.pull",
     "push_adapter": ".hub.push",
     "rank_correlation": ".sweep.metric",

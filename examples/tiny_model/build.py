@@ -94,13 +94,13 @@ def build_tokenizer() -> PreTrainedTokenizerFast:
     )
 
 
-def build_model(tokenizer: PreTrainedTokenizerFast) -> Qwen3ForCausalLM:
-    """Return the untrained model, float32."""
+def build_model(tokenizer: PreTrainedTokenizerFast, layers: int = 12, hidden: int = 64) -> Qwen3ForCausalLM:
+    """Return the untrained model, float32; the demo model has the default size."""
     config = Qwen3Config(
         vocab_size=len(SYMBOLS),
-        hidden_size=64,
-        intermediate_size=160,
-        num_hidden_layers=12,
+        hidden_size=hidden,
+        intermediate_size=5 * hidden // 2,
+        num_hidden_layers=layers,
         num_attention_heads=4,
         num_key_value_heads=2,
         head_dim=16,

@@ -35,7 +35,8 @@ class SweepProfile(LayerRanking):
         full: S_full.
         base_error: standard error of S_base over problems.
         full_gain: S_full - S_base and its standard error.
-        full_learning_rate: of the full-parameter runs; `learning_rate` is that of the layers.
+        full_learning_rate: of the full-parameter runs; `learning_rate` is that of the best layer, and of every layer
+            where `learning_rates` is None.
         learning_rate_search: scores by learning rate, of "layer" and of "full", with the settings of the search; None
             where the rates were given.
         algorithm: name of the algorithm.
@@ -97,7 +98,8 @@ class SweepProfile(LayerRanking):
             if self.means[k] is not None or stopped:
                 row = [k, self.means[k], self.scores[k], self.errors[k]]
                 row += [self.contribution[k], self.contribution_errors[k]]
-                table.writerow([*row, self.learning_rate, " ".join(map(str, stopped))])
+                rate = self.learning_rates[k] if self.learning_rates else self.learning_rate
+                table.writerow([*row, rate, " ".join(map(str, stopped))])
         return text.getvalue()
 
 
@@ -141,6 +143,7 @@ def make_profile(
     pick = order[0] if order and gains[order[0]][0] > Z_95 * (gains[order[0]][1] or 0.0) else None
     spec = next(row for rows in layers.values() for row in rows)["spec"]
     settings = {name: value for name, value in spec["settings"].items() if name != "learning_rate"}
+    rates = {k: rows[0]["spec"]["settings"].get("learning_rate") for k, rows in layers.items()}
 
     def each(values: Mapping[int, Any]) -> list[Any]:
         return [values.get(k) for k in range(num_layers)]
@@ -155,7 +158,8 @@ def make_profile(
         order=order,
         tied=tied,
         pick=pick,
-        learning_rate=spec["settings"].get("learning_rate"),
+        learning_rate=rates[order[0]] if order else None,
+        learning_rates=each(rates) if len(set(rates.values())) > 1 else None,
         cost=_cost([*every, *searched], [row for rows in finished.values() for row in rows]),
         task=task,
         seed=seeds[0],

@@ -31,7 +31,7 @@ def sweep_layers(
     algorithm: str = "grpo",
     steps: int = 150,
     seeds: Sequence[int] = (0,),
-    learning_rate: float = LEARNING_RATE,
+    learning_rate: float | Mapping[int, float] = LEARNING_RATE,
     full_learning_rate: float | None = None,
     search_learning_rates: Sequence[float] = (),
     settings: Mapping[str, Any] | None = None,
@@ -62,9 +62,9 @@ def sweep_layers(
         algorithm: name for `load_algorithm`; an online one.
         steps: optimizer steps of every run.
         seeds: of training and its data; the evaluation is the same for all.
-        learning_rate: of the blocks' runs.
+        learning_rate: of the blocks' runs; a mapping gives each block its own, such as a probe found.
         full_learning_rate: of the full-parameter runs (default: `learning_rate`, as in the paper; small models need a
-            lower one).
+            lower one); needed where each block has its own.
         search_learning_rates: rates to choose both from instead: each trains the middle one of `layers`, and all
             parameters, with the first seed; the best on problems of the training split is taken.
         settings: fields of the algorithm's TRL configuration.
@@ -112,6 +112,13 @@ def sweep_layers(
         raise ValueError(f"seeds must be one or more different numbers, got {seeds}")
     out = Path(out)
     store = RowStore(out / "rows")
+    of_block = dict(learning_rate) if isinstance(learning_rate, Mapping) else dict.fromkeys(chosen, learning_rate)
+    if full_learning_rate is None:
+        if isinstance(learning_rate, Mapping):
+            raise ValueError("where each block has its own learning rate, full_learning_rate must be given too")
+        full_learning_rate = learning_rate
+    if missing := [k for k in chosen if k not in of_block]:
+        raise ValueError(f"no learning rate for block {missing[0]}; there are rates for {sorted(of_block)}")
     options = dict(engine_options or {})
     early_stop = bool(options.get("early_stop"))
     total = 1 + len(seeds) * (1 + len(chosen)) + 2 * len(search_learning_rates)
@@ -141,7 +148,6 @@ def sweep_layers(
         return [rows[spec.digest()] for spec in specs]
 
     with store.writing():
-        rates = {"layer": learning_rate, "full": full_learning_rate or learning_rate}
         search, searched = None, []
         if search_learning_rates:
             middle = chosen[len(chosen) // 2]
@@ -152,13 +158,14 @@ def sweep_layers(
             means = [row["mean"] for row in searched]
             n = len(search_learning_rates)
             found = dict(zip(kinds, (means[:n], means[n:]), strict=True))
-            rates = {kind: search_learning_rates[values.index(max(values))] for kind, values in found.items()}
+            best = {kind: search_learning_rates[values.index(max(values))] for kind, values in found.items()}
+            of_block, full_learning_rate = dict.fromkeys(chosen, best["layer"]), best["full"]
             search = {"rates": list(search_learning_rates), **found, "block": middle, "split": trial.split}
         untrained = replace(first, layer="base", algorithm="none", settings={}, steps=0)
-        full = [_at(replace(first, seed=seed), "full", rates["full"]) for seed in seeds]
-        blocks = [[_at(replace(first, seed=seed), k, rates["layer"]) for seed in seeds] for k in chosen]
+        full = [_at(replace(first, seed=seed), "full", full_learning_rate) for seed in seeds]
+        blocks = [[_at(replace(first, seed=seed), k, of_block[k]) for seed in seeds] for k in chosen]
         # One seed of everything first: it says most when the sweep does not get further.
-        by_seed = [spec for i in range(len(seeds)) for spec in (full[i], *(of_block[i] for of_block in blocks))]
+        by_seed = [spec for i in range(len(seeds)) for spec in (full[i], *(of_one[i] for of_one in blocks))]
         rows = dict(zip((s.digest() for s in (untrained, *by_seed)), rows_of([untrained, *by_seed]), strict=True))
         profile = make_profile(
             model=model,
@@ -169,7 +176,7 @@ def sweep_layers(
             steps=steps,
             base=rows[untrained.digest()],
             full=[rows[spec.digest()] for spec in full],
-            layers={k: [rows[spec.digest()] for spec in of_block] for k, of_block in zip(chosen, blocks, strict=True)},
+            layers={k: [rows[spec.digest()] for spec in of_one] for k, of_one in zip(chosen, blocks, strict=True)},
             searched=searched,
             learning_rate_search=search,
         )

@@ -33,6 +33,9 @@ class Rollout:
         tokens: number of tokens that the model generated, the end-of-sequence token counted, padding and the
             environment's tokens not.
         ended: whether it ends with an end-of-sequence token; False where it was cut.
+        prompt_ids: token ids of the prompt.
+        ids: token ids behind the prompt, the environment's among them.
+        generated: for each of `ids`, whether the model generated it.
     """
 
     prompt: str | Messages
@@ -40,6 +43,9 @@ class Rollout:
     reward: float
     tokens: int
     ended: bool
+    prompt_ids: list[int]
+    ids: list[int]
+    generated: list[bool]
 
 
 def sample_rollouts(
@@ -122,7 +128,7 @@ class _Episode:
     prompt_ids: list[int]
     ids: list[int]  # everything behind the prompt: the model's tokens and the environment's
     completion: Any  # as in Rollout
-    tokens: int  # of `ids`, those that the model generated
+    generated: list[bool]  # for each of `ids`, whether it is the model's
     tools: dict[str, Callable[..., Any]]
 
 
@@ -226,7 +232,7 @@ class _Player:
                 before,
                 ids,
                 [self._message(before, ids, own)] if chat else self._text(ids),
-                tokens=len(ids),
+                generated=[True] * len(ids),
                 tools=own,
             )
             for prompt, before, ids, own in zip(prompts, prompt_ids, generated, tools, strict=True)
@@ -288,8 +294,9 @@ class _Player:
             for episode, messages, context, new in zip(going_on, answers, contexts, generated, strict=True):
                 behind = context[len(episode.prompt_ids) :]
                 new = new[: self.max_completion_tokens - len(behind)]
+                answered = len(behind) - len(episode.ids)
                 episode.ids = behind + new
-                episode.tokens += len(new)
+                episode.generated += [False] * answered + [True] * len(new)
                 episode.completion += messages
                 if new:
                     episode.completion.append(self._message(context, new, episode.tools))
@@ -332,7 +339,16 @@ class _Player:
                 f"{len(rows)} completions, {missing} of them None or NaN"
             )
         return [
-            Rollout(episode.prompt, episode.completion, float(reward), episode.tokens, episode.ids[-1] in self.eos)
+            Rollout(
+                prompt=episode.prompt,
+                completion=episode.completion,
+                reward=float(reward),
+                tokens=sum(episode.generated),
+                ended=episode.ids[-1] in self.eos,
+                prompt_ids=episode.prompt_ids,
+                ids=episode.ids,
+                generated=episode.generated,
+            )
             for episode, reward in zip(episodes, rewards, strict=True)
         ]
 

@@ -14,8 +14,6 @@ from peft import AutoPeftModelForCausalLM
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-from onelayer_cli import train as command
-
 BASE = str(files("peft_onelayer") / "demo_model")
 SMALL = ["--set", "per_device_train_batch_size=32", "--set", "gradient_checkpointing=false"]
 FAST = [*SMALL, "--set", "learning_rate=3e-3"]
@@ -142,14 +140,30 @@ def test_layers_as_the_tuner_takes_them(train, layer, blocks):
     assert run["layers"] == blocks and changed_tensors(folder) == tensors_of(*blocks)
 
 
-def test_auto_ranks_first(train, monkeypatch):
-    monkeypatch.setattr(command, "PROBE_STEPS", 1)
+def test_auto_ranks_first(train, onelayer, tmp_path):
     wide = ["--set", "per_device_train_batch_size=256", *FAST[2:]]  # few, large batches
-    run, folder = train("train", BASE, "--task", "arithmetic", "--steps", "2", *wide)
+    run, folder = train("train", BASE, "--task", "arithmetic", "--steps", "12", *wide)
     profile = json.loads((folder / "layer_profile.json").read_text())
-    assert len(profile["order"]) == 12 and profile["learning_rate"] == 3e-3
+    assert profile["method"] == "auto" and len(profile["order"]) == 12 and profile["learning_rate"] == 3e-3
+    assert profile["cost"]["share"] <= 0.25
     assert run["layers"] == ([profile["pick"]] if profile["pick"] is not None else [3, 4, 5, 6, 7])
     assert changed_tensors(folder) == tensors_of(*run["layers"])
+
+
+def test_auto_without_room_for_a_race_goes_by_depth(train):
+    run, folder = train("train", BASE, "--task", "arithmetic", "--steps", "1", *FAST)
+    profile = json.loads((folder / "layer_profile.json").read_text())
+    assert profile["method"] == "prior" and run["layers"] == [5] and "by depth alone" in run["why"]
+
+
+def test_auto_with_nothing_to_learn_from_takes_mid_5(train, tmp_path):
+    """A reward that is always 0: the run can teach nothing either, and says so."""
+    (tmp_path / "hard.py").write_text("def reward(completions, **kwargs):\n    return [0.0] * len(completions)\n")
+    rows = [{"prompt": f"A{i:03d}+001="} for i in range(64)]
+    (tmp_path / "prompts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    data = ["--dataset", tmp_path / "prompts.jsonl", "--reward", f"{tmp_path / 'hard.py'}:reward"]
+    run, _ = train("train", BASE, *data, "--steps", "8", *FAST, "--set", "max_completion_length=5")
+    assert run["layers"] == [3, 4, 5, 6, 7] and "nothing to rank by, so mid-5" in run["why"]
 
 
 @pytest.mark.parametrize("algorithm", ["dpo", "kto"])

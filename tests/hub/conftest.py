@@ -135,7 +135,7 @@ def write_records(folder: Path, base: Path) -> None:
         model=str(base),
         revision=None,
         num_layers=4,
-        method="short_rl",
+        method="race",
         scores=[0.01, 0.031, None, -0.02],
         errors=[0.01, 0.009, None, 0.01],
         order=[1, 0, 3],

@@ -21,7 +21,7 @@ def test_the_shipped_profiles_are_the_papers():
 
 def test_one_beside_an_adapter(hub, ask, adapter):
     here = peft_onelayer.load_profile(str(adapter))
-    assert (here.scores, here.measure, here.data) == ([0.01, 0.031, None, -0.02], "short_rl", "gsm8k")
+    assert (here.scores, here.measure, here.data) == ([0.01, 0.031, None, -0.02], "race", "gsm8k")
     assert peft_onelayer.load_profile(str(adapter / "layer_profile.json")) == here
     assert ask("push", adapter, "me/gsm").code == 0
     code = "import dataclasses, peft_onelayer; result = dataclasses.asdict(peft_onelayer.load_profile('me/gsm'))"

@@ -132,7 +132,7 @@ def test_what_is_not_there_is_refused(source):
 
 
 def rollout(completion: str, reward: float, prompt: str = "p", ended: bool = True) -> Rollout:
-    return Rollout(prompt, completion, reward, 1, ended)
+    return Rollout(prompt, completion, reward, 1, ended, [], [], [])
 
 
 GROUPS = [

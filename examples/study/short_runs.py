@@ -1,10 +1,4 @@
-"""Scores a block by training it for a few GRPO steps and measuring what it gained.
-
-A first, simple ranking: every block gets the same short run from the same base on the same prompts, and is scored on
-the same problems with the same sampling seed, so that differences between blocks are paired. Among blocks that cannot
-be told from the best it picks the one nearest the middle: in the seven models of arXiv 2607.01232 the best block lies
-between 37 % and 59 % of the depth. It does not share generations between blocks and takes the learning rate as given.
-"""
+"""What the race is compared with: a few GRPO steps on each block alone, then a measurement, and the best is picked."""
 
 from __future__ import annotations
 
@@ -13,18 +7,17 @@ from collections.abc import Callable, Sequence
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from peft_onelayer.probe.ranking import LayerRanking
 from peft_onelayer.rl.run import Recipe, demo_recipe, train_layer
 from peft_onelayer.tasks import Task
 from peft_onelayer.tasks.evaluation import Evaluation, evaluate, paired_difference
 from peft_onelayer.tuner import find_decoder_stack
 from peft_onelayer.tuner.model import commit_hash
 
-from .ranking import LayerRanking
-
 Z_95 = 1.959964  # two-sided 95 % point of the normal distribution
 
 
-def probe_layers(
+def rank_by_short_runs(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     task: Task,
@@ -98,7 +91,7 @@ def probe_layers(
         errors=[gains[layer][1] if layer in gains else None for layer in range(num_layers)],
         order=order,
         tied=tied,
-        pick=min(tied, key=lambda layer: abs(layer - (num_layers - 1) / 2)) if gain > Z_95 * error else None,
+        pick=best if gain > Z_95 * error else None,
         learning_rate=(recipe or demo_recipe(task, steps)).settings["learning_rate"],
         cost={
             "tokens_generated": generated,

@@ -1,0 +1,272 @@
+"""From the study's results to RESULTS.md and curve.png: figures only, computed from the files, none typed in.
+
+A case is one base with one task. Its truth is S_k, the mean held-out score after training block k. Of a method's first
+block, `recovery` is (S_pick - S_base) / (S_best - S_base), which is C(pick) / C(best); `tied` says whether it is the
+best or the paired 95 % interval of the difference from it holds 0. A method that picks nothing is scored on its first
+block all the same.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from diagnostics import NAMES
+from truth import CORRELATED, UNDAMAGED, VIOLATING, Cell
+
+from peft_onelayer.probe.prior import depth_prior
+from peft_onelayer.sweep.metric import rank_correlation
+from peft_onelayer.sweep.profile import SweepProfile
+
+DRAWS = 10_000
+ORDER = ("random", "depth", "profile", "one", "short", "race", "auto")  # first words of the methods' names
+DEFAULT = "auto, budget 25 %"
+
+
+@dataclass(frozen=True)
+class Trial:
+    """One ranking of one case."""
+
+    case: str
+    spearman: float | None
+    recovery: float
+    tied: bool
+    share: float
+    seconds: float
+
+
+@dataclass(frozen=True)
+class Case:
+    cell: Cell
+    truth: SweepProfile
+    truth_folder: Path
+    folder: Path  # of the rankings
+
+    @property
+    def damaged(self) -> bool:
+        return self.cell in VIOLATING
+
+    def trial(self, scores: Sequence[float | None], first: int, share: float = 0.0, seconds: float = 0.0) -> Trial:
+        gains = [gain or 0.0 for gain in self.truth.scores]
+        return Trial(
+            self.cell.name,
+            rank_correlation(list(scores), self.truth.scores),
+            gains[first] / max(gains),
+            first in self.truth.tied,
+            share,
+            seconds,
+        )
+
+    def of_ranking(self, name: str) -> list[Trial]:
+        """The trials of every seed that there is."""
+        found = []
+        for path in sorted(self.folder.glob(f"{name}-*.json" if name != "short" else "short.json")):
+            r = json.loads(path.read_text())
+            first = r["order"][0] if r["pick"] is None else r["pick"]
+            found.append(self.trial(r["scores"], first, r["cost"]["share"], r["cost"]["seconds"]))
+        return found
+
+    def of_seed(self, seed: int) -> SweepProfile:
+        return SweepProfile.from_json((self.truth_folder / f"seed{seed}.json").read_text())
+
+    def of_scores(self, scores: Sequence[float], share: float = 0.0, seconds: float = 0.0) -> list[Trial]:
+        return [self.trial(scores, int(np.argmax(scores)), share, seconds)]
+
+
+def load(cells: Sequence[Cell], out: Path) -> list[Case]:
+    """The cases whose truth is there."""
+    found = []
+    for cell in cells:
+        path = out / "truth" / cell.name / "layer_profile.json"
+        if path.exists():
+            truth = SweepProfile.from_json(path.read_text())
+            found.append(Case(cell, truth, path.parent, out / "rankings" / cell.name))
+    return found
+
+
+def methods(case: Case, cases: Sequence[Case]) -> dict[str, list[Trial]]:
+    """Every method's trials of a case."""
+    depth = case.truth.num_layers
+    every = [t for k in range(depth) for t in case.of_scores([float(i == k) for i in range(depth)])]
+    trials = {"random block (mean of all)": [Trial(t.case, None, t.recovery, t.tied, 0, 0) for t in every]}
+    trials["depth prior"] = case.of_scores(depth_prior(depth))
+    other = [c for c in cases if c.cell.base == case.cell.base and c.cell != case.cell]
+    if other and not case.damaged:
+        trials["profile of the other task"] = case.of_scores([s or 0.0 for s in other[0].truth.scores])
+    path = case.folder / "diagnostics.json"
+    if path.exists():
+        one = json.loads(path.read_text())
+        for name in NAMES:
+            trials[f"one batch: {name}"] = case.of_scores(one["scores"][name], 0.0, one["seconds"])
+    trials["short runs, 8 steps a block"] = case.of_ranking("short")
+    trials["race, budget 25 %"] = case.of_ranking("race-0.25")
+    for budget in ("0.05", "0.1", "0.25", "0.5", "1"):
+        trials[f"auto, budget {float(budget):.0%}".replace("%", " %")] = case.of_ranking(f"auto-{budget}")
+    return {name: found for name, found in trials.items() if found}
+
+
+def write_results(cells: Sequence[Cell], out: Path) -> None:
+    """Write RESULTS.md, and curve.png, into `out`."""
+    cases = load([c for c in cells if c not in CORRELATED], out)
+    if not cases:
+        raise SystemExit(f"no truth in {out / 'truth'} yet")
+    found = [methods(case, cases) for case in cases]
+    names = list(dict.fromkeys(name for trials in found for name in trials))
+    names.sort(key=lambda name: ORDER.index(name.split()[0].rstrip(",")))
+    text = [HEADER.format(undamaged=sum(not c.damaged for c in cases), damaged=sum(c.damaged for c in cases))]
+    for title, wanted in (("Undamaged bases", False), ("Bases with one damaged block", True)):
+        chosen = [(case, trials) for case, trials in zip(cases, found, strict=True) if case.damaged == wanted]
+        if chosen:
+            text += [f"\n## {title}: {len(chosen)} cases\n", TABLE_HEAD]
+            text += [
+                _row(name, [t[name] for _, t in chosen if name in t])
+                for name in names
+                if any(name in t for _, t in chosen)
+            ]
+    text += ["\n## Against the prior, all cases\n", _against(found, DEFAULT, "depth prior")]
+    text += [_against(found, "race, budget 25 %", "depth prior")]
+    text += ["\n## The first block of each case\n", *_cases(cases, found)]
+    text += ["\n## Correlations of whole profiles\n", *_correlations(load(cells, out))]
+    (out / "RESULTS.md").write_text("\n".join(text) + "\n")
+    _curve(cases, found, out / "curve.png")
+
+
+HEADER = """# Results of the study
+
+Written by `python examples/study/study.py --part table` from the files beside it; {undamaged} undamaged and {damaged}
+damaged cases. Toy models of half a million parameters: evidence about the method, not about large models.
+
+Truth: a full sweep, 100 steps of 16 prompts x 8 completions a block, 512 held-out problems x 4 samples. Shares of cost
+are of the demo's run, 150 steps of 24 x 8, which has 2.25 times the tokens of one of the truth's. `recovery` is
+C(pick) / C(best); `best or tied` counts picks whose paired 95 % interval of the difference from the best holds 0. In
+brackets: 95 % bootstrap intervals over cases."""
+
+TABLE_HEAD = """| method | Spearman | recovery, mean | worst | best or tied | share of a run, mean (most) | seconds |
+|---|---|---|---|---|---|---|"""
+
+
+def _row(name: str, trials: list[list[Trial]]) -> str:
+    """One line: means over the trials of a case, then over cases."""
+    recovery, tied = _by_case(trials, lambda t: t.recovery), _by_case(trials, lambda t: float(t.tied))
+    rho = [
+        float(np.mean([t.spearman or 0.0 for t in of_case]))
+        for of_case in trials
+        if all(t.spearman is not None for t in of_case)
+    ]
+    every = [t for of_case in trials for t in of_case]
+    worst = f"{min(t.recovery for t in every):.2f}" if "mean of all" not in name else ""
+    share = [t.share for t in every]
+    cost = f"{np.mean(share):.1%} ({max(share):.1%})".replace("%", " %") if max(share) else "0"
+    return (
+        f"| {name} | {_interval(rho) if rho else ''} | {_interval(recovery)} | {worst} | {_interval(tied)} | "
+        f"{cost} | {np.mean([t.seconds for t in every]):.0f} |"
+    )
+
+
+def _by_case(trials: list[list[Trial]], of: Callable[[Trial], float]) -> list[float]:
+    return [float(np.mean([of(t) for t in of_case])) for of_case in trials]
+
+
+def _bootstrap(values: Sequence[float]) -> np.ndarray:
+    """(DRAWS,) means of resampled cases."""
+    drawn = np.random.default_rng(0).integers(0, len(values), (DRAWS, len(values)))
+    return np.asarray(values)[drawn].mean(axis=1)
+
+
+def _interval(values: Sequence[float]) -> str:
+    low, high = np.quantile(_bootstrap(values), (0.025, 0.975))
+    return f"{np.mean(values):.2f} [{low:.2f}, {high:.2f}]"
+
+
+def _against(found: list[dict[str, list[Trial]]], method: str, other: str) -> str:
+    both = [trials for trials in found if method in trials and other in trials]
+    if not both:
+        return f"{method} has not been run."
+    a, b = (_by_case([t[name] for t in both], lambda t: t.recovery) for name in (method, other))
+    differences = [x - y for x, y in zip(a, b, strict=True)]
+    low, high = np.quantile(_bootstrap(differences), (0.025, 0.975))
+    verdict = "significant" if low > 0 or high < 0 else "not significant"
+    return (
+        f"Recovery of *{method}* minus that of *{other}*: {np.mean(differences):+.3f}, paired bootstrap "
+        f"[{low:+.3f}, {high:+.3f}] over {len(both)} cases: {verdict}.\n"
+    )
+
+
+def _cases(cases: Sequence[Case], found: list[dict[str, list[Trial]]]) -> list[str]:
+    lines = [
+        "| case | best (tied) | S_base | S_best | S_full | auto's picks at 25 % | recovery |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for case, trials in zip(cases, found, strict=True):
+        t = case.truth
+        best = t.order[0]
+        others = ", ".join(str(k) for k in sorted(t.tied) if k != best)
+        picks = []
+        for path in sorted(case.folder.glob("auto-0.25-*.json")):
+            r = json.loads(path.read_text())
+            picks.append(str(r["pick"]) if r["pick"] is not None else f"none ({r['order'][0]})")
+        recovered = ", ".join(f"{x.recovery:.2f}" for x in trials.get(DEFAULT, []))
+        lines.append(
+            f"| {case.cell.base}, {case.cell.task} | {best} ({others}) | {t.base:.3f} | {t.means[best]:.3f} "
+            f"| {t.full:.3f} | {', '.join(picks)} | {recovered} |"
+        )
+    return lines
+
+
+def _correlations(cases: Sequence[Case]) -> list[str]:
+    """Spearman between profiles that differ in one respect."""
+    by = {case.cell.name: case for case in cases}
+    lines = ["| between | base | Spearman |", "|---|---|---|"]
+    for case in cases:
+        cell = case.cell
+        if cell in CORRELATED:
+            if same := by.get(f"{cell.base}-{cell.task}-grpo"):
+                rho = rank_correlation(case.truth.scores, same.truth.scores)
+                lines.append(f"| grpo and {cell.algorithm}, {cell.task} | {cell.base} | {_rho(rho)} |")
+            continue
+        if cell not in UNDAMAGED:
+            continue
+        other = by.get(f"{cell.base}-sort-grpo")
+        if cell.task == "arithmetic" and other:
+            rho = rank_correlation(case.truth.scores, other.truth.scores)
+            lines.append(f"| arithmetic and sort | {cell.base} | {_rho(rho)} |")
+        of_seeds = [case.of_seed(seed) for seed in case.truth.seeds]
+        if len(of_seeds) > 1:
+            rho = rank_correlation(of_seeds[0].scores, of_seeds[1].scores)
+            lines.append(f"| two seeds, {cell.task} | {cell.base} | {_rho(rho)} |")
+        if case.truth.greedy:
+            rho = rank_correlation(case.truth.scores, case.truth.greedy["means"])
+            lines.append(f"| sampled and greedy accuracy, {cell.task} | {cell.base} | {_rho(rho)} |")
+    return lines
+
+
+def _rho(value: float | None) -> str:
+    return "undefined" if value is None else f"{value:.2f}"
+
+
+def _curve(cases: Sequence[Case], found: list[dict[str, list[Trial]]], path: Path) -> None:
+    """Recovery against the budget, for undamaged and damaged bases, with bootstrap intervals."""
+    from peft_onelayer.report.plots import BLUE, GREY, ORANGE, new_figure
+
+    figure, axes = new_figure()
+    for wanted, colour, label in ((False, BLUE, "undamaged"), (True, ORANGE, "damaged")):
+        chosen = [trials for case, trials in zip(cases, found, strict=True) if case.damaged == wanted]
+        points = []
+        for name in sorted({n for t in chosen for n in t if n.startswith("auto")}, key=lambda n: float(n.split()[2])):
+            values = _by_case([t[name] for t in chosen if name in t], lambda t: t.recovery)
+            low, high = np.quantile(_bootstrap(values), (0.025, 0.975))
+            points.append((float(name.split()[2]), np.mean(values), np.mean(values) - low, high - np.mean(values)))
+        if points:
+            x, y, below, above = zip(*points, strict=True)
+            axes.errorbar(x, y, yerr=[below, above], color=colour, marker="o", capsize=3, label=f"auto, {label} bases")
+            prior = np.mean(_by_case([t["depth prior"] for t in chosen], lambda t: t.recovery))
+            axes.axhline(prior, color=colour, linewidth=1, linestyle=":", label=f"depth prior, {label} bases")
+    axes.axhline(1, color=GREY, linewidth=0.8)
+    axes.set_xscale("log")
+    axes.set_xticks([5, 10, 25, 50, 100], ["5", "10", "25", "50", "100"])
+    axes.set(title="Quality against budget", xlabel="budget (% of a training run's tokens)", ylabel="C(pick) / C(best)")
+    axes.legend(frameon=False, fontsize=8)
+    figure.savefig(path)

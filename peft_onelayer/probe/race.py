@@ -1,0 +1,431 @@
+"""The race: short reinforcement learning of every candidate block, the worse ones dropped on the way.
+
+All candidates learn from the same completions: first of the base, then of all candidates together, which generate on
+prompts and sampling seeds that all share, to be scored. After every round a posterior over depth (posterior.py) says
+which candidates may be the best; the others leave, and one that left may come back. Every
+token generated and every token passed through the model, the base's own among them, counts against the budget, which
+is never exceeded. It does not know how the figures will be used.
+"""
+
+from __future__ import annotations
+
+import math
+import statistics
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from peft_onelayer.rl.run import Recipe, demo_recipe
+from peft_onelayer.tasks import Task
+from peft_onelayer.tasks.rollouts import Rollout, sample_rollouts
+from peft_onelayer.tuner import find_decoder_stack
+from peft_onelayer.tuner.model import commit_hash
+
+from .posterior import Measured, Posterior, fit
+from .prior import depth_prior
+from .ranking import LayerRanking
+from .updates import (
+    MOST_TRIES,
+    TO_COMPARE,
+    Batch,
+    Candidate,
+    at_work,
+    graded_batch,
+    log_probabilities,
+    start_at,
+    update,
+)
+
+SAMPLES = 8  # completions of a prompt
+CHUNK = 32  # prompts that the base completes at a time
+SHARED = 256  # informative completions of the base that are wanted
+SHARED_SHARE = 0.2  # of the budget, at most, for generating them
+ROUNDS = (0.6, 0.25, 0.15)  # shares of the rest for each round
+DECAY = (1.0, 0.7, 0.5)  # of the learning rates in each
+FIRST, MORE = 0.5, 2  # share of the blocks that start, evenly spread, and how many of the others join them
+FINALISTS = (4, 3)  # of the later rounds
+FEWEST = 3  # candidates of the first
+UPDATES = 4  # of a round
+MINIBATCH = 16, 128  # completions of an update, least and most
+SCORING = 0.3  # share of a round that is spent on its scores
+PROMPTS = 8, 128  # of a score, least and most
+Z_95 = 1.959964
+
+
+class BudgetError(ValueError):
+    """The budget has no room for a race."""
+
+
+class NothingToLearnError(ValueError):
+    """All completions of each prompt got the same reward."""
+
+
+@dataclass
+class _Spent:
+    """Tokens, generated and passed through the model."""
+
+    limit: float = math.inf
+    generated: int = 0
+    trained: int = 0
+
+    @property
+    def left(self) -> float:
+        return self.limit - self.generated - self.trained
+
+
+@dataclass
+class _Round:
+    """What all candidates of a round get.
+
+    Attributes:
+        reference: the base's completions of the prompts that score the candidates.
+        batch: what they learn from.
+        size: completions of an update.
+        completions: of each prompt, those of all candidates so far.
+    """
+
+    number: int
+    reference: list[list[Rollout]]
+    batch: Batch
+    size: int
+    completions: list[list[Rollout]]
+
+
+class _Race:
+    """One race, from the base's completions to the posterior."""
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        task: Task,
+        *,
+        recipe: Recipe,
+        training_steps: int,
+        budget: float,
+        seed: int,
+        batch_size: int,
+    ) -> None:
+        self.model, self.tokenizer, self.task = model, tokenizer, task
+        self.seed, self.batch_size = seed, batch_size
+        settings = recipe.config(output_dir="unused")
+        self.learning_rate = settings.learning_rate
+        self.temperature = getattr(settings, "temperature", 1.0)
+        self.micro_batch = settings.per_device_train_batch_size
+        self.max_tokens = getattr(settings, recipe.algorithm.completion_length or "", task.max_completion_tokens)
+        self.pad = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
+        self.spent = _Spent()
+        per_step = settings.per_device_train_batch_size * settings.gradient_accumulation_steps * settings.world_size
+        trained = training_steps * per_step
+        generated = trained / getattr(settings, "num_iterations", 1)
+        # At most so many that generating them costs less than their share of the budget, whatever their length.
+        self.chunk = min(CHUNK, int(SHARED_SHARE * budget * generated / SAMPLES))
+        if self.chunk < 1:
+            raise BudgetError(
+                f"a budget of {budget:g} of a run that generates {generated:,.0f} completions has no room for a race; "
+                f"allow at least {SAMPLES / SHARED_SHARE / generated:.2g}, or take the method prior"
+            )
+        base = self._generate(0, self.chunk)
+        self.of_completion = _mean(r.tokens for group in base for r in group)
+        self.of_pass = _mean(len(r.prompt_ids) + len(r.ids) for group in base for r in group)
+        self.one_run = generated * self.of_completion + trained * self.of_pass
+        self.spent.limit = budget * self.one_run
+        self.shared = self._shared(base)
+
+    def _generate(self, number: int, prompts: int) -> list[list[Rollout]]:
+        """Completions of the `number`-th set of prompts, which is the same whoever generates."""
+        seed = self.seed + 1 + number
+        groups = sample_rollouts(
+            self.model,
+            self.tokenizer,
+            self.task,
+            self.task.rows("train", prompts, seed),
+            samples=SAMPLES,
+            temperature=self.temperature,
+            seed=seed,
+            batch_size=self.batch_size,
+            max_completion_tokens=self.max_tokens,
+        )
+        self.spent.generated += sum(rollout.tokens for group in groups for rollout in group)
+        return groups
+
+    def _shared(self, base: list[list[Rollout]]) -> Batch:
+        """A batch of the base's completions, of which more are generated until enough of them are informative."""
+        most = SHARED_SHARE * self.spent.limit
+        number = 1
+        while True:
+            batch = graded_batch(base, self.pad, self.model.device)
+            next_chunk = self.chunk * SAMPLES * self.of_completion
+            if (batch and len(batch) >= SHARED) or self.spent.generated + next_chunk > most:
+                break
+            base += self._generate(1000 + number, self.chunk)
+            number += 1
+        if batch is None:
+            mean = _mean(r.reward for group in base for r in group)
+            raise NothingToLearnError(
+                f"the rewards of the base's {SAMPLES} completions are equal for each of {len(base)} prompts of "
+                f"{self.task.name} (mean {mean:.2f}), so that there is nothing to learn from; take an easier or harder "
+                "task, or warm the model up first"
+            )
+        batch = batch.shuffled(self.seed)
+        with torch.no_grad():
+            old = [
+                log_probabilities(self.model, part, self.temperature) for part in batch.minibatches(self.micro_batch)
+            ]
+        self.spent.trained += batch.tokens
+        return replace(batch, old=torch.cat(old))
+
+    def affordable(self) -> int:
+        """How many candidates the first round has room for."""
+        least = UPDATES * MINIBATCH[0] * self.of_pass + PROMPTS[0] * SAMPLES * self.of_completion
+        return int(self.spent.left * ROUNDS[0] / least) - 2
+
+    def plan(self, number: int, candidates: int) -> _Round | None:
+        """The `number`-th round for so many candidates; None where too little of the budget is left."""
+        each = self.spent.left * ROUNDS[number] / sum(ROUNDS[number:]) / (candidates + 2)
+        prompts = _clamp(SCORING * each / self.of_completion / SAMPLES, *PROMPTS)
+        passes = (each - prompts * SAMPLES * self.of_completion) / self.of_pass
+        size = _clamp(passes / UPDATES, *MINIBATCH)
+        prompts = min(prompts, self._affordable_prompts())
+        if prompts < PROMPTS[0]:
+            return None
+        return _Round(
+            number,
+            reference=self._generate(2000 + number, prompts),
+            batch=self.shared.part(slice(0, UPDATES * size)),
+            size=size,
+            completions=[[] for _ in range(prompts)],
+        )
+
+    def run(self, current: _Round, candidates: Sequence[Candidate], on_turn: Callable[[int], None]) -> None:
+        """Give every candidate, in the order of depth, its updates and its gain over the base.
+
+        The candidates' completions become the batch of the next round.
+        """
+        batch = current.batch
+        for candidate in candidates:
+            on_turn(candidate.layer)
+            worst = (UPDATES + MOST_TRIES + 1) * max(part.tokens for part in batch.minibatches(current.size))
+            if self._affordable_prompts(worst + batch.tokens) < PROMPTS[0]:
+                return
+            if candidate.layer > 0:
+                compared = 2 * batch.part(slice(0, TO_COMPARE)).tokens
+                self.spent.trained += compared + (0 if batch.entering else batch.tokens)
+                batch = start_at(self.model, batch, candidate.layer, self.micro_batch, self.temperature)
+            with at_work(self.model, candidate) as trained:
+                self.spent.trained += update(
+                    trained,
+                    candidate,
+                    batch,
+                    steps=UPDATES,
+                    size=current.size,
+                    micro_batch=self.micro_batch,
+                    temperature=self.temperature,
+                    decay=DECAY[current.number],
+                )
+                prompts = min(len(current.reference), self._affordable_prompts())
+                rollouts = self._generate(2000 + current.number, prompts)
+            candidate.gains[current.number] = [
+                _mean(r.reward for r in own) - _mean(r.reward for r in base)
+                for own, base in zip(rollouts, current.reference, strict=False)
+            ]
+            for group, completions in zip(current.completions, rollouts, strict=False):
+                group += completions
+        following = graded_batch(current.completions, self.pad, self.model.device)
+        self.shared = following.shuffled(self.seed) if following else self.shared
+
+    def _affordable_prompts(self, tokens: int = 0) -> int:
+        """Prompts whose completions the budget has room for beside `tokens`, however long they become."""
+        return int((self.spent.left - tokens) / SAMPLES / self.max_tokens)
+
+
+def race(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    task: Task,
+    *,
+    layers: Sequence[int] | None = None,
+    use_prior: bool = True,
+    budget: float = 0.25,
+    training_steps: int = 150,
+    recipe: Recipe | None = None,
+    seed: int = 0,
+    batch_size: int = 1024,
+    on_candidate: Callable[[int, int, float], None] = lambda number, layer, spent: None,
+) -> LayerRanking:
+    """Rank `layers` (default: all) of `model` on `task`; its weights are afterwards what they were.
+
+    A score is the gain in mean reward over the base, on prompts of the training split, after as many updates as the
+    finalists had: the posterior's mean. Its error is that of the difference from the mean of all blocks. Not all blocks
+    run: some start, evenly spread, then those that may be better by their neighbours; the posterior
+    speaks for the rest.
+
+    Args:
+        use_prior: let the posterior's mean follow the depth prior.
+        budget: tokens to spend, as a share of those of one training run.
+        training_steps: length of that run.
+        recipe: that run's algorithm and settings (default: `demo_recipe`): completions a step, learning rate,
+            temperature. The race's own updates are GRPO's, whatever the algorithm.
+        batch_size: completions generated at a time.
+        on_candidate: called before a candidate's turn with the round, the block and the share of the budget spent.
+
+    Raises:
+        BudgetError: the budget has no room for a round with three blocks.
+        NothingToLearnError: rewards that are equal within every group of completions.
+    """
+    start = time.perf_counter()
+    num_layers = len(find_decoder_stack(model).blocks)
+    contest = _Race(
+        model,
+        tokenizer,
+        task,
+        recipe=recipe or demo_recipe(task, training_steps),
+        training_steps=training_steps,
+        budget=budget,
+        seed=seed,
+        batch_size=batch_size,
+    )
+    wanted = list(range(num_layers)) if layers is None else sorted(layers)
+    affordable = contest.affordable()
+    if affordable < min(FEWEST, len(wanted)):
+        needed = budget * min(FEWEST, len(wanted)) / max(affordable, 0.5)
+        raise BudgetError(
+            f"a budget of {budget:g} of a run of {training_steps} steps has no room for a round with "
+            f"{min(FEWEST, len(wanted))} blocks; allow about {needed:.2g}, or take the method prior"
+        )
+    prior = depth_prior(num_layers) if use_prior else [0.0] * num_layers
+    candidates: dict[int, Candidate] = {}
+
+    def turns(current: _Round, layers: Sequence[int]) -> Posterior:
+        def on_turn(layer: int) -> None:
+            on_candidate(current.number, layer, 1 - contest.spent.left / contest.spent.limit)
+
+        for layer in layers:
+            candidates.setdefault(layer, Candidate(layer, contest.learning_rate))
+        contest.run(current, [candidates[k] for k in sorted(layers)], on_turn)
+        return fit(prior, _measured(candidates))
+
+    first = _spread(wanted, min(affordable, max(FEWEST, math.ceil(FIRST * len(wanted)))))
+    more = min(MORE, len(wanted) - len(first), affordable - len(first))
+    current = contest.plan(0, len(first) + more)
+    assert current is not None  # the budget had room for it
+    posterior = turns(current, first)
+    if more:
+        posterior = turns(current, _contenders(posterior, [k for k in wanted if k not in first], more))
+    for number, finalists in enumerate(FINALISTS, start=1):
+        alive = _contenders(posterior, [k for k, c in candidates.items() if number - 1 in c.gains], finalists)
+        current = contest.plan(number, len(alive))
+        if current is None or len(alive) < 2:
+            break
+        posterior = turns(current, alive)
+    return _ranking(contest, {k: c for k, c in candidates.items() if c.gains}, wanted, posterior, use_prior, start)
+
+
+def _clamp(value: float, least: int, most: int) -> int:
+    return max(least, min(most, int(value)))
+
+
+def _mean(values: Iterable[float]) -> float:
+    return statistics.fmean(values)
+
+
+def _spread(layers: list[int], n: int) -> list[int]:
+    """`n` of the layers, evenly over their range, the ends included.
+
+    >>> _spread(list(range(9)), 3)
+    [0, 4, 8]
+    """
+    if n >= len(layers):
+        return layers
+    return [layers[round(i * (len(layers) - 1) / (n - 1))] for i in range(n)]
+
+
+def _measured(candidates: Mapping[int, Candidate]) -> list[Measured]:
+    """Each round's gains, with the covariance that their prompts show, for common prompts and random numbers."""
+    rounds = []
+    for number in range(len(ROUNDS)):
+        layers = [k for k, c in sorted(candidates.items()) if number in c.gains]
+        if len(layers) > 1:
+            prompts = min(len(candidates[k].gains[number]) for k in layers)
+            values = np.array([candidates[k].gains[number][:prompts] for k in layers])  # (N, prompts)
+            covariance = np.cov(values) / prompts
+            # No completion more or less is the least noise: a few prompts may show none at all.
+            covariance += np.eye(len(layers)) * (prompts * SAMPLES) ** -2.0
+            rounds.append(Measured(layers, UPDATES * (number + 1), values.mean(axis=1), covariance))
+    return rounds
+
+
+def _contenders(posterior: Posterior, layers: Sequence[int], n: int) -> list[int]:
+    """The `n` of the layers that are the best of them most often in draws from the posterior."""
+    chosen = list(layers)
+    wins = np.bincount(posterior.draws()[:, chosen].argmax(axis=1), minlength=len(chosen))
+    order = sorted(range(len(chosen)), key=lambda i: (-wins[i], -posterior.mean[chosen[i]]))
+    return sorted(chosen[i] for i in order[:n])
+
+
+def _ranking(
+    contest: _Race,
+    candidates: dict[int, Candidate],
+    wanted: list[int],
+    posterior: Posterior,
+    use_prior: bool,
+    start: float,
+) -> LayerRanking:
+    num_layers = len(posterior.mean)
+    draws = posterior.draws()
+    # How well blocks can be told apart, without what all share: the offset of a round, the base's luck.
+    error = (draws - draws[:, wanted].mean(axis=1, keepdims=True)).std(axis=0)
+    order = sorted(wanted, key=lambda k: -posterior.mean[k])
+    # A block that did not run can be the best by its neighbours, but the pick is one that showed it.
+    best = max(candidates, key=lambda k: posterior.mean[k])
+    spread = (draws[:, [best]] - draws).std(axis=0)  # the paired 95 % interval of the difference from the best holds 0
+    tied = [k for k in order if k == best or posterior.mean[best] - posterior.mean[k] <= Z_95 * spread[k]]
+    top = float(draws[:, wanted].max(axis=1).mean())
+    spent = contest.spent
+
+    rounds = _measured(candidates)
+    updates = rounds[-1].updates
+    # Whether it beats the base is asked of its own gains: the posterior leaves the rounds' offsets open.
+    own = [(m.gains[i], m.covariance[i, i]) for m in rounds for i, layer in enumerate(m.layers) if layer == best]
+    beats_base = sum(gain for gain, _ in own) > Z_95 * math.sqrt(sum(variance for _, variance in own))
+
+    def each(values: Mapping[int, float] | Sequence[float] | np.ndarray, among: Iterable[int]) -> list[float | None]:
+        found = {k: float(values[k]) for k in among}
+        return [found.get(k) for k in range(num_layers)]
+
+    rates = {k: min(c.learning_rate, contest.learning_rate) for k, c in candidates.items()}
+    return LayerRanking(
+        model=contest.model.name_or_path,
+        revision=commit_hash(contest.model),
+        num_layers=num_layers,
+        method="auto" if use_prior else "race",
+        scores=each(updates * posterior.mean, wanted),
+        errors=each(updates * error, wanted),
+        order=order,
+        tied=tied,
+        pick=best if beats_base else None,
+        learning_rate=contest.learning_rate,
+        cost={
+            "tokens_generated": spent.generated,
+            "tokens_trained": spent.trained,
+            "seconds": round(time.perf_counter() - start, 1),
+            "share": round((spent.generated + spent.trained) / contest.one_run, 4),
+        },
+        task=contest.task.name,
+        seed=contest.seed,
+        learning_rates=each(rates, rates),
+        expected=round(min(1.0, max(0.0, posterior.mean[best] / top)), 3) if top > 0 else None,
+        rounds={
+            str(k): [
+                [m.updates, float(m.gains[i]), float(math.sqrt(m.covariance[i, i]))]
+                for m in rounds
+                for i, layer in enumerate(m.layers)
+                if layer == k
+            ]
+            for k in sorted(candidates)
+        },
+    )

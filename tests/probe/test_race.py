@@ -1,0 +1,143 @@
+"""The race on the demo model: what it leaves, what it spends, and that it finds a damaged block."""
+
+import math
+
+import demo_model
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from peft_onelayer.probe.probe import probe_layers
+from peft_onelayer.probe.race import BudgetError, NothingToLearnError, _measured, race
+from peft_onelayer.probe.ranking import LayerRanking
+from peft_onelayer.probe.updates import Candidate
+from peft_onelayer.rl.run import Recipe, demo_recipe, train_layer
+from peft_onelayer.tasks import Task, load_task
+
+ARITHMETIC = load_task("arithmetic")
+
+
+@pytest.fixture(scope="module")
+def default():
+    """A small race, and the model's weights before and after."""
+    model, tokenizer = demo_model.load()
+    before = {name: p.clone() for name, p in model.named_parameters()}
+    turns = []
+    ranking = race(
+        model,
+        tokenizer,
+        ARITHMETIC,
+        budget=0.1,
+        on_candidate=lambda number, layer, spent: turns.append((number, layer, spent)),
+    )
+    return ranking, turns, model, before
+
+
+def test_it_ranks_every_block_and_leaves_the_model_as_it_was(default):
+    ranking, turns, model, before = default
+    assert {name for name, _ in model.named_parameters()} == before.keys()
+    assert all(torch.equal(p, before[name]) for name, p in model.named_parameters())
+    assert all(not p.requires_grad or name in before for name, p in model.named_parameters())
+    assert ranking.method == "auto" and ranking.task == "arithmetic" and ranking.num_layers == 12
+    assert sorted(ranking.order) == list(range(12))
+    assert all(s is not None and e is not None and e > 0 for s, e in zip(ranking.scores, ranking.errors, strict=True))
+    raced = {int(k) for k in ranking.rounds}
+    assert {layer for _, layer, _ in turns} == raced and {0, 11} <= raced < set(range(12))
+    assert {k for k, rate in enumerate(ranking.learning_rates) if rate is not None} == raced
+    assert all(0 < rate <= 3e-3 for rate in ranking.learning_rates if rate is not None)
+    assert ranking.pick in (None, *raced) and ranking.order[0] in ranking.tied
+    assert 0 <= ranking.expected <= 1
+    assert LayerRanking.from_json(ranking.to_json()) == ranking
+    assert [spent for *_, spent in turns] == sorted(spent for *_, spent in turns)
+
+
+def test_the_same_seed_gives_the_same_ranking(default):
+    ranking, *_ = default
+    model, tokenizer = demo_model.load()
+    again = probe_layers(model, tokenizer, ARITHMETIC, budget=0.1)
+    assert again.scores == ranking.scores and again.rounds == ranking.rounds and again.pick == ranking.pick
+    assert {k: v for k, v in again.cost.items() if k != "seconds"} == {
+        k: v for k, v in ranking.cost.items() if k != "seconds"
+    }
+
+
+@pytest.mark.parametrize(("budget", "steps"), [(0.05, 150), (0.1, 150), (0.2, 60)])
+def test_it_spends_no_more_than_its_budget(budget, steps):
+    model, tokenizer = demo_model.load()
+    ranking = race(model, tokenizer, load_task("sort"), budget=budget, training_steps=steps, layers=[1, 5, 9])
+    assert 0 < ranking.cost["share"] <= budget
+    assert sorted(ranking.order) == [1, 5, 9]
+    # the share is of a run of 24 x 8 completions of 9 tokens to prompts of 10, which the trainer counts together
+    one_run = steps * 192 * (9 + 19)
+    spent = ranking.cost["tokens_generated"] + ranking.cost["tokens_trained"]
+    assert spent / one_run == pytest.approx(ranking.cost["share"], rel=0.03)
+
+
+def test_the_share_is_of_what_a_run_counts():
+    """The same tokens that TRL counts in a run of the demo's recipe."""
+    model, tokenizer = demo_model.load()
+    ranking = race(model, tokenizer, ARITHMETIC, budget=0.05, training_steps=100)
+    recipe = demo_recipe(ARITHMETIC, 3)
+    run = train_layer(demo_model.load()[0], tokenizer, ARITHMETIC, 5, steps=3, seed=0, recipe=recipe)
+    per_step = (run.tokens_generated + run.tokens_trained) / 3
+    spent = ranking.cost["tokens_generated"] + ranking.cost["tokens_trained"]
+    assert spent / (100 * per_step) == pytest.approx(ranking.cost["share"], rel=0.02)
+
+
+def test_a_budget_too_small_says_what_it_needs():
+    model, tokenizer = demo_model.load()
+    with pytest.raises(BudgetError, match=r"a budget of 0\.1 of a run .* allow (at least|about) "):
+        race(model, tokenizer, ARITHMETIC, budget=0.1, training_steps=2)
+    with pytest.raises(BudgetError, match="no room for a round"):
+        race(model, tokenizer, ARITHMETIC, budget=0.002)
+    fallen_back = probe_layers(model, tokenizer, ARITHMETIC, budget=0.1, training_steps=2)
+    assert fallen_back.method == "prior" and fallen_back.pick == 5 and fallen_back.cost["share"] == 0
+
+
+def test_rewards_that_teach_nothing():
+    model, tokenizer = demo_model.load()
+    hopeless = Task(
+        name="hopeless",
+        rows=ARITHMETIC.rows,
+        reward=lambda completions, **_: [0.0] * len(completions),
+        max_completion_tokens=5,
+        data={},
+    )
+    with pytest.raises(NothingToLearnError, match=r"equal for each of \d+ prompts of hopeless \(mean 0\.00\)"):
+        race(model, tokenizer, hopeless, budget=0.02)
+
+
+@pytest.mark.slow
+def test_a_block_damaged_on_purpose_is_found():
+    """Its output matrices are negated in a copy of a model made strong: training another block helps little."""
+    model, tokenizer = demo_model.load()
+    recipe = demo_recipe(ARITHMETIC, 60)
+    strong = train_layer(
+        model,
+        tokenizer,
+        ARITHMETIC,
+        None,
+        steps=60,
+        seed=0,
+        recipe=Recipe(recipe.algorithm, {**recipe.settings, "learning_rate": 3e-4}),
+    ).model
+    assert isinstance(strong, type(AutoModelForCausalLM.from_config(model.config)))
+    with torch.no_grad():
+        strong.model.layers[8].mlp.down_proj.weight.mul_(-1.2)
+    ranking = race(strong, tokenizer, ARITHMETIC, budget=0.25)
+    assert ranking.pick is not None and ranking.pick in (7, 8, 9)
+    assert 8 in ranking.tied and 0 not in ranking.tied
+
+
+def test_gains_get_the_covariance_of_their_prompts():
+    candidates = {2: Candidate(2, 1.0), 5: Candidate(5, 1.0)}
+    candidates[2].gains[0], candidates[5].gains[0] = [0.0, 0.5, 1.0, 0.5], [0.25, 0.75, 1.0]
+    candidates[5].gains[1] = [1.0]  # alone in its round: nothing to compare with
+    (only,) = _measured(candidates)
+    assert only.layers == [2, 5] and only.updates == 4
+    assert only.gains.tolist() == [0.5, pytest.approx(2 / 3)]  # the prompts that both had
+    a, b = [0.0, 0.5, 1.0], [0.25, 0.75, 1.0]
+    mean = (sum(a) / 3, sum(b) / 3)
+    shared = sum((x - mean[0]) * (y - mean[1]) for x, y in zip(a, b, strict=True)) / 2 / 3
+    assert only.covariance[0, 1] == pytest.approx(shared)
+    assert math.isclose(only.covariance[0, 0], 0.25 / 3 + (3 * 8) ** -2)
