@@ -31,6 +31,7 @@ format: $(READY)
 bench: $(READY)
 	$(BIN)/python examples/benchmarks/import_time.py
 	$(BIN)/python examples/benchmarks/graph_cut.py
+	$(BIN)/python examples/benchmarks/race_prefix.py
 
 # Trains every trainer of TRL and writes what came out into the README.
 trl-table: $(READY)

@@ -80,10 +80,10 @@ def load(cells: Sequence[Cell], out: Path) -> list[Case]:
     """The cases whose truth is there."""
     found = []
     for cell in cells:
-        path = out / "truth" / cell.name / "layer_profile.json"
-        if path.exists():
+        folder = out / "truth" / cell.name
+        if path := next((p for p in (folder / "layer_profile.json", folder / "seed0.json") if p.exists()), None):
             truth = SweepProfile.from_json(path.read_text())
-            found.append(Case(cell, truth, path.parent, out / "rankings" / cell.name))
+            found.append(Case(cell, truth, folder, out / "rankings" / cell.name))
     return found
 
 
@@ -116,23 +116,41 @@ def write_results(cells: Sequence[Cell], out: Path) -> None:
     found = [methods(case, cases) for case in cases]
     names = list(dict.fromkeys(name for trials in found for name in trials))
     names.sort(key=lambda name: ORDER.index(name.split()[0].rstrip(",")))
+    tables = {title: _table(cases, found, names, damaged) for title, damaged in TITLES.items()}
     text = [HEADER.format(undamaged=sum(not c.damaged for c in cases), damaged=sum(c.damaged for c in cases))]
-    for title, wanted in (("Undamaged bases", False), ("Bases with one damaged block", True)):
-        chosen = [(case, trials) for case, trials in zip(cases, found, strict=True) if case.damaged == wanted]
-        if chosen:
-            text += [f"\n## {title}: {len(chosen)} cases\n", TABLE_HEAD]
-            text += [
-                _row(name, [t[name] for _, t in chosen if name in t])
-                for name in names
-                if any(name in t for _, t in chosen)
-            ]
+    for title, rows in tables.items():
+        text += [f"\n## {title}: {sum(c.damaged == TITLES[title] for c in cases)} cases\n", TABLE_HEAD, *rows]
     text += ["\n## Against the prior, all cases\n", _against(found, DEFAULT, "depth prior")]
     text += [_against(found, "race, budget 25 %", "depth prior")]
     text += ["\n## The first block of each case\n", *_cases(cases, found)]
     text += ["\n## Correlations of whole profiles\n", *_correlations(load(cells, out))]
     (out / "RESULTS.md").write_text("\n".join(text) + "\n")
     _curve(cases, found, out / "curve.png")
+    shown = [name for name in names if name.startswith(IN_README)]
+    lines = [TABLE_HEAD.replace("| method |", "| bases, method |")]
+    for title, damaged in TITLES.items():
+        lines += [row.replace("| ", f"| {title}: ", 1) for row in _table(cases, found, shown, damaged)]
+    if (readme := out.resolve().parents[2] / "README.md").exists():
+        _fill(readme, "\n".join(lines))
 
+
+def _fill(page: Path, table: str) -> None:
+    """Put the table between the page's marks."""
+    text = page.read_text()
+    start, end = (text.index(f"<!-- study {mark} -->") for mark in ("begins", "ends"))
+    page.write_text(text[:start] + f"<!-- study begins -->\n{table}\n" + text[end:])
+
+
+def _table(
+    cases: Sequence[Case], found: Sequence[dict[str, list[Trial]]], names: Sequence[str], damaged: bool
+) -> list[str]:
+    chosen = [trials for case, trials in zip(cases, found, strict=True) if case.damaged == damaged]
+    present = [name for name in names if any(name in trials for trials in chosen)]
+    return [_row(name, [trials[name] for trials in chosen if name in trials]) for name in present]
+
+
+TITLES = {"Undamaged bases": False, "Bases with one damaged block": True}
+IN_README = ("random", "depth", "profile", "short", "race", DEFAULT)
 
 HEADER = """# Results of the study
 
@@ -197,8 +215,8 @@ def _against(found: list[dict[str, list[Trial]]], method: str, other: str) -> st
 
 def _cases(cases: Sequence[Case], found: list[dict[str, list[Trial]]]) -> list[str]:
     lines = [
-        "| case | best (tied) | S_base | S_best | S_full | auto's picks at 25 % | recovery |",
-        "|---|---|---|---|---|---|---|",
+        "| case | seeds | best (tied) | S_base | S_best | S_full | auto's picks at 25 % | recovery |",
+        "|---|---|---|---|---|---|---|---|",
     ]
     for case, trials in zip(cases, found, strict=True):
         t = case.truth
@@ -210,8 +228,8 @@ def _cases(cases: Sequence[Case], found: list[dict[str, list[Trial]]]) -> list[s
             picks.append(str(r["pick"]) if r["pick"] is not None else f"none ({r['order'][0]})")
         recovered = ", ".join(f"{x.recovery:.2f}" for x in trials.get(DEFAULT, []))
         lines.append(
-            f"| {case.cell.base}, {case.cell.task} | {best} ({others}) | {t.base:.3f} | {t.means[best]:.3f} "
-            f"| {t.full:.3f} | {', '.join(picks)} | {recovered} |"
+            f"| {case.cell.base}, {case.cell.task} | {len(t.seeds)} | {best} ({others}) | {t.base:.3f} "
+            f"| {t.means[best]:.3f} | {t.full:.3f} | {', '.join(picks)} | {recovered} |"
         )
     return lines
 
@@ -233,8 +251,8 @@ def _correlations(cases: Sequence[Case]) -> list[str]:
         if cell.task == "arithmetic" and other:
             rho = rank_correlation(case.truth.scores, other.truth.scores)
             lines.append(f"| arithmetic and sort | {cell.base} | {_rho(rho)} |")
-        of_seeds = [case.of_seed(seed) for seed in case.truth.seeds]
-        if len(of_seeds) > 1:
+        of_seeds = [case.of_seed(seed) for seed in case.truth.seeds] if len(case.truth.seeds) > 1 else []
+        if of_seeds:
             rho = rank_correlation(of_seeds[0].scores, of_seeds[1].scores)
             lines.append(f"| two seeds, {cell.task} | {cell.base} | {_rho(rho)} |")
         if case.truth.greedy:

@@ -1,10 +1,10 @@
 """The race: short reinforcement learning of every candidate block, the worse ones dropped on the way.
 
 All candidates learn from the same completions: first of the base, then of all candidates together, which generate on
-prompts and sampling seeds that all share, to be scored. After every round a posterior over depth (posterior.py) says
-which candidates may be the best; the others leave, and one that left may come back. Every
-token generated and every token passed through the model, the base's own among them, counts against the budget, which
-is never exceeded. It does not know how the figures will be used.
+prompts and sampling seeds that all share, to be scored. A posterior over depth (posterior.py) says which other blocks
+may join the first ones, and after every round which candidates stay. Every token generated and every token passed
+through the model, the base's own among them, counts against the budget, which is never exceeded. It does not know how
+the figures will be used.
 """
 
 from __future__ import annotations
@@ -30,6 +30,7 @@ from .prior import depth_prior
 from .ranking import LayerRanking
 from .updates import (
     MOST_TRIES,
+    SEQUENCES_FOR_KL,
     TO_COMPARE,
     Batch,
     Candidate,
@@ -159,8 +160,9 @@ class _Race:
         number = 1
         while True:
             batch = graded_batch(base, self.pad, self.model.device)
-            next_chunk = self.chunk * SAMPLES * self.of_completion
-            if (batch and len(batch) >= SHARED) or self.spent.generated + next_chunk > most:
+            enough = batch is not None and len(batch) >= SHARED
+            expected = self.chunk * SAMPLES * self.of_completion
+            if enough or self.spent.generated + expected > most or self._affordable_prompts() < self.chunk:
                 break
             base += self._generate(1000 + number, self.chunk)
             number += 1
@@ -171,7 +173,7 @@ class _Race:
                 f"{self.task.name} (mean {mean:.2f}), so that there is nothing to learn from; take an easier or harder "
                 "task, or warm the model up first"
             )
-        batch = batch.shuffled(self.seed)
+        batch = batch.shuffled(self.seed).part(slice(0, max(MINIBATCH[0], int(most / self.of_pass))))
         with torch.no_grad():
             old = [
                 log_probabilities(self.model, part, self.temperature) for part in batch.minibatches(self.micro_batch)
@@ -209,7 +211,9 @@ class _Race:
         batch = current.batch
         for candidate in candidates:
             on_turn(candidate.layer)
-            worst = (UPDATES + MOST_TRIES + 1) * max(part.tokens for part in batch.minibatches(current.size))
+            width = batch.input_ids.shape[1]
+            overhead = (2 * TO_COMPARE + (0 if candidate.updates else MOST_TRIES * SEQUENCES_FOR_KL)) * width
+            worst = UPDATES * max(part.tokens for part in batch.minibatches(current.size)) + overhead
             if self._affordable_prompts(worst + batch.tokens) < PROMPTS[0]:
                 return
             if candidate.layer > 0:
@@ -315,7 +319,9 @@ def race(
     assert current is not None  # the budget had room for it
     posterior = turns(current, first)
     if more:
-        posterior = turns(current, _contenders(posterior, [k for k in wanted if k not in first], more))
+        # By their neighbours alone: the prior has had its say where nothing was measured.
+        by_neighbours = fit([0.0] * num_layers, _measured(candidates))
+        posterior = turns(current, _contenders(by_neighbours, [k for k in wanted if k not in first], more))
     for number, finalists in enumerate(FINALISTS, start=1):
         alive = _contenders(posterior, [k for k, c in candidates.items() if number - 1 in c.gains], finalists)
         current = contest.plan(number, len(alive))

@@ -26,7 +26,7 @@ CLIP = 0.2
 LEAST_KL, MOST_KL = 0.005, 0.05  # of the first update: per token, sampled policy against the base
 SEQUENCES_FOR_KL = 16
 TO_COMPARE = 2  # sequences
-FAR, MOST_TRIES = 4, 4  # a KL so many times too large is measured again, so often at most
+FAR, MOST_TRIES = 100, 4  # a KL so many times too large is measured again, so often at most
 
 
 @dataclass(frozen=True)

@@ -75,11 +75,10 @@ def test_without_running_anything(onelayer, tmp_path, options, pick, says):
         (["--out", "no/where.json"], "does not exist"),
     ],
 )
-def test_wrong_use_is_one_line(onelayer, tmp_path, monkeypatch, options, message):
-    monkeypatch.chdir(tmp_path)
+def test_wrong_use_is_one_line(onelayer, tmp_path, options, message):
     code, lines, out = onelayer("probe", BASE, "--task", "arithmetic", *options)
     assert code in (1, 2) and out == ""
-    assert message in lines[-1] and not list(tmp_path.iterdir())
+    assert message in lines[-1] and not list((tmp_path / "work").iterdir())
 
 
 def test_an_existing_file_is_kept(onelayer, tmp_path):

@@ -29,7 +29,17 @@ LAYERS = [0, 3, 5, 11]
 ROWS = 1 + 2 * (1 + len(LAYERS))
 
 
-def sweep(out, seeds=(0, 1), layers=LAYERS, sleep=0.05, workers=2, settings=None, **options):
+def sweep(
+    out,
+    seeds=(0, 1),
+    layers=LAYERS,
+    sleep=0.05,
+    workers=2,
+    settings=None,
+    learning_rate=3e-3,
+    full_learning_rate=3e-4,
+    **options,
+):
     """A sweep of runs that compute nothing, on the real demo model's description."""
     settings = {"sleep": sleep} | (settings or {})
     return sweep_layers(
@@ -39,8 +49,8 @@ def sweep(out, seeds=(0, 1), layers=LAYERS, sleep=0.05, workers=2, settings=None
         layers=layers,
         steps=2,
         seeds=seeds,
-        learning_rate=3e-3,
-        full_learning_rate=3e-4,
+        learning_rate=learning_rate,
+        full_learning_rate=full_learning_rate,
         settings=settings,
         problems=200,
         workers=workers,
@@ -119,6 +129,25 @@ def test_the_search_for_learning_rates(tmp_path):
     }
     assert len(rows) == 4 + 1 + 1 + 4 and [k for k in range(12) if profile.means[k]] == [0, 1, 2, 5]
     assert profile.cost["tokens_trained"] == 9 * 40  # the search's runs are counted
+
+
+def test_each_block_at_a_rate_of_its_own(tmp_path):
+    rates = {0: 1e-4, 3: 2e-4, 5: 3e-3, 11: 3e-3}
+    profile = sweep(tmp_path / "out", seeds=(0,), learning_rate=rates)
+    rows = fake_runs.stored(tmp_path / "out").values()
+    trained = {r["spec"]["layer"]: r["spec"]["settings"].get("learning_rate") for r in rows}
+    assert trained == {**rates, "full": 3e-4, "base": None}
+    assert profile.learning_rates == [rates.get(k) for k in range(12)]
+    assert profile.learning_rate == rates[profile.order[0]]
+    lines = {row["layer"]: row for row in csv.DictReader(profile.to_csv().splitlines())}
+    assert {k: float(lines[str(k)]["learning_rate"]) for k in rates} == rates
+    assert SweepProfile.from_json(profile.to_json()) == profile
+
+    with pytest.raises(ValueError, match="no learning rate for block 11; there are rates for"):
+        sweep(tmp_path / "out2", learning_rate={0: 1e-4, 3: 2e-4, 5: 3e-3})
+    with pytest.raises(ValueError, match="full_learning_rate must be given too"):
+        sweep(tmp_path / "out3", learning_rate=rates, full_learning_rate=None)
+    assert sweep(tmp_path / "out4", seeds=(0,)).learning_rates is None
 
 
 def in_a_process_to_kill(function, *arguments, **keywords):

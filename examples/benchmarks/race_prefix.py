@@ -1,0 +1,69 @@
+"""What starting at the candidate's block saves a race, and that it changes nothing.
+
+A Llama-like model of 24 blocks of width 256. For a block, the four updates of a race's turn on one batch are timed with
+whole passes and with passes that start from the hidden states that enter the block, in turn, and the ratio is taken
+pair by pair; also whether the trained weights are bit-equal. The states are kept once for all candidates, and making
+them is not timed.
+
+    python examples/benchmarks/race_prefix.py [--pairs N]
+"""
+
+import argparse
+import statistics
+import time
+from dataclasses import replace
+
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from peft_onelayer.probe.updates import Batch, Candidate, at_work, log_probabilities, start_at, update
+
+NUM_LAYERS, WIDTH, BATCH, LENGTH, PROMPT = 24, 256, 16, 64, 16
+
+
+def turn(model: LlamaForCausalLM, batch: Batch, layer: int) -> tuple[float, list[torch.Tensor]]:
+    """Seconds of the four updates, and the weights behind them."""
+    candidate = Candidate(layer, 1e-4)
+    with at_work(model, candidate) as wrapped:
+        start = time.perf_counter()
+        update(wrapped, candidate, batch, steps=4, size=BATCH, micro_batch=BATCH)
+        seconds = time.perf_counter() - start
+    assert candidate.weights is not None
+    return seconds, candidate.weights
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--pairs", type=int, default=5)
+    pairs = parser.parse_args().pairs
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=1000,
+        hidden_size=WIDTH,
+        intermediate_size=4 * WIDTH,
+        num_hidden_layers=NUM_LAYERS,
+        num_attention_heads=8,
+    )
+    model = LlamaForCausalLM(config).eval()
+    ids = torch.randint(1000, (BATCH, LENGTH))
+    generated = torch.ones(BATCH, LENGTH - PROMPT, dtype=torch.bool)
+    whole = Batch(ids, torch.ones_like(ids), generated, torch.randn(BATCH))
+    with torch.no_grad():
+        whole = replace(whole, old=log_probabilities(model, whole))
+    print(f"{NUM_LAYERS} blocks of width {WIDTH}, batch {BATCH} x {LENGTH}, one CPU thread")
+    print("block   whole   from the block   from/whole (median, min-max)   weights bit-equal")
+    started = whole
+    for layer in (1, 6, 12, 18, 23):
+        started = start_at(model, started, layer, micro_batch=BATCH)
+        assert started.entering is not None
+        runs = [(turn(model, whole, layer), turn(model, started, layer)) for _ in range(pairs)]
+        ratios = [part / all_of_it for (all_of_it, _), (part, _) in runs]
+        equal = all(torch.equal(x, y) for (_, a), (_, b) in runs for x, y in zip(a, b, strict=True))
+        seconds = [statistics.median(run[i][0] for run in runs) for i in (0, 1)]
+        spread = f"{statistics.median(ratios):.2f} ({min(ratios):.2f}-{max(ratios):.2f})"
+        print(f"{layer:5}  {seconds[0]:5.2f} s  {seconds[1]:13.2f} s   {spread:>28}   {equal!s:>17}")
+
+
+if __name__ == "__main__":
+    main()
