@@ -54,15 +54,17 @@ def probe_layers(
         on_candidate: called before each candidate's turn with the round, the block, and the share of the budget spent.
 
     Raises:
-        ValueError: no such method; a budget not above 0; a profile that is missing, or of a model of another depth.
-            `BudgetError` where a race was asked for and the budget has no room for it, `NothingToLearnError` where
-            the rewards are equal within every group of completions.
+        ValueError: no such method; fewer than two blocks for a race; a budget not above 0; a profile that is missing or
+            of another depth. `BudgetError` where a race was asked for and the budget has no room for it,
+            `NothingToLearnError` where the rewards are equal within every group of completions.
     """
     num_layers = len(find_decoder_stack(model).blocks)
     chosen = list(range(num_layers)) if layers is None else resolve_layers(layers, num_layers)
     if method not in METHODS:
         raise ValueError(f"no probe {method!r}; the methods are {', '.join(METHODS)}")
     if method in ("auto", "race"):
+        if len(chosen) < 2:
+            raise ValueError(f"there is nothing to choose: of {num_layers} blocks only {chosen} may be picked")
         if not 0 < budget < math.inf:
             raise ValueError(f"a budget is a share of a training run, above 0, such as {BUDGET}; got {budget}")
         try:

@@ -14,6 +14,7 @@ import statistics
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from statistics import NormalDist
 
 import numpy as np
 import torch
@@ -311,7 +312,13 @@ def race(
         for layer in layers:
             candidates.setdefault(layer, Candidate(layer, contest.learning_rate))
         contest.run(current, [candidates[k] for k in sorted(layers)], on_turn)
-        return fit(prior, _measured(candidates))
+        measured = _measured(candidates)
+        if not measured:
+            raise BudgetError(
+                f"a budget of {budget:g} of a run of {training_steps} steps was spent before two blocks had a turn; "
+                "allow more, or take the method prior"
+            )
+        return fit(prior, measured)
 
     first = _spread(wanted, min(affordable, max(FEWEST, math.ceil(FIRST * len(wanted)))))
     more = min(MORE, len(wanted) - len(first), affordable - len(first))
@@ -395,9 +402,11 @@ def _ranking(
 
     rounds = _measured(candidates)
     updates = rounds[-1].updates
-    # Whether it beats the base is asked of its own gains: the posterior leaves the rounds' offsets open.
+    # Whether it beats the base is asked of its own gains, since the posterior leaves the rounds' offsets open, and at
+    # a level for the best of so many.
+    z = NormalDist().inv_cdf(1 - 0.025 / len(candidates))
     own = [(m.gains[i], m.covariance[i, i]) for m in rounds for i, layer in enumerate(m.layers) if layer == best]
-    beats_base = sum(gain for gain, _ in own) > Z_95 * math.sqrt(sum(variance for _, variance in own))
+    beats_base = sum(gain for gain, _ in own) > z * math.sqrt(sum(variance for _, variance in own))
 
     def each(values: Mapping[int, float] | Sequence[float] | np.ndarray, among: Iterable[int]) -> list[float | None]:
         found = {k: float(values[k]) for k in among}

@@ -37,20 +37,21 @@ def plot_rewards(rewards: Sequence[float], path: Path, title: str, window: int =
 
 
 def plot_ranking(ranking: LayerRanking, path: Path, title: str) -> None:
-    """Draw the measured layers' scores with 95 % intervals; the pick in colour, those tied with the best lighter."""
+    """Draw the ranked layers' scores, with 95 % intervals where there are errors; the pick and its ties in colour."""
     figure, axes = new_figure()
     layers = sorted(ranking.order)
-    scores = [100 * (ranking.scores[layer] or 0.0) for layer in layers]
+    scale = 100 if ranking.measured else 1
+    scores = [scale * (ranking.scores[layer] or 0.0) for layer in layers]
     errors = [196 * (ranking.errors[layer] or 0.0) for layer in layers]
     colours = [ORANGE if layer == ranking.pick else BLUE if layer in ranking.tied else GREY for layer in layers]
     axes.bar(layers, scores, yerr=errors, color=colours, error_kw={"ecolor": "#444444", "capsize": 2, "linewidth": 1})
     axes.axhline(0, color="#444444", linewidth=0.8)
     axes.set_xticks(layers)
-    axes.set(title=title, xlabel="block", ylabel="accuracy gained (points)")
+    axes.set(title=title, xlabel="block", ylabel="accuracy gained (points)" if ranking.measured else "score")
     for colour, label in ((ORANGE, "pick"), (BLUE, "tied with the best (95 %)"), (GREY, "behind the best")):
         if colour in colours:
             axes.bar([layers[0]], [0], color=colour, label=label)
-    axes.legend(frameon=False)
+    figure.legend(frameon=False, loc="outside lower center", ncols=3)
     figure.savefig(path)
 
 

@@ -1,6 +1,7 @@
 """The race on the demo model: what it leaves, what it spends, and that it finds a damaged block."""
 
 import math
+import random
 
 import demo_model
 import pytest
@@ -105,6 +106,30 @@ def test_rewards_that_teach_nothing():
     )
     with pytest.raises(NothingToLearnError, match=r"equal for each of \d+ prompts of hopeless \(mean 0\.00\)"):
         race(model, tokenizer, hopeless, budget=0.02)
+
+
+def test_nothing_is_picked_where_nothing_can_be_learnt():
+    """Rewards from a stream of random numbers."""
+    model, tokenizer = demo_model.load()
+    stream = random.Random(0)
+    luck = Task(
+        name="luck",
+        rows=ARITHMETIC.rows,
+        reward=lambda completions, **_: [float(stream.random() < 0.3) for _ in completions],
+        max_completion_tokens=5,
+        data={},
+    )
+    ranking = race(model, tokenizer, luck, budget=0.1)
+    assert ranking.pick is None and ranking.choice == "mid-5"
+    assert len(ranking.tied) > 6
+
+
+def test_fewer_than_two_blocks_are_no_choice():
+    model, tokenizer = demo_model.load()
+    with pytest.raises(ValueError, match=r"nothing to choose: of 12 blocks only \[3\]"):
+        probe_layers(model, tokenizer, ARITHMETIC, layers=3)
+    two = probe_layers(model, tokenizer, ARITHMETIC, layers=[3, 8], budget=0.05)
+    assert sorted(two.order) == [3, 8]
 
 
 @pytest.mark.slow
