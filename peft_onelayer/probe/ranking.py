@@ -6,8 +6,8 @@ It does not know how the scores were made.
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, dataclass, field
-from typing import Any
+from dataclasses import asdict, dataclass
+from typing import Any, ClassVar, Self
 
 from peft_onelayer.tuner import resolve_layers
 
@@ -39,6 +39,8 @@ class LayerRanking:
         rounds: of a race: by layer, [updates so far, gain in mean reward, its standard error] of each of its rounds.
     """
 
+    KIND: ClassVar[str] = "a layer ranking"
+
     model: str
     revision: str | None
     num_layers: int
@@ -55,7 +57,7 @@ class LayerRanking:
     learning_rates: list[float | None] | None = None
     expected: float | None = None
     rounds: dict[str, list[list[float]]] | None = None
-    format: str = field(default=FORMAT)
+    format: str = FORMAT
 
     @property
     def measured(self) -> bool:
@@ -86,16 +88,16 @@ class LayerRanking:
         return json.dumps(asdict(self), indent=2) + "\n"
 
     @classmethod
-    def from_json(cls, text: str) -> LayerRanking:
+    def from_json(cls, text: str) -> Self:
         """Read what `to_json` wrote.
 
         Raises:
             ValueError: not JSON, another format, or fields missing or unknown.
         """
         fields: dict[str, Any] = json.loads(text)
-        if not isinstance(fields, dict) or fields.get("format") != FORMAT:
-            raise ValueError(f'not a layer ranking: expected a JSON object with "format": "{FORMAT}".')
+        if not isinstance(fields, dict) or fields.get("format") != cls.format:
+            raise ValueError(f'not {cls.KIND}: expected a JSON object with "format": "{cls.format}".')
         try:
             return cls(**fields)
         except TypeError as error:
-            raise ValueError(f"not a layer ranking: {error}.") from None
+            raise ValueError(f"not {cls.KIND}: {error}.") from None

@@ -7,10 +7,9 @@ from __future__ import annotations
 
 import csv
 import io
-import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, ClassVar
 
 import numpy as np
 
@@ -48,6 +47,8 @@ class SweepProfile(LayerRanking):
         greedy: {"base", "full", "means"}: the same by greedy decoding; None where it was not asked for.
     """
 
+    KIND: ClassVar[str] = "a layer profile of a sweep"
+
     contribution: list[float | None]
     contribution_errors: list[float | None]
     undefined: str | None
@@ -67,22 +68,7 @@ class SweepProfile(LayerRanking):
     split: str
     stopped: dict[str, list[int]]
     greedy: dict[str, Any] | None
-    format: str = field(default=FORMAT)
-
-    @classmethod
-    def from_json(cls, text: str) -> SweepProfile:
-        """Read what `to_json` wrote.
-
-        Raises:
-            ValueError: not JSON, another format, or fields missing or unknown.
-        """
-        fields: dict[str, Any] = json.loads(text)
-        if not isinstance(fields, dict) or fields.get("format") != FORMAT:
-            raise ValueError(f'not a layer profile of a sweep: expected a JSON object with "format": "{FORMAT}".')
-        try:
-            return cls(**fields)
-        except TypeError as error:
-            raise ValueError(f"not a layer profile of a sweep: {error}.") from None
+    format: str = FORMAT
 
     def to_csv(self) -> str:
         """One line for the base, for full, and for each layer that was to be measured."""
