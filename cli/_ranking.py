@@ -41,10 +41,11 @@ def describe(ranking: LayerRanking) -> list[str]:
     """What a ranking says, line by line: the best block and its ties, what to train, and what it cost."""
     best = ranking.order[0] if ranking.pick is None else ranking.pick
     if not ranking.measured:
-        where = "by depth alone (the mean of seven published profiles; no model was run)"
+        where = "by depth alone, as in seven published profiles"
         if ranking.method == "profile":
             where = "by the profile; profiles of one model on two tasks correlate .59 to .76 (arXiv 2607.01232)"
-        return [f"block {best} is the first choice {where}"]
+        lines = [f"block {best} is the first choice {where}"]
+        return [f"no race: {ranking.fallback}", *lines] if ranking.fallback else lines
     score, error = POINTS * (ranking.scores[best] or 0), POINTS * (ranking.errors[best] or 0)
     updates = max(measured[-1][0] for measured in (ranking.rounds or {}).values() if measured)
     gain = f"{score:+.1f} points of reward after {updates:.0f} updates (standard error {error:.1f})"

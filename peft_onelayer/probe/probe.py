@@ -14,7 +14,7 @@ from peft_onelayer.tuner import find_decoder_stack, resolve_layers
 from peft_onelayer.tuner.model import commit_hash
 
 from .prior import depth_prior
-from .race import BudgetError, race
+from .race import NO_COST, BudgetError, race
 from .ranking import LayerRanking
 
 if TYPE_CHECKING:
@@ -43,8 +43,8 @@ def probe_layers(
 
     Args:
         method: "auto", a race whose belief starts from the depth prior, or where the budget has no room for a race the
-            prior alone (the ranking's `method` then says so); "race", the same without the prior; "prior", the depth
-            prior, at no cost; "profile", a measured profile of the same base.
+            prior alone, which the ranking's `method` and `fallback` say; "race", the same without the prior; "prior",
+            the depth prior, at no cost; "profile", a measured profile of the same base.
         budget: of a race: tokens to spend, as a share of those of one training run.
         layers: blocks to rank (default: all), as `SingleLayerConfig` takes them.
         training_steps: length of the training run that the block is chosen for.
@@ -62,6 +62,7 @@ def probe_layers(
     chosen = list(range(num_layers)) if layers is None else resolve_layers(layers, num_layers)
     if method not in METHODS:
         raise ValueError(f"no probe {method!r}; the methods are {', '.join(METHODS)}")
+    cost, fallback = NO_COST, None
     if method in ("auto", "race"):
         if len(chosen) < 2:
             raise ValueError(f"there is nothing to choose: of {num_layers} blocks only {chosen} may be picked")
@@ -81,10 +82,10 @@ def probe_layers(
                 batch_size=batch_size,
                 on_candidate=on_candidate,
             )
-        except BudgetError:
+        except BudgetError as error:
             if method == "race":
                 raise
-            method = "prior"
+            method, cost, fallback = "prior", error.cost, str(error)
     if method == "prior":
         scores: list[float | None] = list(depth_prior(num_layers))
     else:
@@ -103,9 +104,10 @@ def probe_layers(
         tied=[k for k in order if scores[k] == scores[order[0]]],
         pick=order[0],
         learning_rate=recipe.settings.get("learning_rate") if recipe else None,
-        cost={"tokens_generated": 0, "tokens_trained": 0, "seconds": 0.0, "share": 0.0},
+        cost=dict(cost),
         task=task.name,
         seed=seed,
+        fallback=fallback,
     )
 
 

@@ -56,10 +56,19 @@ MINIBATCH = 16, 128  # completions of an update, least and most
 SCORING = 0.3  # share of a round that is spent on its scores
 PROMPTS = 8, 128  # of a score, least and most
 Z_95 = 1.959964
+NO_COST: dict[str, float] = {"tokens_generated": 0, "tokens_trained": 0, "seconds": 0.0, "share": 0.0}
 
 
 class BudgetError(ValueError):
-    """The budget has no room for a race."""
+    """The budget has no room for a race.
+
+    Attributes:
+        cost: what was spent on finding that out, as in `LayerRanking`.
+    """
+
+    def __init__(self, message: str, cost: dict[str, float] = NO_COST) -> None:
+        super().__init__(f"{message}, or take the method prior")
+        self.cost = cost
 
 
 class NothingToLearnError(ValueError):
@@ -112,6 +121,7 @@ class _Race:
         seed: int,
         batch_size: int,
     ) -> None:
+        self.start = time.perf_counter()
         self.model, self.tokenizer, self.task = model, tokenizer, task
         self.seed, self.batch_size = seed, batch_size
         settings = recipe.config(output_dir="unused")
@@ -129,7 +139,7 @@ class _Race:
         if self.chunk < 1:
             raise BudgetError(
                 f"a budget of {budget:g} of a run that generates {generated:,.0f} completions has no room for a race; "
-                f"allow at least {SAMPLES / SHARED_SHARE / generated:.2g}, or take the method prior"
+                f"allow at least {SAMPLES / SHARED_SHARE / generated:.2g}"
             )
         base = self._generate(0, self.chunk)
         self.of_completion = _mean(r.tokens for group in base for r in group)
@@ -181,6 +191,16 @@ class _Race:
             ]
         self.spent.trained += batch.tokens
         return replace(batch, old=torch.cat(old))
+
+    @property
+    def cost(self) -> dict[str, float]:
+        """So far, as in `LayerRanking`."""
+        return {
+            "tokens_generated": self.spent.generated,
+            "tokens_trained": self.spent.trained,
+            "seconds": round(time.perf_counter() - self.start, 1),
+            "share": round((self.spent.generated + self.spent.trained) / self.one_run, 4),
+        }
 
     def affordable(self) -> int:
         """How many candidates the first round has room for."""
@@ -282,7 +302,6 @@ def race(
         BudgetError: the budget has no room for a round with three blocks.
         NothingToLearnError: rewards that are equal within every group of completions.
     """
-    start = time.perf_counter()
     num_layers = len(find_decoder_stack(model).blocks)
     contest = _Race(
         model,
@@ -300,7 +319,8 @@ def race(
         needed = budget * min(FEWEST, len(wanted)) / max(affordable, 0.5)
         raise BudgetError(
             f"a budget of {budget:g} of a run of {training_steps} steps has no room for a round with "
-            f"{min(FEWEST, len(wanted))} blocks; allow about {needed:.2g}, or take the method prior"
+            f"{min(FEWEST, len(wanted))} blocks; allow about {needed:.2g}",
+            contest.cost,
         )
     prior = depth_prior(num_layers) if use_prior else [0.0] * num_layers
     candidates: dict[int, Candidate] = {}
@@ -314,16 +334,18 @@ def race(
         contest.run(current, [candidates[k] for k in sorted(layers)], on_turn)
         measured = _measured(candidates)
         if not measured:
-            raise BudgetError(
-                f"a budget of {budget:g} of a run of {training_steps} steps was spent before two blocks had a turn; "
-                "allow more, or take the method prior"
-            )
+            raise too_small
         return fit(prior, measured)
 
     first = _spread(wanted, min(affordable, max(FEWEST, math.ceil(FIRST * len(wanted)))))
     more = min(MORE, len(wanted) - len(first), affordable - len(first))
+    too_small = BudgetError(
+        f"a budget of {budget:g} of a run of {training_steps} steps ends before two blocks had a turn; allow more",
+        contest.cost,
+    )
     current = contest.plan(0, len(first) + more)
-    assert current is not None  # the budget had room for it
+    if current is None:
+        raise too_small
     posterior = turns(current, first)
     if more:
         # By their neighbours alone: the prior has had its say where nothing was measured.
@@ -335,7 +357,7 @@ def race(
         if current is None or len(alive) < 2:
             break
         posterior = turns(current, alive)
-    return _ranking(contest, {k: c for k, c in candidates.items() if c.gains}, wanted, posterior, use_prior, start)
+    return _ranking(contest, {k: c for k, c in candidates.items() if c.gains}, wanted, posterior, use_prior)
 
 
 def _clamp(value: float, least: int, most: int) -> int:
@@ -386,7 +408,6 @@ def _ranking(
     wanted: list[int],
     posterior: Posterior,
     use_prior: bool,
-    start: float,
 ) -> LayerRanking:
     num_layers = len(posterior.mean)
     draws = posterior.draws()
@@ -398,7 +419,6 @@ def _ranking(
     spread = (draws[:, [best]] - draws).std(axis=0)  # the paired 95 % interval of the difference from the best holds 0
     tied = [k for k in order if k == best or posterior.mean[best] - posterior.mean[k] <= Z_95 * spread[k]]
     top = float(draws[:, wanted].max(axis=1).mean())
-    spent = contest.spent
 
     rounds = _measured(candidates)
     updates = rounds[-1].updates
@@ -424,12 +444,7 @@ def _ranking(
         tied=tied,
         pick=best if beats_base else None,
         learning_rate=contest.learning_rate,
-        cost={
-            "tokens_generated": spent.generated,
-            "tokens_trained": spent.trained,
-            "seconds": round(time.perf_counter() - start, 1),
-            "share": round((spent.generated + spent.trained) / contest.one_run, 4),
-        },
+        cost=contest.cost,
         task=contest.task.name,
         seed=contest.seed,
         learning_rates=each(rates, rates),

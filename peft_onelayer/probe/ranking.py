@@ -36,6 +36,7 @@ class LayerRanking:
         seed: seed of data, sampling and training.
         learning_rates: the rate for each layer: lower than `learning_rate` where a step at it moves the policy too far.
         expected: expected gain of the pick over that of the best layer, C(pick) / C(best), where there is a posterior.
+        fallback: why there is no race where one was asked for.
         rounds: of a race: by layer, [updates so far, gain in mean reward, its standard error] of each of its rounds.
     """
 
@@ -57,6 +58,7 @@ class LayerRanking:
     learning_rates: list[float | None] | None = None
     expected: float | None = None
     rounds: dict[str, list[list[float]]] | None = None
+    fallback: str | None = None
     format: str = FORMAT
 
     @property

@@ -36,7 +36,11 @@ def test_a_race_prints_and_writes_its_ranking(onelayer, tmp_path):
     [
         (["--method", "prior"], 5, "by depth alone"),
         (["--method", "prior", "--layers", "7-10"], 7, "by depth alone"),
-        (["--budget", "0.1", "--steps", "2"], 5, "by depth alone"),  # no room for a race
+        (
+            ["--budget", "0.1", "--steps", "2"],
+            5,
+            "no race: a budget of 0.1 of a run that generates 384",
+        ),  # no room for a race
         (["--method", "profile", "--profile", "PROFILE"], 2, "by the profile"),
     ],
 )

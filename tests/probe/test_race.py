@@ -93,6 +93,9 @@ def test_a_budget_too_small_says_what_it_needs():
         race(model, tokenizer, ARITHMETIC, budget=0.002)
     fallen_back = probe_layers(model, tokenizer, ARITHMETIC, budget=0.1, training_steps=2)
     assert fallen_back.method == "prior" and fallen_back.pick == 5 and fallen_back.cost["share"] == 0
+    assert fallen_back.fallback.startswith("a budget of 0.1 of a run that generates 384 completions has no room")
+    fallen_back = probe_layers(model, tokenizer, ARITHMETIC, budget=0.002)
+    assert fallen_back.method == "prior" and 0 < fallen_back.cost["share"] <= 0.002  # it had a look at the base
 
 
 def test_rewards_that_teach_nothing():

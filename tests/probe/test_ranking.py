@@ -25,7 +25,7 @@ def test_json_round_trip_with_the_documented_fields():
     assert LayerRanking.from_json(RANKING.to_json()) == RANKING
     assert json.loads(RANKING.to_json()).keys() == {
         *("format", "model", "revision", "num_layers", "method", "scores", "errors", "order", "tied", "pick"),
-        *("learning_rate", "cost", "task", "seed", "learning_rates", "expected", "rounds"),
+        *("learning_rate", "cost", "task", "seed", "learning_rates", "expected", "rounds", "fallback"),
     }
 
 
