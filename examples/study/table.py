@@ -122,6 +122,7 @@ def write_results(cells: Sequence[Cell], out: Path) -> None:
         text += [f"\n## {title}: {sum(c.damaged == TITLES[title] for c in cases)} cases\n", TABLE_HEAD, *rows]
     text += ["\n## Against the prior, all cases\n", _against(found, DEFAULT, "depth prior")]
     text += [_against(found, "race, budget 25 %", "depth prior")]
+    text += ["\n## Targets\n", *_targets(cases, found)]
     text += ["\n## The first block of each case\n", *_cases(cases, found)]
     text += ["\n## Correlations of whole profiles\n", *_correlations(load(cells, out))]
     (out / "RESULTS.md").write_text("\n".join(text) + "\n")
@@ -211,6 +212,29 @@ def _against(found: list[dict[str, list[Trial]]], method: str, other: str) -> st
         f"Recovery of *{method}* minus that of *{other}*: {np.mean(differences):+.3f}, paired bootstrap "
         f"[{low:+.3f}, {high:+.3f}] over {len(both)} cases: {verdict}.\n"
     )
+
+
+def _targets(cases: Sequence[Case], found: Sequence[dict[str, list[Trial]]]) -> list[str]:
+    """What was aimed at, and what was reached, of auto at its default budget."""
+    lines = ["| bases | figure | target | reached | |", "|---|---|---|---|---|"]
+    for title, damaged in TITLES.items():
+        trials = [t[DEFAULT] for case, t in zip(cases, found, strict=True) if case.damaged == damaged and DEFAULT in t]
+        if not trials:
+            continue
+        recovery = _by_case(trials, lambda t: t.recovery)
+        every = [t for of_case in trials for t in of_case]
+        figures = [("mean recovery", 0.95 if damaged else 0.98, float(np.mean(recovery)))]
+        if damaged:
+            figures.append(("best or tied", 0.80, float(np.mean(_by_case(trials, lambda t: float(t.tied))))))
+        else:
+            figures.append(("worst recovery", 0.95, min(t.recovery for t in every)))
+        lines += [
+            f"| {title} | {name} | >= {target:.2f} | {value:.3f} | {'reached' if value >= target else 'missed'} |"
+            for name, target, value in figures
+        ]
+        most = max(t.share for t in every)
+        lines.append(f"| {title} | share of a run | <= .25 | {most:.3f} | {'reached' if most <= 0.25 else 'missed'} |")
+    return lines
 
 
 def _cases(cases: Sequence[Case], found: list[dict[str, list[Trial]]]) -> list[str]:
