@@ -160,8 +160,8 @@ damaged cases. Toy models of half a million parameters: evidence about the metho
 
 Truth: a full sweep, 100 steps of 16 prompts x 8 completions a block, 512 held-out problems x 4 samples. Shares of cost
 are of the demo's run, 150 steps of 24 x 8, which has 2.25 times the tokens of one of the truth's. `recovery` is
-C(pick) / C(best); `best or tied` counts picks whose paired 95 % interval of the difference from the best holds 0. In
-brackets: 95 % bootstrap intervals over cases."""
+C(pick) / C(best); `best or tied` counts picks whose paired 95 % interval of the difference from the best holds 0;
+a race that picks nothing counts by its first block. In brackets: 95 % bootstrap intervals over cases."""
 
 TABLE_HEAD = """| method | Spearman | recovery, mean | worst | best or tied | share of a run, mean (most) | seconds |
 |---|---|---|---|---|---|---|"""
