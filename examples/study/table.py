@@ -72,6 +72,12 @@ class Case:
     def of_seed(self, seed: int) -> SweepProfile:
         return SweepProfile.from_json((self.truth_folder / f"seed{seed}.json").read_text())
 
+    @property
+    def run(self) -> float:
+        """Tokens of the training run that the costs are shares of."""
+        cost = json.loads(next(iter(sorted(self.folder.glob("auto-0.25-*.json")))).read_text())["cost"]
+        return (cost["tokens_generated"] + cost["tokens_trained"]) / cost["share"]
+
     def of_scores(self, scores: Sequence[float], share: float = 0.0, seconds: float = 0.0) -> list[Trial]:
         return [self.trial(scores, int(np.argmax(scores)), share, seconds)]
 
@@ -100,7 +106,7 @@ def methods(case: Case, cases: Sequence[Case]) -> dict[str, list[Trial]]:
     if path.exists():
         one = json.loads(path.read_text())
         for name in NAMES:
-            trials[f"one batch: {name}"] = case.of_scores(one["scores"][name], 0.0, one["seconds"])
+            trials[f"one batch: {name}"] = case.of_scores(one["scores"][name], one["tokens"] / case.run, one["seconds"])
     trials["short runs, 8 steps a block"] = case.of_ranking("short")
     trials["race, budget 25 %"] = case.of_ranking("race-0.25")
     for budget in ("0.05", "0.1", "0.25", "0.5", "1"):
@@ -147,7 +153,7 @@ def _table(
 ) -> list[str]:
     chosen = [trials for case, trials in zip(cases, found, strict=True) if case.damaged == damaged]
     present = [name for name in names if any(name in trials for trials in chosen)]
-    return [_row(name, [trials[name] for trials in chosen if name in trials]) for name in present]
+    return [_row(name, [trials[name] for trials in chosen if name in trials], len(chosen)) for name in present]
 
 
 TITLES = {"Undamaged bases": False, "Bases with one damaged block": True}
@@ -167,7 +173,7 @@ TABLE_HEAD = """| method | Spearman | recovery, mean | worst | best or tied | sh
 |---|---|---|---|---|---|---|"""
 
 
-def _row(name: str, trials: list[list[Trial]]) -> str:
+def _row(name: str, trials: list[list[Trial]], cases: int) -> str:
     """One line: means over the trials of a case, then over cases."""
     recovery, tied = _by_case(trials, lambda t: t.recovery), _by_case(trials, lambda t: float(t.tied))
     rho = [
@@ -178,9 +184,10 @@ def _row(name: str, trials: list[list[Trial]]) -> str:
     every = [t for of_case in trials for t in of_case]
     worst = f"{min(t.recovery for t in every):.2f}" if "mean of all" not in name else ""
     share = [t.share for t in every]
+    of = f" ({len(trials)} of {cases} cases)" if len(trials) < cases else ""
     cost = f"{np.mean(share):.1%} ({max(share):.1%})".replace("%", " %") if max(share) else "0"
     return (
-        f"| {name} | {_interval(rho) if rho else ''} | {_interval(recovery)} | {worst} | {_interval(tied)} | "
+        f"| {name}{of} | {_interval(rho) if rho else ''} | {_interval(recovery)} | {worst} | {_interval(tied)} | "
         f"{cost} | {np.mean([t.seconds for t in every]):.0f} |"
     )
 

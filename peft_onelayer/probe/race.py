@@ -48,8 +48,8 @@ SHARED = 256  # informative completions of the base that are wanted
 SHARED_SHARE = 0.2  # of the budget, at most, for generating them
 ROUNDS = (0.6, 0.25, 0.15)  # shares of the rest for each round
 DECAY = (1.0, 0.7, 0.5)  # of the learning rates in each
-FIRST, MORE = 0.5, 2  # share of the blocks that start, evenly spread, and how many of the others join them
-FINALISTS = (4, 3)  # of the later rounds
+FIRST, MORE = 0.5, 2  # share of the blocks that start, evenly spread, and how many of the others join them, at least
+FINALISTS = (4, 3)  # of the later rounds, at least
 FEWEST = 3  # candidates of the first
 UPDATES = 4  # of a round
 MINIBATCH = 16, 128  # completions of an update, least and most
@@ -207,6 +207,11 @@ class _Race:
         least = UPDATES * MINIBATCH[0] * self.of_pass + PROMPTS[0] * SAMPLES * self.of_completion
         return int(self.spent.left * ROUNDS[0] / least) - 2
 
+    def room(self, number: int) -> int:
+        """How many candidates the `number`-th round has room for when nobody's turn could use more."""
+        most = UPDATES * MINIBATCH[1] * self.of_pass / (1 - SCORING)
+        return int(self.spent.left * ROUNDS[number] / sum(ROUNDS[number:]) / most) - 2
+
     def plan(self, number: int, candidates: int) -> _Round | None:
         """The `number`-th round for so many candidates; None where too little of the budget is left."""
         each = self.spent.left * ROUNDS[number] / sum(ROUNDS[number:]) / (candidates + 2)
@@ -337,7 +342,8 @@ def race(
             raise too_small
         return fit(prior, measured)
 
-    first = _spread(wanted, min(affordable, max(FEWEST, math.ceil(FIRST * len(wanted)))))
+    start = max(FEWEST, math.ceil(FIRST * len(wanted)), contest.room(0) - MORE)
+    first = _spread(wanted, min(affordable, start))
     more = min(MORE, len(wanted) - len(first), affordable - len(first))
     too_small = BudgetError(
         f"a budget of {budget:g} of a run of {training_steps} steps ends before two blocks had a turn; allow more",
@@ -352,7 +358,9 @@ def race(
         by_neighbours = fit([0.0] * num_layers, _measured(candidates))
         posterior = turns(current, _contenders(by_neighbours, [k for k in wanted if k not in first], more))
     for number, finalists in enumerate(FINALISTS, start=1):
-        alive = _contenders(posterior, [k for k, c in candidates.items() if number - 1 in c.gains], finalists)
+        alive = _contenders(
+            posterior, [k for k, c in candidates.items() if number - 1 in c.gains], max(finalists, contest.room(number))
+        )
         current = contest.plan(number, len(alive))
         if current is None or len(alive) < 2:
             break
