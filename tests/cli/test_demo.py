@@ -9,6 +9,7 @@ import torch
 from peft import AutoPeftModelForCausalLM
 from safetensors.torch import load_file
 
+import peft_onelayer  # noqa: F401  registers the method, in whatever process this file runs
 from onelayer_cli import demo
 
 
