@@ -25,7 +25,7 @@ def test_results_and_readme_are_written_by_the_script(table, tmp_path):
     shutil.copytree(STUDY / "results", results)
     (results / "RESULTS.md").unlink()
     shutil.copy(ROOT / "README.md", tmp_path)
-    table.write_results([*table.UNDAMAGED, *table.VIOLATING, *table.CORRELATED], results)
+    table.write_results([*table.UNDAMAGED, *table.VIOLATING, *table.CORRELATED], results, tmp_path / "README.md")
     assert (results / "RESULTS.md").read_text() == (STUDY / "results" / "RESULTS.md").read_text()
     assert (tmp_path / "README.md").read_text() == (ROOT / "README.md").read_text()
     assert (results / "curve.png").read_bytes().startswith(b"\x89PNG")

@@ -92,13 +92,14 @@ def main() -> None:
     parser.add_argument("--stages", nargs="+", choices=STAGES, help="of rank (default: all)")
     parser.add_argument("--only", nargs="+", metavar="CASE", help="such as wide12-arithmetic-grpo")
     parser.add_argument("--bases", type=Path, default=HERE / "bases", help="folder of the models")
-    parser.add_argument("--out", type=Path, default=HERE / "results", help="folder of the results")
+    parser.add_argument("--out", type=Path, help="folder of the results (default: results, or quick, beside this file)")
     parser.add_argument("--workers", type=int, help="runs at a time in the sweeps (default: one per core)")
     options = parser.parse_args()
     os.environ["TRL_EXPERIMENTAL_SILENCE"] = "1"
     warnings.filterwarnings("ignore", category=FutureWarning)
     torch.set_num_threads(1)
     transformers.logging.disable_progress_bar()
+    out = options.out or HERE / ("quick" if options.quick else "results")
     parts = options.part or ("bases", "truth", "rank", "table")
     only = options.only or (QUICK if options.quick else None)
     cells = [c for c in (*UNDAMAGED, *VIOLATING, *CORRELATED) if not only or c.name in only]
@@ -108,14 +109,15 @@ def main() -> None:
         if "bases" in parts:
             models.make(next(b for b in (*models.PRETRAINED, *models.DAMAGED) if b.name == cell.base), options.bases)
         if "truth" in parts:
-            measure(cell, options.bases, options.out / "truth", options.workers)
+            measure(cell, options.bases, out / "truth", options.workers)
     if "rank" in parts:
         for stage in options.stages or (STAGES[:2] if options.quick else STAGES):
             for cell in cells:
                 if cell.algorithm == "grpo":
-                    rank(cell, options.bases, options.out / "rankings" / cell.name, stage)
+                    rank(cell, options.bases, out / "rankings" / cell.name, stage)
     if "table" in parts:
-        write_results(cells, options.out)
+        every = cells if options.quick else [*UNDAMAGED, *VIOLATING, *CORRELATED]
+        write_results(every, out, None if out != HERE / "results" else HERE.parents[1] / "README.md")
 
 
 if __name__ == "__main__":

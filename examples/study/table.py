@@ -114,8 +114,8 @@ def methods(case: Case, cases: Sequence[Case]) -> dict[str, list[Trial]]:
     return {name: found for name, found in trials.items() if found}
 
 
-def write_results(cells: Sequence[Cell], out: Path) -> None:
-    """Write RESULTS.md, and curve.png, into `out`."""
+def write_results(cells: Sequence[Cell], out: Path, readme: Path | None) -> None:
+    """Write RESULTS.md, and curve.png, into `out`, and the table of `readme`."""
     cases = load([c for c in cells if c not in CORRELATED], out)
     if not cases:
         raise SystemExit(f"no truth in {out / 'truth'} yet")
@@ -137,7 +137,7 @@ def write_results(cells: Sequence[Cell], out: Path) -> None:
     lines = [TABLE_HEAD.replace("| method |", "| bases, method |")]
     for title, damaged in TITLES.items():
         lines += [row.replace("| ", f"| {title}: ", 1) for row in _table(cases, found, shown, damaged)]
-    if (readme := out.resolve().parents[2] / "README.md").exists():
+    if readme is not None:
         _fill(readme, "\n".join(lines))
 
 

@@ -15,8 +15,6 @@ from importlib.resources import files
 
 import numpy as np
 
-SOURCE = "seven profiles of arXiv 2607.01232 (transcribed by a third party); one of them whole"
-
 
 @functools.cache
 def fitted() -> tuple[float, float]:

@@ -10,11 +10,10 @@ the figures will be used.
 from __future__ import annotations
 
 import math
-import statistics
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from statistics import NormalDist
+from statistics import NormalDist, fmean
 
 import numpy as np
 import torch
@@ -142,8 +141,8 @@ class _Race:
                 f"allow at least {SAMPLES / SHARED_SHARE / generated:.2g}"
             )
         base = self._generate(0, self.chunk)
-        self.of_completion = _mean(r.tokens for group in base for r in group)
-        self.of_pass = _mean(len(r.prompt_ids) + len(r.ids) for group in base for r in group)
+        self.of_completion = fmean(r.tokens for group in base for r in group)
+        self.of_pass = fmean(len(r.prompt_ids) + len(r.ids) for group in base for r in group)
         self.one_run = generated * self.of_completion + trained * self.of_pass
         self.spent.limit = budget * self.one_run
         self.shared = self._shared(base)
@@ -178,7 +177,7 @@ class _Race:
             base += self._generate(1000 + number, self.chunk)
             number += 1
         if batch is None:
-            mean = _mean(r.reward for group in base for r in group)
+            mean = fmean(r.reward for group in base for r in group)
             raise NothingToLearnError(
                 f"the rewards of the base's {SAMPLES} completions are equal for each of {len(base)} prompts of "
                 f"{self.task.name} (mean {mean:.2f}), so that there is nothing to learn from; take an easier or harder "
@@ -260,7 +259,7 @@ class _Race:
                 prompts = min(len(current.reference), self._affordable_prompts())
                 rollouts = self._generate(2000 + current.number, prompts)
             candidate.gains[current.number] = [
-                _mean(r.reward for r in own) - _mean(r.reward for r in base)
+                fmean(r.reward for r in own) - fmean(r.reward for r in base)
                 for own, base in zip(rollouts, current.reference, strict=False)
             ]
             for group, completions in zip(current.completions, rollouts, strict=False):
@@ -370,10 +369,6 @@ def race(
 
 def _clamp(value: float, least: int, most: int) -> int:
     return max(least, min(most, int(value)))
-
-
-def _mean(values: Iterable[float]) -> float:
-    return statistics.fmean(values)
 
 
 def _spread(layers: list[int], n: int) -> list[int]:
