@@ -15,7 +15,7 @@ from pathlib import Path
 
 import numpy as np
 from diagnostics import NAMES
-from truth import CORRELATED, UNDAMAGED, VIOLATING, Cell
+from truth import CORRELATED, VIOLATING, Cell
 
 from peft_onelayer.probe.prior import depth_prior
 from peft_onelayer.sweep.metric import rank_correlation
@@ -275,8 +275,6 @@ def _correlations(cases: Sequence[Case]) -> list[str]:
             if same := by.get(f"{cell.base}-{cell.task}-grpo"):
                 rho = rank_correlation(case.truth.scores, same.truth.scores)
                 lines.append(f"| grpo and {cell.algorithm}, {cell.task} | {cell.base} | {_rho(rho)} |")
-            continue
-        if cell not in UNDAMAGED:
             continue
         other = by.get(f"{cell.base}-sort-grpo")
         if cell.task == "arithmetic" and other:

@@ -43,7 +43,7 @@ class Cell:
 UNDAMAGED = tuple(
     Cell(base, task, seeds=(0, 1)) for base in ("wide12", "deep8", "short6") for task in ("arithmetic", "sort")
 )
-VIOLATING = tuple(Cell(base.name, base.task) for base in DAMAGED)
+VIOLATING = tuple(Cell(base.name, base.task, seeds=(0, 1)) for base in DAMAGED)
 CORRELATED = (Cell("deep8", "arithmetic", "dr_grpo"),)  # truth alone, for the correlation with grpo
 
 

@@ -1,10 +1,10 @@
 """The race: short reinforcement learning of every candidate block, the worse ones dropped on the way.
 
-All candidates learn from the same completions: first of the base, then of all candidates together, which generate on
-prompts and sampling seeds that all share, to be scored. A posterior over depth (posterior.py) says which other blocks
-may join the first ones, and after every round which candidates stay. Every token generated and every token passed
-through the model, the base's own among them, counts against the budget, which is never exceeded. It does not know how
-the figures will be used.
+All candidates learn from the same completions: first of the base, then of all who are still in the race, which generate
+on prompts and sampling seeds that all share, to be scored. A posterior over depth (posterior.py) says which other
+blocks may join the first ones, and after every round which candidates stay. Every token generated and every token
+passed through the model, the base's own among them, counts against the budget, which is never exceeded. It does not
+know how the figures will be used.
 """
 
 from __future__ import annotations
@@ -95,14 +95,14 @@ class _Round:
         reference: the base's completions of the prompts that score the candidates.
         batch: what they learn from.
         size: completions of an update.
-        completions: of each prompt, those of all candidates so far.
+        completions: of each candidate that had its turn, in the order of the prompts.
     """
 
     number: int
     reference: list[list[Rollout]]
     batch: Batch
     size: int
-    completions: list[list[Rollout]]
+    completions: dict[int, list[list[Rollout]]]
 
 
 class _Race:
@@ -225,14 +225,17 @@ class _Race:
             reference=self._generate(2000 + number, prompts),
             batch=self.shared.part(slice(0, UPDATES * size)),
             size=size,
-            completions=[[] for _ in range(prompts)],
+            completions={},
         )
 
-    def run(self, current: _Round, candidates: Sequence[Candidate], on_turn: Callable[[int], None]) -> None:
-        """Give every candidate, in the order of depth, its updates and its gain over the base.
+    def learn_from(self, completions: Sequence[list[list[Rollout]]]) -> None:
+        """Make what some candidates wrote, each on the same prompts, the batch of the next round."""
+        together = [[r for group in groups for r in group] for groups in zip(*completions, strict=False)]
+        if batch := graded_batch(together, self.pad, self.model.device):
+            self.shared = batch.shuffled(self.seed)
 
-        The candidates' completions become the batch of the next round.
-        """
+    def run(self, current: _Round, candidates: Sequence[Candidate], on_turn: Callable[[int], None]) -> None:
+        """Give every candidate, in the order of depth, its updates and its gain over the base."""
         batch = current.batch
         for candidate in candidates:
             on_turn(candidate.layer)
@@ -262,10 +265,7 @@ class _Race:
                 fmean(r.reward for r in own) - fmean(r.reward for r in base)
                 for own, base in zip(rollouts, current.reference, strict=False)
             ]
-            for group, completions in zip(current.completions, rollouts, strict=False):
-                group += completions
-        following = graded_batch(current.completions, self.pad, self.model.device)
-        self.shared = following.shuffled(self.seed) if following else self.shared
+            current.completions[candidate.layer] = rollouts
 
     def _affordable_prompts(self, tokens: int = 0) -> int:
         """Prompts whose completions the budget has room for beside `tokens`, however long they become."""
@@ -357,11 +357,12 @@ def race(
         by_neighbours = fit([0.0] * num_layers, _measured(candidates))
         posterior = turns(current, _contenders(by_neighbours, [k for k in wanted if k not in first], more))
     for number, finalists in enumerate(FINALISTS, start=1):
-        alive = _contenders(
-            posterior, [k for k, c in candidates.items() if number - 1 in c.gains], max(finalists, contest.room(number))
-        )
+        if len(current.completions) < 2:  # the budget ended before they had a turn
+            break
+        alive = _contenders(posterior, list(current.completions), max(finalists, contest.room(number)))
+        contest.learn_from([current.completions[layer] for layer in alive])
         current = contest.plan(number, len(alive))
-        if current is None or len(alive) < 2:
+        if current is None:
             break
         posterior = turns(current, alive)
     return _ranking(contest, {k: c for k, c in candidates.items() if c.gains}, wanted, posterior, use_prior)
@@ -383,16 +384,23 @@ def _spread(layers: list[int], n: int) -> list[int]:
 
 
 def _measured(candidates: Mapping[int, Candidate]) -> list[Measured]:
-    """Each round's gains, with the covariance that their prompts show, for common prompts and random numbers."""
+    """Each round's gains, with the covariance that their prompts show, for common prompts and random numbers.
+
+    One correlation for all pairs: of each its prompts say little, and with fewer prompts than blocks the posterior
+    would take some combination of gains for certain.
+    """
     rounds = []
     for number in range(len(ROUNDS)):
         layers = [k for k, c in sorted(candidates.items()) if number in c.gains]
         if len(layers) > 1:
             prompts = min(len(candidates[k].gains[number]) for k in layers)
             values = np.array([candidates[k].gains[number][:prompts] for k in layers])  # (N, prompts)
-            covariance = np.cov(values) / prompts
             # No completion more or less is the least noise: a few prompts may show none at all.
-            covariance += np.eye(len(layers)) * (prompts * SAMPLES) ** -2.0
+            covariance = np.cov(values) / prompts + np.eye(len(layers)) * (prompts * SAMPLES) ** -2.0
+            error = np.sqrt(np.diag(covariance))
+            scale = np.outer(error, error)
+            pairs = ~np.eye(len(layers), dtype=bool)
+            covariance = np.where(pairs, max(0.0, (covariance / scale)[pairs].mean()) * scale, covariance)
             rounds.append(Measured(layers, UPDATES * (number + 1), values.mean(axis=1), covariance))
     return rounds
 

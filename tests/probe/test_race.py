@@ -4,12 +4,13 @@ import math
 import random
 
 import demo_model
+import numpy as np
 import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
 from peft_onelayer.probe.probe import probe_layers
-from peft_onelayer.probe.race import BudgetError, NothingToLearnError, _measured, race
+from peft_onelayer.probe.race import BudgetError, NothingToLearnError, _measured, _Race, race
 from peft_onelayer.probe.ranking import LayerRanking
 from peft_onelayer.probe.updates import Candidate
 from peft_onelayer.rl.run import Recipe, demo_recipe, train_layer
@@ -98,6 +99,19 @@ def test_a_budget_too_small_says_what_it_needs():
     assert fallen_back.method == "prior" and 0 < fallen_back.cost["share"] <= 0.002  # it had a look at the base
 
 
+def test_a_later_round_in_which_nobody_had_a_turn(monkeypatch):
+    run = _Race.run
+
+    def only_the_first(self, current, *rest):
+        if current.number == 0:
+            run(self, current, *rest)
+
+    monkeypatch.setattr(_Race, "run", only_the_first)
+    model, tokenizer = demo_model.load()
+    ranking = race(model, tokenizer, ARITHMETIC, budget=0.05, layers=[1, 5, 9])
+    assert sorted(ranking.order) == [1, 5, 9] and all(len(rounds) == 1 for rounds in ranking.rounds.values())
+
+
 def test_rewards_that_teach_nothing():
     model, tokenizer = demo_model.load()
     hopeless = Task(
@@ -169,3 +183,15 @@ def test_gains_get_the_covariance_of_their_prompts():
     shared = sum((x - mean[0]) * (y - mean[1]) for x, y in zip(a, b, strict=True)) / 2 / 3
     assert only.covariance[0, 1] == pytest.approx(shared)
     assert math.isclose(only.covariance[0, 0], 0.25 / 3 + (3 * 8) ** -2)
+
+
+def test_few_prompts_leave_no_combination_of_gains_without_noise():
+    stream = random.Random(0)
+    candidates = {k: Candidate(k, 1.0) for k in range(8)}
+    for candidate in candidates.values():
+        candidate.gains[0] = [stream.choice((0.0, 0.125, 0.25)) for _ in range(8)]
+    (only,) = _measured(candidates)
+    variances = [float(v) for v in only.covariance.diagonal()]
+    assert np.linalg.eigvalsh(only.covariance)[0] > 0.1 * min(variances)
+    gains = np.array([candidates[k].gains[0] for k in range(8)])
+    assert np.linalg.eigvalsh(np.cov(gains) / 8)[0] < 1e-6 * min(variances)  # as the prompts alone would have it
