@@ -25,7 +25,8 @@ def test_results_and_readme_are_written_by_the_script(table, tmp_path):
     shutil.copytree(STUDY / "results", results)
     (results / "RESULTS.md").unlink()
     shutil.copy(ROOT / "README.md", tmp_path)
-    table.write_results([*table.UNDAMAGED, *table.VIOLATING, *table.CORRELATED], results, tmp_path / "README.md")
+    truth = sys.modules["truth"]
+    table.write_results([*truth.UNDAMAGED, *truth.VIOLATING, *truth.CORRELATED], results, tmp_path / "README.md")
     assert (results / "RESULTS.md").read_text() == (STUDY / "results" / "RESULTS.md").read_text()
     assert (tmp_path / "README.md").read_text() == (ROOT / "README.md").read_text()
     assert (results / "curve.png").read_bytes().startswith(b"\x89PNG")
@@ -33,7 +34,7 @@ def test_results_and_readme_are_written_by_the_script(table, tmp_path):
 
 def test_no_race_of_the_study_spent_more_than_its_budget(table):
     seen = 0
-    for path in (STUDY / "results" / "rankings").rglob("*-0*-*.json"):
+    for path in (STUDY / "results" / "rankings").rglob("*-*-*.json"):
         method, budget, _ = path.stem.split("-")
         share = table.json.loads(path.read_text())["cost"]["share"]
         assert method in ("auto", "race") and 0 < share <= float(budget)
