@@ -1,6 +1,7 @@
 """The Ray engine on a cluster of two nodes of this machine, one of which is killed in the middle."""
 
 import sys
+import time
 from collections import Counter
 from dataclasses import replace
 
@@ -40,13 +41,18 @@ def cluster(light_workers, monkeypatch):
 def test_a_node_lost_in_the_middle(tmp_path, cluster):
     from peft_onelayer.sweep.engines.ray_engine import run
 
-    todo = specs(range(10), sleep=1.0)
+    todo = specs(range(10), sleep=2.0)
     rows, lost = [], None
+
+    def begun_there():
+        return (tmp_path / "log").read_text().split().count("second")
+
     for row in run(todo, folder=tmp_path, run_row=fake_runs.run):
         rows.append(row)
-        there = (tmp_path / "log").read_text().split().count("second")
-        done_there = sum(row["versions"]["node"] == "second" for row in rows)
-        if lost is None and len(rows) > 1 and there > done_there:  # a run is going on there
+        if lost is None and row["versions"]["node"] == "second":
+            before, deadline = begun_there(), time.monotonic() + 60
+            while begun_there() == before and time.monotonic() < deadline:  # so that its next run has just begun
+                time.sleep(0.02)
             cluster.remove_node(cluster.second, allow_graceful=False)
             lost = fake_runs.started(tmp_path).total()
     again = fake_runs.started(tmp_path).total() - len(todo)
