@@ -9,7 +9,7 @@ from ._output import progress_bar
 POINTS = 100  # percentage points of reward
 
 if TYPE_CHECKING:
-    from peft_onelayer.probe.ranking import LayerRanking
+    from peft_onelayer.records.ranking import LayerRanking
     from peft_onelayer.tasks import Task
 
 

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from peft_onelayer.rl.algorithms import Algorithm
-    from peft_onelayer.rl.run import Recipe
+    from peft_onelayer.rl.training import Recipe
     from peft_onelayer.tasks import Task
 
 LEARNING_RATE = 5e-6  # arXiv 2607.01232, Table 8, for one block and for all
@@ -23,8 +23,8 @@ def recipe_of(chosen: Algorithm, task: Task, settings: Sequence[str], owned: Map
         ValueError: a setting that the algorithm's configuration refuses.
     """
     from peft_onelayer.rl.algorithms import build_config
-    from peft_onelayer.rl.run import Recipe, device_settings
     from peft_onelayer.rl.settings import convert_settings, parse_settings
+    from peft_onelayer.rl.training import Recipe, device_settings
 
     overrides = parse_settings(list(settings))
     defaults = {**device_settings(), "learning_rate": LEARNING_RATE}

@@ -23,7 +23,7 @@ from ._output import note, print_json, print_line, print_table, progress_bar, st
 from ._ranking import pick_layers, rank_blocks
 
 if TYPE_CHECKING:
-    from peft_onelayer.probe.ranking import LayerRanking
+    from peft_onelayer.records.ranking import LayerRanking
     from peft_onelayer.tasks import Task
 
 FORMAT = "onelayer-demo-1"
@@ -53,7 +53,7 @@ def demo(
     """Watch one block get chosen, trained with GRPO and saved as an adapter (under 3 minutes on 2 cores)."""
     start = time.perf_counter()
     with status("loading ..."):
-        from peft_onelayer.adapter.staging import check_target, staged_directory
+        from peft_onelayer.records.files import check_target, staged_directory
         from peft_onelayer.tasks import load_task
         from peft_onelayer.tuner import find_decoder_stack, resolve_layers
 
@@ -86,12 +86,12 @@ def _run(base, tokenizer, task, layers: list[int] | None, steps: int, seed: int,
     """Do the work and write everything but demo.json to `folder`; returns what demo.json holds."""
     from peft import get_peft_model_state_dict
 
-    from peft_onelayer.adapter.verify import fingerprint, fingerprint_in_fresh_process
+    from peft_onelayer.adapter.reload import fingerprint, fingerprint_in_fresh_process
     from peft_onelayer.hub.card import model_card
     from peft_onelayer.report.plots import plot_ranking, plot_rewards
-    from peft_onelayer.rl.record import describe_model
-    from peft_onelayer.rl.run import LEARNING_RATE, train_layer
-    from peft_onelayer.tasks.evaluation import evaluate, paired_difference
+    from peft_onelayer.rl.training import LEARNING_RATE, train_layer
+    from peft_onelayer.rollouts.evaluation import evaluate, paired_difference
+    from peft_onelayer.runs.describe import describe_model
     from peft_onelayer.tuner import find_decoder_stack
 
     num_layers = len(find_decoder_stack(base).blocks)
@@ -277,8 +277,8 @@ def _records(
 ) -> tuple[dict[str, Any], dict[str, Any]]:
     """run.json and eval.json of the adapter, in the form of `onelayer train` and `eval`, for `onelayer push`."""
     from peft_onelayer.hub.card import EVALUATION_FORMAT
-    from peft_onelayer.rl import record
-    from peft_onelayer.rl.run import demo_recipe
+    from peft_onelayer.rl.training import demo_recipe
+    from peft_onelayer.runs import describe as record
 
     algorithm = demo_recipe(task, summary["steps"]).algorithm
     data = {"name": task.name, "data": dict(task.data), "chat": False}

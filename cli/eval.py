@@ -23,7 +23,7 @@ from ._output import note, print_json, print_line, print_table, progress_bar, st
 from ._task import as_asked, check_writable, open_task
 
 if TYPE_CHECKING:
-    from peft_onelayer.tasks.evaluation import Evaluation
+    from peft_onelayer.rollouts.evaluation import Evaluation
 
 FORMAT = "onelayer-eval-1"
 
@@ -59,9 +59,9 @@ def evaluate(
     """Measure MODEL on a task, sampled and greedy, and an adapter against its base on the same problems."""
     start = time.perf_counter()
     with status("loading ..."):
-        from peft_onelayer.rl.record import describe_machine, describe_model, file_digest
-        from peft_onelayer.tasks.evaluation import evaluate as measure
-        from peft_onelayer.tasks.evaluation import paired_difference
+        from peft_onelayer.rollouts.evaluation import evaluate as measure
+        from peft_onelayer.rollouts.evaluation import paired_difference
+        from peft_onelayer.runs.describe import describe_machine, describe_model, file_digest
 
     decodings = (["sampled"] if samples else []) + (["greedy"] if greedy else [])
     if not decodings:

@@ -19,7 +19,7 @@ from ._recipe import recipe_of
 from ._task import as_asked, check_writable, open_task
 
 if TYPE_CHECKING:
-    from peft_onelayer.probe.ranking import LayerRanking
+    from peft_onelayer.records.ranking import LayerRanking
 
 OWNED = {"output_dir": "nothing: a probe writes only --out", "seed": "--seed", "max_steps": "--steps"}
 

@@ -78,8 +78,8 @@ def sweep(
     """Measure the layer contribution of MODEL's blocks: base, full and one run per block, on the same problems."""
     with status("loading ..."):
         from peft_onelayer.rl.algorithms import build_config, load_algorithm
-        from peft_onelayer.rl.run import device_settings
         from peft_onelayer.rl.settings import convert_settings, parse_settings
+        from peft_onelayer.rl.training import device_settings
         from peft_onelayer.sweep.engines import RunsFailedError, load_engine
         from peft_onelayer.sweep.sweep import sweep_layers
         from peft_onelayer.tasks import load_task

@@ -27,8 +27,8 @@ from ._task import as_asked, check_writable, open_task
 if TYPE_CHECKING:
     from peft_onelayer.rl.algorithms import Algorithm
     from peft_onelayer.rl.preferences import OfflineData
-    from peft_onelayer.rl.run import Recipe
-    from peft_onelayer.rl.run_folder import RunFolder
+    from peft_onelayer.rl.training import Recipe
+    from peft_onelayer.runs.folder import RunFolder
     from peft_onelayer.tasks import Task
 
 DEFAULT_STEPS = 150
@@ -97,12 +97,12 @@ def train(
         from datasets import disable_progress_bars
         from transformers.utils.logging import disable_progress_bar
 
-        from peft_onelayer.rl import record
         from peft_onelayer.rl.algorithms import build_config, load_algorithm
         from peft_onelayer.rl.preferences import load_preferences
-        from peft_onelayer.rl.run import Recipe, device_settings, prompts_needed
-        from peft_onelayer.rl.run_folder import RunFolder
         from peft_onelayer.rl.settings import convert_settings, parse_settings
+        from peft_onelayer.rl.training import Recipe, device_settings, prompts_needed
+        from peft_onelayer.runs import describe as record
+        from peft_onelayer.runs.folder import RunFolder
         from peft_onelayer.tuner import find_decoder_stack, resolve_layers
 
     with user_error(ValueError, OSError, ImportError), quiet_hub():
@@ -203,8 +203,8 @@ def _run(
     task: Task | None,
 ) -> None:
     """Train `run["layers"]`, and put the result and the finished run.json into the folder."""
-    from peft_onelayer.rl.record import file_digest
-    from peft_onelayer.rl.run import train as train_rows
+    from peft_onelayer.rl.training import train as train_rows
+    from peft_onelayer.runs.describe import file_digest
 
     start = time.perf_counter()
     layers = run["layers"]
@@ -284,7 +284,7 @@ def _check_choice(chosen: Algorithm, task: Task | None, layer: str, full: bool, 
 
 def _check_prompts(task: Task, recipe: Recipe, config: Any, tokenizer: Any, model: str, seed: int) -> None:
     """Refuse prompts that are too few for a step or that the tokenizer cannot write."""
-    from peft_onelayer.rl.run import prompts_needed
+    from peft_onelayer.rl.training import prompts_needed
 
     needed = prompts_needed(recipe.algorithm, config, steps=1) if recipe.algorithm.online else 1
     rows = task.rows("train", needed, seed)
@@ -328,7 +328,7 @@ def _rank(
 ) -> tuple[list[int], str]:
     """Rank the blocks within the default budget, kept in layer_profile.json: the blocks to train, and why."""
     from peft_onelayer.probe.race import NothingToLearnError
-    from peft_onelayer.probe.ranking import LayerRanking
+    from peft_onelayer.records.ranking import LayerRanking
     from peft_onelayer.tuner import find_decoder_stack, resolve_layers
 
     kept = folder.path / "layer_profile.json"

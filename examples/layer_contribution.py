@@ -20,9 +20,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from peft_onelayer import layer_contribution
 from peft_onelayer.rl.algorithms import load_algorithm
-from peft_onelayer.rl.run import Recipe, demo_recipe, train_layer
+from peft_onelayer.rl.training import Recipe, demo_recipe, train_layer
+from peft_onelayer.rollouts.evaluation import Evaluation, evaluate
 from peft_onelayer.tasks import load_task
-from peft_onelayer.tasks.evaluation import Evaluation, evaluate
 
 AGENT = Path(__file__).parent / "textworld" / "model"
 # A learning rate that suits one block is ten times too high for all of them (measured on the demo model).

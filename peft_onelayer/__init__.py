@@ -6,18 +6,18 @@ from typing import TYPE_CHECKING, Any
 from .tuner import SingleLayerConfig, SingleLayerModel
 
 if TYPE_CHECKING:
-    from .adapter.export import export_adapter
-    from .adapter.inspection import inspect_adapter
-    from .adapter.merge import merge_into_checkpoint
-    from .hub.profiles import load_profile
-    from .hub.pull import pull_adapter
-    from .hub.push import push_adapter
-    from .hub.search import search_adapters
-    from .probe.probe import probe_layers
-    from .probe.ranking import LayerRanking
-    from .sweep.metric import layer_contribution, rank_correlation
-    from .sweep.profile import SweepProfile
-    from .sweep.sweep import sweep_layers
+    from peft_onelayer.adapter.export import export_adapter
+    from peft_onelayer.adapter.inspection import inspect_adapter
+    from peft_onelayer.adapter.merge import merge_into_checkpoint
+    from peft_onelayer.hub.profiles import load_profile
+    from peft_onelayer.hub.pull import pull_adapter
+    from peft_onelayer.hub.push import push_adapter
+    from peft_onelayer.hub.search import search_adapters
+    from peft_onelayer.probe.probe import probe_layers
+    from peft_onelayer.records.ranking import LayerRanking
+    from peft_onelayer.sweep.metric import layer_contribution, rank_correlation
+    from peft_onelayer.sweep.profile import SweepProfile
+    from peft_onelayer.sweep.sweep import sweep_layers
 
 __version__ = "0.1.0"
 __all__ = [
@@ -40,7 +40,7 @@ __all__ = [
 ]
 
 _ON_FIRST_USE = {  # some need trl and datasets
-    "LayerRanking": ".probe.ranking",
+    "LayerRanking": ".records.ranking",
     "SweepProfile": ".sweep.profile",
     "export_adapter": ".adapter.export",
     "inspect_adapter": ".adapter.inspection",

@@ -12,8 +12,8 @@ import transformers
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import peft_onelayer
+from peft_onelayer.rollouts.evaluation import evaluate
 from peft_onelayer.tasks import load_task
-from peft_onelayer.tasks.evaluation import evaluate
 
 FOLDER = Path(peft_onelayer.__file__).parent / "demo_model"
 CARD = (FOLDER / "README.md").read_text(encoding="utf-8")

@@ -6,9 +6,9 @@ import importlib
 import pytest
 
 MODULES = (
-    "adapter.digest",
-    "adapter.encoding",
-    "adapter.integrity",
+    "sparse.digest",
+    "sparse.tensor",
+    "sparse.encoding",
     "hub.privacy",
     "hub.profiles",
     "probe.posterior",
@@ -16,21 +16,20 @@ MODULES = (
     "probe.race",
     "rl.advantages",
     "rl.algorithms",
-    "rl.record",
+    "runs.describe",
     "rl.settings",
     "sweep.engines",
     "sweep.metric",
     "sweep.run_layer",
-    "sweep.sweep",
     "tasks.arithmetic",
     "tasks.sort",
     "tasks.gsm8k",
     "tasks.reasoning_gym",
-    "tasks.evaluation",
+    "rollouts.evaluation",
     "tasks.humaneval",
-    "tasks.sandbox",
+    "sandbox",
     "tasks.textworld",
-    "tuner.stack",
+    "layers",
     "tuner.model",
 )
 

@@ -21,9 +21,9 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from peft_onelayer.adapter.digest import tensor_digest
-from peft_onelayer.adapter.encoding import decode_tensor, encode_tensor, split_key
-from peft_onelayer.adapter.integrity import SparseEncoding, TensorRecord, count_changed
+from peft_onelayer.sparse.digest import tensor_digest
+from peft_onelayer.sparse.encoding import SparseEncoding, TensorRecord, count_changed
+from peft_onelayer.sparse.tensor import decode_tensor, encode_tensor, split_key
 
 DENSITIES = (0.01, 0.05, 0.2, 0.6, 1.0)
 Tensors = dict[str, torch.Tensor]

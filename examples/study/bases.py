@@ -21,10 +21,10 @@ import torch
 import transformers
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
-from peft_onelayer.adapter.staging import staged_directory
-from peft_onelayer.rl.run import Recipe, demo_recipe, train_layer
+from peft_onelayer.records.files import staged_directory
+from peft_onelayer.rl.training import Recipe, demo_recipe, train_layer
+from peft_onelayer.rollouts.evaluation import evaluate
 from peft_onelayer.tasks import load_task
-from peft_onelayer.tasks.evaluation import evaluate
 
 HERE = Path(__file__).parent
 DEFAULT_OUT = HERE / "bases"

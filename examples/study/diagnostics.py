@@ -19,8 +19,8 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from peft_onelayer.probe.updates import Batch, Candidate, at_work, graded_batch, log_probabilities, trainable
+from peft_onelayer.rollouts.sampling import sample_rollouts
 from peft_onelayer.tasks import Task
-from peft_onelayer.tasks.rollouts import sample_rollouts
 
 PROMPTS, MINIBATCHES, STEP = 128, 4, 1e-3
 NAMES = ("norm", "snr", "fisher", "sign_step")

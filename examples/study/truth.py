@@ -13,12 +13,12 @@ from bases import DAMAGED
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from peft_onelayer.probe.updates import Candidate, at_work, graded_batch, update
-from peft_onelayer.rl.run import Recipe, demo_recipe
+from peft_onelayer.rl.training import Recipe, demo_recipe
+from peft_onelayer.rollouts.sampling import sample_rollouts
 from peft_onelayer.sweep.profile import SweepProfile
 from peft_onelayer.sweep.run_layer import Row, RunSpec
 from peft_onelayer.sweep.sweep import sweep_layers
 from peft_onelayer.tasks import Task, load_task
-from peft_onelayer.tasks.rollouts import sample_rollouts
 
 STEPS, PROMPTS = 100, 16  # of one run: 100 steps of 16 prompts x 8 completions
 PROBLEMS, SAMPLES = 512, 4  # held out

@@ -24,9 +24,9 @@ import transformers
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import GenerationConfig, PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 
-from peft_onelayer.adapter.staging import check_target, staged_directory
+from peft_onelayer.records.files import check_target, staged_directory
+from peft_onelayer.rollouts.evaluation import Evaluation, evaluate
 from peft_onelayer.tasks import load_task
-from peft_onelayer.tasks.evaluation import Evaluation, evaluate
 from peft_onelayer.tasks.textworld import (
     FAMILIES,
     OPPOSITE,

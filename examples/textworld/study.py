@@ -28,9 +28,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, P
 
 from peft_onelayer.report.plots import BLUE, ORANGE, new_figure
 from peft_onelayer.rl.algorithms import load_algorithm
-from peft_onelayer.rl.run import Recipe, demo_recipe, train_layer
+from peft_onelayer.rl.training import Recipe, demo_recipe, train_layer
+from peft_onelayer.rollouts.evaluation import Evaluation, evaluate
 from peft_onelayer.tasks import load_task
-from peft_onelayer.tasks.evaluation import Evaluation, evaluate
 
 HERE = Path(__file__).parent
 ALGORITHMS = {"grpo": BLUE, "gigpo": ORANGE}

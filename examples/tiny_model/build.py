@@ -25,9 +25,9 @@ from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from transformers import GenerationConfig, PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 
 import peft_onelayer.tasks
-from peft_onelayer.adapter.staging import check_target, staged_directory
+from peft_onelayer.records.files import check_target, staged_directory
+from peft_onelayer.rollouts.evaluation import Evaluation, evaluate
 from peft_onelayer.tasks import load_task
-from peft_onelayer.tasks.evaluation import Evaluation, evaluate
 
 DEFAULT_OUT = Path(peft_onelayer.tasks.__file__).parents[1] / "demo_model"
 SYMBOLS = ["<pad>", "<unk>", *"0123456789", "A", "S", "+", "=", "."]

@@ -17,13 +17,14 @@ from safetensors.torch import save_file
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
+from peft_onelayer.records.files import staged_directory
+from peft_onelayer.records.locate import adapter_folder, base_folder
+from peft_onelayer.sparse.tensor import changed_entries
+
 from .checkpoint import Checkpoint
-from .encoding import changed_entries
-from .locate import adapter_folder, base_folder
 from .merge import check_base, effective_tensor
 from .reader import CONFIG, TRAINED, WEIGHTS, AdapterFile, open_adapter
-from .sparse import write_sparse
-from .staging import staged_directory
+from .write_sparse import write_sparse
 
 FORMATS = ("peft", "lora", "dense", "sparse", "flat")
 FLAT_WEIGHTS = "sparse_weights.safetensors"  # PEFT's own name would promise that PEFT can load it

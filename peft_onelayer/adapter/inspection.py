@@ -12,9 +12,10 @@ from typing import Any
 
 import torch
 
+from peft_onelayer.records.locate import adapter_folder, base_folder
+from peft_onelayer.sparse.tensor import changed_entries
+
 from .checkpoint import Checkpoint
-from .encoding import changed_entries
-from .locate import adapter_folder, base_folder
 from .merge import check_base, effective_tensor
 from .reader import WEIGHTS, AdapterFile, check_plain_file, open_adapter
 

@@ -14,12 +14,12 @@ from pathlib import Path
 
 import torch
 
+from peft_onelayer.records.files import TargetError, check_target, staged_directory
+from peft_onelayer.records.locate import adapter_folder, base_folder, hub_identity
 from peft_onelayer.tuner import find_decoder_stack
 
 from .checkpoint import DTYPES, Checkpoint
-from .locate import adapter_folder, base_folder, hub_identity
 from .reader import TRAINED, AdapterFile, open_adapter
-from .staging import TargetError, check_target, staged_directory
 
 FICLONE = 0x40049409  # linux/fs.h; fcntl.FICLONE came with Python 3.12
 

@@ -18,8 +18,8 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 
-from .encoding import split_key
-from .integrity import SparseEncoding, base_name, shown
+from peft_onelayer.sparse.encoding import SparseEncoding, base_name, shown
+from peft_onelayer.sparse.tensor import split_key
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 TRAINED = ".single_layer_params."  # in the key of every trained tensor; what lacks it was saved by `modules_to_save`

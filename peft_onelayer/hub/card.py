@@ -17,7 +17,7 @@ from huggingface_hub import EvalResult, EvalResultEntry, ModelCardData, eval_res
 from .privacy import last_part
 
 if TYPE_CHECKING:
-    from peft_onelayer.probe.ranking import LayerRanking
+    from peft_onelayer.records.ranking import LayerRanking
 
 EVALUATION_FORMAT = "onelayer-eval-1"
 PLOT = "layer_profile.png"

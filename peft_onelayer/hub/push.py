@@ -23,16 +23,16 @@ from huggingface_hub import (
 from huggingface_hub.errors import RevisionNotFoundError
 from huggingface_hub.utils import validate_repo_id, yaml_dump
 
-from peft_onelayer.adapter.locate import adapter_folder
 from peft_onelayer.adapter.reader import CONFIG, WEIGHTS, AdapterFile, open_adapter
+from peft_onelayer.adapter.validation import cached_base, check_tensors
+from peft_onelayer.records.locate import adapter_folder
 
 from .card import EVALUATION_FORMAT, PLOT, eval_results, model_card
-from .check import cached_base, check_tensors
 from .errors import HubError, hub_errors
 from .privacy import is_local, last_part, without_private
 
 if TYPE_CHECKING:
-    from peft_onelayer.probe.ranking import LayerRanking
+    from peft_onelayer.records.ranking import LayerRanking
 
 RUN_FORMAT = "onelayer-run-1"
 RUN, PROFILE, CARD, EVALUATION = "run.json", "layer_profile.json", "README.md", "eval.json"
@@ -231,7 +231,7 @@ def _write_weights(folder: Path, staged: Path, adapter: AdapterFile, base: Path 
         _copy_weights(folder, staged)
         name = adapter.config.get("base_model_name_or_path")
         return [f"the base {name} is not on this machine, so the adapter goes up dense; download it to publish sparse"]
-    from peft_onelayer.adapter.sparse import write_sparse
+    from peft_onelayer.adapter.write_sparse import write_sparse
 
     with tempfile.TemporaryDirectory(prefix="onelayer-push-") as scratch:
         sparse = Path(scratch) / "sparse"
@@ -287,7 +287,7 @@ def _evaluation(folder: Path, path: Path | None) -> dict[str, Any] | None:
     measured = _record(path or folder / EVALUATION, EVALUATION_FORMAT, "an evaluation")
     if measured is None:
         return None
-    from peft_onelayer.rl.record import file_digest
+    from peft_onelayer.runs.describe import file_digest
 
     if not measured.get("adapter"):
         raise ValueError(f"{path or folder / EVALUATION} measured the base alone; evaluate it with --adapter {folder}.")
@@ -299,7 +299,7 @@ def _evaluation(folder: Path, path: Path | None) -> dict[str, Any] | None:
 def _profile(path: Path) -> LayerRanking | None:
     if not path.is_file():
         return None
-    from peft_onelayer.probe.ranking import LayerRanking
+    from peft_onelayer.records.ranking import LayerRanking
     from peft_onelayer.sweep.profile import FORMAT, SweepProfile
 
     text = path.read_text()

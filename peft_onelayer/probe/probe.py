@@ -8,14 +8,14 @@ from typing import TYPE_CHECKING
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from peft_onelayer.rl.run import Recipe
+from peft_onelayer.records.ranking import LayerRanking
+from peft_onelayer.rl.training import Recipe
 from peft_onelayer.tasks import Task
 from peft_onelayer.tuner import find_decoder_stack, resolve_layers
 from peft_onelayer.tuner.model import commit_hash
 
 from .prior import depth_prior
 from .race import NO_COST, BudgetError, race
-from .ranking import LayerRanking
 
 if TYPE_CHECKING:
     from peft_onelayer.hub.profiles import LayerProfile
@@ -48,7 +48,7 @@ def probe_layers(
         budget: of a race: tokens to spend, as a share of those of one training run.
         layers: blocks to rank (default: all), as `SingleLayerConfig` takes them.
         training_steps: length of the training run that the block is chosen for.
-        recipe: that run's algorithm and settings (default: `peft_onelayer.rl.run.demo_recipe`).
+        recipe: that run's algorithm and settings (default: `peft_onelayer.rl.training.demo_recipe`).
         profile: of `load_profile`, for "profile".
         batch_size: completions generated at a time.
         on_candidate: called before each candidate's turn with the round, the block, and the share of the budget spent.

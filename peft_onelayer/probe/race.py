@@ -19,15 +19,15 @@ import numpy as np
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from peft_onelayer.rl.run import Recipe, demo_recipe
+from peft_onelayer.records.ranking import LayerRanking
+from peft_onelayer.rl.training import Recipe, demo_recipe
+from peft_onelayer.rollouts.sampling import Rollout, sample_rollouts
 from peft_onelayer.tasks import Task
-from peft_onelayer.tasks.rollouts import Rollout, sample_rollouts
 from peft_onelayer.tuner import find_decoder_stack
 from peft_onelayer.tuner.model import commit_hash
 
 from .posterior import Measured, Posterior, fit
 from .prior import depth_prior
-from .ranking import LayerRanking
 from .updates import (
     MOST_TRIES,
     SEQUENCES_FOR_KL,

@@ -17,7 +17,7 @@ from peft import PeftModel, get_peft_model
 from transformers import PreTrainedModel
 from trl.trainer.utils import selective_log_softmax
 
-from peft_onelayer.tasks.rollouts import Rollout
+from peft_onelayer.rollouts.sampling import Rollout
 from peft_onelayer.tuner import SingleLayerConfig, find_decoder_stack
 
 from .prefix import Entering, reach

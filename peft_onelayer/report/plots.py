@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from peft_onelayer.probe.ranking import LayerRanking
+from peft_onelayer.records.ranking import LayerRanking
 from peft_onelayer.sweep.profile import SweepProfile
 
 BLUE, ORANGE, GREY = "#3465a4", "#d9730d", "#9aa0a6"

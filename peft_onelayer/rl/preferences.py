@@ -18,9 +18,9 @@ from typing import Any
 from peft import PeftModel
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from peft_onelayer.rollouts.sampling import Rollout, sample_rollouts
 from peft_onelayer.tasks import Task, completion_text
 from peft_onelayer.tasks.files import HUB, SUFFIXES, digest, read_hub, read_jsonl
-from peft_onelayer.tasks.rollouts import Rollout, sample_rollouts
 
 Row = dict[str, Any]
 

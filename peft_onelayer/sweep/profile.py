@@ -13,7 +13,7 @@ from typing import Any, ClassVar
 
 import numpy as np
 
-from peft_onelayer.probe.ranking import LayerRanking
+from peft_onelayer.records.ranking import LayerRanking
 
 from .metric import Z_95, gain, layer_contribution
 from .run_layer import Row

@@ -17,8 +17,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 if TYPE_CHECKING:
+    from peft_onelayer.rollouts.evaluation import Evaluation
     from peft_onelayer.tasks import Task
-    from peft_onelayer.tasks.evaluation import Evaluation
 
 FORMAT = "onelayer-row-1"
 
@@ -137,9 +137,9 @@ def run_layer(spec: RunSpec, on_step: OnStep = lambda step, reward: None) -> Row
     import transformers
 
     from peft_onelayer.rl.algorithms import load_algorithm
-    from peft_onelayer.rl.record import describe_machine
-    from peft_onelayer.rl.run import Recipe, device_settings, train_layer
-    from peft_onelayer.tasks.evaluation import evaluate
+    from peft_onelayer.rl.training import Recipe, device_settings, train_layer
+    from peft_onelayer.rollouts.evaluation import evaluate
+    from peft_onelayer.runs.describe import describe_machine
 
     start = time.perf_counter()
     found = digest_model(spec.model)
@@ -205,7 +205,7 @@ def run_layer(spec: RunSpec, on_step: OnStep = lambda step, reward: None) -> Row
 
 def digest_model(model: str) -> dict[str, str]:
     """SHA-256 of the configuration and the weights of a model in a folder, by file; {} for one on the Hub."""
-    from peft_onelayer.rl.record import file_digest
+    from peft_onelayer.runs.describe import file_digest
 
     folder = Path(model)
     files = [folder / "config.json", *sorted(folder.glob("*.safetensors"))] if folder.is_dir() else []

@@ -12,6 +12,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from peft_onelayer.layers import resolve_layers
+
 from .engines import load_engine
 from .profile import SweepProfile, make_profile
 from .run_layer import Row, RunSpec, digest_model, run_layer
@@ -107,7 +109,8 @@ def sweep_layers(
         chat=base.has_chat_template if chat is None else chat,
         unsafe=unsafe,
     )
-    chosen, seeds = _layers(layers, base.num_layers), list(seeds)
+    chosen = list(range(base.num_layers)) if layers == "all" else resolve_layers(layers, base.num_layers)
+    seeds = list(seeds)
     if not seeds or len(set(seeds)) < len(seeds):
         raise ValueError(f"seeds must be one or more different numbers, got {seeds}")
     out = Path(out)
@@ -219,22 +222,6 @@ def _describe(model: str, revision: str | None) -> _Base:
 
 def _at(spec: RunSpec, layer: int | str, rate: float) -> RunSpec:
     return replace(spec, layer=layer, settings={**spec.settings, "learning_rate": rate})  # type: ignore[arg-type]
-
-
-def _layers(layers: str | int | Sequence[int], num_layers: int) -> list[int]:
-    """Ascending block indices; a text may list several specifications, separated by commas.
-
-    >>> _layers("0, 8-9, -1", 12), len(_layers("all", 12)), _layers([3, 1], 12)
-    ([0, 8, 9, 11], 12, [1, 3])
-    """
-    from peft_onelayer.tuner import resolve_layers
-
-    if layers == "all":
-        return list(range(num_layers))
-    if not isinstance(layers, str):
-        return resolve_layers(layers, num_layers)
-    found = [k for part in layers.split(",") for k in resolve_layers(part, num_layers)]
-    return resolve_layers(found, num_layers)
 
 
 def _task_data(task: str, unsafe: bool) -> dict[str, str]:

@@ -37,7 +37,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from peft_onelayer.tasks import Task, completion_text, sandbox
+from peft_onelayer import sandbox
+from peft_onelayer.tasks import Task, completion_text
 from peft_onelayer.tasks.files import load_problems
 
 HUB = "openai/openai_humaneval"

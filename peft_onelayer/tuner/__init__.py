@@ -5,10 +5,12 @@
 
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_PREFIX_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING
 
+from peft_onelayer.layers import resolve_layers
+
 from .config import SingleLayerConfig, SingleLayerPeftType
 from .layer import SingleLayerLayer
 from .model import SingleLayerModel
-from .stack import find_decoder_stack, resolve_layers
+from .stack import find_decoder_stack
 
 __all__ = [
     "SingleLayerConfig",

@@ -8,7 +8,7 @@ from typing import Any
 
 from peft.config import PeftConfig
 
-from .stack import parse_layers
+from peft_onelayer.layers import parse_layers, plain_indices
 
 
 class SingleLayerPeftType(str, enum.Enum):  # noqa: UP042  PEFT parses str(), which StrEnum changes
@@ -26,7 +26,8 @@ class SingleLayerConfig(PeftConfig):
     Args:
         layer (`int`, `str` or `list[int]`):
             The block to train. An index counts from 0, a negative one from the end. Also a list of indices, a range
-            "8-13" (both ends included), "middle" (block L // 2) or "mid-5" (the paper's five middle blocks). Required.
+            "8-13" (both ends included), "middle" (block L // 2), "mid-5" (the paper's five middle blocks), or several
+            of these, "3,8-10". Required.
         target_modules (`str` or `list[str]`, *optional*):
             Train only these parts of the block, by PEFT's matching rules: a list of names ("q_proj", "self_attn"; a
             name stands for everything below it) or one name or regular expression. Default: every parameter.
@@ -45,7 +46,7 @@ class SingleLayerConfig(PeftConfig):
             Number of blocks of the base model. Set when the model is wrapped; on loading, another depth is an error.
         encoding (`dict`, *optional*):
             Of an adapter stored in the sparse encoding: its format, the counts of changes and the digests that guard
-            it (peft_onelayer/adapter/SPECIFICATION.md). Read from adapter_config.json; what PEFT saves is dense, so it
+            it (peft_onelayer/sparse/SPECIFICATION.md). Read from adapter_config.json; what PEFT saves is dense, so it
             is never written.
 
     `PeftModel.from_pretrained(base, folder, allow_other_base=True)` loads a sparse adapter on a base of the same shapes
@@ -84,9 +85,9 @@ class SingleLayerConfig(PeftConfig):
         self.peft_type = SingleLayerPeftType.SINGLE_LAYER
         if self.layer is None:
             raise ValueError('SingleLayerConfig needs the layer to train, for example layer=14 or layer="middle".')
-        parsed = parse_layers(self.layer)
-        if not isinstance(self.layer, str):  # plain integers: a NumPy one cannot be written to adapter_config.json
-            self.layer = parsed  # type: ignore[assignment]
+        parse_layers(self.layer)
+        if not isinstance(self.layer, str):
+            self.layer = plain_indices(self.layer)
         if isinstance(self.target_modules, (set, tuple)):
             self.target_modules = sorted(self.target_modules)
         if self.target_modules is not None and not self.target_modules:

@@ -20,15 +20,16 @@ from peft.utils.peft_types import TaskType
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from peft_onelayer.adapter.integrity import shown
+from peft_onelayer.layers import resolve_layers
+from peft_onelayer.sparse.encoding import shown
 
 from . import mixed_batch
 from .config import SingleLayerConfig
 from .first_step import watch
 from .graph_cut import GraphCut, installed_graph_cut, installed_graph_cuts
 from .layer import MasterParameters, SingleLayerLayer
-from .sparse import forget, read_through_transformers, restore_sparse
-from .stack import find_decoder_stack, resolve_layers, text_config
+from .loading import forget, read_through_transformers, restore_sparse
+from .stack import find_decoder_stack, text_config
 from .targets import check_blocks, check_targets, matches, owns_parameters, targetable
 
 # id of a config object -> the model that holds it: it was resolved for that one last

@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM
 import models
 from peft_onelayer import SingleLayerConfig, export_adapter
 from peft_onelayer.adapter.export import FLAT_WEIGHTS, low_rank
-from peft_onelayer.adapter.sparse import write_sparse
+from peft_onelayer.adapter.write_sparse import write_sparse
 
 WEIGHTS = "adapter_model.safetensors"
 DTYPES = (torch.float32, torch.bfloat16)

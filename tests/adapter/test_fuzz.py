@@ -23,9 +23,9 @@ from safetensors.torch import load_file, save_file
 from tuner.helpers import base_weights, masters, wrap
 
 from models import build
-from peft_onelayer.adapter.encoding import kind
 from peft_onelayer.adapter.reader import open_adapter
-from peft_onelayer.adapter.sparse import write_sparse
+from peft_onelayer.adapter.write_sparse import write_sparse
+from peft_onelayer.sparse.tensor import kind
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 SIZES = {"num_layers": 2, "hidden_size": 64, "intermediate_size": 96}  # large enough for every form of the encoding

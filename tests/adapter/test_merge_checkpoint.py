@@ -24,9 +24,9 @@ import models
 from peft_onelayer import SingleLayerConfig, merge_into_checkpoint
 from peft_onelayer.adapter import merge as merge_module
 from peft_onelayer.adapter.checkpoint import Checkpoint
-from peft_onelayer.adapter.locate import hub_identity
 from peft_onelayer.adapter.reader import AdapterFile
-from peft_onelayer.adapter.sparse import write_sparse
+from peft_onelayer.adapter.write_sparse import write_sparse
+from peft_onelayer.records.locate import hub_identity
 
 CASES = [(family, torch.bfloat16) for family in models.FAMILIES]
 CASES += [("Qwen3", torch.float16), ("Qwen2", torch.float32), ("Gemma3Text", torch.float16)]

@@ -14,8 +14,8 @@ from trl.chat_template_utils import qwen3_chat_template
 
 import models
 from peft_onelayer import SingleLayerConfig
+from peft_onelayer.rollouts.evaluation import evaluate, paired_difference
 from peft_onelayer.tasks import load_task
-from peft_onelayer.tasks.evaluation import evaluate, paired_difference
 
 TASK = load_task("arithmetic")
 FOLDER = demo_model.load()[0].name_or_path

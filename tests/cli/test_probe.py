@@ -6,7 +6,7 @@ from importlib.resources import files
 
 import pytest
 
-from peft_onelayer.probe.ranking import LayerRanking
+from peft_onelayer.records.ranking import LayerRanking
 
 BASE = str(files("peft_onelayer") / "demo_model")
 AS_DEMO = ["--set", "per_device_train_batch_size=192", "--set", "learning_rate=3e-3", "--set", "beta=0"]

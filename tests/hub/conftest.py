@@ -13,8 +13,8 @@ from peft import get_peft_model
 
 import models
 from peft_onelayer import SingleLayerConfig
-from peft_onelayer.probe.ranking import LayerRanking
-from peft_onelayer.rl.record import file_digest
+from peft_onelayer.records.ranking import LayerRanking
+from peft_onelayer.runs.describe import file_digest
 
 
 @pytest.fixture(scope="session")

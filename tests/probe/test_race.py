@@ -11,9 +11,9 @@ from transformers import AutoModelForCausalLM
 
 from peft_onelayer.probe.probe import probe_layers
 from peft_onelayer.probe.race import BudgetError, NothingToLearnError, _measured, _Race, race
-from peft_onelayer.probe.ranking import LayerRanking
 from peft_onelayer.probe.updates import Candidate
-from peft_onelayer.rl.run import Recipe, demo_recipe, train_layer
+from peft_onelayer.records.ranking import LayerRanking
+from peft_onelayer.rl.training import Recipe, demo_recipe, train_layer
 from peft_onelayer.tasks import Task, load_task
 
 ARITHMETIC = load_task("arithmetic")

@@ -19,7 +19,7 @@ from peft_onelayer.probe.updates import (
     trainable,
     update,
 )
-from peft_onelayer.tasks.rollouts import Rollout
+from peft_onelayer.rollouts.sampling import Rollout
 
 
 def rollout(reward, prompt=(5, 6), ids=(7, 8)):

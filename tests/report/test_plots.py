@@ -2,7 +2,7 @@ import dataclasses
 
 from matplotlib.image import imread
 
-from peft_onelayer.probe.ranking import LayerRanking
+from peft_onelayer.records.ranking import LayerRanking
 from peft_onelayer.report.plots import plot_ranking, plot_rewards
 
 RANKING = LayerRanking(

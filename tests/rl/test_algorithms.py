@@ -16,7 +16,8 @@ from corridor import reward as corridor_reward
 from transformers import Trainer, TrainingArguments
 
 from models import build
-from peft_onelayer.rl import GiGPOTrainer, run, settings
+from peft_onelayer.rl import GiGPOTrainer, settings
+from peft_onelayer.rl import training as run
 from peft_onelayer.rl.algorithms import ALGORITHMS, NOT_OFFERED, Algorithm, build_config, load_algorithm
 from peft_onelayer.rl.preferences import FORMATS, pairs_from_rollouts
 from peft_onelayer.tasks import Task, load_task

@@ -12,8 +12,8 @@ from trl import DPOConfig, DPOTrainer
 from models import build
 from peft_onelayer.rl import preferences
 from peft_onelayer.rl.preferences import FORMATS, OfflineData, compare_rollouts, load_preferences, pairs_from_rollouts
+from peft_onelayer.rollouts.sampling import Rollout
 from peft_onelayer.tasks import Task, load_task
-from peft_onelayer.tasks.rollouts import Rollout
 
 CHAT = [{"role": "user", "content": "2+2?"}]
 SAYS_4, SAYS_5 = ([{"role": "assistant", "content": text}] for text in "45")

@@ -7,9 +7,9 @@ from dataclasses import asdict, replace
 import pytest
 from specs import DEMO, SETTINGS, demo_spec
 
+from peft_onelayer.rollouts.evaluation import evaluate
 from peft_onelayer.sweep.run_layer import RunSpec, digest_model, run_layer
 from peft_onelayer.tasks import load_task
-from peft_onelayer.tasks.evaluation import evaluate
 
 
 def without_timings(row):

@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from peft_onelayer.tasks import load_task, sandbox
+from peft_onelayer import sandbox
+from peft_onelayer.tasks import load_task
 from peft_onelayer.tasks.humaneval import INSTRUCTION, humaneval_reward, readings
 
 REAL = Path(__file__).parents[2].parent / "shared" / "data" / "HumanEval.jsonl.gz"

@@ -7,8 +7,8 @@ import transformers
 from torch import nn
 
 from models import FAMILIES, build
-from peft_onelayer.tuner import find_decoder_stack, resolve_layers
-from peft_onelayer.tuner.stack import parse_layers
+from peft_onelayer.layers import parse_layers, resolve_layers
+from peft_onelayer.tuner import find_decoder_stack
 
 
 class Block(nn.Module):
@@ -82,7 +82,9 @@ def test_middle_layers_lie_in_the_middle(num_layers):
         ("mid-29", ["'mid-29'", "29 of 28"]),
         ("midle", ["'midle'", 'Did you mean "middle"?']),
         ("first", ["'first'", "an index, a list of indices"]),
-        ("1,2", ["'1,2'", "an index, a list of indices"]),
+        ("1,,2", ["'1,,2'", "an index, a list of indices"]),
+        ("3,8-10,9", ["'3,8-10,9'", "twice"]),
+        ("3,mid-29", ["'3,mid-29'", "29 of 28"]),
         (1.5, ["1.5", "an index"]),
         (True, ["True", "an index"]),
         ([1, "2"], ["[1, '2']", "an index"]),
@@ -101,8 +103,8 @@ def test_a_wrong_layer_is_refused_with_what_was_given_and_what_is_expected(layer
 
 
 def test_the_form_is_checked_without_the_number_of_layers():
-    assert parse_layers(99) == 99
-    assert parse_layers("mid-7") == ("mid", 7, 0)
+    assert parse_layers(99) == [99]
+    assert parse_layers("mid-7, 3") == [("mid", 7, 0), 3]
     with pytest.raises(ValueError, match="not understood"):
         parse_layers("everything")
 

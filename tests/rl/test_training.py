@@ -4,7 +4,7 @@ import demo_model
 import pytest
 import torch
 
-from peft_onelayer.rl import run
+from peft_onelayer.rl import training as run
 from peft_onelayer.tasks import load_task
 
 

@@ -13,8 +13,9 @@ from typing import Any
 from peft import PeftModel
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from . import Task
-from .rollouts import sample_rollouts
+from peft_onelayer.tasks import Task
+
+from .sampling import sample_rollouts
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,7 @@ import torch
 from peft import PeftModel
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase, TrainerState
 
-from . import Task
+from peft_onelayer.tasks import Task
 
 Messages = list[dict[str, Any]]
 

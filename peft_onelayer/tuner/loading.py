@@ -14,8 +14,8 @@ import torch
 from safetensors.torch import load_file
 from torch import nn
 
-from peft_onelayer.adapter.encoding import split_key
-from peft_onelayer.adapter.integrity import SparseEncoding, base_name, describe_base, shown
+from peft_onelayer.sparse.encoding import SparseEncoding, base_name, describe_base, shown
+from peft_onelayer.sparse.tensor import split_key
 
 from .config import SingleLayerConfig
 from .layer import SingleLayerLayer

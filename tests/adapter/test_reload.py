@@ -4,7 +4,7 @@ from peft import get_peft_model
 
 import models
 import peft_onelayer
-from peft_onelayer.adapter.verify import fingerprint, fingerprint_in_fresh_process
+from peft_onelayer.adapter.reload import fingerprint, fingerprint_in_fresh_process
 
 
 @pytest.fixture

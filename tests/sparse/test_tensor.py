@@ -5,8 +5,8 @@ import math
 import pytest
 import torch
 
-from peft_onelayer.adapter.digest import config_digest, tensor_digest
-from peft_onelayer.adapter.encoding import changed_entries, decode_tensor, encode_tensor, kind, split_key
+from peft_onelayer.sparse.digest import config_digest, tensor_digest
+from peft_onelayer.sparse.tensor import changed_entries, decode_tensor, encode_tensor, kind, split_key
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 BITS = {torch.bfloat16: torch.int16, torch.float16: torch.int16, torch.float32: torch.int32}

@@ -11,8 +11,7 @@ from huggingface_hub.errors import LocalEntryNotFoundError
 
 from peft_onelayer.adapter.checkpoint import Checkpoint
 from peft_onelayer.adapter.reader import AdapterFile
-
-from .privacy import is_local
+from peft_onelayer.hub.privacy import is_local
 
 
 def check_tensors(adapter: AdapterFile, base: Path | None) -> tuple[int, bool]:

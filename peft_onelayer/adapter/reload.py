@@ -1,6 +1,6 @@
 """Checks that a saved adapter, loaded by a fresh process, is bit for bit the model that was trained.
 
-    python -m peft_onelayer.adapter.verify ADAPTER < token_ids.json
+    python -m peft_onelayer.adapter.reload ADAPTER < token_ids.json
 
 prints the fingerprint of the adapter loaded from the folder ADAPTER, on the token ids read from standard input.
 """
@@ -37,7 +37,7 @@ def fingerprint_in_fresh_process(adapter: Path, token_ids: list[list[int]]) -> d
     Raises:
         RuntimeError: the process failed; the message is the last line it printed.
     """
-    command = [sys.executable, "-m", "peft_onelayer.adapter.verify", str(adapter)]
+    command = [sys.executable, "-m", "peft_onelayer.adapter.reload", str(adapter)]
     # the same number of threads: another one may sum in another order
     environment = {**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads())}
     done = subprocess.run(

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 
 from .digest import config_digest, tensor_digest
-from .encoding import BITS, decode_tensor, split_key
+from .tensor import BITS, decode_tensor, split_key
 
 FORMAT = "onelayer-sparse-1"
 DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in (*BITS, torch.float64)}

@@ -8,8 +8,8 @@ import demo_model
 import pytest
 import torch
 
+from peft_onelayer.rollouts.evaluation import Evaluation, evaluate, paired_difference
 from peft_onelayer.tasks import load_task
-from peft_onelayer.tasks.evaluation import Evaluation, evaluate, paired_difference
 
 TASK = load_task("arithmetic")
 ROWS = TASK.rows("test", 64, 0)
@@ -167,8 +167,8 @@ def test_importing_the_tasks_loads_neither_trl_nor_datasets():
     code = """
 import sys
 import peft_onelayer.tasks.arithmetic, peft_onelayer.tasks.sort
-print('peft_onelayer.tasks.evaluation' in sys.modules)
-import peft_onelayer.tasks.evaluation
+print('peft_onelayer.rollouts.evaluation' in sys.modules)
+import peft_onelayer.rollouts.evaluation
 print(sorted({'trl', 'datasets'} & set(sys.modules)))
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

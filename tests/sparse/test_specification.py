@@ -1,4 +1,4 @@
-"""Every rule of peft_onelayer/adapter/SPECIFICATION.md under its number.
+"""Every rule of peft_onelayer/sparse/SPECIFICATION.md under its number.
 
 `decode` is a decoder of its own, entry by entry, written from that page: what the package writes it must read alike.
 """
@@ -19,11 +19,11 @@ from tuner.helpers import base_weights, logits, masters, wrap
 
 import peft_onelayer
 from models import build
-from peft_onelayer.adapter.encoding import decode_tensor, encode_tensor
 from peft_onelayer.adapter.reader import open_adapter
-from peft_onelayer.adapter.sparse import write_sparse
+from peft_onelayer.adapter.write_sparse import write_sparse
+from peft_onelayer.sparse.tensor import decode_tensor, encode_tensor
 
-SPECIFICATION = Path(peft_onelayer.__file__).parent / "adapter" / "SPECIFICATION.md"
+SPECIFICATION = Path(peft_onelayer.__file__).parent / "sparse" / "SPECIFICATION.md"
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 BF16 = torch.bfloat16
 WIDTH = {torch.bfloat16: 16, torch.float16: 16, torch.float32: 32}

@@ -10,9 +10,9 @@ from datasets import Dataset
 from trl import GRPOConfig, GRPOTrainer
 from trl.chat_template_utils import qwen2_5_chat_template, qwen3_chat_template
 
+from peft_onelayer.rollouts.evaluation import evaluate
+from peft_onelayer.rollouts.sampling import sample_rollouts
 from peft_onelayer.tasks import Task, as_chat
-from peft_onelayer.tasks.evaluation import evaluate
-from peft_onelayer.tasks.rollouts import sample_rollouts
 
 
 class Counter:

@@ -15,9 +15,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from peft_onelayer.adapter.staging import check_target, make_readable
+from peft_onelayer.records.files import check_target, make_readable
 
-from .record import FORMAT
+from .describe import FORMAT
 
 
 class RunFolder:

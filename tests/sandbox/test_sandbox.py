@@ -21,7 +21,8 @@ from pathlib import Path
 
 import pytest
 
-from peft_onelayer.tasks import sandbox, sandbox_child
+from peft_onelayer import sandbox
+from peft_onelayer.sandbox import child as sandbox_child
 
 RIGHT = "def double(x): return 2 * x\n"
 TESTS = "assert double(4) == 8"

@@ -2,7 +2,7 @@ import json
 
 import pytest
 
-from peft_onelayer.probe.ranking import LayerRanking
+from peft_onelayer.records.ranking import LayerRanking
 
 RANKING = LayerRanking(
     model="m",

@@ -9,7 +9,7 @@ import json
 from dataclasses import asdict, dataclass
 from typing import Any, ClassVar, Self
 
-from peft_onelayer.tuner import resolve_layers
+from peft_onelayer.layers import resolve_layers
 
 FORMAT = "onelayer-ranking-1"
 MID_5 = (51.4 - 44.1) / (51.8 - 44.1)  # arXiv 2607.01232, Qwen3-1.7B-Base

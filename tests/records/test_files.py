@@ -2,7 +2,7 @@ import os
 
 import pytest
 
-from peft_onelayer.adapter.staging import check_target, staged_directory
+from peft_onelayer.records.files import check_target, staged_directory
 
 
 def ours(folder):

@@ -4,8 +4,8 @@ import json
 
 import pytest
 
-from peft_onelayer.rl.record import FORMAT, differences
-from peft_onelayer.rl.run_folder import RunFolder
+from peft_onelayer.runs.describe import FORMAT, differences
+from peft_onelayer.runs.folder import RunFolder
 
 RECORD = {"format": FORMAT, "settings": {"seed": 0}}
 

@@ -5,7 +5,7 @@
     >>> run(["import os; os._exit(0)"], "assert double(4) == 8", ["double"])
     Outcome(passed=False, reason='the program exited with code 0')
 
-The program and the tests run in two processes (`sandbox_child.py`). The tests call the program's functions by value:
+The program and the tests run in two processes (`child.py`). The tests call the program's functions by value:
 arguments and results cross a pipe as plain data, and the tests compare built-in objects of their own. The program never
 holds the tests, their expected values or the channel of the result, so that exiting, printing, replaced builtins,
 objects that equal everything, and search through frames or memory gain nothing: it passes by answering right.
@@ -55,7 +55,7 @@ SCRATCH = 16 << 20  # bytes
 PROCESSES = 8
 START_UP = 60.0  # seconds that a busy machine may take to set a sandbox up and to take it down
 
-_CHILD = Path(__file__).with_name("sandbox_child.py")
+_CHILD = Path(__file__).with_name("child.py")
 
 # The kernel limits the processes of every user but root, and not every container tells who is root outside.
 _PROBE = """

@@ -16,13 +16,14 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from safetensors.torch import save_file
 from torch import nn
 
+from peft_onelayer.records.files import staged_directory
+from peft_onelayer.records.locate import ADAPTER_FILES, hub_identity
+from peft_onelayer.sparse.digest import tensor_digest
+from peft_onelayer.sparse.encoding import DTYPES, SparseEncoding, TensorRecord, base_name, count_changed, describe_base
+from peft_onelayer.sparse.tensor import encode_tensor
+
 from .checkpoint import Checkpoint
-from .digest import tensor_digest
-from .encoding import encode_tensor
-from .integrity import DTYPES, SparseEncoding, TensorRecord, base_name, count_changed, describe_base
-from .locate import ADAPTER_FILES, hub_identity
 from .reader import CONFIG, TRAINED, WEIGHTS, open_adapter
-from .staging import staged_directory
 
 
 def write_sparse(adapter: Path | str, out: Path | str, base: nn.Module | Path | str) -> SparseEncoding:

@@ -1,0 +1,1 @@
+"""What is written beside an adapter, as types, and the one way to read and write files."""

@@ -1,0 +1,1 @@
+"""A training run and an evaluation as library calls: what the commands call."""
