@@ -53,12 +53,12 @@ def demo(
     """Watch one block get chosen, trained with GRPO and saved as an adapter (under 3 minutes on 2 cores)."""
     start = time.perf_counter()
     with status("loading ..."):
-        from peft_onelayer.records.files import check_target, staged_directory
+        from peft_onelayer.records.files import check_folder, staged_directory
         from peft_onelayer.tasks import load_task
         from peft_onelayer.tuner import find_decoder_stack, resolve_layers
 
     with user_error(ValueError):
-        check_target(out, _is_ours)
+        check_folder(out, _is_ours)
         if task not in TASKS:
             raise UserError(f"the demo knows the tasks {' and '.join(TASKS)}, not {task!r}; onelayer train takes all.")
         the_task = load_task(task)

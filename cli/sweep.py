@@ -17,7 +17,7 @@ from ._output import note, print_line, print_table, progress_bar, status
 from ._task import as_asked, check_writable
 
 if TYPE_CHECKING:
-    from peft_onelayer.sweep.profile import SweepProfile
+    from peft_onelayer.records.ranking import LayerRanking
 
 OWNED = {
     "output_dir": "--out",
@@ -181,7 +181,7 @@ def _check_out(out: Path) -> None:
         raise UserError(f"{out} exists and holds other files; choose a new --out (nothing was changed).")
 
 
-def _print_profile(profile: SweepProfile, out: Path) -> None:
+def _print_profile(profile: LayerRanking, out: Path) -> None:
     def cell(value: float | None, error: float | None, sign: str = "") -> str:
         return "" if value is None else f"{value:{sign}.4f} ± " + ("?" if error is None else f"{error:.4f}")
 
@@ -215,7 +215,7 @@ def _print_profile(profile: SweepProfile, out: Path) -> None:
     print_line(f"Written to {out}: rows/, layer_profile.json, layer_profile.csv, layer_profile.png")
 
 
-def _verdict(profile: SweepProfile) -> str:
+def _verdict(profile: LayerRanking) -> str:
     if not profile.order:
         return "No block was measured to the end."
     best = profile.order[0]

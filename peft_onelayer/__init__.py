@@ -3,33 +3,34 @@
 import importlib
 from typing import TYPE_CHECKING, Any
 
-from .tuner import SingleLayerConfig, SingleLayerModel
+from .registration import register
 
 if TYPE_CHECKING:
-    from peft_onelayer.adapter.export import export_adapter
-    from peft_onelayer.adapter.inspection import inspect_adapter
-    from peft_onelayer.adapter.merge import merge_into_checkpoint
-    from peft_onelayer.hub.profiles import load_profile
-    from peft_onelayer.hub.pull import pull_adapter
-    from peft_onelayer.hub.push import push_adapter
-    from peft_onelayer.hub.search import search_adapters
-    from peft_onelayer.probe.probe import probe_layers
-    from peft_onelayer.records.ranking import LayerRanking
-    from peft_onelayer.sweep.metric import layer_contribution, rank_correlation
-    from peft_onelayer.sweep.profile import SweepProfile
-    from peft_onelayer.sweep.sweep import sweep_layers
+    from .adapter.export import export_adapter
+    from .adapter.inspection import inspect_adapter
+    from .adapter.merge import merge_into_checkpoint
+    from .hub.profiles import load_profile
+    from .hub.pull import pull_adapter
+    from .hub.push import push_adapter
+    from .hub.search import search_adapters
+    from .probe.probe import probe_layers
+    from .records.ranking import LayerRanking
+    from .sweep.metric import layer_contribution, rank_correlation
+    from .sweep.sweep import sweep_layers
+    from .tasks import load_task
+    from .tuner import SingleLayerConfig, SingleLayerModel
 
 __version__ = "0.1.0"
 __all__ = [
     "LayerRanking",
     "SingleLayerConfig",
     "SingleLayerModel",
-    "SweepProfile",
     "__version__",
     "export_adapter",
     "inspect_adapter",
     "layer_contribution",
     "load_profile",
+    "load_task",
     "merge_into_checkpoint",
     "probe_layers",
     "pull_adapter",
@@ -39,13 +40,15 @@ __all__ = [
     "sweep_layers",
 ]
 
-_ON_FIRST_USE = {  # some need trl and datasets
+_MODULES = {  # of each name; imported on its first use
     "LayerRanking": ".records.ranking",
-    "SweepProfile": ".sweep.profile",
+    "SingleLayerConfig": ".tuner",
+    "SingleLayerModel": ".tuner",
     "export_adapter": ".adapter.export",
     "inspect_adapter": ".adapter.inspection",
     "layer_contribution": ".sweep.metric",
     "load_profile": ".hub.profiles",
+    "load_task": ".tasks",
     "merge_into_checkpoint": ".adapter.merge",
     "probe_layers": ".probe.probe",
     "pull_adapter": ".hub.pull",
@@ -57,6 +60,9 @@ _ON_FIRST_USE = {  # some need trl and datasets
 
 
 def __getattr__(name: str) -> Any:
-    if name not in _ON_FIRST_USE:
+    if name not in _MODULES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(importlib.import_module(_ON_FIRST_USE[name], __name__), name)
+    return getattr(importlib.import_module(_MODULES[name], __name__), name)
+
+
+register()

@@ -18,8 +18,8 @@ from diagnostics import NAMES
 from truth import CORRELATED, VIOLATING, Cell
 
 from peft_onelayer.probe.prior import depth_prior
+from peft_onelayer.records.ranking import LayerRanking
 from peft_onelayer.sweep.metric import rank_correlation
-from peft_onelayer.sweep.profile import SweepProfile
 
 DRAWS = 10_000
 ORDER = ("random", "depth", "profile", "one", "short", "race", "auto")  # first words of the methods' names
@@ -41,7 +41,7 @@ class Trial:
 @dataclass(frozen=True)
 class Case:
     cell: Cell
-    truth: SweepProfile
+    truth: LayerRanking
     truth_folder: Path
     folder: Path  # of the rankings
 
@@ -69,8 +69,8 @@ class Case:
             found.append(self.trial(r["scores"], first, r["cost"]["share"], r["cost"]["seconds"]))
         return found
 
-    def of_seed(self, seed: int) -> SweepProfile:
-        return SweepProfile.from_json((self.truth_folder / f"seed{seed}.json").read_text())
+    def of_seed(self, seed: int) -> LayerRanking:
+        return LayerRanking.from_json((self.truth_folder / f"seed{seed}.json").read_text())
 
     @property
     def run(self) -> float:
@@ -88,7 +88,7 @@ def load(cells: Sequence[Cell], out: Path) -> list[Case]:
     for cell in cells:
         folder = out / "truth" / cell.name
         if path := next((p for p in (folder / "layer_profile.json", folder / "seed0.json") if p.exists()), None):
-            truth = SweepProfile.from_json(path.read_text())
+            truth = LayerRanking.from_json(path.read_text())
             found.append(Case(cell, truth, folder, out / "rankings" / cell.name))
     return found
 

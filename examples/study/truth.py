@@ -13,9 +13,9 @@ from bases import DAMAGED
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from peft_onelayer.probe.updates import Candidate, at_work, graded_batch, update
+from peft_onelayer.records.ranking import LayerRanking
 from peft_onelayer.rl.training import Recipe, demo_recipe
 from peft_onelayer.rollouts.sampling import sample_rollouts
-from peft_onelayer.sweep.profile import SweepProfile
 from peft_onelayer.sweep.run_layer import Row, RunSpec
 from peft_onelayer.sweep.sweep import sweep_layers
 from peft_onelayer.tasks import Task, load_task
@@ -56,12 +56,12 @@ def study_recipe(task: Task, algorithm: str = "grpo") -> Recipe:
     return Recipe(chosen, settings)
 
 
-def measure(cell: Cell, bases: Path, out: Path, workers: int | None = None) -> SweepProfile:
+def measure(cell: Cell, bases: Path, out: Path, workers: int | None = None) -> LayerRanking:
     """The sweep of a cell, run as far as it is not there; the profile of each seed is beside it, as seed0.json."""
     folder = out / cell.name
     done = folder / "layer_profile.json"
     if done.exists():
-        return SweepProfile.from_json(done.read_text())
+        return LayerRanking.from_json(done.read_text())
     folder.mkdir(parents=True, exist_ok=True)
     model = str(bases / cell.base)
     recipe = study_recipe(load_task(cell.task), cell.algorithm)
@@ -73,7 +73,7 @@ def measure(cell: Cell, bases: Path, out: Path, workers: int | None = None) -> S
     def on_row(done: int, total: int, spec: RunSpec, row: Row) -> None:
         print(f"{cell.name} {done}/{total} {spec}: {row['mean']:.3f}, {row['seconds']:.0f} s", flush=True)
 
-    def sweep(seeds: tuple[int, ...]) -> SweepProfile:
+    def sweep(seeds: tuple[int, ...]) -> LayerRanking:
         return sweep_layers(
             model,
             cell.task,

@@ -25,7 +25,7 @@ from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from transformers import GenerationConfig, PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 
 import peft_onelayer.tasks
-from peft_onelayer.records.files import check_target, staged_directory
+from peft_onelayer.records.files import check_folder, staged_directory
 from peft_onelayer.rollouts.evaluation import Evaluation, evaluate
 from peft_onelayer.tasks import load_task
 
@@ -304,7 +304,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0, help="of the weights and of the training data (default: 0)")
     arguments = parser.parse_args()
     try:
-        check_target(arguments.out, is_ours)
+        check_folder(arguments.out, is_ours)
     except ValueError as error:
         parser.error(str(error))
 

@@ -106,7 +106,7 @@ def export_adapter(
     Raises:
         ValueError: an unknown format, a damaged adapter, a base that is missing or another one, or weights for which
             the format has no place.
-        TargetError: `out` may not be used, by `check_target`.
+        TargetError: `out` may not be used, by `check_folder`.
     """
     if format not in FORMATS:
         raise ValueError(f"format={format!r} is not known; expected one of {', '.join(FORMATS)}.")

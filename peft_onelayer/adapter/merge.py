@@ -14,7 +14,7 @@ from pathlib import Path
 
 import torch
 
-from peft_onelayer.records.files import TargetError, check_target, staged_directory
+from peft_onelayer.records.files import TargetError, check_folder, staged_directory
 from peft_onelayer.records.locate import adapter_folder, base_folder, hub_identity
 from peft_onelayer.tuner import find_decoder_stack
 
@@ -74,13 +74,13 @@ def merge_into_checkpoint(
     Raises:
         ValueError: the base is incomplete, quantized or not stored as transformers loads it; an adapter is damaged or
             made for another base; two adapters train the same tensor.
-        TargetError: `out` may not be used, by `check_target`.
+        TargetError: `out` may not be used, by `check_folder`.
         OSError: the disk is full.
     """
     names = [adapters] if isinstance(adapters, (str, Path)) else list(adapters)
     if not names:
         raise ValueError("no adapter was given.")
-    check_target(Path(out), lambda folder: False)  # before anything is downloaded
+    check_folder(Path(out), lambda folder: False)  # before anything is downloaded
     files = [open_adapter(adapter_folder(name)) for name in names]
     if revision is None and str(base) == files[0].config.get("base_model_name_or_path"):
         revision = files[0].config.get("revision")

@@ -18,7 +18,8 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 
-from peft_onelayer.sparse.encoding import SparseEncoding, base_name, shown
+from peft_onelayer.records.text import printable
+from peft_onelayer.sparse.encoding import SparseEncoding, base_name
 from peft_onelayer.sparse.tensor import split_key
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
@@ -107,10 +108,10 @@ def open_adapter(folder: Path | str) -> AdapterFile:
         keys, others = sparse.group(others)
     for key in others:
         if base_name(key) in keys:
-            raise ValueError(f"{folder / WEIGHTS} holds {shown(base_name(key))} twice.")
+            raise ValueError(f"{folder / WEIGHTS} holds {printable(base_name(key))} twice.")
         stem, part = split_key(key)
         if TRAINED in stem and (part or sparse is not None):
-            raise ValueError(f"{folder / WEIGHTS} holds {shown(base_name(key))}, which {CONFIG} does not record.")
+            raise ValueError(f"{folder / WEIGHTS} holds {printable(base_name(key))}, which {CONFIG} does not record.")
         keys[base_name(key)] = {"": key}
     if not keys:
         raise ValueError(f"{folder / WEIGHTS} holds no tensors.")
@@ -118,9 +119,13 @@ def open_adapter(folder: Path | str) -> AdapterFile:
     numbers = {str(layer) for layer in layers}
     for name, group in keys.items():
         if not name.isprintable():
-            raise ValueError(f"{folder / WEIGHTS} holds a tensor with control characters in its name: {shown(name)}.")
+            raise ValueError(
+                f"{folder / WEIGHTS} holds a tensor with control characters in its name: {printable(name)}."
+            )
         if any(TRAINED in key for key in group.values()) and numbers.isdisjoint(name.split(".")):
-            raise ValueError(f"{folder} holds {shown(name)}, which is in none of its layers {shown(str(layers))}.")
+            raise ValueError(
+                f"{folder} holds {printable(name)}, which is in none of its layers {printable(str(layers))}."
+            )
     return AdapterFile(folder, config, layers, sorted(keys), keys, sparse)
 
 
@@ -140,7 +145,7 @@ def read_config(folder: Path) -> dict[str, Any]:
         raise ValueError(f"{path} is not JSON: {_one_line(error)}") from None
     if not isinstance(config, dict) or config.get("peft_type") != "SINGLE_LAYER":
         kind = config.get("peft_type") if isinstance(config, dict) else None
-        raise ValueError(f"{path} describes no single-layer adapter: its peft_type is {shown(kind, 40)!r}.")
+        raise ValueError(f"{path} describes no single-layer adapter: its peft_type is {printable(kind, 40)!r}.")
     layers, depth = config.get("layer_indices"), config.get("num_layers")
     if type(depth) is not int or depth >= 2**31 or not isinstance(layers, list) or not layers:
         raise ValueError(f"{path} lacks layer_indices or num_layers; it was not saved from a trained model.")

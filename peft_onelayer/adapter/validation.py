@@ -3,15 +3,11 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 import torch
-from huggingface_hub import snapshot_download
-from huggingface_hub.errors import LocalEntryNotFoundError
 
 from peft_onelayer.adapter.checkpoint import Checkpoint
 from peft_onelayer.adapter.reader import AdapterFile
-from peft_onelayer.hub.privacy import is_local
 
 
 def check_tensors(adapter: AdapterFile, base: Path | None) -> tuple[int, bool]:
@@ -42,21 +38,3 @@ def check_tensors(adapter: AdapterFile, base: Path | None) -> tuple[int, bool]:
             if part.is_floating_point() and not torch.isfinite(part).all():
                 raise ValueError(f"the adapter's {name} holds NaN or Inf.")
     return parameters, known
-
-
-def cached_base(config: dict[str, Any]) -> Path | None:
-    """The base that adapter_config.json names, where the Hub's cache on this machine has it."""
-    name, revision = config.get("base_model_name_or_path"), config.get("revision")
-    if not isinstance(name, str) or not name or is_local(name) or not isinstance(revision, str | None):
-        return None
-    try:
-        return Path(
-            snapshot_download(
-                name,
-                revision=revision,
-                local_files_only=True,
-                allow_patterns=["config.json", "*.safetensors", "*.safetensors.index.json"],
-            )
-        )
-    except (LocalEntryNotFoundError, ValueError):  # not there, or no name of a repository
-        return None

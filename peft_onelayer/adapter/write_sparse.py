@@ -43,7 +43,7 @@ def write_sparse(adapter: Path | str, out: Path | str, base: nn.Module | Path | 
 
     Raises:
         ValueError: a damaged adapter, one made for another base, or a base that is quantized or merged.
-        TargetError: `out` may not be used, by `check_target`.
+        TargetError: `out` may not be used, by `check_folder`.
     """
     file = open_adapter(adapter)
     tensor_of, identity = _open_base(base, file.config)

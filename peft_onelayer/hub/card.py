@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from huggingface_hub import EvalResult, EvalResultEntry, ModelCardData, eval_result_entries_to_yaml
 
-from .privacy import last_part
+from peft_onelayer.records.locate import last_part
 
 if TYPE_CHECKING:
     from peft_onelayer.records.ranking import LayerRanking

@@ -5,11 +5,12 @@ from __future__ import annotations
 import re
 import shlex
 from collections.abc import Mapping
-from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
 from huggingface_hub import get_token
+
+from peft_onelayer.records.locate import last_part
 
 REMOVED = "<removed>"
 _SECRET_NAME = re.compile(r"((^|hub_|auth_|access_)token|api_key|secret|password)$", re.IGNORECASE)
@@ -20,24 +21,6 @@ _IS_PATH = re.compile(rf"{_ROOT}|(?!\w+://){_FILE}\Z")
 _PATH = re.compile(rf"(?:^|(?<=[\s'\"=(,:])){_ROOT}[^\s'\",;()]+")
 _OPTION = re.compile(r"(?P<name>[\w.-]+=)(?P<value>.*)", re.DOTALL)  # --out=DIR, or hub_token=... after --set
 _FOLDERS = ("--out", "--adapter")  # options that name a folder, which may look like a Hub id
-
-
-def is_local(model: str) -> bool:
-    """Whether a model's name is that of a folder rather than of a repository on the Hub.
-
-    >>> is_local("Qwen/Qwen3-1.7B-Base"), is_local("/models/qwen"), is_local("./qwen")
-    (False, True, True)
-    """
-    return model.startswith(("/", "~", ".")) or model.count("/") > 1 or "\\" in model or Path(model).is_dir()
-
-
-def last_part(path: str) -> str:
-    """Of a path of any system.
-
-    >>> last_part("/home/me/models/qwen/")
-    'qwen'
-    """
-    return re.split(r"[/\\]", path.rstrip("/\\"))[-1] or path[:1]
 
 
 def without_private(value: Any, names: Mapping[str, str] = MappingProxyType({})) -> Any:

@@ -13,8 +13,9 @@ from pathlib import Path
 from huggingface_hub import HfApi, snapshot_download
 
 from peft_onelayer.adapter.reader import CONFIG, WEIGHTS, AdapterFile, open_adapter
-from peft_onelayer.adapter.validation import cached_base, check_tensors
-from peft_onelayer.records.files import check_target, staged_directory
+from peft_onelayer.adapter.validation import check_tensors
+from peft_onelayer.records.files import check_folder, staged_directory
+from peft_onelayer.records.locate import cached_base
 
 from .errors import HubError, hub_errors
 from .push import CARD, PLOT, PROFILE, RESULTS, RUN
@@ -57,10 +58,10 @@ def pull_adapter(repo_id: str, folder: Path | str, *, revision: str | None = Non
         ValueError: the repository holds no adapter of this method, or a damaged one (`HubError` for what the Hub
             refuses, `TargetError` for a folder that cannot be used).
     """
-    from peft_onelayer.runs.describe import file_digest
+    from peft_onelayer.records.files import file_digest
 
     folder = Path(folder)
-    check_target(folder, _is_pulled)
+    check_folder(folder, _is_pulled)
     with hub_errors(f"pull {repo_id}", repo_id):
         info = HfApi().model_info(repo_id, revision=revision, files_metadata=True)
         there = {file.rfilename: file for file in info.siblings or [] if file.rfilename in FILES}

@@ -10,7 +10,7 @@ import shutil
 import tempfile
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from huggingface_hub import (
     CommitOperationAdd,
@@ -24,15 +24,14 @@ from huggingface_hub.errors import RevisionNotFoundError
 from huggingface_hub.utils import validate_repo_id, yaml_dump
 
 from peft_onelayer.adapter.reader import CONFIG, WEIGHTS, AdapterFile, open_adapter
-from peft_onelayer.adapter.validation import cached_base, check_tensors
-from peft_onelayer.records.locate import adapter_folder
+from peft_onelayer.adapter.validation import check_tensors
+from peft_onelayer.records.files import read_text
+from peft_onelayer.records.locate import adapter_folder, cached_base, is_local, last_part
+from peft_onelayer.records.ranking import LayerRanking
 
 from .card import EVALUATION_FORMAT, PLOT, eval_results, model_card
 from .errors import HubError, hub_errors
-from .privacy import is_local, last_part, without_private
-
-if TYPE_CHECKING:
-    from peft_onelayer.records.ranking import LayerRanking
+from .privacy import without_private
 
 RUN_FORMAT = "onelayer-run-1"
 RUN, PROFILE, CARD, EVALUATION = "run.json", "layer_profile.json", "README.md", "eval.json"
@@ -287,7 +286,7 @@ def _evaluation(folder: Path, path: Path | None) -> dict[str, Any] | None:
     measured = _record(path or folder / EVALUATION, EVALUATION_FORMAT, "an evaluation")
     if measured is None:
         return None
-    from peft_onelayer.runs.describe import file_digest
+    from peft_onelayer.records.files import file_digest
 
     if not measured.get("adapter"):
         raise ValueError(f"{path or folder / EVALUATION} measured the base alone; evaluate it with --adapter {folder}.")
@@ -297,16 +296,7 @@ def _evaluation(folder: Path, path: Path | None) -> dict[str, Any] | None:
 
 
 def _profile(path: Path) -> LayerRanking | None:
-    if not path.is_file():
-        return None
-    from peft_onelayer.records.ranking import LayerRanking
-    from peft_onelayer.sweep.profile import FORMAT, SweepProfile
-
-    text = path.read_text()
-    try:
-        return (SweepProfile if f'"{FORMAT}"' in text else LayerRanking).from_json(text)
-    except ValueError as error:
-        raise ValueError(f"{path}: {error}") from None
+    return LayerRanking.from_json(read_text(path), str(path)) if path.is_file() else None
 
 
 def _check_no_secret(staged: Path) -> None:

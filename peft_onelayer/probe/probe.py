@@ -4,21 +4,17 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from peft_onelayer.records.ranking import LayerRanking
+from peft_onelayer.records.ranking import NO_COST, LayerRanking
 from peft_onelayer.rl.training import Recipe
 from peft_onelayer.tasks import Task
 from peft_onelayer.tuner import find_decoder_stack, resolve_layers
 from peft_onelayer.tuner.model import commit_hash
 
 from .prior import depth_prior
-from .race import NO_COST, BudgetError, race
-
-if TYPE_CHECKING:
-    from peft_onelayer.hub.profiles import LayerProfile
+from .race import BudgetError, race
 
 METHODS = ("auto", "race", "prior", "profile")
 BUDGET = 0.25
@@ -34,7 +30,7 @@ def probe_layers(
     layers: str | int | Sequence[int] | None = None,
     training_steps: int = 150,
     recipe: Recipe | None = None,
-    profile: LayerProfile | None = None,
+    profile: LayerRanking | None = None,
     seed: int = 0,
     batch_size: int = 1024,
     on_candidate: Callable[[int, int, float], None] = lambda number, layer, spent: None,
@@ -111,11 +107,11 @@ def probe_layers(
     )
 
 
-def _profile_scores(profile: LayerProfile | None, num_layers: int) -> list[float | None]:
+def _profile_scores(profile: LayerRanking | None, num_layers: int) -> list[float | None]:
     if profile is None:
         raise ValueError('the method "profile" needs a profile: give one of load_profile')
     if profile.num_layers != num_layers:
         raise ValueError(
             f"the profile is of {profile.model} with {profile.num_layers} blocks; this model has {num_layers}"
         )
-    return profile.scores
+    return profile.worth

@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from peft_onelayer.records.ranking import LayerRanking
+from peft_onelayer.records.ranking import NO_COST, LayerRanking
 from peft_onelayer.rl.training import Recipe, demo_recipe
 from peft_onelayer.rollouts.sampling import Rollout, sample_rollouts
 from peft_onelayer.tasks import Task
@@ -55,7 +55,6 @@ MINIBATCH = 16, 128  # completions of an update, least and most
 SCORING = 0.3  # share of a round that is spent on its scores
 PROMPTS = 8, 128  # of a score, least and most
 Z_95 = 1.959964
-NO_COST: dict[str, float] = {"tokens_generated": 0, "tokens_trained": 0, "seconds": 0.0, "share": 0.0}
 
 
 class BudgetError(ValueError):

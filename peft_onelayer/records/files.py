@@ -1,58 +1,85 @@
-"""Output folders that are either complete or not there.
+"""Files: the names in an adapter's folder, output that is complete or not there, and digests.
 
-Everything is written to a hidden folder beside the target and renamed into place at the end; an error or Ctrl-C removes
-it. It does not know what is written.
+An output folder is written as a hidden folder beside the target, and a file as a hidden file; both are renamed into
+place at the end. An error or Ctrl-C removes them.
 """
 
 from __future__ import annotations
 
+import hashlib
+import json
 import os
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
+
+from .text import one_line
+
+CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+RUN, EVALUATION, PROFILE, CARD = "run.json", "eval.json", "layer_profile.json", "README.md"
+RECORD_LIMIT = 32 * 2**20  # bytes of a JSON file that is read whole
 
 
 class TargetError(OSError, ValueError):
-    """The output folder may not be used as one; the message says why and what to do."""
+    """The output may not be written where it was asked for; the message says why and what to do."""
 
 
-def check_target(target: Path, is_ours: Callable[[Path], bool]) -> None:
+def check_folder(target: Path, replaceable: Callable[[Path], bool] = lambda folder: False) -> None:
     """Raise `TargetError`, saying what to do, unless `target` can become an output folder without losing anything.
 
-    It may not exist yet (its parent must), be empty, or hold nothing but what `is_ours(target)` recognises as written
-    by an earlier run of the same command; and it must be writable.
+    It may not exist yet (its parent must), be empty, or be `replaceable`, as what an earlier run of the same command
+    wrote; and it must be writable.
     """
     target = target.resolve()
     if target.exists() and not target.is_dir():
         raise TargetError(f"{target} exists and is not a folder; choose another output folder.")
-    if target.is_dir() and any(target.iterdir()) and not is_ours(target):
+    if target.is_dir() and any(target.iterdir()) and not replaceable(target):
         raise TargetError(f"{target} exists and holds other files; choose a new output folder (nothing was changed).")
     if target == Path.cwd():
         raise TargetError(f"{target} is the current folder; name a new folder for the output.")
+    _check_parent(target)
+    if target.is_dir() and not os.access(target, os.W_OK | os.X_OK):
+        raise TargetError(f"{target} is read-only; choose another output folder.")
+
+
+def check_file(target: Path, replaceable: Callable[[Path], bool] = lambda file: False) -> None:
+    """Raise `TargetError`, saying what to do, unless `target` can become an output file without losing anything.
+
+    It may not exist yet (its folder must), or be `replaceable`; and its folder must be writable.
+    """
+    target = target.resolve()
+    if target.is_dir():
+        raise TargetError(f"{target} is a folder; give a file, such as {target / 'out.json'}.")
+    if target.exists() and not replaceable(target):
+        raise TargetError(f"{target} exists and is another file; choose another one (nothing was changed).")
+    _check_parent(target)
+
+
+def _check_parent(target: Path) -> None:
     if not target.parent.is_dir():
-        raise TargetError(f"the folder {target.parent} does not exist; create it or choose another output folder.")
-    for folder in (target.parent, target):
-        if folder.is_dir() and not os.access(folder, os.W_OK | os.X_OK):
-            raise TargetError(f"{folder} is read-only; choose another output folder.")
+        raise TargetError(f"the folder {target.parent} does not exist; create it or choose another output.")
+    if not os.access(target.parent, os.W_OK | os.X_OK):
+        raise TargetError(f"{target.parent} is read-only; choose another output.")
 
 
 @contextmanager
-def staged_directory(target: Path, is_ours: Callable[[Path], bool]) -> Iterator[Path]:
+def staged_directory(target: Path, replaceable: Callable[[Path], bool] = lambda folder: False) -> Iterator[Path]:
     """Yield an empty folder that becomes `target` when the block ends without an exception.
 
     Raises:
-        TargetError: by `check_target`, on entry and again before the rename.
+        TargetError: by `check_folder`, on entry and again before the rename.
         OSError: the disk is full, or a rename failed; what was there before is still there.
     """
-    check_target(target, is_ours)
+    check_folder(target, replaceable)
     target = target.resolve()
     staging = Path(tempfile.mkdtemp(prefix=f".{target.name}.partial-", dir=target.parent))
     try:
         yield staging
         make_readable(staging)
-        check_target(target, is_ours)  # minutes may have passed
+        check_folder(target, replaceable)  # minutes may have passed
         old = Path(f"{staging}.old")
         replaced = target.is_dir()
         if replaced:
@@ -70,8 +97,82 @@ def staged_directory(target: Path, is_ours: Callable[[Path], bool]) -> Iterator[
 
 
 def make_readable(folder: Path) -> None:
-    """Give a folder and all in it the permissions that the umask allows: mkdtemp and safetensors make files private."""
-    umask = os.umask(0)
-    os.umask(umask)
+    """Give a folder and all in it the permissions of a plain folder and file: mkdtemp and safetensors make theirs
+    private."""
+    plain = folder / ".plain"
+    plain.mkdir()
+    of_folder = plain.stat().st_mode
+    (plain / "file").touch()
+    of_file = (plain / "file").stat().st_mode
+    shutil.rmtree(plain)
     for path in (folder, *folder.rglob("*")):
-        path.chmod((0o777 if path.is_dir() else 0o666) & ~umask)
+        path.chmod(of_folder if path.is_dir() else of_file)
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Write a file in one piece; after an error there is what was there before.
+
+    Raises:
+        OSError: the disk is full, or not there any more.
+    """
+    partial = path.with_name(f".{path.name}.partial-{os.getpid()}")
+    try:
+        with partial.open("w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())  # a full disk may show only now
+        os.replace(partial, path)
+    except BaseException:
+        partial.unlink(missing_ok=True)
+        raise
+
+
+def read_fields(path: Path) -> dict[str, Any]:
+    """The fields of a JSON file that holds one object.
+
+    Raises:
+        ValueError: in one line: not there, too large, not JSON, or no object.
+    """
+    return parse_fields(read_text(path), str(path))
+
+
+def read_text(path: Path) -> str:
+    """The text of a file that may come from a stranger.
+
+    Raises:
+        ValueError: in one line: not there, too large, or not UTF-8.
+    """
+    try:
+        if path.stat().st_size > RECORD_LIMIT:
+            raise ValueError(f"{path} has {path.stat().st_size:,} bytes, more than any record ({RECORD_LIMIT:,}).")
+        return path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path} cannot be read: {one_line(error)}") from None
+
+
+def parse_fields(text: str, where: str) -> dict[str, Any]:
+    """The fields of a JSON text that holds one object; `where` names it in the error.
+
+    Raises:
+        ValueError: in one line: not JSON, or no object.
+    """
+    try:
+        fields = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{where} is not JSON: {one_line(error)}") from None
+    if not isinstance(fields, dict):
+        raise ValueError(f"{where} holds no fields: expected a JSON object.")
+    return fields
+
+
+def file_digest(path: Path) -> str:
+    """SHA-256 of a file, in hexadecimal digits."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def model_digests(model: str) -> dict[str, str]:
+    """SHA-256 of the configuration and the weights of a model in a folder, by file; {} for one on the Hub."""
+    folder = Path(model).expanduser()
+    files = [folder / "config.json", *sorted(folder.glob("*.safetensors"))] if folder.is_dir() else []
+    return {path.name: file_digest(path) for path in files}

@@ -1,20 +1,41 @@
-"""Finds the folder that a name stands for: one on this machine, or a copy of a Hub repository in the Hub's cache.
-
-It does not look at what the files hold.
-"""
+"""Finds the folder that a name stands for: one on this machine, or a copy of a Hub repository in the Hub's cache."""
 
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
-ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors", "run.json", "layer_profile.json", "README.md")
+from .files import CARD, CONFIG, PROFILE, RUN, WEIGHTS
+from .text import one_line
+
+ADAPTER_FILES = (CONFIG, WEIGHTS, RUN, PROFILE, CARD)  # of an adapter's repository, what is fetched
 # The same weights once more in other formats; `fnmatch` patterns of paths relative to the model's folder.
 OTHER_FORMATS = (
     *("pytorch_model*", "tf_model*", "flax_model*", "rust_model*", "consolidated*", "original/*", "onnx/*"),
     *("*.gguf", "*.pth", "*.onnx", "*.onnx_data"),
 )
+
+
+def is_local(name: str) -> bool:
+    """Whether a name is that of a folder, there or not, rather than of a repository on the Hub.
+
+    >>> is_local("Qwen/Qwen3-1.7B-Base"), is_local("/models/qwen"), is_local("./qwen"), is_local("a/b/c")
+    (False, True, True, True)
+    """
+    written_so = name.startswith((".", "~", "/", os.sep)) or name.count("/") > 1 or "\\" in name
+    return written_so or Path(name).expanduser().exists()
+
+
+def last_part(path: str) -> str:
+    """The last part of a path of any system.
+
+    >>> last_part("/home/me/models/qwen/")
+    'qwen'
+    """
+    return re.split(r"[/\\]", path.rstrip("/\\"))[-1] or path[:1]
 
 
 def adapter_folder(name: str | Path, revision: str | None = None) -> Path:
@@ -23,10 +44,13 @@ def adapter_folder(name: str | Path, revision: str | None = None) -> Path:
     Raises:
         ValueError: neither a folder here nor found on the Hub.
     """
-    folder = _folder(name, revision, "an adapter", allow=ADAPTER_FILES)
+    text = str(name)
+    if "/" not in text and not is_local(text):  # no adapter on the Hub is without an owner
+        raise ValueError(f"no adapter folder at {text}; give a folder with {CONFIG}, or a Hub id such as me/{text}.")
+    folder = find_folder(name, revision, "an adapter", allow=ADAPTER_FILES)
     inside = folder / "adapter"  # where `onelayer demo` puts it
-    if not (folder / ADAPTER_FILES[0]).exists() and (inside / ADAPTER_FILES[0]).exists():
-        raise ValueError(f"{folder} holds no {ADAPTER_FILES[0]}; did you mean {inside}?")
+    if not (folder / CONFIG).exists() and (inside / CONFIG).exists():
+        raise ValueError(f"{folder} holds no {CONFIG}; did you mean {inside}?")
     return folder
 
 
@@ -36,7 +60,28 @@ def base_folder(name: str | Path, revision: str | None = None) -> Path:
     Raises:
         ValueError: neither a folder here nor found on the Hub.
     """
-    return _folder(name, revision, "a model", ignore=OTHER_FORMATS)
+    return find_folder(name, revision, "a model", ignore=OTHER_FORMATS)
+
+
+def cached_base(config: dict[str, Any]) -> Path | None:
+    """The base that adapter_config.json names, where the Hub's cache on this machine has it."""
+    name, revision = config.get("base_model_name_or_path"), config.get("revision")
+    if not isinstance(name, str) or not name or is_local(name) or not isinstance(revision, str | None):
+        return None
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import LocalEntryNotFoundError
+
+    try:
+        return Path(
+            snapshot_download(
+                name,
+                revision=revision,
+                local_files_only=True,
+                allow_patterns=["config.json", "*.safetensors", "*.safetensors.index.json"],
+            )
+        )
+    except (LocalEntryNotFoundError, ValueError):  # not there, or no name of a repository
+        return None
 
 
 def hub_identity(folder: Path) -> tuple[str | None, str | None]:
@@ -46,15 +91,23 @@ def hub_identity(folder: Path) -> tuple[str | None, str | None]:
     if folder.parent.name == "snapshots" and folder.parent.parent.name.startswith("models--"):
         return folder.parent.parent.name.removeprefix("models--").replace("--", "/"), folder.name
     trace = folder / ".cache" / "huggingface" / "download" / "config.json.metadata"
-    return None, trace.read_text().split("\n")[0] if trace.is_file() else None
+    return None, trace.read_text(encoding="utf-8").split("\n")[0] if trace.is_file() else None
 
 
-def _folder(
+def find_folder(
     name: str | Path, revision: str | None, what: str, allow: Sequence[str] | None = None, ignore: Sequence[str] = ()
 ) -> Path:
-    folder = Path(name).expanduser()
-    text = str(name)
-    if folder.exists() or text.startswith((".", "~", os.sep)) or text.count("/") > 1:
+    """The folder `name`, or a copy of the repository `name` in the Hub's cache.
+
+    Args:
+        what: is looked for, such as "a model", for the message.
+        allow: patterns of the files to fetch; None for all but those of `ignore`.
+
+    Raises:
+        ValueError: neither a folder here nor found on the Hub.
+    """
+    folder, text = Path(name).expanduser(), str(name)
+    if is_local(text):
         if not folder.is_dir():
             raise ValueError(f"no folder at {folder}; give the folder of {what} or its id on the Hub.")
         return folder
@@ -71,5 +124,4 @@ def _folder(
             )
         )
     except (OSError, ValueError, HTTPError) as error:
-        reason = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
-        raise ValueError(f"{text} is neither a folder here nor {what} found on the Hub: {reason}") from error
+        raise ValueError(f"{text} is neither a folder here nor {what} found on the Hub: {one_line(error)}") from error

@@ -1,46 +1,99 @@
-"""The ranking of a model's layers: what a probe returns and what layer_profile.json holds.
-
-It does not know how the scores were made.
-"""
+"""layer_profile.json: what each block of a model is worth, as a probe or a sweep measured it, or a paper published it."""
 
 from __future__ import annotations
 
-import json
-from dataclasses import asdict, dataclass
+import csv
+import io
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields
 from typing import Any, ClassVar, Self
 
 from peft_onelayer.layers import resolve_layers
 
-FORMAT = "onelayer-ranking-1"
-MID_5 = (51.4 - 44.1) / (51.8 - 44.1)  # arXiv 2607.01232, Qwen3-1.7B-Base
+from .fields import Record, read
+from .text import printable
+
+FORMATS = ("onelayer-ranking-1", "onelayer-sweep-1", "onelayer-profile-1")  # of a probe, of a sweep, published
+NO_COST: dict[str, float] = {"tokens_generated": 0, "tokens_trained": 0, "seconds": 0.0, "share": 0.0}
 
 
 @dataclass(frozen=True)
-class LayerRanking:
-    """Scores of a model's layers for one task.
+class Sweep:
+    """What a sweep measured beside the gains. One entry per block, None where a block was not measured.
 
-    Args:
+    Attributes:
+        contribution: C of each block, by `layer_contribution`.
+        base: S_base, the score of the untrained model.
+        full: S_full, the score after training every parameter.
+        contribution_errors: standard errors of C.
+        undefined: why no C is defined; None where it is.
+        means: S_k, the mean score over problems and seeds.
+        base_error: standard error of S_base over problems.
+        full_gain: S_full - S_base and its standard error.
+        full_learning_rate: of the full-parameter runs.
+        learning_rate_search: scores by learning rate, of "layer" and of "full", with the settings of the search; None
+            where the rates were given.
+        algorithm: name of the algorithm.
+        settings: fields of its TRL configuration that were set, without the learning rate.
+        steps: optimizer steps of a run.
+        seeds: of training.
+        problems: number evaluated on, `samples` completions each, of `split`.
+        stopped: by block, the steps at which early stopping ended its runs; such a run has no score.
+        greedy: {"base", "full", "means"}: the same by greedy decoding; None where it was not asked for.
+    """
+
+    contribution: list[float | None]
+    base: float | None
+    full: float | None
+    contribution_errors: list[float | None] | None = None
+    undefined: str | None = None
+    means: list[float | None] | None = None
+    base_error: float | None = None
+    full_gain: list[float | None] | None = None
+    full_learning_rate: float | None = None
+    learning_rate_search: dict[str, Any] | None = None
+    algorithm: str | None = None
+    settings: dict[str, Any] | None = None
+    steps: int | None = None
+    seeds: list[int] | None = None
+    problems: int | None = None
+    samples: int | None = None
+    split: str | None = None
+    stopped: dict[str, list[int]] = field(default_factory=dict)
+    greedy: dict[str, Any] | None = None
+
+
+@dataclass(frozen=True)
+class LayerRanking(Record):
+    """Scores of a model's blocks for one task, and which block to train.
+
+    Attributes:
         model: name or path of the base model.
         revision: commit hash of the base model, where it has one.
         num_layers: number of blocks.
-        method: "auto", "race", "prior", "profile", or "sweep".
-        scores: one per layer, higher is better; None where not measured. Of a race, the gain in mean reward.
+        method: "auto", "race", "prior", "profile", "sweep", or "published".
+        scores: one per block, higher is better; None where not measured. Of a race and of a sweep, the gain in mean
+            reward; published ones are contributions.
         errors: standard errors of the scores, None likewise; of a race, those of the difference from the mean of all.
-        order: measured layers, best first.
-        tied: layers that cannot be told from the best at 95 %, the best one included.
-        pick: the layer to train, or None when no layer beats the untrained base.
-        learning_rate: of the run that the layer is chosen for.
+        order: measured blocks, best first.
+        tied: blocks that cannot be told from the best at 95 %, the best one included.
+        pick: the best block, or None when no block beats the untrained base.
+        learning_rate: of the run that the block is chosen for; of a sweep, of the best block.
         cost: "tokens_generated", "tokens_trained", "seconds", and "share", the tokens (generated and trained) over
             those of one training run.
         task: name of the task.
-        seed: seed of data, sampling and training.
-        learning_rates: the rate for each layer: lower than `learning_rate` where a step at it moves the policy too far.
-        expected: expected gain of the pick over that of the best layer, C(pick) / C(best), where there is a posterior.
+        seed: of data, sampling and training.
+        learning_rates: the rate for each block: lower than `learning_rate` where a step at it moves the policy too far.
+        expected: of a race, expected gain of the pick over that of the best block, C(pick) / C(best).
+        rounds: of a race, by block, [updates so far, gain in mean reward, its standard error] of each of its rounds.
         fallback: why there is no race where one was asked for.
-        rounds: of a race: by layer, [updates so far, gain in mean reward, its standard error] of each of its rounds.
+        sweep: of a sweep, and of a published profile.
+        source: of a published profile, the paper.
     """
 
-    KIND: ClassVar[str] = "a layer ranking"
+    FORMAT: ClassVar[str] = FORMATS[0]
+    WHAT: ClassVar[str] = "a layer profile"
 
     model: str
     revision: str | None
@@ -54,12 +107,13 @@ class LayerRanking:
     learning_rate: float | None
     cost: dict[str, float]
     task: str
-    seed: int
+    seed: int | None
     learning_rates: list[float | None] | None = None
     expected: float | None = None
     rounds: dict[str, list[list[float]]] | None = None
     fallback: str | None = None
-    format: str = FORMAT
+    sweep: Sweep | None = None
+    source: str | None = None
 
     @property
     def measured(self) -> bool:
@@ -67,39 +121,128 @@ class LayerRanking:
         return any(error is not None for error in self.errors)
 
     @property
-    def choice(self) -> str:
-        """What to train, as `SingleLayerConfig` takes it: the pick, or "mid-5" where that is the better bet.
-
-        It is where nothing is picked, and where the pick is expected to miss more of the best layer's gain than mid-5
-        did in arXiv 2607.01232 (without any profile it reached 51.4 against 51.8 of the best layer, from 44.1, that is
-        95 %, on the model of the three where it did worst) while none of its layers is behind.
-        """
-        if self.num_layers < 5:
-            return str(self.order[0] if self.pick is None else self.pick)
-        middle = resolve_layers("mid-5", self.num_layers)
-        unsure = self.expected is not None and self.expected < MID_5
-        return "mid-5" if self.pick is None or (unsure and set(middle) <= set(self.tied)) else str(self.pick)
+    def worth(self) -> list[float | None]:
+        """What ranks the blocks: contributions where they were measured, else scores."""
+        return self.sweep.contribution if self.sweep and not self.sweep.undefined else self.scores
 
     @property
-    def recommended_rate(self) -> float | None:
-        """The learning rate for `choice`."""
+    def choice(self) -> list[int]:
+        """The blocks to train, ascending: the pick; without one the paper's five middle blocks, which need no profile
+        (arXiv 2607.01232), or of fewer than five blocks the first in `order`."""
+        if self.pick is not None:
+            return [self.pick]
+        return resolve_layers("mid-5", self.num_layers) if self.num_layers >= 5 else self.order[:1]
+
+    @property
+    def choice_learning_rate(self) -> float | None:
+        """The learning rate that `choice` is to be trained with."""
         own = None if self.pick is None or not self.learning_rates else self.learning_rates[self.pick]
         return self.learning_rate if own is None else own
 
-    def to_json(self) -> str:
-        return json.dumps(asdict(self), indent=2) + "\n"
+    def to_dict(self) -> dict[str, Any]:
+        """The JSON object: the fields of `sweep` stand beside the others."""
+        own = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in ("sweep", "source")}
+        if self.sweep is None:
+            return {"format": self.FORMAT, **own}
+        measured = {f.name: getattr(self.sweep, f.name) for f in fields(Sweep)}
+        return {"format": FORMATS[1], **own, **measured} | ({"source": self.source} if self.source else {})
 
     @classmethod
-    def from_json(cls, text: str) -> Self:
-        """Read what `to_json` wrote.
+    def from_dict(cls, fields_: Mapping[str, Any], where: str) -> Self:
+        """Take the fields of a layer_profile.json, of a probe or a sweep, or of a published profile.
 
         Raises:
-            ValueError: not JSON, another format, or fields missing or unknown.
+            ValueError: another format, or a field that is missing, unknown or of another type, by its name.
         """
-        fields: dict[str, Any] = json.loads(text)
-        if not isinstance(fields, dict) or fields.get("format") != cls.format:
-            raise ValueError(f'not {cls.KIND}: expected a JSON object with "format": "{cls.format}".')
-        try:
-            return cls(**fields)
-        except TypeError as error:
-            raise ValueError(f"not {cls.KIND}: {error}.") from None
+        kind = fields_.get("format")
+        if kind not in FORMATS:
+            raise ValueError(
+                f'{where} holds no layer profile: its "format" is {printable(kind, 40)}, expected {", ".join(FORMATS)}.'
+            )
+        given = {name: value for name, value in fields_.items() if name != "format"}
+        if kind == FORMATS[2]:
+            return cls._published(given, where)
+        if kind == FORMATS[1]:
+            names = {f.name for f in fields(Sweep)}
+            given["sweep"] = {name: given.pop(name) for name in names & given.keys()}
+        return read(cls, given, where)._checked(where)
+
+    @classmethod
+    def _published(cls, given: dict[str, Any], where: str) -> Self:
+        """A profile of a paper: contributions, of some blocks or of all."""
+        published = read(_Published, given, where)
+        scores = published.contribution
+        order = sorted((k for k, c in enumerate(scores) if c is not None), key=lambda k: -(scores[k] or 0.0))
+        ranking = cls(
+            model=published.model,
+            revision=None,
+            num_layers=published.num_layers,
+            method="published",
+            scores=scores,
+            errors=[None] * len(scores),
+            order=order,
+            tied=order[:1],
+            pick=order[0] if order else None,
+            learning_rate=None,
+            cost=dict(NO_COST),
+            task=published.data or "",
+            seed=None,
+            sweep=Sweep(scores, published.base, published.full, algorithm=published.algorithm),
+            source=published.source,
+        )
+        return ranking._checked(where)
+
+    def _checked(self, where: str) -> Self:
+        """Raise ValueError unless there is one finite score or null for each block, and every index is a block."""
+        lists = {"scores": self.scores, "errors": self.errors, "learning_rates": self.learning_rates}
+        if self.sweep:
+            lists |= {name: getattr(self.sweep, name) for name in ("contribution", "contribution_errors", "means")}
+        for name, values in lists.items():
+            if values is None:
+                continue
+            if len(values) != self.num_layers:
+                raise ValueError(
+                    f"{where}: {name} has {len(values)} entries, expected {self.num_layers}, one per block"
+                )
+            if not all(value is None or math.isfinite(value) for value in values):
+                raise ValueError(f"{where}: {name} holds a number that is not finite; expected numbers or null")
+        for name, blocks in (("order", self.order), ("tied", self.tied), ("pick", [self.pick or 0])):
+            if not all(0 <= block < self.num_layers for block in blocks):
+                raise ValueError(f"{where}: {name} names a block that is not one of 0 to {self.num_layers - 1}")
+        return self
+
+    def to_csv(self) -> str:
+        """Of a sweep, one line for the base, for full, and for each block that was to be measured."""
+        sweep = self.sweep
+        assert sweep is not None and sweep.means is not None and sweep.contribution_errors is not None
+        text = io.StringIO()
+        table = csv.writer(text, lineterminator="\n")
+        table.writerow(
+            ["layer", "score", "gain", "gain_error", "contribution", "contribution_error", "learning_rate", "stopped"]
+        )
+        table.writerow(["base", sweep.base, "", "", "", "", "", ""])
+        table.writerow(["full", sweep.full, *(sweep.full_gain or []), "", "", sweep.full_learning_rate, ""])
+        for k in range(self.num_layers):
+            stopped = sweep.stopped.get(str(k), [])
+            if sweep.means[k] is not None or stopped:
+                row = [k, sweep.means[k], self.scores[k], self.errors[k]]
+                row += [sweep.contribution[k], sweep.contribution_errors[k]]
+                rate = self.learning_rates[k] if self.learning_rates else self.learning_rate
+                table.writerow([*row, rate, " ".join(map(str, stopped))])
+        return text.getvalue()
+
+
+@dataclass(frozen=True)
+class _Published:
+    """A file of peft_onelayer/profiles/."""
+
+    model: str
+    num_layers: int
+    contribution: list[float | None]
+    algorithm: str | None = None
+    data: str | None = None
+    base: float | None = None
+    full: float | None = None
+    best: float | None = None
+    partial: bool | None = None
+    source: str | None = None

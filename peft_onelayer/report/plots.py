@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from peft_onelayer.records.ranking import LayerRanking
-from peft_onelayer.sweep.profile import SweepProfile
 
 BLUE, ORANGE, GREY = "#3465a4", "#d9730d", "#9aa0a6"
 
@@ -55,12 +54,14 @@ def plot_ranking(ranking: LayerRanking, path: Path, title: str) -> None:
     figure.savefig(path)
 
 
-def plot_profile(profile: SweepProfile, path: Path, title: str) -> None:
+def plot_profile(profile: LayerRanking, path: Path, title: str) -> None:
     """Draw each layer's contribution with 95 % intervals against full (1) and base (0); gains where C is undefined."""
     figure, axes = new_figure()
-    defined = profile.undefined is None
-    values = profile.contribution if defined else profile.scores
-    errors = profile.contribution_errors if defined else profile.errors
+    sweep = profile.sweep
+    assert sweep is not None
+    defined = sweep.undefined is None
+    values = profile.worth
+    errors = (sweep.contribution_errors if defined else profile.errors) or [None] * len(values)
     layers = [k for k, value in enumerate(values) if value is not None]
     axes.errorbar(
         layers,
@@ -75,7 +76,7 @@ def plot_profile(profile: SweepProfile, path: Path, title: str) -> None:
         label="one block trained",
     )
     axes.axhline(0, color=GREY, linewidth=1, label="base")
-    full = 1.0 if defined else profile.full_gain[0]
+    full = 1.0 if defined or not sweep.full_gain else sweep.full_gain[0]
     axes.axhline(full, color=ORANGE, linewidth=1, label="every parameter trained")
     axes.set(title=title, xlabel="block", ylabel="layer contribution C" if defined else "gain over the base")
     axes.legend(frameon=False)

@@ -15,7 +15,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from peft_onelayer.records.files import check_target, make_readable
+from peft_onelayer.records.files import check_folder, make_readable
 
 from .describe import FORMAT
 
@@ -50,7 +50,7 @@ class RunFolder:
         if state and not resume:
             raise ValueError(f"{path} holds an unfinished run; continue it with --resume or choose a new folder.")
         if not resume:
-            check_target(path, lambda folder: False)
+            check_folder(path, lambda folder: False)
 
     def _read(self) -> dict[str, Any] | None:
         try:

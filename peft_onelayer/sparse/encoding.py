@@ -14,6 +14,8 @@ from typing import Any
 import numpy as np
 import torch
 
+from peft_onelayer.records.text import printable
+
 from .digest import config_digest, tensor_digest
 from .tensor import BITS, decode_tensor, split_key
 
@@ -65,7 +67,7 @@ class SparseEncoding:
         if not isinstance(fields, dict) or fields.get("format") != FORMAT:
             found = fields.get("format") if isinstance(fields, dict) else fields
             raise ValueError(
-                f"the adapter's encoding is {shown(found, 40)!r} and this version reads {FORMAT!r}: "
+                f"the adapter's encoding is {printable(found, 40)!r} and this version reads {FORMAT!r}: "
                 "update peft-onelayer, or ask for the dense adapter."
             )
         base, tensors = fields.get("base"), fields.get("tensors")
@@ -94,12 +96,12 @@ class SparseEncoding:
             if group is None:
                 others.append(key)
             elif suffix in group:
-                raise ValueError(f"the adapter holds {shown(base_name(key))} twice.")
+                raise ValueError(f"the adapter holds {printable(base_name(key))} twice.")
             else:
                 group[suffix] = key
         if missing := [name for name, group in groups.items() if not group]:
             raise ValueError(
-                f"the adapter lacks {len(missing)} tensor(s), for example {shown(min(missing))}: it is incomplete."
+                f"the adapter lacks {len(missing)} tensor(s), for example {printable(min(missing))}: it is incomplete."
             )
         return groups, others
 
@@ -158,14 +160,14 @@ class SparseEncoding:
             return None
         return (
             "the base's trained tensors are those that the adapter was trained on, but its configuration is another "
-            f"(digest {shown(there, 12)} there and {shown(here, 12)} here): its output may differ from the published."
+            f"(digest {printable(there, 12)} there and {printable(here, 12)} here): its output may differ from the published."
         )
 
     def other_base(self, problem: str, found: Mapping[str, Any] | None = None, way_out: bool = True) -> ValueError:
         """The error for a base that is not the one the adapter was trained on; names all that is known to differ."""
-        made = " at ".join(shown(self.base[field]) for field in ("name", "revision") if self.base.get(field))
+        made = " at ".join(printable(self.base[field]) for field in ("name", "revision") if self.base.get(field))
         differ = [
-            f"{what} {shown(self.base[field])} there and {shown(found[field])} here"
+            f"{what} {printable(self.base[field])} there and {printable(found[field])} here"
             for field, what in (("name", "name"), ("revision", "commit"), ("config", "configuration"))
             if found and self.base.get(field) and found.get(field) and self.base[field] != found[field]
         ]
@@ -183,16 +185,6 @@ def describe_base(config: Any, name: str | None, revision: str | None, num_layer
     """What is recorded of a base; `config` is its transformers configuration, or None for a plain module."""
     digest = None if config is None else config_digest(config)
     return {"name": name, "revision": revision, "config": digest, "num_layers": num_layers}
-
-
-def shown(value: Any, limit: int = 200) -> str:
-    """What a message says of a value out of a stranger's file: in one line, no control characters, not long.
-
-    >>> shown("a\\nb"), shown(["a"])
-    ('a?b', 'list')
-    """
-    text = str(value) if isinstance(value, (str, int, float)) or value is None else type(value).__name__
-    return "".join(c if c.isprintable() else "?" for c in text[:limit])
 
 
 def base_name(key: str) -> str:
@@ -230,6 +222,6 @@ def _record(name: str, entry: Any) -> TensorRecord:
         or not all(re.fullmatch("[0-9a-f]{64}", digest) for digest in (base, result))
     ):
         raise ValueError(
-            f"the adapter's encoding says no dtype, shape, count of changes and digests of {shown(name)!r}."
+            f"the adapter's encoding says no dtype, shape, count of changes and digests of {printable(name)!r}."
         )
     return TensorRecord(DTYPES[dtype], tuple(shape), changed, base, result)

@@ -13,8 +13,9 @@ import os
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field, replace
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
+
+from peft_onelayer.records.files import model_digests
 
 if TYPE_CHECKING:
     from peft_onelayer.rollouts.evaluation import Evaluation
@@ -34,7 +35,7 @@ class RunSpec:
     Attributes:
         model: folder, or id on the Hub.
         revision: commit of a model on the Hub.
-        model_digests: `digest_model(model)`: checked before the run.
+        model_digests: `model_digests(model)`: checked before the run.
         task: name for `load_task`.
         layer: the block, or blocks, to train; "full" for every parameter; "base" to train nothing.
         algorithm: name for `load_algorithm`; an online one.
@@ -142,7 +143,7 @@ def run_layer(spec: RunSpec, on_step: OnStep = lambda step, reward: None) -> Row
     from peft_onelayer.runs.describe import describe_machine
 
     start = time.perf_counter()
-    found = digest_model(spec.model)
+    found = model_digests(spec.model)
     if found != spec.model_digests:
         changed = min(name for name, _ in found.items() ^ spec.model_digests.items())
         raise ValueError(f"the model in {spec.model} is not the one that the run was made for: {changed} differs")
@@ -201,15 +202,6 @@ def run_layer(spec: RunSpec, on_step: OnStep = lambda step, reward: None) -> Row
         "seconds": round(time.perf_counter() - start, 2),
         "versions": describe_machine(),
     }
-
-
-def digest_model(model: str) -> dict[str, str]:
-    """SHA-256 of the configuration and the weights of a model in a folder, by file; {} for one on the Hub."""
-    from peft_onelayer.runs.describe import file_digest
-
-    folder = Path(model)
-    files = [folder / "config.json", *sorted(folder.glob("*.safetensors"))] if folder.is_dir() else []
-    return {path.name: file_digest(path) for path in files}
 
 
 def open_task(spec: RunSpec) -> Task:

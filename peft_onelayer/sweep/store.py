@@ -7,10 +7,11 @@ from __future__ import annotations
 
 import fcntl
 import json
-import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+
+from peft_onelayer.records.files import write_whole
 
 from .run_layer import FORMAT, Row, RunSpec
 
@@ -35,7 +36,7 @@ class RowStore:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
                 raise ValueError(f"another sweep is writing to {self.folder.parent}; wait for it to end") from None
-            for left in self.folder.glob(".*.partial"):  # by a kill
+            for left in self.folder.glob(".*.partial-*"):  # by a kill
                 left.unlink()
             yield
 
@@ -56,17 +57,3 @@ class RowStore:
             OSError: the disk is full, or not there any more.
         """
         write_whole(self.folder / f"{row['digest']}.json", json.dumps(row, allow_nan=False) + "\n")
-
-
-def write_whole(path: Path, text: str) -> None:
-    """Write a file in one piece; after an error there is what was there before."""
-    partial = path.with_name(f".{path.name}.partial")
-    try:
-        with partial.open("w") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())  # a full disk may show only now
-        os.replace(partial, path)
-    except BaseException:
-        partial.unlink(missing_ok=True)
-        raise

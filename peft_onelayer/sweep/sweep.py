@@ -13,11 +13,13 @@ from pathlib import Path
 from typing import Any
 
 from peft_onelayer.layers import resolve_layers
+from peft_onelayer.records.files import model_digests, write_whole
+from peft_onelayer.records.ranking import LayerRanking
 
 from .engines import load_engine
-from .profile import SweepProfile, make_profile
-from .run_layer import Row, RunSpec, digest_model, run_layer
-from .store import RowStore, write_whole
+from .profile import make_profile
+from .run_layer import Row, RunSpec, run_layer
+from .store import RowStore
 
 LEARNING_RATE = 5e-6  # arXiv 2607.01232, Table 8, for one block and for all
 
@@ -50,7 +52,7 @@ def sweep_layers(
     engine_options: Mapping[str, Any] | None = None,
     run_row: Callable[[RunSpec], Row] = run_layer,
     on_row: OnRow = lambda done, total, spec, row: None,
-) -> SweepProfile:
+) -> LayerRanking:
     """Measure the layer contribution of `layers` of `model` on `task`, and write the profile into `out`.
 
     One run per block and seed, full-parameter runs of the same seeds, and the base, all on the same problems of the
@@ -214,7 +216,7 @@ def _describe(model: str, revision: str | None) -> _Base:
     return _Base(
         name,
         commit_hash(skeleton) or revision,
-        digest_model(name),
+        model_digests(name),
         len(find_decoder_stack(skeleton).blocks),
         tokenizer.chat_template is not None,
     )

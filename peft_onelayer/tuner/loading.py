@@ -14,7 +14,8 @@ import torch
 from safetensors.torch import load_file
 from torch import nn
 
-from peft_onelayer.sparse.encoding import SparseEncoding, base_name, describe_base, shown
+from peft_onelayer.records.text import printable
+from peft_onelayer.sparse.encoding import SparseEncoding, base_name, describe_base
 from peft_onelayer.sparse.tensor import split_key
 
 from .config import SingleLayerConfig
@@ -55,7 +56,7 @@ def restore_sparse(
     if different := layers.keys() ^ encoding.tensors.keys():
         raise ValueError(
             f"the adapter's encoding and the model's block differ in {len(different)} tensor(s), for example "
-            f"{shown(min(different))}: it was made for another base model or is damaged."
+            f"{printable(min(different))}: it was made for another base model or is damaged."
         )
     groups, others = encoding.group(state_dict)
     restored = {key: state_dict[key] for key in others}

@@ -21,7 +21,7 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from peft_onelayer.layers import resolve_layers
-from peft_onelayer.sparse.encoding import shown
+from peft_onelayer.records.text import printable
 
 from . import mixed_batch
 from .config import SingleLayerConfig
@@ -116,8 +116,8 @@ class SingleLayerModel(BaseTuner):
         num_layers = len(stack.blocks)
         if peft_config._saved_num_layers not in (None, num_layers):
             raise ValueError(
-                f"this adapter was made for a model of {shown(peft_config._saved_num_layers)} layers and this one has "
-                f"{num_layers}: it belongs to another base model ({shown(peft_config.base_model_name_or_path)})."
+                f"this adapter was made for a model of {printable(peft_config._saved_num_layers)} layers and this one has "
+                f"{num_layers}: it belongs to another base model ({printable(peft_config.base_model_name_or_path)})."
             )
         indices = resolve_layers(peft_config._saved_indices or peft_config.layer, num_layers)  # type: ignore[arg-type]
         check_blocks(model, stack, indices, peft_config)
@@ -456,7 +456,7 @@ class SingleLayerModel(BaseTuner):
         for what, names in (("lacks", masters.keys() - given), ("has unknown", given - masters.keys())):
             if names:
                 raise ValueError(
-                    f"the adapter {what} {len(names)} tensor(s), for example {shown(min(names))}: "
+                    f"the adapter {what} {len(names)} tensor(s), for example {printable(min(names))}: "
                     "it was made for another base model or is incomplete."
                 )
         for name, master in masters.items():

@@ -2,7 +2,7 @@ import os
 
 import pytest
 
-from peft_onelayer.records.files import check_target, staged_directory
+from peft_onelayer.records.files import check_folder, staged_directory
 
 
 def ours(folder):
@@ -80,7 +80,7 @@ def test_what_is_refused_on_entry(tmp_path, monkeypatch):
         "../no/such": "does not exist",
     }.items():
         with pytest.raises(ValueError, match=message) as caught:
-            check_target(tmp_path / "empty" / name, never)
+            check_folder(tmp_path / "empty" / name, never)
         assert "\n" not in str(caught.value)
 
 

@@ -1,0 +1,114 @@
+"""eval.json: how good a model is on a task and, with an adapter, how much better than its base."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+from .fields import Record
+from .run import BaseModel, DataSource
+
+
+@dataclass(frozen=True)
+class Figures:
+    """A mean over problems.
+
+    Attributes:
+        mean: reward.
+        standard_error: of the mean over problems; None for a single problem.
+        tokens_generated: of all completions; None of a difference.
+        seconds: that the measurement took; None of a difference.
+    """
+
+    mean: float
+    standard_error: float | None
+    tokens_generated: int | None = None
+    seconds: float | None = None
+
+    @classmethod
+    def of(cls, mean: float, error: float, **more: Any) -> Figures:
+        """With the error of a single problem, NaN, as None: JSON has no NaN."""
+        return cls(mean, None if math.isnan(error) else error, **more)
+
+
+@dataclass(frozen=True)
+class Measured:
+    """One decoding mode.
+
+    Attributes:
+        n: number of problems.
+        samples: completions of each.
+        base: of the base.
+        adapter: of the base with the adapter; None without one.
+        difference: adapter minus base, paired by problem.
+    """
+
+    n: int
+    samples: int
+    base: Figures
+    adapter: Figures | None = None
+    difference: Figures | None = None
+
+
+@dataclass(frozen=True)
+class MeasuredAdapter:
+    """The adapter that was measured.
+
+    Attributes:
+        name: as given: a folder or a Hub id.
+        peft_type: such as "SINGLE_LAYER".
+        layers: the trained blocks; None for other types.
+        sha256: of adapter_model.safetensors.
+    """
+
+    name: str
+    peft_type: str | None
+    layers: list[int] | None
+    sha256: str
+
+
+@dataclass(frozen=True)
+class EvaluationRecord(Record):
+    """eval.json.
+
+    Attributes:
+        command: the command line; None for an evaluation from Python.
+        model: the base.
+        adapter: None where the base alone was measured.
+        task: prompts and reward.
+        split: of the problems.
+        n: number of problems.
+        samples: completions of each at `temperature`; 0 for greedy decoding alone.
+        temperature: of sampling.
+        max_completion_tokens: where a completion is cut.
+        seed: of the problems and of sampling.
+        results: by decoding mode, "sampled" or "greedy".
+        batch_size: completions generated at a time, on which the samples depend.
+        chat: whether prompts were given as messages of a user.
+        machine: versions and hardware.
+        seconds: of the whole evaluation.
+        scores: of every problem, by model ("base", "adapter") and decoding mode.
+        problems: the rows.
+    """
+
+    FORMAT: ClassVar[str] = "onelayer-eval-1"
+    WHAT: ClassVar[str] = "an evaluation"
+
+    command: str | None
+    model: BaseModel
+    adapter: MeasuredAdapter | None
+    task: DataSource
+    split: str
+    n: int
+    samples: int
+    temperature: float
+    max_completion_tokens: int
+    seed: int
+    results: dict[str, Measured]
+    batch_size: int | None = None
+    chat: bool | None = None
+    machine: dict[str, Any] | None = None
+    seconds: float | None = None
+    scores: dict[str, dict[str, list[float]]] | None = None
+    problems: list[dict[str, Any]] | None = None

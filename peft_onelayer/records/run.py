@@ -1,0 +1,151 @@
+"""run.json: what is needed to repeat a training run, and to tell whether a resumed one is the same run."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, Literal
+
+from .fields import Record
+
+
+@dataclass(frozen=True)
+class BaseModel:
+    """The base model of a run.
+
+    Attributes:
+        name: a folder, or an id on the Hub.
+        revision: commit on the Hub; None for a folder.
+        sha256: of a folder, SHA-256 of its configuration and its weights, by file; empty for a model from the Hub.
+        dtype: of the weights, such as "bfloat16".
+        num_layers: number of blocks.
+        parameters: of the whole model.
+    """
+
+    name: str
+    revision: str | None
+    sha256: dict[str, str]
+    dtype: str
+    num_layers: int
+    parameters: int
+
+
+@dataclass(frozen=True)
+class DataSource:
+    """What a model was trained or evaluated on.
+
+    Attributes:
+        name: of the task, or of the data set.
+        data: versions, revisions and digests of the data, by name.
+        chat: whether prompts were given as messages of a user; None for offline data.
+    """
+
+    name: str
+    data: dict[str, str]
+    chat: bool | None = None
+
+
+@dataclass(frozen=True)
+class RunSettings:
+    """All that decides the outcome of a run.
+
+    Attributes:
+        model: the base.
+        algorithm: name of the algorithm.
+        trainer: import path of its trainer.
+        task: prompts and reward come from; None for an offline data set.
+        dataset: an offline algorithm's data set; None for a task.
+        layer: the blocks as they were asked for, such as 14, "mid-5" or "auto"; None where everything was trained.
+        full: whether every parameter was trained.
+        top_entropy: share of the tokens that were trained on; None for all.
+        pairs_from_task: prompts that an offline algorithm's data was made from; None for none.
+        seed: of data, sampling and training.
+        config: fields of the trainer's configuration.
+    """
+
+    model: BaseModel
+    algorithm: str
+    trainer: str
+    task: DataSource | None
+    seed: int
+    config: dict[str, Any]
+    dataset: DataSource | None = None
+    layer: int | str | list[int] | None = None
+    full: bool = False
+    top_entropy: float | None = None
+    pairs_from_task: int | None = None
+
+    @property
+    def source(self) -> DataSource:
+        """The task or the data set."""
+        found = self.task or self.dataset
+        assert found is not None
+        return found
+
+
+@dataclass(frozen=True)
+class RunResults:
+    """What came of a run.
+
+    Attributes:
+        steps: optimizer steps, those before a resumption counted.
+        rewards: mean reward at every log; empty for offline algorithms.
+        losses: at every log.
+        tokens_generated: tokens of all completions; 0 for offline algorithms.
+        tokens_trained: prompt and completion tokens that the trainer counted.
+        seconds: of training.
+        sha256: SHA-256 of each safetensors file.
+        verdict: what a held-out evaluation says of it, in a sentence.
+    """
+
+    steps: int
+    rewards: list[float] = field(default_factory=list)
+    losses: list[float] = field(default_factory=list)
+    tokens_generated: int = 0
+    tokens_trained: int = 0
+    seconds: float = 0.0
+    sha256: dict[str, str] = field(default_factory=dict)
+    verdict: str | None = None
+
+
+@dataclass(frozen=True)
+class RunRecord(Record):
+    """run.json.
+
+    Attributes:
+        command: the command line; None for a run from Python.
+        settings: what decides the outcome.
+        machine: versions and hardware: on others the same run may round differently.
+        status: "unfinished" until the result is in place.
+        layers: the blocks that were trained; None for all parameters, and until they are chosen.
+        why: how these blocks were chosen.
+        results: None until the run has ended.
+        resumed_from: names of the checkpoints from which it was continued.
+    """
+
+    FORMAT: ClassVar[str] = "onelayer-run-1"
+    WHAT: ClassVar[str] = "a training run"
+
+    command: str | None
+    settings: RunSettings
+    machine: dict[str, Any]
+    status: Literal["unfinished", "finished"]
+    layers: list[int] | None
+    why: str | None = None
+    results: RunResults | None = None
+    resumed_from: list[str] | None = None
+
+
+def differences(old: dict[str, Any], new: dict[str, Any], prefix: str = "") -> list[str]:
+    """The entries in which two nested dicts differ, as "name: old -> new".
+
+    >>> differences({"seed": 0, "config": {"beta": 0.0}}, {"seed": 1, "config": {"beta": 0.0}})
+    ['seed: 0 -> 1']
+    """
+    found = []
+    for name in sorted(old.keys() | new.keys()):
+        a, b = old.get(name), new.get(name)
+        if isinstance(a, dict) and isinstance(b, dict):
+            found += differences(a, b, f"{prefix}{name}.")
+        elif a != b:
+            found.append(f"{prefix}{name}: {a} -> {b}")
+    return found

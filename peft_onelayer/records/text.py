@@ -1,0 +1,24 @@
+"""Text for messages: one line of an error, one line of a value out of a stranger's file."""
+
+from __future__ import annotations
+
+from typing import Any
+
+
+def one_line(error: BaseException | str, limit: int = 300) -> str:
+    """What an error says, in one line without control characters; the name of its type where it says nothing.
+
+    >>> one_line(ValueError("no file\\n  model.safetensors")), one_line(KeyError())
+    ('no file model.safetensors', 'KeyError')
+    """
+    return printable(" ".join(str(error).split()), limit) or type(error).__name__
+
+
+def printable(value: Any, limit: int = 200) -> str:
+    """What a message says of a value out of a stranger's file: in one line, no control characters, not long.
+
+    >>> printable("a\\nb"), printable(["a"])
+    ('a?b', 'list')
+    """
+    text = str(value) if isinstance(value, (str, int, float)) or value is None else type(value).__name__
+    return "".join(c if c.isprintable() else "?" for c in text[:limit])
