@@ -68,7 +68,7 @@ def without_missing_parts(value: Any) -> Any:
     return value
 
 
-def read(kind: type[T], value: Any, where: str, name: str = "") -> T:
+def read(kind: type[T] | Any, value: Any, where: str, name: str = "") -> Any:
     """`value`, parsed JSON, as `kind`: a dataclass, a list, a dict, a union, or a plain type.
 
     Args:
@@ -89,7 +89,7 @@ def read(kind: type[T], value: Any, where: str, name: str = "") -> T:
     ValueError: point.json: tags[1] is 2, expected text
     """
     if dataclasses.is_dataclass(kind):
-        return _read_dataclass(kind, value, where, name)  # type: ignore[type-var]
+        return _read_dataclass(kind, value, where, name)
     origin, arguments = typing.get_origin(kind) or kind, typing.get_args(kind)
     wrong = ValueError(f"{where}: {name} is {printable(value, 60)}, expected {_describe(kind)}")
     if origin is Any:
@@ -102,9 +102,9 @@ def read(kind: type[T], value: Any, where: str, name: str = "") -> T:
         return value
     if origin is list and isinstance(value, list):
         items = enumerate(value)
-        return [read(arguments[0], item, where, f"{name}[{i}]") for i, item in items] if arguments else value  # type: ignore[return-value]
+        return [read(arguments[0], item, where, f"{name}[{i}]") for i, item in items] if arguments else value
     if origin is dict and isinstance(value, dict):
-        return {key: read(arguments[1], item, where, f"{name}.{key}") for key, item in value.items()}  # type: ignore[return-value]
+        return {key: read(arguments[1], item, where, f"{name}.{key}") for key, item in value.items()}
     accepted = (int, float) if origin is float else (origin,)
     if origin in (list, dict) or not isinstance(value, accepted) or (isinstance(value, bool) and origin is not bool):
         raise wrong

@@ -1,4 +1,4 @@
-"""layer_profile.json: what each block of a model is worth, as a probe or a sweep measured it, or a paper published it."""
+"""layer_profile.json: what each block of a model is worth, by a probe, a sweep or a paper."""
 
 from __future__ import annotations
 

@@ -16,8 +16,9 @@ from pathlib import Path
 from typing import Any
 
 from peft_onelayer.records.files import check_folder, make_readable
+from peft_onelayer.records.run import RunRecord
 
-from .describe import FORMAT
+FORMAT = RunRecord.FORMAT
 
 
 class RunFolder:

@@ -160,7 +160,7 @@ class SparseEncoding:
             return None
         return (
             "the base's trained tensors are those that the adapter was trained on, but its configuration is another "
-            f"(digest {printable(there, 12)} there and {printable(here, 12)} here): its output may differ from the published."
+            f"({printable(there, 12)} there and {printable(here, 12)} here): its output may differ from the published."
         )
 
     def other_base(self, problem: str, found: Mapping[str, Any] | None = None, way_out: bool = True) -> ValueError:

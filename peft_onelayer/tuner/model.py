@@ -116,8 +116,8 @@ class SingleLayerModel(BaseTuner):
         num_layers = len(stack.blocks)
         if peft_config._saved_num_layers not in (None, num_layers):
             raise ValueError(
-                f"this adapter was made for a model of {printable(peft_config._saved_num_layers)} layers and this one has "
-                f"{num_layers}: it belongs to another base model ({printable(peft_config.base_model_name_or_path)})."
+                f"this adapter was made for a model of {printable(peft_config._saved_num_layers)} layers and this one "
+                f"has {num_layers}: it belongs to another base model ({printable(peft_config.base_model_name_or_path)})."
             )
         indices = resolve_layers(peft_config._saved_indices or peft_config.layer, num_layers)  # type: ignore[arg-type]
         check_blocks(model, stack, indices, peft_config)
