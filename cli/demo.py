@@ -277,7 +277,7 @@ def _records(
 ) -> tuple[dict[str, Any], dict[str, Any]]:
     """run.json and eval.json of the adapter, in the form of `onelayer train` and `eval`, for `onelayer push`."""
     from peft_onelayer.hub.card import EVALUATION_FORMAT
-    from peft_onelayer.rl.training import demo_recipe
+    from peft_onelayer.rl.recipe import demo_recipe
     from peft_onelayer.runs import describe as record
 
     algorithm = demo_recipe(task, summary["steps"]).algorithm

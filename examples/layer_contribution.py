@@ -20,7 +20,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from peft_onelayer import layer_contribution
 from peft_onelayer.rl.algorithms import load_algorithm
-from peft_onelayer.rl.training import Recipe, demo_recipe, train_layer
+from peft_onelayer.rl.recipe import Recipe, demo_recipe
+from peft_onelayer.rl.training import train_layer
 from peft_onelayer.rollouts.evaluation import Evaluation, evaluate
 from peft_onelayer.tasks import load_task
 

@@ -22,7 +22,8 @@ import transformers
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from peft_onelayer.records.files import staged_directory
-from peft_onelayer.rl.training import Recipe, demo_recipe, train_layer
+from peft_onelayer.rl.recipe import Recipe, demo_recipe
+from peft_onelayer.rl.training import train_layer
 from peft_onelayer.rollouts.evaluation import evaluate
 from peft_onelayer.tasks import load_task
 

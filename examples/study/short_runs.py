@@ -7,7 +7,8 @@ import time
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from peft_onelayer.records.ranking import LayerRanking
-from peft_onelayer.rl.training import Recipe, train_layer
+from peft_onelayer.rl.recipe import Recipe
+from peft_onelayer.rl.training import train_layer
 from peft_onelayer.rollouts.evaluation import Evaluation, evaluate, paired_difference
 from peft_onelayer.tasks import Task
 from peft_onelayer.tuner import find_decoder_stack

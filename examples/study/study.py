@@ -30,7 +30,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from truth import CORRELATED, UNDAMAGED, VIOLATING, Cell, measure
 
 from peft_onelayer.probe.probe import probe_layers
-from peft_onelayer.rl.training import demo_recipe
+from peft_onelayer.rl.recipe import demo_recipe
 from peft_onelayer.tasks import load_task
 
 HERE = Path(__file__).parent

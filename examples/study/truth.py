@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from peft_onelayer.probe.updates import Candidate, at_work, graded_batch, update
 from peft_onelayer.records.ranking import LayerRanking
-from peft_onelayer.rl.training import Recipe, demo_recipe
+from peft_onelayer.rl.recipe import Recipe, demo_recipe
 from peft_onelayer.rollouts.sampling import sample_rollouts
 from peft_onelayer.sweep.run_layer import Row, RunSpec
 from peft_onelayer.sweep.sweep import sweep_layers

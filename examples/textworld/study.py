@@ -28,7 +28,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, P
 
 from peft_onelayer.report.plots import BLUE, ORANGE, new_figure
 from peft_onelayer.rl.algorithms import load_algorithm
-from peft_onelayer.rl.training import Recipe, demo_recipe, train_layer
+from peft_onelayer.rl.recipe import Recipe, demo_recipe
+from peft_onelayer.rl.training import train_layer
 from peft_onelayer.rollouts.evaluation import Evaluation, evaluate
 from peft_onelayer.tasks import load_task
 

@@ -44,7 +44,7 @@ def probe_layers(
         budget: of a race: tokens to spend, as a share of those of one training run.
         layers: blocks to rank (default: all), as `SingleLayerConfig` takes them.
         training_steps: length of the training run that the block is chosen for.
-        recipe: that run's algorithm and settings (default: `peft_onelayer.rl.training.demo_recipe`).
+        recipe: that run's algorithm and settings (default: `peft_onelayer.rl.recipe.demo_recipe`).
         profile: of `load_profile`, for "profile".
         batch_size: completions generated at a time.
         on_candidate: called before each candidate's turn with the round, the block, and the share of the budget spent.

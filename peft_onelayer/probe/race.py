@@ -20,7 +20,7 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from peft_onelayer.records.ranking import NO_COST, LayerRanking
-from peft_onelayer.rl.training import Recipe, demo_recipe
+from peft_onelayer.rl.recipe import Recipe, demo_recipe
 from peft_onelayer.rollouts.sampling import Rollout, sample_rollouts
 from peft_onelayer.tasks import Task
 from peft_onelayer.tuner import find_decoder_stack

@@ -3,8 +3,7 @@
     load_algorithm("dr_grpo").settings  # {"loss_type": "dr_grpo", "scale_rewards": "none", "beta": 0.0, ...}
 
 A name sets the loss: its type, scaling, clip, and the weight of the KL term. Batch sizes, learning rates and lengths
-are the run's. It knows nothing about models and loads TRL only to make a configuration; how text becomes the value of a
-field stands in `settings`.
+are the run's. TRL is imported only for the configuration and the trainer.
 
 Figures of the papers were compared with the settings that TRL's documentation gives for them ("paper index"), where it
 lists the paper. A field that a paper says nothing about keeps TRL's default.
@@ -17,8 +16,6 @@ import importlib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
-
-from peft_onelayer.rl.settings import convert_settings
 
 DataKind = Literal["task", "preference", "unpaired", "demonstration", "triple", "context"]
 
@@ -325,36 +322,3 @@ def load_algorithm(name: str) -> Algorithm:
     near = difflib.get_close_matches(name.lower().replace("-", "_").replace(" ", "_"), ALGORITHMS)
     meant = f"; did you mean {' or '.join(near)}?" if near else ";"
     raise ValueError(f"algorithm {name!r} is not known{meant} expected one of {', '.join(ALGORITHMS)}")
-
-
-def build_config(
-    algorithm: Algorithm,
-    defaults: Mapping[str, Any],
-    overrides: Mapping[str, str],
-    owned: Mapping[str, str] | None = None,
-) -> Any:
-    """Make the configuration: the caller's defaults, over them the algorithm's settings, over these the user's.
-
-    Args:
-        defaults: values of fields; each must be a field of `algorithm.config_class`.
-        overrides: texts of `--set field=value` by field, as `parse_settings` returns them.
-        owned: fields that an option of the caller sets, by field: `{"output_dir": "--out"}`; they cannot be set here.
-
-    Returns:
-        An instance of `algorithm.config_class`.
-
-    Raises:
-        ValueError: in one line for an unknown field (with near ones), an owned field, a value of another type, or
-            whatever the configuration itself refuses.
-    """
-    config_class = algorithm.config_class
-    for name in overrides:
-        if owned and name in owned:
-            raise ValueError(f"field {name} is set by {owned[name]}, not by --set")
-    values = {**defaults, **algorithm.settings, **convert_settings(config_class, overrides)}
-    try:
-        return config_class(**values)
-    # ArithmeticError: GRPOConfig divides by num_generations before it looks at it.
-    except (ValueError, TypeError, ImportError, ArithmeticError) as error:
-        given = ", ".join(f"{name}={text}" for name, text in overrides.items()) or "the settings"
-        raise ValueError(f"{config_class.__name__} refused {given}: {' '.join(str(error).split())}") from error

@@ -1,7 +1,4 @@
-"""Text to the values of a TRL configuration's fields: what `--set field=value` means.
-
-It knows the types of the fields, not what they do; what the configuration refuses it finds out itself.
-"""
+"""Text to the values of a TRL configuration's fields: what `--set field=value` means."""
 
 from __future__ import annotations
 
@@ -12,7 +9,7 @@ import json
 import os
 import types
 import typing
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Literal, Union
 
 NEAR = 5  # names of near fields in an error
@@ -71,19 +68,25 @@ def convert_settings(config_class: type, settings: Mapping[str, str]) -> dict[st
     hints = {**typing.get_type_hints(config_class), **_ALL}
     if "GRPOConfig" in {base.__name__ for base in config_class.__mro__}:
         hints |= _GRPO
-    fields = {field.name for field in dataclasses.fields(config_class)}
+    check_fields(config_class, settings)
     converted = {}
     for name, text in settings.items():
-        if name not in fields:
-            containing = sorted(field for field in fields if name in field)
-            near = difflib.get_close_matches(name, sorted(fields), NEAR) or containing[:NEAR]
-            meant = f"; did you mean {', '.join(near)}?" if near else ""
-            raise ValueError(f"{config_class.__name__} has no field {name!r}{meant}")
         try:
             converted[name] = _convert(text, hints[name])
         except ValueError:
             raise ValueError(f"--set {name}={text}: expected {_describe(hints[name])}") from None
     return converted
+
+
+def check_fields(config_class: type, names: Iterable[str]) -> None:
+    """Raise ValueError for a name that is no field of the class, with the near ones."""
+    fields = {field.name for field in dataclasses.fields(config_class)}
+    for name in names:
+        if name not in fields:
+            containing = sorted(field for field in fields if name in field)
+            near = difflib.get_close_matches(name, sorted(fields), NEAR) or containing[:NEAR]
+            meant = f"; did you mean {', '.join(near)}?" if near else ""
+            raise ValueError(f"{config_class.__name__} has no field {name!r}{meant}")
 
 
 def _options(hint: Any) -> tuple[Any, ...]:

@@ -1,18 +1,14 @@
-"""One training run: a trainer of TRL, its data, and the blocks to train.
-
-It knows nothing about how the blocks were chosen or what becomes of the trained model.
-"""
+"""One training run: a trainer of TRL, its data, and the blocks to train."""
 
 from __future__ import annotations
 
 import math
 import tempfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from datasets import Dataset
 from peft import PeftModel, get_peft_model
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, PrinterCallback, TrainerCallback, TrainingArguments
@@ -20,16 +16,14 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, PrinterCallba
 from peft_onelayer.tasks import Task
 from peft_onelayer.tuner import SingleLayerConfig
 
-from .algorithms import Algorithm, load_algorithm
+from .algorithms import Algorithm
+from .recipe import Recipe, demo_recipe
 
-PROMPTS_PER_STEP = 24
-GENERATIONS_PER_PROMPT = 8
-LEARNING_RATE = 3e-3  # for one block of the demo model
-WARMUP_STEPS = 5
+OnStep = Callable[[int, float], None]
 
 
 @dataclass(frozen=True)
-class RunResult:
+class TrainingResult:
     """What a run leaves.
 
     Attributes:
@@ -52,7 +46,7 @@ class RunResult:
 class _Progress(TrainerCallback):
     """Reports the reward, or where there is none the loss, of every log."""
 
-    def __init__(self, on_step: Callable[[int, float], None]) -> None:
+    def __init__(self, on_step: OnStep) -> None:
         self.on_step = on_step
 
     def on_log(self, args, state, control, logs=None, **kwargs) -> None:
@@ -60,54 +54,36 @@ class _Progress(TrainerCallback):
             self.on_step(state.global_step, logs.get("reward", logs.get("loss")))
 
 
-@dataclass(frozen=True)
-class Recipe:
-    """An algorithm with the values of its configuration's fields, from which runs of several lengths can be made."""
-
-    algorithm: Algorithm
-    settings: Mapping[str, Any]
-    top_entropy: bool = False
-
-    def config(self, **changes: Any) -> TrainingArguments:
-        return self.algorithm.config_class(**{**self.settings, **changes})
-
-
-def device_settings() -> dict[str, Any]:
-    """Fields of a TRL configuration that depend on the machine: TRL's default bf16 is refused without a GPU."""
-    return {} if torch.cuda.is_available() else {"use_cpu": True, "bf16": False}
-
-
-def train(
+def train_rows(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
-    algorithm: Algorithm,
+    recipe: Recipe,
     config: TrainingArguments,
     rows: Sequence[dict[str, Any]],
     *,
     layers: int | str | list[int] | None,
     task: Task | None = None,
-    top_entropy: bool = False,
     resume_from: Path | None = None,
     save_to: Path | None = None,
-    on_step: Callable[[int, float], None] = lambda step, value: None,
-) -> RunResult:
-    """Train `layers` of `model` on `rows` with the trainer that `algorithm` names.
+    on_step: OnStep = lambda step, value: None,
+) -> TrainingResult:
+    """Train `layers` of `model` on `rows` with the trainer of the recipe's algorithm.
 
     `model` is wrapped in place. On the same machine the same arguments give the same weights, and a run resumed from a
     checkpoint those of an uninterrupted one.
 
     Args:
-        config: of the algorithm's configuration class.
+        config: `recipe.config(...)`.
         rows: the training data, in the columns that the algorithm takes.
         layers: what `SingleLayerConfig` takes, or None to train every parameter of the model.
         task: gives an online algorithm its reward and, for agents, its environments.
-        top_entropy: divide the loss on `config.top_entropy_quantile` of the tokens by the number of those tokens.
         resume_from: a checkpoint of an interrupted run.
         save_to: folder for what `Trainer.save_model` writes: the adapter in float32, or the model in its own dtype.
         on_step: called at every log with the step and the mean reward, or the loss where there is no reward.
     """
+    algorithm = recipe.algorithm
     trainer_class = algorithm.trainer_class(adapter=layers is not None)
-    if top_entropy:
+    if recipe.top_entropy:
         from .entropy import TopEntropyMixin
 
         trainer_class = type(trainer_class.__name__, (TopEntropyMixin, trainer_class), {})
@@ -141,7 +117,7 @@ def train(
     if save_to is not None:
         trainer.save_model(str(save_to))
     logs = trainer.state.log_history
-    return RunResult(
+    return TrainingResult(
         model=trained,
         rewards=[log["reward"] for log in logs if "reward" in log],
         losses=[log["loss"] for log in logs if "loss" in log],
@@ -151,22 +127,25 @@ def train(
     )
 
 
+def completions_per_step(config: TrainingArguments) -> int:
+    """Rows of an optimizer step over all processes; of an online algorithm, completions."""
+    return config.per_device_train_batch_size * config.gradient_accumulation_steps * config.world_size
+
+
 def prompts_needed(algorithm: Algorithm, config: TrainingArguments, steps: int | None = None) -> int:
     """How many prompts a run of `steps` (default: `config.max_steps`) draws, at least those of one generation."""
     fields = config.to_dict()
-    per_step = config.per_device_train_batch_size * config.gradient_accumulation_steps * config.world_size
     group = fields[algorithm.group_size] if algorithm.group_size else 1
-    completions = (steps or config.max_steps) * per_step / fields.get("num_iterations", 1)
+    completions = (steps or config.max_steps) * completions_per_step(config) / fields.get("num_iterations", 1)
     return math.ceil(max(completions, fields.get("generation_batch_size") or 1) / group)
 
 
 def _tokens_generated(logs: list[dict[str, float]], config: TrainingArguments) -> int:
     """The sum of completion lengths; TRL logs their mean over the steps since the log before."""
-    per_step = config.per_device_train_batch_size * config.gradient_accumulation_steps * config.world_size
     tokens, step = 0.0, 0.0
     for log in logs:
         if "completions/mean_length" in log:
-            tokens += log["completions/mean_length"] * per_step * (log["step"] - step)
+            tokens += log["completions/mean_length"] * completions_per_step(config) * (log["step"] - step)
             step = log["step"]
     return round(tokens)
 
@@ -180,8 +159,8 @@ def train_layer(
     steps: int,
     seed: int,
     recipe: Recipe | None = None,
-    on_step: Callable[[int, float], None] = lambda step, reward: None,
-) -> RunResult:
+    on_step: OnStep = lambda step, reward: None,
+) -> TrainingResult:
     """Train `layer` of `model`, or with None all of it, on `task` for `steps` steps and leave nothing on disk.
 
     `model` is wrapped in place; the same seed on the same machine gives the same weights.
@@ -203,41 +182,4 @@ def train_layer(
             logging_steps=1,
         )
         rows = task.rows("train", prompts_needed(recipe.algorithm, config), seed)
-        return train(
-            model,
-            tokenizer,
-            recipe.algorithm,
-            config,
-            rows,
-            layers=layer,
-            task=task,
-            top_entropy=recipe.top_entropy,
-            on_step=on_step,
-        )
-
-
-def demo_recipe(task: Task, steps: int) -> Recipe:
-    """GRPO as the demo runs it: 24 prompts x 8 completions a step, on policy.
-
-    Plain GRPO (arXiv 2402.03300: advantages normalised by the group's standard deviation) without a KL term, AdamW
-    without weight decay, gradient norm clipped at 1, linear warm-up and linear decay to 0.
-    """
-    grpo = load_algorithm("grpo")
-    settings = {
-        "use_cpu": not torch.cuda.is_available(),
-        "bf16": False,  # the base's own dtype; the trained block is float32 anyway
-        "gradient_checkpointing": False,
-        "per_device_train_batch_size": PROMPTS_PER_STEP * GENERATIONS_PER_PROMPT,
-        "num_generations": GENERATIONS_PER_PROMPT,
-        "max_completion_length": task.max_completion_tokens,
-        "temperature": 1.0,
-        "top_k": 0,
-        "beta": 0.0,
-        "learning_rate": LEARNING_RATE,
-        "lr_scheduler_type": "linear",
-        "warmup_steps": min(WARMUP_STEPS, steps - 1),
-        "adam_beta2": 0.99,
-        "weight_decay": 0.0,
-        "max_grad_norm": 1.0,
-    }
-    return Recipe(grpo, {**grpo.settings, **settings})
+        return train_rows(model, tokenizer, recipe, config, rows, layers=layer, task=task, on_step=on_step)

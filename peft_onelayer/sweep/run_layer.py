@@ -138,7 +138,8 @@ def run_layer(spec: RunSpec, on_step: OnStep = lambda step, reward: None) -> Row
     import transformers
 
     from peft_onelayer.rl.algorithms import load_algorithm
-    from peft_onelayer.rl.training import Recipe, device_settings, train_layer
+    from peft_onelayer.rl.recipe import Recipe, device_settings
+    from peft_onelayer.rl.training import train_layer
     from peft_onelayer.rollouts.evaluation import evaluate
     from peft_onelayer.runs.describe import describe_machine
 

@@ -13,7 +13,8 @@ from peft_onelayer.probe.probe import probe_layers
 from peft_onelayer.probe.race import BudgetError, NothingToLearnError, _measured, _Race, race
 from peft_onelayer.probe.updates import Candidate
 from peft_onelayer.records.ranking import LayerRanking
-from peft_onelayer.rl.training import Recipe, demo_recipe, train_layer
+from peft_onelayer.rl.recipe import Recipe, demo_recipe
+from peft_onelayer.rl.training import train_layer
 from peft_onelayer.tasks import Task, load_task
 
 ARITHMETIC = load_task("arithmetic")

@@ -17,9 +17,10 @@ from transformers import Trainer, TrainingArguments
 
 from models import build
 from peft_onelayer.rl import GiGPOTrainer, settings
-from peft_onelayer.rl import training as run
-from peft_onelayer.rl.algorithms import ALGORITHMS, NOT_OFFERED, Algorithm, build_config, load_algorithm
+from peft_onelayer.rl.algorithms import ALGORITHMS, NOT_OFFERED, Algorithm, load_algorithm
 from peft_onelayer.rl.preferences import FORMATS, pairs_from_rollouts
+from peft_onelayer.rl.recipe import Recipe, config_from_text
+from peft_onelayer.rl.training import train_rows
 from peft_onelayer.tasks import Task, load_task
 
 BLOCK = 5
@@ -55,6 +56,12 @@ def defaults(tmp_path, algorithm: Algorithm) -> dict:
     if algorithm.group_size:
         values[algorithm.group_size] = 4
     return values
+
+
+def make(algorithm: Algorithm, values: dict, own_options: dict | None = None, **texts: str) -> Recipe:
+    """The recipe of a run that sets `values`, and of a user who sets `texts`."""
+    given = config_from_text(algorithm, [f"{name}={text}" for name, text in texts.items()], own_options or {})
+    return Recipe(algorithm, {**values, **algorithm.settings, **given}, given=given)
 
 
 def path_of(trainer: type) -> str:
@@ -93,7 +100,7 @@ def test_no_loss_of_trl_is_left_out(trainer):
 @pytest.mark.parametrize("name", names())
 def test_the_configuration_holds_the_settings(tmp_path, name):
     algorithm = load_algorithm(name)
-    config = build_config(algorithm, defaults(tmp_path, algorithm), {})
+    config = make(algorithm, defaults(tmp_path, algorithm)).config()
     assert isinstance(config, TrainingArguments) and type(config) is algorithm.config_class
     settings = dict(algorithm.settings)
     if name == "gigpo":
@@ -134,7 +141,7 @@ def test_the_source_is_the_paper_that_the_trainer_names(name):
     ],
 )
 def test_settings_of_the_papers(tmp_path, name, values):
-    config = build_config(ALGORITHMS[name], defaults(tmp_path, ALGORITHMS[name]), {})
+    config = make(ALGORITHMS[name], defaults(tmp_path, ALGORITHMS[name])).config()
     assert {field: getattr(config, field) for field in values} == values
 
 
@@ -158,25 +165,28 @@ def test_another_name_is_refused(name, message):
 
 def test_what_is_set_goes_before_the_paper_and_the_paper_before_the_defaults(tmp_path):
     values = {**defaults(tmp_path, ALGORITHMS["grpo"]), "beta": 0.5, "epsilon": 0.5}
-    config = build_config(ALGORITHMS["grpo"], values, {"beta": "0.04", "seed": "7"}, {"output_dir": "--out"})
+    config = make(ALGORITHMS["grpo"], values, {"output_dir": "--out"}, beta="0.04", seed="7").config()
     assert (config.beta, config.epsilon, config.seed) == (0.04, 0.2, 7)
 
 
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"output_dir": "here"}, "field output_dir is set by --out, not by --set"),
+        ({"output_dir": "here"}, "field output_dir is set by --out, not by --set or config"),
         ({"bta": "1"}, "GRPOConfig has no field 'bta'; did you mean beta?"),
         ({"beta": "x"}, "--set beta=x: expected a number"),
         ({"num_generations": "3"}, "GRPOConfig refused num_generations=3: generation_batch_size (16) must be "),
         ({"num_generations": "0"}, "GRPOConfig refused num_generations=0: "),
-        ({"num_generations": "none"}, "GRPOConfig refused num_generations=none: "),
-        ({"auto_find_batch_size": "true", "beta": "0"}, "GRPOConfig refused auto_find_batch_size=true, beta=0: auto_"),
+        ({"num_generations": "none"}, "GRPOConfig refused num_generations=None: "),
+        (
+            {"auto_find_batch_size": "true", "beta": "0"},
+            "GRPOConfig refused auto_find_batch_size=True, beta=0.0: auto_",
+        ),
     ],
 )
 def test_what_trl_or_the_caller_refuses_is_one_line(tmp_path, settings, message):
     with pytest.raises(ValueError, match="^" + re.escape(message)) as error:
-        build_config(ALGORITHMS["grpo"], defaults(tmp_path, ALGORITHMS["grpo"]), settings, {"output_dir": "--out"})
+        make(ALGORITHMS["grpo"], defaults(tmp_path, ALGORITHMS["grpo"]), {"output_dir": "--out"}, **settings).config()
     assert "\n" not in str(error.value)
 
 
@@ -200,9 +210,8 @@ def train(base, rows, tmp_path, name: str, layers: int | None = BLOCK, **setting
     """Two steps on a copy of the demo model: what was trained, merged, by name."""
     algorithm = load_algorithm(name)
     model, tokenizer = copy.deepcopy(base[0]), base[1]
-    config = build_config(algorithm, defaults(tmp_path, algorithm), settings)
-    task = load_task("arithmetic")
-    result = run.train(model, tokenizer, algorithm, config, rows[algorithm.data], layers=layers, task=task)
+    recipe, task = make(algorithm, defaults(tmp_path, algorithm), **settings), load_task("arithmetic")
+    result = train_rows(model, tokenizer, recipe, recipe.config(), rows[algorithm.data], layers=layers, task=task)
     assert result.losses and all(torch.tensor(result.losses).isfinite())
     trained = result.model.merge_and_unload() if layers is not None else result.model
     return dict(trained.named_parameters())
@@ -250,8 +259,8 @@ def test_gigpo_trains_the_block_in_an_environment(tmp_path):
     values = {**defaults(tmp_path, algorithm), "max_completion_length": 60}
     prompts = [{"prompt": [{"role": "user", "content": "go"}], "start": i % 3} for i in range(8)]
     task = Task("corridor", lambda *_: prompts, corridor_reward, 60, Corridor)
-    config = build_config(algorithm, values, {})
-    result = run.train(model, TOKENIZER, algorithm, config, prompts, layers=1, task=task)
+    recipe = make(algorithm, values)
+    result = train_rows(model, TOKENIZER, recipe, recipe.config(), prompts, layers=1, task=task)
     trained = dict(result.model.merge_and_unload().named_parameters())
     changed = {name for name in before if not torch.equal(trained[name], before[name])}
     assert changed == {name for name in before if name.startswith("model.layers.1.")}

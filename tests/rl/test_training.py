@@ -4,7 +4,7 @@ import demo_model
 import pytest
 import torch
 
-from peft_onelayer.rl import training as run
+from peft_onelayer.rl.training import train_layer
 from peft_onelayer.tasks import load_task
 
 
@@ -19,7 +19,7 @@ def test_only_the_block_changes_and_the_seed_decides_how(base):
     trained = []
     for _ in range(2):
         calls = []
-        result = run.train_layer(
+        result = train_layer(
             copy.deepcopy(model),
             tokenizer,
             load_task("arithmetic"),
@@ -45,5 +45,5 @@ def test_only_the_block_changes_and_the_seed_decides_how(base):
 
 def test_it_prints_nothing_on_stdout(base, capfd):
     model, tokenizer = base
-    run.train_layer(copy.deepcopy(model), tokenizer, load_task("sort"), [0], steps=1, seed=1)
+    train_layer(copy.deepcopy(model), tokenizer, load_task("sort"), [0], steps=1, seed=1)
     assert capfd.readouterr().out == ""

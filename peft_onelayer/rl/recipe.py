@@ -1,0 +1,149 @@
+"""The one way from an algorithm, a task and a user's settings to the configuration of a training run."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from transformers import TrainingArguments
+
+from peft_onelayer.records.text import one_line
+from peft_onelayer.tasks import Task
+
+from .algorithms import Algorithm, load_algorithm
+from .settings import check_fields, convert_settings, parse_settings
+
+LEARNING_RATE = 5e-6  # arXiv 2607.01232, Table 8, for one block and for all parameters
+DEMO_LEARNING_RATE = 3e-3  # for one block of the demo model
+DEMO_WARMUP_STEPS = 5
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """An algorithm with the values of its configuration's fields, from which runs of several lengths can be made.
+
+    Attributes:
+        algorithm: the algorithm.
+        settings: values by field of `algorithm.config_class`.
+        top_entropy: whether the loss is divided by the number of tokens that `top_entropy_quantile` selects.
+        given: those of the settings that the user gave, for messages.
+    """
+
+    algorithm: Algorithm
+    settings: Mapping[str, Any]
+    top_entropy: bool = False
+    given: Mapping[str, Any] = field(default_factory=dict)
+
+    def config(self, **changes: Any) -> TrainingArguments:
+        """The configuration, with `changes` over the settings.
+
+        Raises:
+            ValueError: in one line, what the configuration refuses.
+        """
+        config_class = self.algorithm.config_class
+        try:
+            return config_class(**{**self.settings, **changes})
+        # ArithmeticError: GRPOConfig divides by num_generations before it looks at it.
+        except (ValueError, TypeError, ImportError, ArithmeticError) as error:
+            given = ", ".join(f"{name}={value}" for name, value in self.given.items()) or "the settings"
+            raise ValueError(f"{config_class.__name__} refused {given}: {one_line(error)}") from error
+
+
+def make_recipe(
+    algorithm: str | Algorithm,
+    task: Task | None = None,
+    config: Mapping[str, Any] | None = None,
+    *,
+    top_entropy: float | None = None,
+) -> Recipe:
+    """The algorithm's settings for `task`, with the user's `config` over them.
+
+    What neither sets is TRL's default, but for the learning rate of an online algorithm (`LEARNING_RATE`), the length
+    of a completion (the task's), and on a machine without a GPU the dtype.
+
+    Args:
+        algorithm: a name for `load_algorithm`, or an algorithm.
+        task: gives completions their length; None for offline data.
+        config: values by field of the algorithm's configuration.
+        top_entropy: train on this share of the tokens, those of highest entropy; None for all.
+
+    Raises:
+        ValueError: an unknown algorithm or field, with the near ones; `top_entropy` that is no share, or with an
+            algorithm that does not take it.
+    """
+    algorithm = load_algorithm(algorithm) if isinstance(algorithm, str) else algorithm
+    settings = device_settings()
+    if algorithm.online:
+        settings["learning_rate"] = LEARNING_RATE
+    if algorithm.completion_length and task is not None:
+        settings[algorithm.completion_length] = task.max_completion_tokens
+    if top_entropy is not None:
+        if not (0 < top_entropy < 1 and algorithm.takes_entropy):
+            raise ValueError(
+                "--top-entropy takes a share between 0 and 1 and works with the losses of GRPOTrainer; got "
+                f"{top_entropy} with {algorithm.name}"
+            )
+        settings["top_entropy_quantile"] = top_entropy
+    check_fields(algorithm.config_class, config or {})
+    given = dict(config or {})
+    return Recipe(algorithm, {**settings, **algorithm.settings, **given}, top_entropy is not None, given)
+
+
+def config_from_text(
+    algorithm: str | Algorithm, texts: Sequence[str], own_options: Mapping[str, str]
+) -> dict[str, Any]:
+    """The values of `--set field=value` texts, by field.
+
+    Args:
+        own_options: fields that an option of the command sets, and the option: {"seed": "--seed"}.
+
+    Raises:
+        ValueError: in one line: a malformed text, an unknown field (with near ones), a field with an option of its own,
+            or a value of another type.
+    """
+    algorithm = load_algorithm(algorithm) if isinstance(algorithm, str) else algorithm
+    parsed = parse_settings(texts)
+    refuse_fields(parsed, own_options)
+    return convert_settings(algorithm.config_class, parsed)
+
+
+def refuse_fields(config: Mapping[str, Any], own_options: Mapping[str, str]) -> None:
+    """Raise ValueError for a field that something else sets, by what `own_options` says of it."""
+    for name in config:
+        if name in own_options:
+            raise ValueError(f"field {name} is set by {own_options[name]}, not by --set or config")
+
+
+def device_settings() -> dict[str, Any]:
+    """Fields of a TRL configuration that depend on the machine: TRL's default bf16 is refused without a GPU."""
+    return {} if torch.cuda.is_available() else {"use_cpu": True, "bf16": False}
+
+
+def demo_config(steps: int) -> dict[str, Any]:
+    """The demo's fields of GRPO's configuration for a run of `steps`: 24 prompts x 8 completions a step, on policy.
+
+    Plain GRPO (arXiv 2402.03300: advantages normalised by the group's standard deviation) without a KL term, AdamW
+    without weight decay, gradient norm clipped at 1, linear warm-up and linear decay to 0.
+    """
+    return {
+        "bf16": False,  # the base's own dtype; the trained block is float32 anyway
+        "gradient_checkpointing": False,
+        "per_device_train_batch_size": 24 * 8,
+        "num_generations": 8,
+        "temperature": 1.0,
+        "top_k": 0,
+        "beta": 0.0,
+        "learning_rate": DEMO_LEARNING_RATE,
+        "lr_scheduler_type": "linear",
+        "warmup_steps": min(DEMO_WARMUP_STEPS, steps - 1),
+        "adam_beta2": 0.99,
+        "weight_decay": 0.0,
+        "max_grad_norm": 1.0,
+    }
+
+
+def demo_recipe(task: Task, steps: int) -> Recipe:
+    """GRPO on `task` with `demo_config`."""
+    return make_recipe("grpo", task, demo_config(steps))
