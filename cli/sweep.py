@@ -11,10 +11,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from ._errors import UserError, user_error
-from ._model import load_causal_lm, quiet_hub
+from ._model import quiet_hub
 from ._options import Chat, Json, Revision, Unsafe
 from ._output import note, print_line, print_table, progress_bar, status
-from ._task import as_asked, check_writable
 
 if TYPE_CHECKING:
     from peft_onelayer.records.ranking import LayerRanking
@@ -77,9 +76,9 @@ def sweep(
 ) -> None:
     """Measure the layer contribution of MODEL's blocks: base, full and one run per block, on the same problems."""
     with status("loading ..."):
-        from peft_onelayer.rl.algorithms import build_config, load_algorithm
+        from peft_onelayer.rl.algorithms import load_algorithm
+        from peft_onelayer.rl.recipe import make_recipe
         from peft_onelayer.rl.settings import convert_settings, parse_settings
-        from peft_onelayer.rl.training import device_settings
         from peft_onelayer.sweep.engines import RunsFailedError, load_engine
         from peft_onelayer.sweep.sweep import sweep_layers
         from peft_onelayer.tasks import load_task
@@ -89,7 +88,7 @@ def sweep(
         options = _engine_options(engine, early_stop, slurm or [])
         chosen = load_algorithm(algorithm)
         overrides = parse_settings(settings or [])
-        build_config(chosen, {"output_dir": str(out), **device_settings()}, overrides, OWNED)
+        make_recipe(chosen, None, convert_settings(chosen.config_class, overrides)).config(output_dir=str(out))
         values = convert_settings(chosen.config_class, overrides)
         numbers = _numbers("--seeds", seeds, int)
         rates = _numbers("--search-learning-rates", search_learning_rates, float) if search_learning_rates else []
@@ -98,6 +97,10 @@ def sweep(
                 raise ValueError(f"a learning rate must be above 0, got {rate}")
         the_task = load_task(task, unsafe=unsafe)
         _check_out(out)
+    from peft_onelayer.rollouts.prompts import check_prompt as check_writable
+    from peft_onelayer.rollouts.prompts import with_chat_prompts as as_asked
+    from peft_onelayer.runs.models import load_causal_lm
+
     base, tokenizer = load_causal_lm(model, revision)
     with user_error(ValueError):
         check_writable(as_asked(the_task, tokenizer, chat)[0].rows("test", 1, 0)[0], tokenizer, model)
