@@ -94,14 +94,14 @@ class _Evaluation:
 
     def run(self) -> EvaluationRecord:
         settings = self.settings
-        base, tokenizer = self._load()
+        self.base, tokenizer = self._load()
         self.task, chat = with_chat_prompts(self.task, tokenizer, settings.chat)
         self.rows = self.task.rows(settings.split, settings.problems, settings.seed)
         check_prompt(self.rows[0], tokenizer, self.model)
-        description = describe_model(base)
+        description = describe_model(self.base)
         if len(self.rows) < settings.problems:
             self.progress.note(f"the {settings.split} split of {self.task.name} has {len(self.rows)} problems")
-        before, after = self._measure_both(base, tokenizer)
+        before, after = self._measure_both(tokenizer)
         record = EvaluationRecord(
             command=self.command,
             model=description,
@@ -133,23 +133,21 @@ class _Evaluation:
         to_device(base)
         return base, tokenizer
 
-    def _measure_both(
-        self, base: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
-    ) -> tuple[Measurements, Measurements | None]:
+    def _measure_both(self, tokenizer: PreTrainedTokenizerBase) -> tuple[Measurements, Measurements | None]:
         """The base's figures, and the adapter's where there is one."""
         if self.folder is None:
-            return self._measure(base, tokenizer, "base"), None
+            return self._measure(self.base, tokenizer, "base"), None
         trained_on = self.adapter_config.get("base_model_name_or_path")
-        if trained_on and trained_on != base.name_or_path:
+        if trained_on and trained_on != self.base.name_or_path:
             self.progress.note(f"the adapter was trained on {trained_on}; compared here with {self.model}")
-        adapted = load_adapter(base, self.folder)
+        adapted = load_adapter(self.base, self.folder)
         after = self._measure(adapted, tokenizer, "adapter")
         if self.adapter_config.get("peft_type") == SingleLayerPeftType.SINGLE_LAYER.value:
             with adapted.disable_adapter():
                 return self._measure(adapted, tokenizer, "base"), after
-        del base, adapted
-        base, _ = self._load()
-        return self._measure(base, tokenizer, "base"), after
+        del self.base, adapted
+        self.base, _ = self._load()
+        return self._measure(self.base, tokenizer, "base"), after
 
     def _measure(
         self, policy: PreTrainedModel | PeftModel, tokenizer: PreTrainedTokenizerBase, name: str

@@ -6,8 +6,7 @@ Every task module offers
 - one reward whose name holds "reward", in TRL's signature: `reward(prompts, completions, <columns>, **kwargs)` returns
   one float per completion. Completions are plain strings or chat lists (`[{"role": "assistant", "content": "..."}]`).
 
-Importing this package imports no task. It knows nothing about models, tokenizers or trainers; the helpers below are
-what the tasks share.
+Importing this package imports no task. The helpers below are what the tasks share.
 """
 
 import difflib

@@ -60,7 +60,7 @@ def test_what_ranks_the_blocks():
         ({"format": "theirs"}, 'its "format" is theirs, expected onelayer-ranking-1, onelayer-sweep-1'),
         ({"pick": "2"}, "p.json: pick is 2, expected an integer or null"),
         ({"scores": [0.1, None, "x"]}, "p.json: scores[2] is x, expected a number or null"),
-        ({"scores": [0.1]}, "p.json: scores has 1 entries, expected one per block: 3"),
+        ({"scores": [0.1]}, "p.json: scores has 1 entries, expected 3, one per block"),
         ({"scores": [0.1, None, float("nan")]}, "p.json: scores holds a number that is not finite"),
         ({"order": [2, 7]}, "p.json: order names a block that is not one of 0 to 2"),
         ({"num_layers": True}, "p.json: num_layers is True, expected an integer"),
