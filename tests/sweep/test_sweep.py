@@ -292,7 +292,7 @@ def test_a_row_is_written_whole_or_not_at_all(tmp_path, monkeypatch):
     ("arguments", "message"),
     [
         ({"layers": "12"}, "layer='12' is out of range"),
-        ({"layers": "3,3"}, "names a layer twice"),
+        ({"layers": "3,3"}, "names a block twice"),
         ({"seeds": []}, "seeds must be one or more different numbers"),
         ({"seeds": [1, 1]}, "seeds must be one or more different numbers"),
         ({"algorithm": "dpo"}, "dpo is offline"),
