@@ -5,6 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+from peft_onelayer.records.text import one_line
+
+LIMIT = 2000  # characters of a message: it may name several long paths
+
 
 class UserError(Exception):
     """What was given, what was expected and what to do, in one line. Ends the command with exit code 1."""
@@ -16,4 +20,4 @@ def user_error(*kinds: type[Exception]) -> Iterator[None]:
     try:
         yield
     except kinds as error:
-        raise UserError(" ".join(str(error).split())) from error
+        raise UserError(one_line(error, LIMIT)) from error

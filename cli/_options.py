@@ -34,7 +34,7 @@ Chat = Annotated[
 ]
 Revision = Annotated[str | None, typer.Option("--revision", help="Hub revision of the base model.", show_default=False)]
 Unsafe = Annotated[bool, typer.Option("--unsafe", help="Let the model's code run without a full sandbox.")]
-Json = Annotated[bool, typer.Option("--json", help="Print the figures as JSON instead of a table.")]
+Json = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
 AllowOtherBase = Annotated[
     bool, typer.Option("--allow-other-base", help="Take a base that the adapter was not trained on, if the shapes fit.")
 ]

@@ -1,8 +1,10 @@
-"""`onelayer export`: an adapter in another form, for plain PEFT, for LoRA servers or for other tools."""
+"""`onelayer export`: an adapter in another form, for plain PEFT, for LoRA servers or for other tools.
+
+--json prints an object of the format "onelayer-export-1": the fields of `Exported`, of which `encoding` is --format's.
+"""
 
 from __future__ import annotations
 
-from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -53,7 +55,7 @@ def export(
             adapter, out, format, base=base, rank=rank, energy=energy, allow_other_base=allow_other_base
         )
     if as_json:
-        print_json({"export": "onelayer-export-1", **asdict(exported), "folder": str(out)})
+        print_json(exported.to_json())
         return
     prefix = common_prefix([t.name for t in exported.tensors])
     if format == "lora":

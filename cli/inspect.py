@@ -1,4 +1,7 @@
-"""`onelayer inspect`: what is in an adapter and where it comes from, without its base."""
+"""`onelayer inspect`: what is in an adapter and where it comes from, without its base.
+
+--json prints an object of the format "onelayer-inspect-1": the fields of `Inspection`.
+"""
 
 from __future__ import annotations
 
@@ -6,6 +9,8 @@ import json
 from typing import Annotated
 
 import typer
+
+from peft_onelayer.records.text import name_blocks
 
 from ._errors import user_error
 from ._model import quiet_hub
@@ -23,7 +28,7 @@ def inspect(
     allow_other_base: AllowOtherBase = False,
     as_json: Json = False,
 ) -> None:
-    """Show ADAPTER's layers, tensors, encoding, sizes and provenance; with --base also how much changed."""
+    """Show ADAPTER's blocks, tensors, encoding, sizes and provenance; with --base also how much changed."""
     with status("loading ..."), quiet_hub():
         from peft_onelayer.adapter.inspection import inspect_adapter
 
@@ -38,7 +43,7 @@ def inspect(
 
     prefix = common_prefix([t.name for t in found.tensors])
     print_table(
-        f"{adapter}: layer {', '.join(map(str, found.layers))} of {found.num_layers}, {prefix}*",
+        f"{adapter}: {name_blocks(found.layers)} of {found.num_layers}, {prefix}*",
         ["tensor", "shape", "dtype", "encoding", "bytes", "density", "change", "relative"],
         [
             [

@@ -1,13 +1,17 @@
-"""`onelayer merge`: a checkpoint with the adapters' weights in it, made from the files without loading the model."""
+"""`onelayer merge`: a checkpoint with the adapters' weights in it, made from the files without loading the model.
+
+--json prints an object of the format "onelayer-merge-1": the fields of `Merged`.
+"""
 
 from __future__ import annotations
 
 from contextlib import ExitStack
-from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated
 
 import typer
+
+from peft_onelayer.records.text import name_blocks
 
 from ._errors import user_error
 from ._model import quiet_hub
@@ -42,11 +46,11 @@ def merge(
     if merged.left_out:
         note(f"left out, because they hold the base's unchanged weights: {', '.join(merged.left_out)}")
     if as_json:
-        print_json({"format": "onelayer-merge-1", **asdict(merged), "folder": str(out), "base": str(merged.base)})
+        print_json(merged.to_json())
         return
-    layers = ", ".join(map(str, merged.layers))
     how = "shared with the base's files until they change" if merged.reflinked else "copied"
     print_line(
-        f"{out}: layer {layers} of {base} replaced, {len(merged.tensors)} tensors in {len(merged.rewritten)} files"
+        f"{out}: {name_blocks(merged.layers)} of {base} replaced, {len(merged.tensors)} tensors in "
+        f"{len(merged.rewritten)} file{'' if len(merged.rewritten) == 1 else 's'}"
     )
     print_line(f"{merged.bytes:,} bytes, {how}")

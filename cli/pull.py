@@ -1,4 +1,7 @@
-"""`onelayer pull`: an adapter from the Hub, checked before it is in place."""
+"""`onelayer pull`: an adapter from the Hub, checked before it is in place.
+
+--json prints an object of the format "onelayer-pull-1": `Pull.to_json` lists its fields.
+"""
 
 from __future__ import annotations
 
@@ -7,7 +10,10 @@ from typing import Annotated
 
 import typer
 
+from peft_onelayer.records.text import name_blocks
+
 from ._hub import hub_session
+from ._options import Json
 from ._output import print_json, print_line, status
 
 
@@ -17,7 +23,7 @@ def pull(
     revision: Annotated[
         str | None, typer.Option(help="Branch, tag or commit. [default: main]", show_default=False)
     ] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a line.")] = False,
+    as_json: Json = False,
 ) -> None:
     """Fetch an adapter of this method from the Hub into a new FOLDER, and check every tensor."""
     with status("loading ..."), hub_session():
@@ -25,30 +31,18 @@ def pull(
 
     with status(f"pulling {repo_id} ..."), hub_session():
         pulled = pull_adapter(repo_id, folder, revision=revision)
-    adapter = pulled.adapter
-    found = {
-        "repo_id": repo_id,
-        "folder": str(folder),
-        "base_model": adapter.config.get("base_model_name_or_path"),
-        "layers": adapter.layers,
-        "num_layers": adapter.config["num_layers"],
-        "tensors": len(adapter.names),
-        "encoding": adapter.encoding,
-        "commit": pulled.commit,
-        "values_checked": pulled.values_checked,
-        "files": sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()),
-    }
     if as_json:
-        print_json(found)
+        print_json(pulled.to_json())
         return
-    block = "Block" if len(adapter.layers) == 1 else "Blocks"
+    adapter = pulled.adapter
     checked = (
         "every value checked"
         if pulled.values_checked
         else "every tensor read; its digests are compared with the base when it is loaded"
     )
+    blocks = name_blocks(adapter.layers)
     print_line(
-        f"{block} {', '.join(map(str, adapter.layers))} of {found['num_layers']} of {found['base_model']}, "
-        f"{adapter.encoding}: {checked}."
+        f"{blocks[0].upper()}{blocks[1:]} of {adapter.config['num_layers']} of "
+        f"{adapter.config.get('base_model_name_or_path')}, {adapter.encoding}: {checked}."
     )
-    print_line(f"Written to {folder}: {', '.join(found['files'])}")
+    print_line(f"Written to {folder}: {', '.join(pulled.files)}")

@@ -1,14 +1,17 @@
-"""`onelayer push`: an adapter becomes a repository on the Hub, in one commit."""
+"""`onelayer push`: an adapter becomes a repository on the Hub, in one commit.
+
+--json prints an object of the format "onelayer-push-1": the fields of `Push`.
+"""
 
 from __future__ import annotations
 
-from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from ._hub import hub_session
+from ._options import Json
 from ._output import note, print_json, print_line, print_table, status
 
 if TYPE_CHECKING:
@@ -45,7 +48,7 @@ def push(
         bool, typer.Option("--with-peft", help="Also the form that PEFT loads without this package, in peft/.")
     ] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Show what would go up, and send nothing.")] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
+    as_json: Json = False,
 ) -> None:
     """Publish ADAPTER on the Hub, with a card made from its run.json, layer_profile.json and evaluation."""
     with hub_session(), status("loading ..."):
@@ -68,7 +71,7 @@ def push(
     for line in pushed.notes:
         note(line)
     if as_json:
-        print_json(asdict(pushed))
+        print_json(pushed.to_json())
     else:
         _print(pushed, dry_run)
 

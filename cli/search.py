@@ -1,13 +1,16 @@
-"""`onelayer search`: the adapters on the Hub, by base, task and layer."""
+"""`onelayer search`: the adapters on the Hub, by base, task and block.
+
+--json prints {"format": "onelayer-search-1", "adapters": [...]}, of each the fields of `FoundAdapter`.
+"""
 
 from __future__ import annotations
 
-from dataclasses import asdict
 from typing import Annotated, Literal
 
 import typer
 
 from ._hub import hub_session
+from ._options import Json
 from ._output import note, print_json, print_table, status
 
 
@@ -22,7 +25,7 @@ def search(
         typer.Option(help="What decides the order."),
     ] = "downloads",
     limit: Annotated[int, typer.Option(min=1, help="At most so many.")] = 20,
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
+    as_json: Json = False,
 ) -> None:
     """List the adapters of this method on the Hub."""
     with status("loading ..."), hub_session():
@@ -31,7 +34,7 @@ def search(
     with status("searching ..."), hub_session():
         found = search_adapters(base=base, task=task, layer=layer, sort=sort, limit=limit)
     if as_json:
-        print_json([{**asdict(a), "last_modified": a.last_modified and a.last_modified.isoformat()} for a in found])
+        print_json({"format": "onelayer-search-1", "adapters": [adapter.to_json() for adapter in found]})
         return
     if not found:
         note("No adapter on the Hub carries these tags; leave out an option to see more.")

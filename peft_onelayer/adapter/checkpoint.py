@@ -1,40 +1,29 @@
 """Reads a base model's checkpoint folder: which tensor lies where in which safetensors file, and one tensor at a time.
 
-Knows how transformers renames tensors when it loads them, and nothing of adapters. It writes nothing.
+Names are also given as transformers changes them when it loads the model. Opening a folder imports neither torch nor
+transformers, so that a damaged one is refused at once.
 """
 
 from __future__ import annotations
 
 import functools
-import json
-from dataclasses import dataclass
 from fnmatch import fnmatch
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
-import transformers
-from safetensors import SafetensorError, safe_open
-from torch import nn
-from transformers.conversion_mapping import get_model_conversion_mapping
-from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
-from transformers.initialization import meta_device_safe_creation_ops, no_init_weights
-from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
+from huggingface_hub.constants import SAFETENSORS_INDEX_FILE, SAFETENSORS_SINGLE_FILE
 
+from peft_onelayer.records.files import CONFIG, read_fields
 from peft_onelayer.records.locate import OTHER_FORMATS
+from peft_onelayer.records.text import one_line
 
-DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+from .stored import DTYPES, StoredTensor, read_header
 
+if TYPE_CHECKING:
+    import torch
+    from torch import nn
 
-@dataclass(frozen=True)
-class Place:
-    """Where a tensor lies: the bytes [start, end) of `file`, in the dtype that safetensors calls `dtype`."""
-
-    file: str
-    dtype: str
-    shape: tuple[int, ...]
-    start: int
-    end: int
+MODEL_CONFIG = "config.json"
 
 
 class Checkpoint:
@@ -54,31 +43,33 @@ class Checkpoint:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        if (folder / "adapter_config.json").exists():
+        if (folder / CONFIG).exists():
             raise ValueError(f"{folder} is an adapter and not a base model.")
-        self.config = self._json("config.json")
+        self.config = self._fields(MODEL_CONFIG)
         if "quantization_config" in self.config:
             raise ValueError(
                 f"the model in {folder} is quantized, and merging would round the trained weights to its grid; "
                 "give the checkpoint in bfloat16, float16 or float32 that it was made from."
             )
-        index = None if (folder / SAFE_WEIGHTS_NAME).exists() else folder / SAFE_WEIGHTS_INDEX_NAME
+        index = None if (folder / SAFETENSORS_SINGLE_FILE).exists() else folder / SAFETENSORS_INDEX_FILE
         if index is not None and not index.exists():
             pickles = [path.name for path in folder.glob("*.bin")]
             raise ValueError(
-                f"{folder} holds neither {SAFE_WEIGHTS_NAME} nor {index.name}"
+                f"{folder} holds neither {SAFETENSORS_SINGLE_FILE} nor {index.name}"
                 f"{', but pickled weights, which are not opened here' if pickles else ''}; load the model with "
                 "transformers and save_pretrained it to have its weights as safetensors."
             )
-        weight_map = {} if index is None else self._json(index.name).get("weight_map")
+        weight_map = {} if index is None else self._fields(index.name).get("weight_map")
         if not isinstance(weight_map, dict) or any(
             not isinstance(file, str) or Path(file).name != file for file in weight_map.values()
         ):
-            raise ValueError(f"{folder / SAFE_WEIGHTS_INDEX_NAME} has no weight_map from tensors to files beside it.")
-        self.shards = [SAFE_WEIGHTS_NAME] if index is None else sorted(set(weight_map.values()))
-        self.places: dict[str, Place] = {}
+            raise ValueError(f"{folder / SAFETENSORS_INDEX_FILE} has no weight_map from tensors to files beside it.")
+        self.shards = [SAFETENSORS_SINGLE_FILE] if index is None else sorted(set(weight_map.values()))
+        self.places: dict[str, StoredTensor] = {}
         for shard in self.shards:
-            for name, place in self._header(shard).items():
+            if not (folder / shard).is_file():
+                raise ValueError(f"{folder} is incomplete: {shard} is not there.")
+            for name, place in read_header(folder / shard).items():
                 if index is None or weight_map.get(name) == shard:
                     self.places[name] = place
         if missing := sorted(weight_map.keys() - self.places.keys()):
@@ -91,7 +82,7 @@ class Checkpoint:
         with changed weights: the unchanged weights in another format. Relative, sorted."""
         keep: list[str] = []
         leave: list[str] = []
-        index = [] if self.shards == [SAFE_WEIGHTS_NAME] else [SAFE_WEIGHTS_INDEX_NAME]
+        index = [] if self.shards == [SAFETENSORS_SINGLE_FILE] else [SAFETENSORS_INDEX_FILE]
         for path in sorted(self.folder.rglob("*")):
             name = path.relative_to(self.folder).as_posix()
             if path.is_dir() or name.startswith((".git/", ".cache/")) or name in self.shards:
@@ -107,15 +98,17 @@ class Checkpoint:
         Raises:
             ValueError: not of floating point: quantized or packed.
         """
+        import torch
+
         place = self.places[name]
-        if place.dtype not in DTYPES:
+        if not place.is_floating_point:
             raise ValueError(f"{name} is stored as {place.dtype} in {self.folder}, which is no floating-point weight.")
-        with (self.folder / place.file).open("rb") as file:
+        with place.path.open("rb") as file:
             file.seek(place.start)
-            data = bytearray(place.end - place.start)
+            data = bytearray(place.bytes)
             if file.readinto(data) != len(data):
-                raise ValueError(f"{self.folder / place.file} is truncated.")
-        dtype = DTYPES[place.dtype]
+                raise ValueError(f"{place.path} is truncated.")
+        dtype = getattr(torch, DTYPES[place.dtype])
         return (
             torch.frombuffer(data, dtype=dtype).reshape(place.shape) if data else torch.empty(place.shape, dtype=dtype)
         )
@@ -123,6 +116,10 @@ class Checkpoint:
     @functools.cached_property
     def model(self) -> nn.Module | None:
         """The model without weights (on the meta device), or None if it is not one of transformers' own classes."""
+        import torch
+        import transformers
+        from transformers.initialization import meta_device_safe_creation_ops, no_init_weights
+
         if self.config.get("model_type") not in transformers.CONFIG_MAPPING:
             return None
         architecture = (self.config.get("architectures") or [""])[0]
@@ -133,12 +130,15 @@ class Checkpoint:
             with torch.device("meta"), no_init_weights(), meta_device_safe_creation_ops():
                 return model_class(transformers.AutoConfig.from_pretrained(self.folder))
         except (ValueError, TypeError, KeyError, AttributeError) as error:
-            raise ValueError(f"{self.folder / 'config.json'} describes no {architecture}: {error}") from error
+            raise ValueError(f"{self.folder / MODEL_CONFIG} describes no {architecture}: {one_line(error)}") from error
 
     @functools.cached_property
     def stored_as(self) -> dict[str, str]:
         """Name in the files, by name in the loaded model; without the tensors that transformers makes from several
         stored ones or by rearranging one (fused experts, transposed weights)."""
+        from transformers.conversion_mapping import get_model_conversion_mapping
+        from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
+
         if self.model is None:
             return {name: name for name in self.places}
         state: dict[str, Any] = self.model.state_dict()
@@ -155,32 +155,7 @@ class Checkpoint:
                 names[renamed] = name
         return names
 
-    def _json(self, name: str) -> dict[str, Any]:
-        path = self.folder / name
-        try:
-            data = json.loads(path.read_bytes())
-        except OSError:
-            raise ValueError(f"{self.folder} holds no readable {name}, so it is not a model's folder.") from None
-        except (ValueError, RecursionError) as error:
-            raise ValueError(f"{path} is not JSON: {error}") from None
-        if not isinstance(data, dict):
-            raise ValueError(f"{path} holds no fields.")
-        return data
-
-    def _header(self, shard: str) -> dict[str, Place]:
-        path = self.folder / shard
-        if not path.is_file():
-            raise ValueError(f"{self.folder} is incomplete: {shard} is not there.")
-        try:
-            with safe_open(path, framework="pt"):  # checks the header and that the file is as long as it says
-                pass
-        except (SafetensorError, OSError) as error:
-            raise ValueError(f"{path} is damaged or incomplete: {error}") from None
-        with path.open("rb") as file:
-            length = int.from_bytes(file.read(8), "little")
-            header = json.loads(file.read(length))
-        header.pop("__metadata__", None)
-        return {
-            name: Place(shard, entry["dtype"], tuple(entry["shape"]), *(8 + length + o for o in entry["data_offsets"]))
-            for name, entry in header.items()
-        }
+    def _fields(self, name: str) -> dict[str, Any]:
+        if not (self.folder / name).is_file():
+            raise ValueError(f"{self.folder} holds no readable {name}, so it is not a model's folder.")
+        return read_fields(self.folder / name)

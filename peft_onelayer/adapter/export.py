@@ -1,15 +1,13 @@
-"""Writes an adapter in other forms: for plain PEFT, as a LoRA, dense, sparse, or as flat indices and values.
-
-How the sparse form encodes a tensor is the business of sparse.py.
-"""
+"""Writes an adapter in other forms: for plain PEFT, as a LoRA, dense, sparse, or as flat indices and values."""
 
 from __future__ import annotations
 
 import json
 import re
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from peft import LNTuningConfig, LoraConfig, PeftConfig
@@ -17,13 +15,14 @@ from safetensors.torch import save_file
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from peft_onelayer.records.files import staged_directory
-from peft_onelayer.records.locate import adapter_folder, base_folder
+from peft_onelayer.records.files import CONFIG, WEIGHTS, staged_directory
+from peft_onelayer.records.locate import adapter_folder, base_folder, hub_identity
+from peft_onelayer.sparse.names import TRAINED
 from peft_onelayer.sparse.tensor import changed_entries
 
 from .checkpoint import Checkpoint
 from .merge import check_base, effective_tensor
-from .reader import CONFIG, TRAINED, WEIGHTS, AdapterFile, open_adapter
+from .reader import AdapterFile, open_adapter
 from .write_sparse import write_sparse
 
 FORMATS = ("peft", "lora", "dense", "sparse", "flat")
@@ -54,11 +53,11 @@ class ExportedTensor:
 
 @dataclass(frozen=True)
 class Exported:
-    """What an export wrote.
+    """What an export wrote; `to_json` is what `onelayer export --json` prints.
 
     Attributes:
         folder: the new folder.
-        format: one of `FORMATS`.
+        encoding: one of `FORMATS`.
         bytes: size of its weights file.
         tensors: one for each tensor of the adapter, in the order of their names.
         lost: for "lora", the norm of all that is lost over the norm of the whole change; 0 for the other formats.
@@ -66,11 +65,14 @@ class Exported:
     """
 
     folder: Path
-    format: str
+    encoding: str
     bytes: int
     tensors: list[ExportedTensor] = field(default_factory=list)
     lost: float = 0.0
     left_out: float = 0.0
+
+    def to_json(self) -> dict[str, Any]:
+        return {"format": "onelayer-export-1", **asdict(self), "folder": str(self.folder)}
 
 
 def export_adapter(
@@ -101,7 +103,8 @@ def export_adapter(
         rank: for "lora", of every tensor.
         energy: for "lora", keep the smallest rank that has this share of the change's squared Frobenius norm; .99 if
             neither is given.
-        allow_other_base: take `base` although the adapter was trained on another one of the same shapes.
+        allow_other_base: take `base` although the adapter was trained on another one of the same shapes. What is
+            written names `base` as its base model.
 
     Raises:
         ValueError: an unknown format, a damaged adapter, a base that is missing or another one, or weights for which
@@ -122,14 +125,18 @@ def export_adapter(
     checkpoint = None
     if base is not None or file.sparse is not None or format not in ("peft", "dense"):
         recorded = file.config.get("base_model_name_or_path")
-        chosen = base or recorded
+        chosen = str(base or recorded or "")
         if not chosen:
             raise ValueError(f"{file.folder} does not name its base model; give it.")
         checkpoint = Checkpoint(base_folder(chosen, file.config.get("revision") if chosen == recorded else None))
         check_base(file, checkpoint, allow_other_base)
+        if allow_other_base and chosen != recorded:
+            hub_id, commit = hub_identity(checkpoint.folder)
+            named = {"base_model_name_or_path": hub_id or str(checkpoint.folder), "revision": commit}
+            file = replace(file, config=file.config | named)
     if format == "sparse":
         assert checkpoint is not None
-        write_sparse(file.folder, out, checkpoint.folder)
+        write_sparse(file, out, checkpoint.folder, allow_other_base=allow_other_base)
         return Exported(Path(out), format, (Path(out) / WEIGHTS).stat().st_size)
 
     def changes(name: str) -> tuple[torch.Tensor, torch.Tensor]:
@@ -140,7 +147,7 @@ def export_adapter(
     def value_of(name: str) -> torch.Tensor:
         return file.tensor(name) if checkpoint is None else changes(name)[0]
 
-    with staged_directory(Path(out), lambda folder: False) as staging:
+    with staged_directory(Path(out)) as staging:
         if format == "peft":
             exported = _peft(file, value_of, staging)
         elif format == "dense":
@@ -180,9 +187,9 @@ def _peft(file: AdapterFile, value_of: Callable[[str], torch.Tensor], folder: Pa
         module, _, leaf = name.rpartition(".")
         value = value_of(name).contiguous()
         inside = any(other.startswith(f"{module}.") for other in modules)
-        if not all(TRAINED in key for key in file.keys[name].values()):
+        if not file.is_trained(name):
             raise ValueError(
-                f"{name} is no part of the trained layer (modules_to_save), for which LN_TUNING has no place."
+                f"{name} is no part of the trained block (modules_to_save), for which LN_TUNING has no place."
             )
         if leaf not in ("weight", "bias") or value.dim() > 2 or inside:
             raise ValueError(
@@ -202,11 +209,11 @@ def _dense(file: AdapterFile, value_of: Callable[[str], torch.Tensor], folder: P
     tensors, keys = {}, {}
     for name in file.names:
         module, _, leaf = name.rpartition(".")
-        trained = all(TRAINED in key for key in file.keys[name].values())
-        keys[name] = f"{PREFIX}{module}{TRAINED}{leaf}" if trained else next(iter(file.keys[name].values()))
+        trained = f"{PREFIX}{module}{TRAINED}{leaf}"
+        keys[name] = trained if file.is_trained(name) else next(iter(file.keys[name].values()))
         tensors[keys[name]] = value_of(name).float().contiguous()
     config = {name: value for name, value in file.config.items() if name != "encoding"}
-    (folder / CONFIG).write_text(json.dumps(config, indent=2, sort_keys=True))
+    (folder / CONFIG).write_text(json.dumps(config, indent=2, sort_keys=True), encoding="utf-8")
     save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
     return _sizes(file.names, tensors, keys), 0.0, 0.0
 

@@ -1,25 +1,27 @@
-"""What is in an adapter's folder: layers, tensors, encoding, sizes, what changed, and where it comes from.
+"""What is in an adapter's folder: blocks, tensors, encoding, sizes, what changed, and where it comes from.
 
-It changes nothing and needs no base; with one it also measures the change.
+Without the base only files' headers are read, and torch is not imported; with the base the change is measured too.
 """
 
 from __future__ import annotations
 
-import json
+import math
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
-import torch
-
+from peft_onelayer.records.fields import Record
+from peft_onelayer.records.files import PROFILE, RUN, WEIGHTS
 from peft_onelayer.records.locate import adapter_folder, base_folder
-from peft_onelayer.sparse.tensor import changed_entries
+from peft_onelayer.records.ranking import LayerRanking
+from peft_onelayer.records.run import RunRecord
 
 from .checkpoint import Checkpoint
 from .merge import check_base, effective_tensor
-from .reader import WEIGHTS, AdapterFile, check_plain_file, open_adapter
+from .reader import AdapterFile, check_plain_file, open_adapter
+from .stored import DTYPES
 
-RECORD_LIMIT = 16 * 2**20  # bytes of a run.json or layer_profile.json
+SomeRecord = TypeVar("SomeRecord", bound=Record)
 
 
 @dataclass(frozen=True)
@@ -98,7 +100,8 @@ def inspect_adapter(
         allow_other_base: measure against a base that the adapter was not trained on.
 
     Raises:
-        ValueError: no adapter of this method, damaged, or made for another base than `base`.
+        ValueError: no adapter of this method, damaged, beside a record with a wrong field, or made for another base
+            than `base`.
     """
     file = open_adapter(adapter_folder(adapter, revision))
     checkpoint = None
@@ -107,7 +110,7 @@ def inspect_adapter(
         checkpoint = Checkpoint(base_folder(base, file.config.get("revision") if str(base) == recorded else None))
         check_base(file, checkpoint, allow_other_base)
     tensors = [_tensor(file, name, checkpoint, allow_other_base) for name in file.names]
-    entries = sum(torch.Size(t.shape).numel() for t in tensors)
+    entries = sum(math.prod(t.shape) for t in tensors)
     counts, norms = [t.changed for t in tensors], [t.change for t in tensors]
     return Inspection(
         folder=file.folder,
@@ -129,26 +132,27 @@ def inspect_adapter(
 
 
 def _tensor(file: AdapterFile, name: str, checkpoint: Checkpoint | None, allow_other_base: bool) -> InspectedTensor:
-    parts = file.parts(name)
+    parts = file.stored_parts(name)
     record = None if file.sparse is None else file.sparse.tensors.get(name)
-    values = parts.get("", parts.get("values"))
-    assert values is not None  # `open_adapter` refuses a tensor without parts, `parts` one without values
+    values = parts["" if record is None else "values"]
     shape = list(values.shape if record is None else record.shape)
     changed = None if record is None else record.changed
     change = relative = None
     if checkpoint is not None:
+        from peft_onelayer.sparse.tensor import count_changed
+
         original = checkpoint.read(checkpoint.stored_as[name])
         value = effective_tensor(file, name, original, allow_other_base)
-        changed = changed_entries(value, original)[0].numel()
+        changed = count_changed(value, original)
         change = float((value.double() - original.double()).norm())
         relative = change / norm if (norm := float(original.double().norm())) else None
-    count = torch.Size(shape).numel()
+    count = math.prod(shape)
     return InspectedTensor(
         name=name,
         shape=shape,
-        dtype=str(values.dtype).removeprefix("torch."),
+        dtype=DTYPES[values.dtype],
         encoding="dense" if set(parts) in ({""}, {"values"}) else " + ".join(sorted(parts)),
-        bytes=sum(part.nbytes for part in parts.values()),
+        bytes=sum(part.bytes for part in parts.values()),
         base_digest=None if record is None else record.base,
         changed=changed,
         density=None if changed is None or not count else changed / count,
@@ -158,34 +162,26 @@ def _tensor(file: AdapterFile, name: str, checkpoint: Checkpoint | None, allow_o
 
 
 def _provenance(file: AdapterFile) -> dict[str, Any]:
-    run, profile = _record(file, "run.json"), _record(file, "layer_profile.json")
-    settings = run.get("settings")
-    settings = settings if isinstance(settings, dict) else {}
-    task = settings.get("task")
-    found = {
-        "peft_version": file.config.get("peft_version"),
-        "algorithm": settings.get("algorithm"),
-        "task": task.get("name") if isinstance(task, dict) else task,
-        "model": settings.get("model"),
-        "status": run.get("status"),
-        "seed": settings.get("seed"),
-        "command": run.get("command"),
-        "machine": run.get("machine"),
-        "layer_profile": {"method": profile.get("method"), "pick": profile.get("pick")} if profile else None,
-    }
+    run, profile = _record(RunRecord, file.folder / RUN), _record(LayerRanking, file.folder / PROFILE)
+    found: dict[str, Any] = {"peft_version": file.config.get("peft_version")}
+    if run is not None:
+        found |= {
+            "algorithm": run.settings.algorithm,
+            "task": run.settings.source.name,
+            "model": asdict(run.settings.model),
+            "status": run.status,
+            "seed": run.settings.seed,
+            "command": run.command,
+            "machine": run.machine,
+        }
+    if profile is not None:
+        found["layer_profile"] = {"method": profile.method, "pick": profile.pick}
     return {name: value for name, value in found.items() if value is not None}
 
 
-def _record(file: AdapterFile, name: str) -> dict[str, Any]:
-    """The fields of a JSON file in the adapter's folder; empty if there is none."""
-    path = file.folder / name
+def _record(kind: type[SomeRecord], path: Path) -> SomeRecord | None:
+    """What was written beside the adapter; None if nothing was."""
     if not path.exists():
-        return {}
+        return None
     check_plain_file(path)
-    if path.stat().st_size > RECORD_LIMIT:
-        raise ValueError(f"{path} has {path.stat().st_size} bytes, more than a record of a run.")
-    try:
-        fields = json.loads(path.read_bytes())
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path} is not JSON: {error}") from None
-    return fields if isinstance(fields, dict) else {}
+    return kind.from_file(path)

@@ -1,7 +1,8 @@
 """Merges adapters into a checkpoint on disk, file by file: what `merge_and_unload` and `save_pretrained` would give,
 without loading the model.
 
-Every file is copied; in the copies the bytes of the trained tensors are replaced, one tensor in memory at a time.
+Every file is copied; in the copies the bytes of the trained tensors are replaced, one tensor in memory at a time. The
+arguments, the adapters' files and the base's are checked before torch is imported.
 """
 
 from __future__ import annotations
@@ -9,29 +10,31 @@ from __future__ import annotations
 import shutil
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
-
-import torch
+from typing import TYPE_CHECKING, Any
 
 from peft_onelayer.records.files import TargetError, check_folder, staged_directory
 from peft_onelayer.records.locate import adapter_folder, base_folder, hub_identity
-from peft_onelayer.tuner import find_decoder_stack
 
-from .checkpoint import DTYPES, Checkpoint
-from .reader import TRAINED, AdapterFile, open_adapter
+from .checkpoint import MODEL_CONFIG, Checkpoint
+from .reader import AdapterFile, open_adapter
+from .stored import DTYPES
+
+if TYPE_CHECKING:
+    import torch
 
 FICLONE = 0x40049409  # linux/fs.h; fcntl.FICLONE came with Python 3.12
 
 
 @dataclass(frozen=True)
 class Merged:
-    """What a merge wrote.
+    """What a merge wrote; `to_json` is what `onelayer merge --json` prints.
 
     Attributes:
         folder: the new checkpoint.
         base: the folder it was made from.
-        layers: the layers that changed, ascending.
+        layers: the blocks that changed, ascending.
         tensors: names of the tensors that changed, as the loaded model calls them.
         rewritten: the safetensors files they are in; the others were copied.
         left_out: files of the base that hold its unchanged weights in other formats, which OUT must not.
@@ -47,6 +50,9 @@ class Merged:
     left_out: list[str]
     bytes: int
     reflinked: bool
+
+    def to_json(self) -> dict[str, Any]:
+        return {"format": "onelayer-merge-1", **asdict(self), "folder": str(self.folder), "base": str(self.base)}
 
 
 def merge_into_checkpoint(
@@ -80,7 +86,7 @@ def merge_into_checkpoint(
     names = [adapters] if isinstance(adapters, (str, Path)) else list(adapters)
     if not names:
         raise ValueError("no adapter was given.")
-    check_folder(Path(out), lambda folder: False)  # before anything is downloaded
+    check_folder(Path(out))  # before anything is downloaded
     files = [open_adapter(adapter_folder(name)) for name in names]
     if revision is None and str(base) == files[0].config.get("base_model_name_or_path"):
         revision = files[0].config.get("revision")
@@ -94,20 +100,20 @@ def merge_into_checkpoint(
         for name in file.names:
             if name in sources:
                 raise ValueError(
-                    f"{sources[name].folder} and {file.folder} both train {name}; merge adapters of different layers, "
+                    f"{sources[name].folder} and {file.folder} both train {name}; merge adapters of different blocks, "
                     "or load both with PEFT and use merge_and_unload(adapter_names=[...])."
                 )
             sources[name] = file
     by_shard: dict[str, list[str]] = {shard: [] for shard in checkpoint.shards}
     for name in sources:
-        by_shard[checkpoint.places[checkpoint.stored_as[name]].file].append(name)
+        by_shard[checkpoint.places[checkpoint.stored_as[name]].path.name].append(name)
     others, left_out = checkpoint.other_files()
-    # What could still go wrong goes wrong first; without config.json a folder looks unfinished to the last moment.
+    # What could still go wrong goes wrong first; without its config a folder looks unfinished to the last moment.
     order = sorted(checkpoint.shards, key=lambda shard: not by_shard[shard])
-    order += sorted(others, key=lambda name: name == "config.json")
+    order += sorted(others, key=lambda name: name == MODEL_CONFIG)
     sizes = {name: (checkpoint.folder / name).stat().st_size for name in order}
     total, done, reflinked = sum(sizes.values()), 0, True
-    with staged_directory(Path(out), lambda folder: False) as staging:
+    with staged_directory(Path(out)) as staging:
         for name in order:
             (staging / name).parent.mkdir(parents=True, exist_ok=True)
             if reflinked and not _clone(checkpoint.folder / name, staging / name):
@@ -135,18 +141,20 @@ def merge_into_checkpoint(
 def check_base(adapter: AdapterFile, checkpoint: Checkpoint, allow_other_base: bool = False) -> None:
     """Raise ValueError unless the adapter's tensors all have a place in the checkpoint, and, as far as it can be known,
     it is the one that they were trained on."""
+    from peft_onelayer.tuner import find_decoder_stack
+
     where, depth = f"the adapter in {adapter.folder}", adapter.config["num_layers"]
     if checkpoint.model is not None:
         found = len(find_decoder_stack(checkpoint.model, adapter.config.get("layers_pattern")).blocks)
         if found != depth:
             raise ValueError(
-                f"{where} was made for a model of {depth} layers and {checkpoint.folder} has {found}: it belongs to "
+                f"{where} was made for a model of {depth} blocks and {checkpoint.folder} has {found}: it belongs to "
                 f"another base model ({adapter.config.get('base_model_name_or_path')})."
             )
     for name in adapter.names:
-        if not all(TRAINED in key for key in adapter.keys[name].values()):
+        if not adapter.is_trained(name):
             raise ValueError(
-                f"{where} also holds {name}, which is no part of the trained layer (modules_to_save); load it with "
+                f"{where} also holds {name}, which is no part of the trained block (modules_to_save); load it with "
                 "PEFT, merge_and_unload and save_pretrained."
             )
         if name not in checkpoint.stored_as:
@@ -158,7 +166,7 @@ def check_base(adapter: AdapterFile, checkpoint: Checkpoint, allow_other_base: b
                 else f"{checkpoint.folder} holds no {name}, which {where} trains: it was made for another base model."
             )
         place = checkpoint.places[checkpoint.stored_as[name]]
-        if place.dtype not in DTYPES:
+        if not place.is_floating_point:
             raise ValueError(f"{checkpoint.folder} stores {name} as {place.dtype}, which is no floating-point weight.")
     if not allow_other_base and (difference := _other_base(adapter, checkpoint)):
         raise ValueError(
@@ -173,6 +181,8 @@ def _other_base(adapter: AdapterFile, checkpoint: Checkpoint) -> str | None:
     name, commit = adapter.config.get("base_model_name_or_path"), adapter.config.get("revision")
     hub_id, hub_commit = hub_identity(checkpoint.folder)
     if name and Path(name).is_dir():
+        import torch
+
         folder = Path(name)
         if folder.resolve() == checkpoint.folder.resolve():
             return None
@@ -201,21 +211,25 @@ def effective_tensor(
     Raises:
         ValueError: as `AdapterFile.tensor`.
     """
+    import torch
+
     trained_on = base
     if adapter.sparse is not None:  # its changes are those of the base in the dtype that it was loaded in for training
-        trained_on = base.to(adapter.sparse.tensors[name].dtype)
+        trained_on = base.to(getattr(torch, adapter.sparse.tensors[name].dtype))
     return adapter.tensor(name, trained_on, allow_other_base).to(base.dtype)
 
 
 def _replace(checkpoint: Checkpoint, copy: Path, sources: dict[str, AdapterFile], allow_other_base: bool) -> None:
     """Write the adapters' tensors over the base's in `copy`, a copy of a safetensors file of `checkpoint`."""
+    import torch
+
     with copy.open("r+b") as file:
         for name, adapter in sources.items():
             place = checkpoint.places[checkpoint.stored_as[name]]
             if adapter.sparse is not None:
                 base = checkpoint.read(checkpoint.stored_as[name])
             else:
-                base = torch.empty(place.shape, dtype=DTYPES[place.dtype], device="meta")
+                base = torch.empty(place.shape, dtype=getattr(torch, DTYPES[place.dtype]), device="meta")
             value = effective_tensor(adapter, name, base, allow_other_base)
             file.seek(place.start)
             file.write(value.contiguous().flatten().view(torch.uint8).numpy().data)

@@ -1,29 +1,29 @@
 """Opens an adapter folder that may come from a stranger, and gives its tensors one at a time.
 
 Only `adapter_config.json` and `adapter_model.safetensors` are read, as plain files of that folder; nothing is
-unpickled. It knows nothing of models: the base's tensors are handed in by the caller.
+unpickled. Opening imports no torch; the base's tensors are handed in by the caller.
 """
 
 from __future__ import annotations
 
-import json
 import math
 import stat
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
 from safetensors import SafetensorError, safe_open
 
-from peft_onelayer.records.text import printable
-from peft_onelayer.sparse.encoding import SparseEncoding, base_name
-from peft_onelayer.sparse.tensor import split_key
+from peft_onelayer.records.files import CONFIG, WEIGHTS, read_fields
+from peft_onelayer.records.text import one_line, printable
+from peft_onelayer.sparse.encoding import SparseEncoding
+from peft_onelayer.sparse.names import TRAINED, base_name, split_key
 
-CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
-TRAINED = ".single_layer_params."  # in the key of every trained tensor; what lacks it was saved by `modules_to_save`
+from .stored import DTYPES, StoredTensor, read_header
+
+if TYPE_CHECKING:
+    import torch
+
 CONFIG_LIMIT = 16 * 2**20  # bytes of adapter_config.json; a real one has a few hundred for each tensor
 
 
@@ -37,6 +37,7 @@ class AdapterFile:
         layers: the indices of the trained blocks, ascending.
         names: the stored tensors by their names in the base model ("model.layers.5.mlp.down_proj.weight"), sorted.
         keys: for each of them the keys in the file, by the suffix of a part of the encoding; {"": key} for a plain one.
+        stored: where each of these keys' tensors lies in the file.
         sparse: what adapter_config.json records of a sparse adapter; None for a dense one.
     """
 
@@ -45,6 +46,7 @@ class AdapterFile:
     layers: list[int]
     names: list[str]
     keys: dict[str, dict[str, str]]
+    stored: dict[str, StoredTensor]
     sparse: SparseEncoding | None
 
     @property
@@ -52,14 +54,27 @@ class AdapterFile:
         """ "dense" or "sparse"."""
         return "dense" if self.sparse is None else "sparse"
 
+    def is_trained(self, name: str) -> bool:
+        """Whether a tensor is one of the block's; the others were saved by `modules_to_save`."""
+        return all(TRAINED in key for key in self.keys[name].values())
+
+    def stored_parts(self, name: str) -> dict[str, StoredTensor]:
+        """Where the parts of the tensor `name` lie, by suffix."""
+        return {suffix: self.stored[key] for suffix, key in self.keys[name].items()}
+
     def parts(self, name: str) -> dict[str, torch.Tensor]:
         """What the file holds of the tensor `name`, by suffix, as `decode_tensor` takes it.
 
         Raises:
             ValueError: the file has been damaged since it was opened.
         """
-        with _reading(self.folder / WEIGHTS) as file:
-            return {suffix: file.get_tensor(key) for suffix, key in self.keys[name].items()}
+        path = self.folder / WEIGHTS
+        check_plain_file(path)
+        try:
+            with safe_open(path, framework="pt") as file:
+                return {suffix: file.get_tensor(key) for suffix, key in self.keys[name].items()}
+        except (SafetensorError, OSError) as error:
+            raise ValueError(f"{path} has been damaged since it was opened: {one_line(error)}") from None
 
     def tensor(self, name: str, base: torch.Tensor | None = None, allow_other_base: bool = False) -> torch.Tensor:
         """The effective value of a tensor: what the forward pass uses, in the dtype of `base`.
@@ -99,8 +114,13 @@ def open_adapter(folder: Path | str) -> AdapterFile:
     """
     folder = Path(folder)
     config = read_config(folder)
-    with _reading(folder / WEIGHTS) as file:
-        others = list(file.keys())
+    check_plain_file(folder / WEIGHTS)
+    stored = read_header(folder / WEIGHTS)
+    others = list(stored)
+    if strange := sorted(key for key in others if stored[key].dtype not in DTYPES):
+        raise ValueError(
+            f"{folder / WEIGHTS} holds {printable(strange[0])} as {stored[strange[0]].dtype}, which no adapter has."
+        )
     keys: dict[str, dict[str, str]] = {}
     sparse = None
     if config.get("encoding") is not None:
@@ -124,9 +144,9 @@ def open_adapter(folder: Path | str) -> AdapterFile:
             )
         if any(TRAINED in key for key in group.values()) and numbers.isdisjoint(name.split(".")):
             raise ValueError(
-                f"{folder} holds {printable(name)}, which is in none of its layers {printable(str(layers))}."
+                f"{folder} holds {printable(name)}, which is in none of its blocks {printable(str(layers))}."
             )
-    return AdapterFile(folder, config, layers, sorted(keys), keys, sparse)
+    return AdapterFile(folder, config, layers, sorted(keys), keys, stored, sparse)
 
 
 def read_config(folder: Path) -> dict[str, Any]:
@@ -139,13 +159,13 @@ def read_config(folder: Path) -> dict[str, Any]:
     check_plain_file(path)
     if path.stat().st_size > CONFIG_LIMIT:
         raise ValueError(f"{path} has {path.stat().st_size} bytes; a configuration has less than {CONFIG_LIMIT}.")
-    try:
-        config = json.loads(path.read_bytes())
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path} is not JSON: {_one_line(error)}") from None
-    if not isinstance(config, dict) or config.get("peft_type") != "SINGLE_LAYER":
-        kind = config.get("peft_type") if isinstance(config, dict) else None
-        raise ValueError(f"{path} describes no single-layer adapter: its peft_type is {printable(kind, 40)!r}.")
+    config = read_fields(path)
+    if config.get("peft_type") != "SINGLE_LAYER":
+        kind = printable(config.get("peft_type"), 40)
+        raise ValueError(f"{path} describes no single-layer adapter: its peft_type is {kind!r}.")
+    for name in ("base_model_name_or_path", "revision"):
+        if not isinstance(config.get(name), str | None):
+            raise ValueError(f"{path}: {name} is {printable(config[name], 60)}, expected text or null.")
     layers, depth = config.get("layer_indices"), config.get("num_layers")
     if type(depth) is not int or depth >= 2**31 or not isinstance(layers, list) or not layers:
         raise ValueError(f"{path} lacks layer_indices or num_layers; it was not saved from a trained model.")
@@ -165,29 +185,14 @@ def check_plain_file(path: Path) -> None:
         target = path.resolve(strict=True)
         regular = stat.S_ISREG(target.stat().st_mode)
     except (OSError, RuntimeError) as error:
-        reason = _one_line(error)
+        reason = one_line(error)
         raise ValueError(f"{path.parent} holds no readable {path.name}, so it is no adapter: {reason}") from None
     if not regular or target.parent not in inside:
         raise ValueError(f"{path} is not a plain file of its folder; links and devices are not followed.")
 
 
-@contextmanager
-def _reading(path: Path) -> Iterator[Any]:
-    """The open safetensors file; whatever is wrong with it is a ValueError in one line."""
-    check_plain_file(path)
-    try:
-        with safe_open(path, framework="pt") as file:
-            yield file
-    except (SafetensorError, OSError) as error:
-        raise ValueError(f"{path} is damaged or no safetensors file: {_one_line(error)}") from None
-
-
 def _is_finite(value: torch.Tensor) -> bool:
     if not value.is_floating_point() or not value.numel():
-        return bool(torch.isfinite(value).all())
+        return True
     low, high = value.aminmax()  # NaN passes through; one pass, where `isfinite` takes several and as much memory
     return math.isfinite(low) and math.isfinite(high)
-
-
-def _one_line(error: BaseException) -> str:
-    return " ".join(str(error).split())[:300] or type(error).__name__

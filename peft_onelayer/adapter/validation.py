@@ -1,13 +1,16 @@
-"""Reads every tensor of an adapter, as far as that goes without loading a model."""
+"""Reads every tensor of an adapter, as far as that goes without loading a model.
+
+Without the base this is a look for NaN and Inf in the file's bytes, for which torch is not imported.
+"""
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 
-import torch
-
-from peft_onelayer.adapter.checkpoint import Checkpoint
-from peft_onelayer.adapter.reader import AdapterFile
+from .checkpoint import Checkpoint
+from .merge import effective_tensor
+from .reader import AdapterFile
 
 
 def check_tensors(adapter: AdapterFile, base: Path | None) -> tuple[int, bool]:
@@ -26,15 +29,12 @@ def check_tensors(adapter: AdapterFile, base: Path | None) -> tuple[int, bool]:
     checkpoint = Checkpoint(base) if base is not None and records else None
     parameters, known = 0, True
     for name in adapter.names:
-        if name not in records:
-            parameters += adapter.tensor(name).numel()
+        parts = adapter.stored_parts(name)
+        parameters += math.prod(records[name].shape) if name in records else parts[""].entries
+        if checkpoint is not None and name in records and name in checkpoint.stored_as:
+            effective_tensor(adapter, name, checkpoint.read(checkpoint.stored_as[name]))
             continue
-        parameters += torch.Size(records[name].shape).numel()
-        if checkpoint is not None and name in checkpoint.stored_as:
-            adapter.tensor(name, checkpoint.read(checkpoint.stored_as[name]).to(records[name].dtype))
-            continue
-        known = False
-        for part in adapter.parts(name).values():
-            if part.is_floating_point() and not torch.isfinite(part).all():
-                raise ValueError(f"the adapter's {name} holds NaN or Inf.")
+        known = known and name not in records
+        if not all(part.is_finite() for part in parts.values()):
+            raise ValueError(f"the adapter's {name} holds NaN or Inf.")
     return parameters, known

@@ -1,13 +1,10 @@
-"""Writes an adapter in the sparse encoding of SPECIFICATION.md: of each trained tensor only what differs from the base.
-
-How a tensor is encoded is the business of encoding.py, what is recorded of it that of integrity.py.
-"""
+"""Writes an adapter in the sparse encoding of SPECIFICATION.md: of each trained tensor what differs from the base."""
 
 from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,18 +13,24 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from safetensors.torch import save_file
 from torch import nn
 
-from peft_onelayer.records.files import staged_directory
+from peft_onelayer.records.files import CONFIG, WEIGHTS, staged_directory
 from peft_onelayer.records.locate import ADAPTER_FILES, hub_identity
-from peft_onelayer.sparse.digest import tensor_digest
-from peft_onelayer.sparse.encoding import DTYPES, SparseEncoding, TensorRecord, base_name, count_changed, describe_base
-from peft_onelayer.sparse.tensor import encode_tensor
+from peft_onelayer.sparse.digest import dtype_name
+from peft_onelayer.sparse.encoding import DTYPES, SparseEncoding, describe_base, encode
+from peft_onelayer.sparse.names import TRAINED, base_name
 
 from .checkpoint import Checkpoint
-from .reader import CONFIG, TRAINED, WEIGHTS, open_adapter
+from .reader import AdapterFile, open_adapter
 
 
-def write_sparse(adapter: Path | str, out: Path | str, base: nn.Module | Path | str) -> SparseEncoding:
-    """Write the adapter in the folder `adapter`, dense or sparse, to the new folder `out` in the sparse encoding.
+def write_sparse(
+    adapter: AdapterFile | Path | str,
+    out: Path | str,
+    base: nn.Module | Path | str,
+    *,
+    allow_other_base: bool = False,
+) -> SparseEncoding:
+    """Write an adapter, dense or sparse, to the new folder `out` in the sparse encoding.
 
     What is kept of a trained tensor is its effective value, the master rounded to the dtype of the base; that value is
     restored bit for bit on loading. `out` appears complete or not at all. The other files of an adapter (run.json,
@@ -37,6 +40,7 @@ def write_sparse(adapter: Path | str, out: Path | str, base: nn.Module | Path | 
         adapter: a folder.
         out: a folder that does not exist yet, or an empty one.
         base: the base, in the dtype it was trained in: a loaded model, wrapped by PEFT or not, or a checkpoint folder.
+        allow_other_base: take a base of the same shapes that a sparse adapter was not trained on.
 
     Returns:
         What was recorded.
@@ -45,28 +49,25 @@ def write_sparse(adapter: Path | str, out: Path | str, base: nn.Module | Path | 
         ValueError: a damaged adapter, one made for another base, or a base that is quantized or merged.
         TargetError: `out` may not be used, by `check_folder`.
     """
-    file = open_adapter(adapter)
+    file = adapter if isinstance(adapter, AdapterFile) else open_adapter(adapter)
     tensor_of, identity = _open_base(base, file.config)
-    state: dict[str, torch.Tensor] = {}
-    records: dict[str, TensorRecord] = {}
-    for name in file.names:
-        suffix, key = next(iter(file.keys[name].items()))
-        key = key.removesuffix(f".{suffix}") if suffix else key
-        if TRAINED not in key:  # a head or embeddings beside the block: they stay as they are
-            state[key] = file.tensor(name)
-            continue
-        original = tensor_of(name)
-        if not original.is_floating_point():
-            raise ValueError(f"the base's {name} is {original.dtype}, quantized; give the base in floating point.")
-        value = file.tensor(name, original)
-        state |= encode_tensor(key, value, original)
-        changed, digests = count_changed(value, original), (tensor_digest(original), tensor_digest(value))
-        records[name] = TensorRecord(original.dtype, tuple(original.shape), changed, *digests)
-    encoding = SparseEncoding(identity, records)
-    with staged_directory(Path(out), lambda folder: False) as staging:
-        save_file(state, staging / WEIGHTS, metadata={"format": "pt"})
+    # A head or embeddings beside the block stay as they are.
+    beside = {
+        key: file.tensor(name) for name in file.names if not file.is_trained(name) for key in file.keys[name].values()
+    }
+
+    def trained() -> Iterator[tuple[str, torch.Tensor, torch.Tensor]]:
+        for name in filter(file.is_trained, file.names):
+            original = tensor_of(name)
+            suffix, key = next(iter(file.keys[name].items()))
+            value = file.tensor(name, original, allow_other_base)
+            yield key.removesuffix(f".{suffix}") if suffix else key, value, original
+
+    state, encoding = encode(trained(), identity)
+    with staged_directory(Path(out)) as staging:
+        save_file(beside | state, staging / WEIGHTS, metadata={"format": "pt"})
         config = {**file.config, "encoding": encoding.to_json()}
-        (staging / CONFIG).write_text(json.dumps(config, indent=2, sort_keys=True))
+        (staging / CONFIG).write_text(json.dumps(config, indent=2, sort_keys=True), encoding="utf-8")
         for extra in ADAPTER_FILES:
             source = file.folder / extra
             if extra not in (CONFIG, WEIGHTS) and source.is_file() and not source.is_symlink():
@@ -87,7 +88,8 @@ def _open_base(base: Any, config: dict[str, Any]) -> tuple[Callable[[str], torch
     else:
         checkpoint = Checkpoint(Path(base))
         model_config = None if checkpoint.model is None else checkpoint.model.config
-        dtype = DTYPES.get(str(checkpoint.config.get("dtype") or checkpoint.config.get("torch_dtype")))
+        named = str(checkpoint.config.get("dtype") or checkpoint.config.get("torch_dtype"))
+        dtype = getattr(torch, named) if named in DTYPES else None
         names = set(checkpoint.stored_as)
         revision = revision or hub_identity(Path(base))[1]
 
@@ -100,6 +102,9 @@ def _open_base(base: Any, config: dict[str, Any]) -> tuple[Callable[[str], torch
                 f"the base has no tensor {name}: the adapter was made for another one, or transformers makes it from "
                 "several tensors of the checkpoint, and the base must be given as a loaded model."
             )
-        return source(name)
+        tensor = source(name)
+        if dtype_name(tensor) not in DTYPES:
+            raise ValueError(f"the base's {name} is {tensor.dtype}, quantized; give the base in floating point.")
+        return tensor
 
     return tensor_of, describe_base(model_config, given_name, revision, depth)

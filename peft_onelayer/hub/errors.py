@@ -1,7 +1,4 @@
-"""What goes wrong between here and the Hub, as one line that says what to do.
-
-It does not know what was being done; the caller says it in words.
-"""
+"""What goes wrong between here and the Hub, as one line that says what to do."""
 
 from __future__ import annotations
 
@@ -21,6 +18,8 @@ from huggingface_hub.errors import (
     RepositoryNotFoundError,
     RevisionNotFoundError,
 )
+
+from peft_onelayer.records.text import one_line
 
 LOG_IN = "log in with `hf auth login` or set HF_TOKEN"
 
@@ -68,13 +67,13 @@ def _reason(error: BaseException, repo_id: str | None) -> str:
     if isinstance(error, JSONDecodeError):
         return f"{endpoint} answered with something that is not the Hub's; try again, or check HF_ENDPOINT."
     if isinstance(error, HTTPError):  # no answer: a time-out, a refused or a dropped connection
-        what = " ".join(str(error).split()) or "no answer"
-        return f"{endpoint} cannot be reached ({type(error).__name__}: {_hidden(what, token)}); try again."
-    return _hidden(" ".join(str(error).split()), token)
+        what = f"{type(error).__name__}: {_hidden(str(error), token)}" if str(error) else type(error).__name__
+        return f"{endpoint} cannot be reached ({one_line(what)}); try again."
+    return one_line(_hidden(str(error) or type(error).__name__, token))
 
 
 def _refusal(status: int, message: str | None, token: str | None) -> str:
-    said = f" ({_hidden(' '.join(message.split()), token)})" if message else ""
+    said = f" ({one_line(_hidden(message, token))})" if message else ""
     if status == 401:
         return f"the Hub refused the token{said}; {LOG_IN}." if token else f"no token was found; {LOG_IN}."
     if status == 403:

@@ -1,4 +1,4 @@
-"""What must not be published: paths of this machine, and secrets. It does not know which files are published."""
+"""What must not be published: paths of this machine, and secrets."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from typing import Any
 from huggingface_hub import get_token
 
 from peft_onelayer.records.locate import last_part
+from peft_onelayer.records.text import one_line, printable
 
 REMOVED = "<removed>"
 _SECRET_NAME = re.compile(r"((^|hub_|auth_|access_)token|api_key|secret|password)$", re.IGNORECASE)
@@ -28,6 +29,9 @@ def without_private(value: Any, names: Mapping[str, str] = MappingProxyType({}))
 
     Args:
         names: what is to stand for a name that is private and looks like a Hub id, such as the folder "models/qwen".
+
+    Raises:
+        ValueError: a command line with an open quotation.
 
     >>> without_private({"name": "/home/me/qwen", "hub_token": "abc", "command": "onelayer train ~/qwen --seed 1"})
     {'name': 'qwen', 'hub_token': '<removed>', 'command': 'onelayer train qwen --seed 1'}
@@ -47,8 +51,14 @@ def without_private(value: Any, names: Mapping[str, str] = MappingProxyType({}))
 
 
 def _command(command: str, names: Mapping[str, str]) -> str:
+    try:
+        given_words = shlex.split(command)
+    except ValueError as error:
+        raise ValueError(
+            f"a record's command is no command line ({one_line(error)}): {printable(command, 60)}"
+        ) from None
     words: list[str] = []
-    for word in shlex.split(command):
+    for word in given_words:
         option = _OPTION.fullmatch(word)
         name, given = (option["name"], option["value"]) if option else ("", word)
         if _SECRET_NAME.search(name.rstrip("=")):

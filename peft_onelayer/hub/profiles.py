@@ -42,7 +42,7 @@ def load_profile(name: str, *, revision: str | None = None) -> LayerRanking:
     path = Path(name).expanduser()
     path = path / PROFILE if path.is_dir() else path
     if path.is_file():
-        return LayerRanking.from_json(read_text(path), str(path))
+        return LayerRanking.from_file(path)
     if is_local(name) or name.count("/") != 1:
         known = ", ".join(shipped_profiles())
         raise ValueError(f"no layer profile {name}: give one of {known}, a {PROFILE}, or the Hub id of an adapter.")

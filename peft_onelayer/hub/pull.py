@@ -1,50 +1,83 @@
 """Fetches an adapter from the Hub, and checks it before it is called one.
 
-Only the files that `push` publishes are fetched, by name; nothing is unpickled. It loads no model.
+Only the files that `push` publishes are fetched, by name; nothing is unpickled.
 """
 
 from __future__ import annotations
 
-import json
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from huggingface_hub import HfApi, snapshot_download
 
-from peft_onelayer.adapter.reader import CONFIG, WEIGHTS, AdapterFile, open_adapter
+from peft_onelayer.adapter.reader import AdapterFile, open_adapter, read_config
 from peft_onelayer.adapter.validation import check_tensors
-from peft_onelayer.records.files import check_folder, staged_directory
+from peft_onelayer.records.files import (
+    CARD,
+    CONFIG,
+    PROFILE,
+    RECORD_LIMIT,
+    RUN,
+    WEIGHTS,
+    check_folder,
+    file_digest,
+    staged_directory,
+)
 from peft_onelayer.records.locate import cached_base
 
+from .card import PLOT
 from .errors import HubError, hub_errors
-from .push import CARD, PLOT, PROFILE, RESULTS, RUN
+from .push import RESULTS
 
 FILES = (CONFIG, WEIGHTS, CARD, PROFILE, PLOT, RUN, RESULTS)
-SMALL_LIMIT = 32 * 2**20  # bytes, of every file but the weights
 
 
 @dataclass(frozen=True)
 class Pull:
-    """An adapter that was fetched.
+    """An adapter that was fetched; `to_json` is what `onelayer pull --json` prints.
 
-    Args:
-        adapter: it, opened in its new folder.
+    Attributes:
+        repo_id: where it is from.
+        adapter: the adapter, opened in its new folder.
         commit: the commit it is from.
         values_checked: whether every value is known to be what was published; False for a sparse adapter whose base is
             not in the Hub's cache, whose digests are compared when it is loaded.
     """
 
+    repo_id: str
     adapter: AdapterFile
     commit: str
     values_checked: bool
+
+    @property
+    def files(self) -> list[str]:
+        """Paths of the files in the new folder, sorted."""
+        folder = self.adapter.folder
+        return sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "format": "onelayer-pull-1",
+            "repo_id": self.repo_id,
+            "folder": str(self.adapter.folder),
+            "base_model": self.adapter.config.get("base_model_name_or_path"),
+            "layers": self.adapter.layers,
+            "num_layers": self.adapter.config["num_layers"],
+            "tensors": len(self.adapter.names),
+            "encoding": self.adapter.encoding,
+            "commit": self.commit,
+            "values_checked": self.values_checked,
+            "files": self.files,
+        }
 
 
 def pull_adapter(repo_id: str, folder: Path | str, *, revision: str | None = None) -> Pull:
     """Fetch an adapter of this method into a new folder.
 
-    Every file's digest is compared with the Hub's, and every tensor is read and checked, before `folder` appears. An
-    interrupted download goes on where it stopped, from the Hub's cache.
+    The digests of large files are compared with the Hub's, and every tensor is read and checked, before `folder`
+    appears. An interrupted download goes on where it stopped, from the Hub's cache.
 
     Args:
         repo_id: the repository.
@@ -58,8 +91,6 @@ def pull_adapter(repo_id: str, folder: Path | str, *, revision: str | None = Non
         ValueError: the repository holds no adapter of this method, or a damaged one (`HubError` for what the Hub
             refuses, `TargetError` for a folder that cannot be used).
     """
-    from peft_onelayer.records.files import file_digest
-
     folder = Path(folder)
     check_folder(folder, _is_pulled)
     with hub_errors(f"pull {repo_id}", repo_id):
@@ -71,29 +102,30 @@ def pull_adapter(repo_id: str, folder: Path | str, *, revision: str | None = Non
                     f"cannot pull {repo_id}: it holds no {name}, so it is no adapter that can be loaded safely."
                 )
         for name, file in there.items():
-            if name != WEIGHTS and (file.size or 0) > SMALL_LIMIT:
+            if name != WEIGHTS and (file.size or 0) > RECORD_LIMIT:
                 raise HubError(f"cannot pull {repo_id}: its {name} has {file.size:,} bytes, which is no such file.")
         # The commit, not the branch, so that all files belong together.
         cached = Path(snapshot_download(repo_id, revision=info.sha, allow_patterns=[*there]))
+    for name, file in there.items():
+        if file.lfs and file_digest(cached / name) != file.lfs.sha256:
+            raise HubError(
+                f"cannot pull {repo_id}: {name} arrived damaged (its SHA-256 is not the Hub's); delete "
+                f"{cached.parent.parent} and try again."
+            )
+    adapter = open_adapter(cached)
+    _, known = check_tensors(adapter, cached_base(adapter.config))
     with staged_directory(folder, _is_pulled) as staged:
-        for name, file in there.items():
+        for name in there:
             (staged / name).parent.mkdir(exist_ok=True)
             shutil.copyfile(cached / name, staged / name)
-            if file.lfs and file_digest(staged / name) != file.lfs.sha256:
-                raise HubError(
-                    f"cannot pull {repo_id}: {name} arrived damaged (its SHA-256 is not the Hub's); delete "
-                    f"{cached.parent.parent} and try again."
-                )
-        adapter = open_adapter(staged)
-        _, known = check_tensors(adapter, cached_base(adapter.config))
-    return Pull(open_adapter(folder), info.sha or "", known)
+    return Pull(repo_id, open_adapter(folder), info.sha or "", known)
 
 
 def _is_pulled(folder: Path) -> bool:
     """Whether the folder holds nothing but what a pull writes."""
     found = {path.relative_to(folder).as_posix() for path in folder.rglob("*") if not path.is_dir()}
     try:
-        config = json.loads((folder / CONFIG).read_text())
-    except (OSError, ValueError):
+        read_config(folder)
+    except ValueError:
         return False
-    return found <= set(FILES) and isinstance(config, dict) and config.get("peft_type") == "SINGLE_LAYER"
+    return found <= set(FILES)

@@ -1,6 +1,6 @@
 """Publishes an adapter: checks it, writes what the repository will hold to a scratch folder, commits that at once.
 
-It does not know how the adapter was trained; what it says of that comes from the records beside the adapter.
+What the card says of the training comes from the records beside the adapter.
 """
 
 from __future__ import annotations
@@ -8,9 +8,10 @@ from __future__ import annotations
 import json
 import shutil
 import tempfile
-from dataclasses import dataclass, field, replace
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from huggingface_hub import (
     CommitOperationAdd,
@@ -23,31 +24,35 @@ from huggingface_hub import (
 from huggingface_hub.errors import RevisionNotFoundError
 from huggingface_hub.utils import validate_repo_id, yaml_dump
 
-from peft_onelayer.adapter.reader import CONFIG, WEIGHTS, AdapterFile, open_adapter
+from peft_onelayer.adapter.reader import AdapterFile, open_adapter
 from peft_onelayer.adapter.validation import check_tensors
-from peft_onelayer.records.files import read_text
+from peft_onelayer.records.evaluation import EvaluationRecord
+from peft_onelayer.records.fields import Record
+from peft_onelayer.records.files import CARD, CONFIG, EVALUATION, PROFILE, RUN, WEIGHTS, file_digest, read_fields
 from peft_onelayer.records.locate import adapter_folder, cached_base, is_local, last_part
 from peft_onelayer.records.ranking import LayerRanking
+from peft_onelayer.records.run import RunRecord
+from peft_onelayer.records.text import name_blocks, printable
 
-from .card import EVALUATION_FORMAT, PLOT, eval_results, model_card
+from .card import PLOT, eval_results, model_card
 from .errors import HubError, hub_errors
 from .privacy import without_private
 
-RUN_FORMAT = "onelayer-run-1"
-RUN, PROFILE, CARD, EVALUATION = "run.json", "layer_profile.json", "README.md", "eval.json"
 RESULTS = ".eval_results/onelayer.yaml"
 PEFT_EXPORT = "peft"
 # What a push may leave in a repository; those that a later push does not write are removed with it.
 PUBLISHED = (CONFIG, WEIGHTS, CARD, PROFILE, PLOT, RUN, RESULTS, f"{PEFT_EXPORT}/{CONFIG}", f"{PEFT_EXPORT}/{WEIGHTS}")
 # What may stand in a repository that somebody made on the Hub's pages for this adapter.
-STARTING_FILES = {".gitattributes", ".gitignore", "README.md", "LICENSE"}
+STARTING_FILES = {".gitattributes", ".gitignore", CARD, "LICENSE"}
+
+SomeRecord = TypeVar("SomeRecord", bound=Record)
 
 
 @dataclass(frozen=True)
 class Push:
-    """What a push sent, or what a dry run would send.
+    """What a push sent, or what a dry run would send; `to_json` is what `onelayer push --json` prints.
 
-    Args:
+    Attributes:
         repo_id: the repository.
         endpoint: the Hub.
         revision: the branch.
@@ -66,6 +71,9 @@ class Push:
     notes: list[str] = field(default_factory=list)
     commit: str | None = None
     pull_request: str | None = None
+
+    def to_json(self) -> dict[str, Any]:
+        return {"format": "onelayer-push-1", **asdict(self)}
 
 
 def push_adapter(
@@ -127,9 +135,9 @@ def push_adapter(
         push = Push(repo_id, constants.ENDPOINT, revision or constants.DEFAULT_REVISION, sizes, adapter.encoding, notes)
         if dry_run:
             return push
-        message = message or f"Adapter of block {', '.join(map(str, adapter.layers))}, with onelayer push"
-        commit = _commit(staged, push, private=private, create_pr=create_pr, message=message)
-    return Push(**{**vars(push), "repo_id": commit[0], "commit": commit[1], "pull_request": commit[2]})
+        message = message or f"Adapter of {name_blocks(adapter.layers)}, with onelayer push"
+        repo_id, commit, pull_request = _commit(staged, push, private=private, create_pr=create_pr, message=message)
+    return replace(push, repo_id=repo_id, commit=commit, pull_request=pull_request)
 
 
 def stage(
@@ -151,55 +159,79 @@ def stage(
         ValueError: as `push_adapter`.
     """
     adapter = open_adapter(folder)
+    records = _read_records(folder, evaluation)
     base = _local_base(adapter.config)
+    if dense and adapter.encoding == "sparse":
+        raise ValueError(f"{folder} is sparse already, and --dense publishes what it holds dense; leave it out.")
+    if with_peft and base is None and adapter.encoding == "sparse":
+        name = adapter.config.get("base_model_name_or_path")
+        raise ValueError(f"--with-peft needs the base of a sparse adapter, and {name} is not here; download it.")
     parameters, _ = check_tensors(adapter, base)
-    run = _record(folder / RUN, RUN_FORMAT, "run")
-    measured = _evaluation(folder, evaluation)
-    profile = _profile(folder / PROFILE)
-
-    notes = _write_weights(folder, staged, adapter, base, dense)
-    try:
-        notes += _write_records(staged, repo_id, run, measured, profile, parameters, base_model, with_peft)
-    except (AttributeError, KeyError, TypeError, ValueError) as error:
-        raise ValueError(f"{RUN} or {EVALUATION} of {folder} is not what such a record holds: {error!r}.") from error
+    notes = _write_weights(adapter, staged, base, dense)
+    notes += _write_records(staged, repo_id, records, parameters, base_model, with_peft)
     if with_peft:
         _write_peft_export(adapter, base, staged)
     _check_no_secret(staged)
     return open_adapter(staged), notes
 
 
+@dataclass(frozen=True)
+class _Records:
+    """What stands beside the adapter; None for what does not."""
+
+    run: RunRecord | None
+    evaluation: EvaluationRecord | None
+    profile: LayerRanking | None
+
+
+def _read_records(folder: Path, evaluation: Path | None) -> _Records:
+    """The records beside the adapter in `folder`, the evaluation perhaps from another file."""
+    if evaluation is not None and not evaluation.is_file():
+        raise ValueError(f"no file {evaluation}; give what onelayer eval --out wrote.")
+    path = evaluation or folder / EVALUATION
+    measured = _read(EvaluationRecord, path)
+    if measured is not None and measured.adapter is None:
+        raise ValueError(f"{path} measured the base alone; evaluate it with --adapter {folder}.")
+    if measured is not None and measured.adapter and measured.adapter.sha256 != file_digest(folder / WEIGHTS):
+        raise ValueError(f"{path} measured another adapter than {folder}: the weights differ.")
+    return _Records(_read(RunRecord, folder / RUN), measured, _read(LayerRanking, folder / PROFILE))
+
+
+def _read(kind: type[SomeRecord], path: Path) -> SomeRecord | None:
+    return kind.from_file(path) if path.is_file() else None
+
+
 def _write_records(
     staged: Path,
     repo_id: str | None,
-    run: dict[str, Any] | None,
-    measured: dict[str, Any] | None,
-    profile: LayerRanking | None,
+    records: _Records,
     parameters: int,
     base_model: str | None,
     with_peft: bool,
 ) -> list[str]:
     """Clean adapter_config.json and write all that is not weights; notes on what the card lacks."""
-    config = json.loads((staged / CONFIG).read_text())
-    trained_on = run["settings"]["model"] if run else {"name": None, "sha256": {}}
-    given = [name for name in (config.get("base_model_name_or_path"), trained_on["name"]) if name]
+    config = read_fields(staged / CONFIG)
+    trained_on = records.run.settings.model if records.run else None
+    given = [name for name in (config.get("base_model_name_or_path"), trained_on and trained_on.name) if name]
     # run.json has digests of a folder's files, and of a model from the Hub the commit
-    local_base = not base_model and (bool(trained_on["sha256"]) or any(is_local(name) for name in given))
+    of_folder = bool(trained_on and trained_on.sha256) or any(is_local(name) for name in given)
+    local_base = of_folder and not base_model
     names = {name: base_model or last_part(name) for name in given if base_model or local_base}
 
-    config, run, measured = (record and without_private(record, names) for record in (config, run, measured))
-    (staged / CONFIG).write_text(_to_json(config))
+    config = without_private(config, names)
+    run, measured = _cleaned(records.run, names), _cleaned(records.evaluation, names)
+    profile = _cleaned(records.profile, names)
+    _write(staged / CONFIG, _to_json(config))
     if run:
-        (staged / RUN).write_text(_to_json(run))
+        _write(staged / RUN, run.to_json())
     if profile:
         from peft_onelayer.report.plots import plot_ranking
 
-        cleaned = without_private({"model": profile.model, "task": profile.task}, names)
-        profile = replace(profile, **cleaned)
-        (staged / PROFILE).write_text(profile.to_json())
+        _write(staged / PROFILE, profile.to_json())
         plot_ranking(profile, staged / PLOT, f"{profile.method} on {profile.task}, each block of {profile.num_layers}")
     if measured and (entries := eval_results(measured)):
         (staged / RESULTS).parent.mkdir()
-        (staged / RESULTS).write_text(yaml_dump(entries, sort_keys=False))
+        _write(staged / RESULTS, yaml_dump(entries, sort_keys=False))
     card = model_card(
         config,
         run,
@@ -210,7 +242,7 @@ def _write_records(
         peft_export=PEFT_EXPORT if with_peft else None,
         local_base=local_base,
     )
-    (staged / CARD).write_text(card)
+    _write(staged / CARD, card)
     if not local_base:
         return []
     return [
@@ -219,22 +251,24 @@ def _write_records(
     ]
 
 
-def _write_weights(folder: Path, staged: Path, adapter: AdapterFile, base: Path | None, dense: bool) -> list[str]:
+def _cleaned(record: SomeRecord | None, names: Mapping[str, str]) -> SomeRecord | None:
+    return record and record.from_dict(without_private(record.to_dict(), names), record.WHAT)
+
+
+def _write_weights(adapter: AdapterFile, staged: Path, base: Path | None, dense: bool) -> list[str]:
     """Write the weights and their configuration, sparse where the base is at hand; notes on why not."""
-    if dense and adapter.encoding == "sparse":
-        raise ValueError(f"{folder} is sparse already, and --dense publishes what it holds dense; leave it out.")
     if dense or adapter.encoding == "sparse":
-        _copy_weights(folder, staged)
+        _copy_weights(adapter.folder, staged)
         return []
     if base is None:
-        _copy_weights(folder, staged)
+        _copy_weights(adapter.folder, staged)
         name = adapter.config.get("base_model_name_or_path")
         return [f"the base {name} is not on this machine, so the adapter goes up dense; download it to publish sparse"]
     from peft_onelayer.adapter.write_sparse import write_sparse
 
     with tempfile.TemporaryDirectory(prefix="onelayer-push-") as scratch:
         sparse = Path(scratch) / "sparse"
-        write_sparse(folder, sparse, base)
+        write_sparse(adapter, sparse, base)
         _copy_weights(sparse, staged)
     return []
 
@@ -253,50 +287,14 @@ def _local_base(config: dict[str, Any]) -> Path | None:
 def _write_peft_export(adapter: AdapterFile, base: Path | None, staged: Path) -> None:
     from peft_onelayer.adapter.export import export_adapter
 
-    if base is None and adapter.encoding == "sparse":
-        name = adapter.config.get("base_model_name_or_path")
-        raise ValueError(f"--with-peft needs the base of a sparse adapter, and {name} is not here; download it.")
     out = staged / PEFT_EXPORT
     export_adapter(adapter.folder, out, format="peft", base=base)
     for path in list(out.iterdir()):
         if path.name not in (CONFIG, WEIGHTS):
             path.unlink()
-    base = json.loads((staged / CONFIG).read_text())["base_model_name_or_path"]
-    exported = without_private(json.loads((out / CONFIG).read_text()))
-    (out / CONFIG).write_text(_to_json({**exported, "base_model_name_or_path": base}))
-
-
-def _record(path: Path, expected: str, what: str) -> dict[str, Any] | None:
-    """A record beside the adapter; None where there is none."""
-    if not path.is_file():
-        return None
-    try:
-        record = json.loads(path.read_text())
-    except ValueError as error:
-        raise ValueError(f"{path} is not JSON: {error}") from None
-    if not isinstance(record, dict) or record.get("format") != expected:
-        raise ValueError(f'{path} is no record of {what}: expected "format": "{expected}".')
-    return record
-
-
-def _evaluation(folder: Path, path: Path | None) -> dict[str, Any] | None:
-    """The figures of an `onelayer eval` of the adapter in `folder`."""
-    if path is not None and not path.is_file():
-        raise ValueError(f"no file {path}; give what onelayer eval --out wrote.")
-    measured = _record(path or folder / EVALUATION, EVALUATION_FORMAT, "an evaluation")
-    if measured is None:
-        return None
-    from peft_onelayer.records.files import file_digest
-
-    if not measured.get("adapter"):
-        raise ValueError(f"{path or folder / EVALUATION} measured the base alone; evaluate it with --adapter {folder}.")
-    if measured["adapter"]["sha256"] != file_digest(folder / WEIGHTS):
-        raise ValueError(f"{path or folder / EVALUATION} measured another adapter than {folder}: the weights differ.")
-    return measured
-
-
-def _profile(path: Path) -> LayerRanking | None:
-    return LayerRanking.from_json(read_text(path), str(path)) if path.is_file() else None
+    name = read_fields(staged / CONFIG)["base_model_name_or_path"]
+    exported = without_private(read_fields(out / CONFIG))
+    _write(out / CONFIG, _to_json({**exported, "base_model_name_or_path": name}))
 
 
 def _check_no_secret(staged: Path) -> None:
@@ -355,17 +353,21 @@ def _check_ours(repo_id: str, revision: str, there: set[str]) -> None:
     if CONFIG in there:
         path = hf_hub_download(repo_id, CONFIG, revision=revision)
         try:
-            kind = json.loads(Path(path).read_text())["peft_type"]
-        except (ValueError, KeyError, TypeError):
+            kind = read_fields(Path(path)).get("peft_type")
+        except ValueError:
             kind = "unknown"
         if kind == "SINGLE_LAYER":
             return
-        what = f"an adapter of another kind ({str(kind)[:40]})"
+        what = f"an adapter of another kind ({printable(kind, 40)})"
     elif others := sorted(there - STARTING_FILES):
         what = f"other files ({', '.join(others[:3])}{', ...' if len(others) > 3 else ''})"
     else:
         return
     raise HubError(f"cannot push to {repo_id}: it exists and holds {what}; choose another name (nothing was changed).")
+
+
+def _write(path: Path, text: str) -> None:
+    path.write_text(text, encoding="utf-8")
 
 
 def _to_json(data: Any) -> str:

@@ -1,11 +1,11 @@
-"""Finds adapters of this method on the Hub by the tags that their cards carry. It fetches no adapter."""
+"""Finds adapters of this method on the Hub by the tags that their cards carry."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from datetime import datetime
-from typing import Literal
+from typing import Any, Literal
 
 from huggingface_hub import HfApi
 
@@ -38,6 +38,10 @@ class FoundAdapter:
     likes: int
     last_modified: datetime | None
     private: bool
+
+    def to_json(self) -> dict[str, Any]:
+        """As JSON values; `onelayer search --json` prints them in a list, "adapters"."""
+        return asdict(self) | {"last_modified": self.last_modified and self.last_modified.isoformat()}
 
 
 def search_adapters(

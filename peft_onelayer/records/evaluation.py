@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Self
 
 from .fields import Record
 from .run import BaseModel, DataSource
+from .text import printable
 
 
 @dataclass(frozen=True)
@@ -112,3 +114,17 @@ class EvaluationRecord(Record):
     seconds: float | None = None
     scores: dict[str, dict[str, list[float]]] | None = None
     problems: list[dict[str, Any]] | None = None
+
+    @classmethod
+    def from_dict(cls, fields: Mapping[str, Any], where: str) -> Self:
+        """As `Record.from_dict`; figures of an unknown decoding mode, or missing ones, are refused too."""
+        record = super().from_dict(fields, where)
+        if not record.results or not record.results.keys() <= {"sampled", "greedy"}:
+            found = ", ".join(printable(mode, 40) for mode in record.results)
+            raise ValueError(f'{where}: results holds {found or "nothing"}, expected "sampled", "greedy" or both')
+        for mode, result in record.results.items():
+            for name in ("adapter", "difference"):
+                if (getattr(result, name) is None) != (record.adapter is None):
+                    stands = "is missing" if record.adapter else "is there without an adapter"
+                    raise ValueError(f"{where}: results.{mode}.{name} {stands}")
+        return record

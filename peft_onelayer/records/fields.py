@@ -7,9 +7,10 @@ import json
 import types
 import typing
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any, ClassVar, Literal, Self, TypeVar, Union
 
-from .files import parse_fields
+from .files import parse_fields, read_text
 from .text import printable
 
 T = TypeVar("T")
@@ -54,6 +55,15 @@ class Record:
         """
         where = where or f"the record of {cls.WHAT}"
         return cls.from_dict(parse_fields(text, where), where)
+
+    @classmethod
+    def from_file(cls, path: Path) -> Self:
+        """Read a file, which may come from a stranger.
+
+        Raises:
+            ValueError: not there, or as `from_json`.
+        """
+        return cls.from_json(read_text(path), str(path))
 
 
 def without_missing_parts(value: Any) -> Any:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, Self
 
 from .fields import Record
 
@@ -133,6 +134,14 @@ class RunRecord(Record):
     why: str | None = None
     results: RunResults | None = None
     resumed_from: list[str] | None = None
+
+    @classmethod
+    def from_dict(cls, fields: Mapping[str, Any], where: str) -> Self:
+        """As `Record.from_dict`; a run without task and data set is refused too."""
+        record = super().from_dict(fields, where)
+        if record.settings.task is None and record.settings.dataset is None:
+            raise ValueError(f"{where}: settings.task and settings.dataset are null, expected one of them")
+        return record
 
 
 def differences(old: dict[str, Any], new: dict[str, Any], prefix: str = "") -> list[str]:

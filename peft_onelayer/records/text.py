@@ -1,7 +1,8 @@
-"""Text for messages: one line of an error, one line of a value out of a stranger's file."""
+"""Text for messages: one line of an error, one line of a value out of a stranger's file, blocks by their numbers."""
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 
@@ -22,3 +23,13 @@ def printable(value: Any, limit: int = 200) -> str:
     """
     text = str(value) if isinstance(value, (str, int, float)) or value is None else type(value).__name__
     return "".join(c if c.isprintable() else "?" for c in text[:limit])
+
+
+def name_blocks(layers: Iterable[int]) -> str:
+    """Blocks in words.
+
+    >>> name_blocks([5]), name_blocks([8, 3])
+    ('block 5', 'blocks 3, 8')
+    """
+    numbers = sorted(layers)
+    return f"block{'' if len(numbers) == 1 else 's'} {', '.join(map(str, numbers))}"

@@ -1,12 +1,13 @@
-"""Digests that tell whether two tensors, or two models' configurations, are the same. It reads no files."""
+"""Digests that tell whether two tensors, or two models' configurations, are the same."""
 
 from __future__ import annotations
 
 import hashlib
 import json
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
+if TYPE_CHECKING:
+    import torch
 
 # Not part of what a model computes: where it was loaded from, by which version, in which dtype (tensors have one), and
 # what TRL and tokenizers set on a model in training.
@@ -17,13 +18,21 @@ NOT_ARCHITECTURE |= {f"{kind}_token_id" for kind in ("bos", "eos", "pad", "sep",
 def tensor_digest(tensor: torch.Tensor) -> str:
     """SHA-256, in hexadecimal digits, of a tensor's dtype, shape and bytes (row-major, little-endian).
 
+    >>> import torch
     >>> tensor_digest(torch.zeros(2, dtype=torch.bfloat16)) == tensor_digest(torch.zeros(2, dtype=torch.float16))
     False
     """
+    import torch
+
     tensor = tensor.detach().cpu().contiguous()
-    digest = hashlib.sha256(f"{str(tensor.dtype).removeprefix('torch.')} {list(tensor.shape)}\n".encode())
+    digest = hashlib.sha256(f"{dtype_name(tensor)} {list(tensor.shape)}\n".encode())
     digest.update(tensor.flatten().view(torch.uint8).numpy().data)
     return digest.hexdigest()
+
+
+def dtype_name(tensor: torch.Tensor) -> str:
+    """The name of a tensor's dtype, such as "bfloat16"."""
+    return str(tensor.dtype).removeprefix("torch.")
 
 
 def config_digest(config: Any) -> str:

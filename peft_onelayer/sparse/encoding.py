@@ -1,26 +1,28 @@
-"""What adapter_config.json says of a sparse adapter, and the checks that refuse a wrong base or a damaged tensor.
+"""A sparse adapter: what adapter_config.json records of it, and its tensors encoded against a base and restored on one.
 
-One tensor's form is the business of encoding.py. It knows nothing of PEFT's model: tensors of the base are handed in.
+The checks that refuse a wrong base or a damaged tensor are here; tensor.py has one tensor's form. What is recorded is
+read and checked without importing torch.
 """
 
 from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import Any
-
-import numpy as np
-import torch
+from typing import TYPE_CHECKING, Any
 
 from peft_onelayer.records.text import printable
 
-from .digest import config_digest, tensor_digest
-from .tensor import BITS, decode_tensor, split_key
+from .digest import config_digest, dtype_name, tensor_digest
+from .names import base_name, split_key
+
+if TYPE_CHECKING:
+    import torch
 
 FORMAT = "onelayer-sparse-1"
-DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in (*BITS, torch.float64)}
+DTYPES = ("bfloat16", "float16", "float32", "float64")
 
 
 @dataclass(frozen=True)
@@ -28,21 +30,21 @@ class TensorRecord:
     """What is recorded of one trained tensor.
 
     Attributes:
-        dtype: of the base's tensor when the adapter was trained on it; the encoded values have it too.
+        dtype: of the base's tensor when the adapter was trained on it, one of `DTYPES`; the encoded values have it too.
         shape: of both.
         changed: number of entries that differ bit by bit.
         base: `tensor_digest` of the base's tensor.
         result: `tensor_digest` of the trained tensor, rounded to `dtype`.
     """
 
-    dtype: torch.dtype
+    dtype: str
     shape: tuple[int, ...]
     changed: int
     base: str
     result: str
 
     def to_json(self) -> dict[str, Any]:
-        return {**vars(self), "dtype": str(self.dtype).removeprefix("torch."), "shape": list(self.shape)}
+        return {**vars(self), "shape": list(self.shape)}
 
 
 @dataclass(frozen=True)
@@ -86,7 +88,7 @@ class SparseEncoding:
         """Sort an adapter file's keys: by trained tensor and suffix (as `decode_tensor` takes them), and the others.
 
         Raises:
-            ValueError: a recorded tensor is missing, or one is there twice.
+            ValueError: a recorded tensor or its values are missing, or one is there twice.
         """
         groups: dict[str, dict[str, str]] = {name: {} for name in self.tensors}
         others = []
@@ -103,7 +105,45 @@ class SparseEncoding:
             raise ValueError(
                 f"the adapter lacks {len(missing)} tensor(s), for example {printable(min(missing))}: it is incomplete."
             )
+        if partial := [name for name, group in groups.items() if "values" not in group]:
+            raise ValueError(f"the adapter lacks the values of {printable(min(partial))}: it is damaged.")
         return groups, others
+
+    def decode(
+        self,
+        state: Mapping[str, torch.Tensor],
+        shapes: Mapping[str, Iterable[int]],
+        base_tensor: Callable[[str], AbstractContextManager[torch.Tensor]],
+        allow_other_base: bool = False,
+        found: Mapping[str, Any] | None = None,
+    ) -> dict[str, torch.Tensor]:
+        """Exchange an adapter file's encoded tensors for dense ones in the recorded dtypes; others stay as they are.
+
+        Args:
+            state: the file's tensors by their keys.
+            shapes: of the block's tensors in the model at hand, by their names in the base model.
+            base_tensor: gives one of them as long as its context lasts.
+            allow_other_base: as `restore` takes it.
+            found: as `restore` takes it.
+
+        Raises:
+            ValueError: another base, or a damaged adapter; `restore` lists the checks.
+        """
+        if different := shapes.keys() ^ self.tensors.keys():
+            raise ValueError(
+                f"the adapter's encoding and the model's block differ in {len(different)} tensor(s), for example "
+                f"{printable(min(different))}: it was made for another base model or is damaged."
+            )
+        groups, others = self.group(state)
+        for name, shape in shapes.items():  # before any digest: the plainest difference is named first
+            self.check_shape(name, shape, found)
+        decoded = {key: state[key] for key in others}
+        for name, group in groups.items():
+            parts = {suffix: state[key] for suffix, key in group.items()}
+            with base_tensor(name) as base:
+                value = self.restore(name, parts, base, allow_other_base, found)
+            decoded[group["values"].removesuffix(".values")] = value
+        return decoded
 
     def restore(
         self,
@@ -126,15 +166,19 @@ class SparseEncoding:
         Raises:
             ValueError: another base, or a damaged adapter.
         """
+        import torch
+
+        from .tensor import count_changed, decode_tensor
+
         record = self.tensors[name]
         self.check_shape(name, base.shape, found)
-        if base.dtype != record.dtype and not allow_other_base:
-            here, there = (str(dtype).removeprefix("torch.") for dtype in (base.dtype, record.dtype))
+        here, there = dtype_name(base), record.dtype
+        if here != there and not allow_other_base:
             quantized = "" if base.is_floating_point() else " (quantized)"
             raise self.other_base(
                 f"its {name} is {here}{quantized} and was {there} in training; load it with dtype={there!r}", found
             )
-        base = base.detach().cpu().to(record.dtype)
+        base = base.detach().cpu().to(getattr(torch, record.dtype))
         known = tensor_digest(base) == record.base
         if not known and not allow_other_base:
             raise self.other_base(f"its {name} holds other weights", found)
@@ -187,22 +231,31 @@ def describe_base(config: Any, name: str | None, revision: str | None, num_layer
     return {"name": name, "revision": revision, "config": digest, "num_layers": num_layers}
 
 
-def base_name(key: str) -> str:
-    """The name in the base model of what an adapter file or a wrapped model calls `key`.
+def encode(
+    tensors: Iterable[tuple[str, torch.Tensor, torch.Tensor]], base: dict[str, Any]
+) -> tuple[dict[str, torch.Tensor], SparseEncoding]:
+    """Encode trained tensors as what differs from the base's.
 
-    >>> base_name("base_model.model.model.layers.5.mlp.down_proj.single_layer_params.weight")
-    'model.layers.5.mlp.down_proj.weight'
+    Args:
+        tensors: of each the key that it has in a dense adapter's file, its effective value, and the base's tensor, both
+            of one shape and dtype, one of `DTYPES`.
+        base: what is to be recorded of the base, as `describe_base` says it.
+
+    Returns:
+        The tensors to store, by their keys, and what adapter_config.json has to record of them.
+
+    Raises:
+        ValueError: another shape or dtype.
     """
-    key = key.removeprefix("base_model.model.").replace(".base_layer.", ".")
-    return key.replace(".single_layer_params.", ".")
+    from .tensor import count_changed, encode_tensor
 
-
-def count_changed(values: torch.Tensor, base: torch.Tensor) -> int:
-    """How many entries differ bit by bit; both of one shape and dtype."""
-    if values.dtype not in BITS:
-        return int((values != base).sum())
-    new, old = (tensor.detach().cpu().contiguous().view(BITS[values.dtype]).numpy() for tensor in (values, base))
-    return int(np.count_nonzero(new != old))
+    state: dict[str, torch.Tensor] = {}
+    records = {}
+    for key, value, original in tensors:
+        state |= encode_tensor(key, value, original)
+        changed, digests = count_changed(value, original), (tensor_digest(original), tensor_digest(value))
+        records[base_name(key)] = TensorRecord(dtype_name(original), tuple(original.shape), changed, *digests)
+    return state, SparseEncoding(base, records)
 
 
 def _record(name: str, entry: Any) -> TensorRecord:
@@ -224,4 +277,4 @@ def _record(name: str, entry: Any) -> TensorRecord:
         raise ValueError(
             f"the adapter's encoding says no dtype, shape, count of changes and digests of {printable(name)!r}."
         )
-    return TensorRecord(DTYPES[dtype], tuple(shape), changed, base, result)
+    return TensorRecord(dtype, tuple(shape), changed, base, result)

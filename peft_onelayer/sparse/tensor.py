@@ -1,6 +1,6 @@
 """One tensor in the sparse encoding of SPECIFICATION.md: what differs from the base, in its smallest form.
 
-Pure functions on tensors in memory, vectorized with NumPy on the CPU. It knows nothing of files, models or digests.
+Pure functions on tensors in memory, vectorized with NumPy on the CPU.
 """
 
 from __future__ import annotations
@@ -12,8 +12,10 @@ from typing import Any
 import numpy as np
 import torch
 
-POSITIONS = ("indices", "gaps", "bitmap")
-PARTS = (*POSITIONS, "values", "ulps")
+from .digest import dtype_name
+from .names import PARTS, POSITIONS
+from .names import split_key as split_key
+
 # Integers of the same width, in which a tensor's bits are compared; tensors of other dtypes stay dense.
 BITS = {torch.bfloat16: torch.int16, torch.float16: torch.int16, torch.float32: torch.int32}
 EXPONENT = {torch.bfloat16: 0x7F80, torch.float16: 0x7C00, torch.float32: 0x7F800000}  # all of it set: NaN or Inf
@@ -105,23 +107,11 @@ def changed_entries(values: torch.Tensor, base: torch.Tensor) -> tuple[torch.Ten
     return indices, new.flatten()[indices]
 
 
-def split_key(key: str) -> tuple[str, str]:
-    """The name and the suffix of a stored tensor's key; the suffix is "" for one that is no part of an encoding.
-
-    >>> split_key("model.norm.weight.gaps"), split_key("model.norm.weight")
-    (('model.norm.weight', 'gaps'), ('model.norm.weight', ''))
-    """
-    name, _, suffix = key.rpartition(".")
-    return (name, suffix) if name and suffix in PARTS else (key, "")
-
-
-def kind(parts: Mapping[str, torch.dtype]) -> str:
-    """The encoding in words, from the dtypes of a tensor's parts: "dense", "gaps8+ulps8", "bitmap+values", ..."""
-    widths = {torch.uint8: "8", torch.int8: "8", torch.uint16: "16", torch.int16: "16", torch.int32: "32"}
-    if set(parts) == {"values"}:
-        return "dense"
-    position = next((p if p == "bitmap" else p + widths[parts[p]] for p in POSITIONS if p in parts), "all")
-    return f"{position}+{'ulps' + widths[parts['ulps']] if 'ulps' in parts else 'values'}"
+def count_changed(values: torch.Tensor, base: torch.Tensor) -> int:
+    """How many entries differ bit by bit; both of one shape and dtype."""
+    if values.dtype not in BITS:
+        return int((values != base).sum())
+    return int(np.count_nonzero(_bits(values) != _bits(base)))
 
 
 def _positions(changed: np.ndarray, indices: np.ndarray) -> list[dict[str, torch.Tensor]]:
@@ -239,4 +229,4 @@ def _bits(tensor: torch.Tensor) -> np.ndarray:
 
 
 def _form(tensor: torch.Tensor) -> str:
-    return f"{str(tensor.dtype).removeprefix('torch.')} {list(tensor.shape)}"
+    return f"{dtype_name(tensor)} {list(tensor.shape)}"

@@ -1,0 +1,27 @@
+"""The names of tensors: in the base model, in a wrapped model, and of their parts in a sparse adapter's file."""
+
+from __future__ import annotations
+
+TRAINED = ".single_layer_params."  # in the key of every trained tensor; what lacks it was saved by `modules_to_save`
+POSITIONS = ("indices", "gaps", "bitmap")
+PARTS = (*POSITIONS, "values", "ulps")
+
+
+def base_name(key: str) -> str:
+    """The name in the base model of what an adapter file or a wrapped model calls `key`.
+
+    >>> base_name("base_model.model.model.layers.5.mlp.down_proj.single_layer_params.weight")
+    'model.layers.5.mlp.down_proj.weight'
+    """
+    key = key.removeprefix("base_model.model.").replace(".base_layer.", ".")
+    return key.replace(TRAINED, ".")
+
+
+def split_key(key: str) -> tuple[str, str]:
+    """The name and the suffix of a stored tensor's key; the suffix is "" for one that is no part of an encoding.
+
+    >>> split_key("model.norm.weight.gaps"), split_key("model.norm.weight")
+    (('model.norm.weight', 'gaps'), ('model.norm.weight', ''))
+    """
+    name, _, suffix = key.rpartition(".")
+    return (name, suffix) if name and suffix in PARTS else (key, "")
