@@ -283,8 +283,8 @@ class _Race:
             mean = fmean(r.reward for group in base for r in group)
             raise NothingToLearnError(
                 f"the rewards of the base's {self.settings.samples} completions are equal for each of {len(base)} "
-                f"prompts of {self.task.name} (mean {mean:.2f}), so that there is nothing to learn from; take an easier "
-                "or harder task, or warm the model up first"
+                f"prompts of {self.task.name} (mean {mean:.2f}), so that there is nothing to learn from; take an "
+                "easier or harder task, or warm the model up first"
             )
         size = max(self.settings.minibatch[0], int(most / self.budget.sequence))
         batch = batch.shuffled(stream_seed(self.seed, "order, round 0")).part(slice(0, size))

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+BUDGET = 0.25  # of a race, by default, as a share of the tokens of the training run
+
 
 @dataclass(frozen=True)
 class RaceSettings:
@@ -16,7 +18,7 @@ class RaceSettings:
         shared_share: part of the budget that generating them may cost, at most.
         round_shares: parts of the rest of the budget, one for each round.
         rate_factors: factors of the candidates' learning rates, one for each round.
-        spare_turns: turns' worth of a round's tokens that no candidate gets: the base's score, and turns that cost more.
+        spare_turns: turns of a round whose tokens no candidate gets: for the base's score and for turns that cost more.
         starting_share: part of the blocks that start, evenly spread, at least.
         joining: other blocks that join them, chosen by their neighbours.
         finalists: candidates of each round after the first, at least.

@@ -9,8 +9,8 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from peft_onelayer.probe.probe import probe_layers
 from peft_onelayer.probe.outcome import measured_rounds
+from peft_onelayer.probe.probe import probe_layers
 from peft_onelayer.probe.race import BudgetError, NothingToLearnError, _Race, race, stream_seed
 from peft_onelayer.probe.settings import DEFAULT_SETTINGS
 from peft_onelayer.probe.updates import Candidate
@@ -230,4 +230,4 @@ def test_few_prompts_leave_no_combination_of_gains_without_noise():
 def test_streams_of_random_numbers_do_not_collide():
     names = [f"{what}, {stream}" for what in ("prompts", "sampling") for stream in ("base 0", "base 1", "round 0")]
     seeds = [stream_seed(seed, name) for seed in range(2000) for name in [*names, "order, round 0"]]
-    assert len(set(seeds)) > 0.9999 * len(seeds) and 0 <= min(seeds) and max(seeds) < 2**31
+    assert len(set(seeds)) > 0.9999 * len(seeds) and min(seeds) >= 0 and max(seeds) < 2**31

@@ -78,6 +78,7 @@ def test_updates_are_clipped_adamw_steps(batch):
     with trained_candidate(model, candidate) as wrapped:
         tokens = update(wrapped, candidate, given, steps=2, size=len(batch), micro_batch=len(batch))
     assert tokens == 2 * batch.tokens + batch.part(slice(0, 16)).tokens
+    assert tokens <= most_tokens(Candidate(5, 1e-3), given, steps=2, size=len(batch))
 
     plain, _ = demo_model.load()
     plain.requires_grad_(False)
@@ -166,6 +167,7 @@ def test_a_pass_from_a_block_equals_a_whole_one(family):
     for layer in (1, 2, 3):
         whole_passes = 0 if started.start else batch.tokens
         started, tokens = batch_starting_at(model, started, layer, micro_batch=6)
+        assert tokens <= most_tokens(Candidate(layer, 1e-3), batch, steps=1, size=6)
         assert tokens == whole_passes + 2 * batch.part(slice(0, 2)).tokens
         assert started.start is not None and started.start.layer == layer
         candidate = Candidate(layer, 1e-3)
