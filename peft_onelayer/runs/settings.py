@@ -7,11 +7,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from peft_onelayer.probe.settings import BUDGET
+
 if TYPE_CHECKING:
     from peft_onelayer.tasks import Task
 
 STEPS = 150  # optimizer steps of an online run
-BUDGET = 0.25  # of a race, as a share of the tokens of one training run
 # Fields of a TRL configuration that a setting of their own decides, and the option of the command line.
 TRAINING_OPTIONS = {
     "output_dir": "--out",
