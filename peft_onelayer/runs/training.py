@@ -356,4 +356,4 @@ def _of_first_process(value: Any) -> Any:
 def _card(record: RunRecord, folder: Path) -> str:
     """The model card: what was trained and how to repeat it; results are `onelayer eval`'s, and `push` adds them."""
     config = None if record.layers is None else read_fields(folder / CONFIG)
-    return model_card(config, record.to_dict(), local_base=bool(record.settings.model.sha256))
+    return model_card(config, record, local_base=bool(record.settings.model.sha256))
