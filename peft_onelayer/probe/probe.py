@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from peft_onelayer.records.ranking import NO_COST, LayerRanking
-from peft_onelayer.rl.training import Recipe
+from peft_onelayer.rl.recipe import Recipe, make_recipe
 from peft_onelayer.tasks import Task
 from peft_onelayer.tuner import find_decoder_stack, resolve_layers
 from peft_onelayer.tuner.model import commit_hash

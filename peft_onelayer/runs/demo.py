@@ -258,8 +258,6 @@ def _write_records(run: Run, evaluation: EvaluationRecord, verdict: str, trained
     assert run.record.results is not None
     finished = replace(run.record, results=replace(run.record.results, verdict=verdict))
     local = bool(finished.settings.model.sha256)
-    card = model_card(
-        read_fields(run.folder / CONFIG), finished.to_dict(), evaluation.to_dict(), parameters=trained, local_base=local
-    )
+    card = model_card(read_fields(run.folder / CONFIG), finished, evaluation, parameters=trained, local_base=local)
     for name, text in ((RUN, finished.to_json()), (EVALUATION, evaluation.to_json()), (CARD, card)):
         write_whole(run.folder / name, text)
