@@ -23,11 +23,13 @@ from safetensors.torch import load_file, save_file
 from tuner.helpers import base_weights, masters, wrap
 
 from models import build
+from peft_onelayer import inspect_adapter
 from peft_onelayer.adapter.reader import open_adapter
+from peft_onelayer.adapter.validation import check_tensors
 from peft_onelayer.adapter.write_sparse import write_sparse
-from peft_onelayer.sparse.tensor import kind
+from peft_onelayer.records.files import CONFIG, WEIGHTS
+from sparse_forms import form
 
-CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 SIZES = {"num_layers": 2, "hidden_size": 64, "intermediate_size": 96}  # large enough for every form of the encoding
 
 
@@ -76,7 +78,7 @@ def original(tmp_path_factory):
 def test_the_original_holds_every_form(original):
     folder, _, weights, tuned = original
     reader = open_adapter(folder)
-    kinds = {kind({part: t.dtype for part, t in reader.parts(name).items()}) for name in reader.names}
+    kinds = {form(reader.parts(name)) for name in reader.names}
     assert {"gaps8+ulps8", "gaps8+values", "bitmap+ulps8", "bitmap+values", "all+ulps8", "dense"} <= kinds
     assert all(torch.equal(reader.tensor(name, weights[name]), tuned[name]) for name in reader.names)
 
@@ -324,6 +326,7 @@ def check(tmp_path, original, count, first=0):
             assert 0 < len(str(error)) < 2000, (seed, name, str(error))
             assert "secret" not in str(error).replace("../../secret", ""), (seed, name, str(error))
             results[name, "refused"] += 1
+            loaded = None
         else:
             assert loaded.keys() == tuned.keys(), (seed, name)
             assert all(torch.equal(loaded[n].view(torch.int16), tuned[n].view(torch.int16)) for n in tuned), (
@@ -331,6 +334,12 @@ def check(tmp_path, original, count, first=0):
                 name,
             )
             results[name, "loaded"] += 1
+        for look in (lambda folder: check_tensors(open_adapter(folder), None), inspect_adapter):  # without the base
+            try:
+                with bounded_memory():
+                    look(target)
+            except ValueError as error:
+                assert loaded is None and str(error).isprintable(), (seed, name, str(error))
         slowest = max(slowest, time.process_time() - start)
         remove(target)
     assert slowest < 5, "seconds for one folder of 100 kB"

@@ -205,7 +205,7 @@ def test_an_adapter_of_another_model(sharded, tmp_path):
     models.build(num_layers=6, dtype=torch.bfloat16).save_pretrained(tmp_path / "deep")
     models.build(dtype=torch.bfloat16, intermediate_size=64).save_pretrained(tmp_path / "wide")
     models.build("Qwen2", dtype=torch.bfloat16).save_pretrained(tmp_path / "qwen2")
-    refused(tmp_path / "deep", sharded / "one", tmp_path, "made for a model of 4 layers and .* has 6")
+    refused(tmp_path / "deep", sharded / "one", tmp_path, "made for a model of 4 blocks and .* has 6")
     refused(tmp_path / "wide", sharded / "one", tmp_path, "shape", allow_other_base=True)
     refused(tmp_path / "qwen2", sharded / "one", tmp_path, r"holds no model\.layers\.1\.self_attn\.k_norm")
     head = save_adapter(tmp_path / "head", sharded / "base", 1, modules_to_save=["lm_head"])

@@ -14,10 +14,9 @@ from models import build, build_architecture
 from peft_onelayer import SingleLayerConfig
 from peft_onelayer.adapter.reader import open_adapter
 from peft_onelayer.adapter.write_sparse import write_sparse
-from peft_onelayer.records.files import TargetError
+from peft_onelayer.records.files import CONFIG, WEIGHTS, TargetError
 from peft_onelayer.sparse.digest import tensor_digest
 
-CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 BF16 = torch.bfloat16
 
 

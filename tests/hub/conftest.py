@@ -13,8 +13,10 @@ from peft import get_peft_model
 
 import models
 from peft_onelayer import SingleLayerConfig
+from peft_onelayer.records.evaluation import EvaluationRecord, Figures, Measured, MeasuredAdapter
+from peft_onelayer.records.files import CARD, EVALUATION, PROFILE, RUN, WEIGHTS, file_digest
 from peft_onelayer.records.ranking import LayerRanking
-from peft_onelayer.runs.describe import file_digest
+from peft_onelayer.records.run import BaseModel, DataSource, RunRecord, RunResults, RunSettings
 
 
 @pytest.fixture(scope="session")
@@ -90,7 +92,7 @@ def adapter(base_folder, tmp_path):
                 parameter.add_((torch.rand_like(parameter) < 0.01) * 0.5)
     folder = tmp_path / "secret-project" / "adapter"
     model.save_pretrained(folder)
-    (folder / "README.md").write_text("as trained")
+    (folder / CARD).write_text("as trained")
     (folder / "checkpoints").mkdir()
     (folder / "checkpoints" / "optimizer.pt").write_bytes(b"a pickle")
     write_records(folder, base_folder)
@@ -100,37 +102,32 @@ def adapter(base_folder, tmp_path):
 @pytest.fixture
 def quick(adapter):
     """The same without a layer profile, whose plot takes longer than all else of a push."""
-    (adapter / "layer_profile.json").unlink()
+    (adapter / PROFILE).unlink()
     return adapter
 
 
 def write_records(folder: Path, base: Path) -> None:
     """run.json, layer_profile.json and eval.json of the adapter in `folder`."""
-    digest = file_digest(folder / "adapter_model.safetensors")
-    task = {"name": "gsm8k", "data": {"openai/gsm8k:main": "e53f048856ff4f594e959d75785d2c2d37b678ee"}, "chat": True}
-    model = {"name": str(base), "revision": None, "sha256": {"config.json": "0" * 64}, "dtype": "bfloat16"}
-    model |= {"num_layers": 4, "parameters": 30_000}
-    run = {
-        "format": "onelayer-run-1",
-        "command": f"onelayer train {base} --layer auto --task gsm8k --out {folder} --set hub_token={TOKEN} --seed 7",
-        "settings": {
-            "model": model,
-            "algorithm": "grpo",
-            "trainer": "trl.trainer.grpo_trainer.GRPOTrainer",
-            "layer": "auto",
-            "full": False,
-            "task": task,
-            "dataset": None,
-            "seed": 7,
-            "config": {"learning_rate": 5e-6, "logging_dir": f"{folder}/logs", "hub_token": TOKEN, "beta": 0.001},
-        },
-        "machine": {"versions": {"torch": "2.13.0", "trl": "1.16.0"}, "device": "cpu"},
-        "layers": [1],
-        "why": "block 1 gained the most in 8 steps, +3.1 points (standard error 0.9)",
-        "results": {"steps": 20, "rewards": [0.1] * 10 + [0.4] * 10, "losses": [], "sha256": {}},
-        "status": "finished",
-    }
-    (folder / "run.json").write_text(json.dumps(run))
+    task = DataSource("gsm8k", {"openai/gsm8k:main": "e53f048856ff4f594e959d75785d2c2d37b678ee"}, chat=True)
+    model = BaseModel(str(base), None, {"config.json": "0" * 64}, "bfloat16", num_layers=4, parameters=30_000)
+    run = RunRecord(
+        command=f"onelayer train {base} --layer auto --task gsm8k --out {folder} --set hub_token={TOKEN} --seed 7",
+        settings=RunSettings(
+            model=model,
+            algorithm="grpo",
+            trainer="trl.trainer.grpo_trainer.GRPOTrainer",
+            task=task,
+            seed=7,
+            config={"learning_rate": 5e-6, "logging_dir": f"{folder}/logs", "hub_token": TOKEN, "beta": 0.001},
+            layer="auto",
+        ),
+        machine={"versions": {"torch": "2.13.0", "trl": "1.16.0"}, "device": "cpu"},
+        status="finished",
+        layers=[1],
+        why="block 1 gained the most in 8 steps, +3.1 points (standard error 0.9)",
+        results=RunResults(steps=20, rewards=[0.1] * 10 + [0.4] * 10),
+    )
+    (folder / RUN).write_text(run.to_json())
     ranking = LayerRanking(
         model=str(base),
         revision=None,
@@ -146,23 +143,23 @@ def write_records(folder: Path, base: Path) -> None:
         task="gsm8k",
         seed=7,
     )
-    (folder / "layer_profile.json").write_text(ranking.to_json())
-    figures = {"tokens_generated": 100, "seconds": 1.0}
-    result = {"n": 64, "samples": 4, "base": {"mean": 0.25, "standard_error": 0.0312, **figures}}
-    result |= {"adapter": {"mean": 0.375, "standard_error": 0.0341, **figures}}
-    result |= {"difference": {"mean": 0.125, "standard_error": 0.0123}}
-    evaluation = {
-        "format": "onelayer-eval-1",
-        "command": f"onelayer eval {base} --adapter {folder} --task gsm8k",
-        "model": model,
-        "adapter": {"name": str(folder), "peft_type": "SINGLE_LAYER", "layers": [1], "sha256": digest},
-        "task": task,
-        "split": "test",
-        "n": 64,
-        "samples": 4,
-        "temperature": 1.0,
-        "max_completion_tokens": 256,
-        "seed": 0,
-        "results": {"greedy": {**result, "samples": 1}, "sampled": result},
+    (folder / PROFILE).write_text(ranking.to_json())
+    figures = {
+        "base": Figures(0.25, 0.0312, 100, 1.0),
+        "adapter": Figures(0.375, 0.0341, 100, 1.0),
+        "difference": Figures(0.125, 0.0123),
     }
-    (folder / "eval.json").write_text(json.dumps(evaluation))
+    evaluation = EvaluationRecord(
+        command=f"onelayer eval {base} --adapter {folder} --task gsm8k",
+        model=model,
+        adapter=MeasuredAdapter(str(folder), "SINGLE_LAYER", [1], file_digest(folder / WEIGHTS)),
+        task=task,
+        split="test",
+        n=64,
+        samples=4,
+        temperature=1.0,
+        max_completion_tokens=256,
+        seed=0,
+        results={"greedy": Measured(64, 1, **figures), "sampled": Measured(64, 4, **figures)},
+    )
+    (folder / EVALUATION).write_text(evaluation.to_json())

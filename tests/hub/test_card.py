@@ -1,6 +1,7 @@
 """The card: what the records say and nothing else, in a form that the Hub's metadata check accepts."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -9,8 +10,11 @@ from front_matter import metadata_errors
 from huggingface_hub import ModelCard, metadata_load, parse_eval_result_entries
 
 from peft_onelayer.hub.card import model_card
-from peft_onelayer.hub.privacy import is_local, without_private
+from peft_onelayer.hub.privacy import without_private
 from peft_onelayer.hub.push import stage
+from peft_onelayer.records.evaluation import EvaluationRecord
+from peft_onelayer.records.ranking import LayerRanking
+from peft_onelayer.records.run import RunRecord
 
 
 def staged(adapter, tmp_path, **options):
@@ -83,13 +87,32 @@ def test_a_standard_error_that_is_not_known_is_a_question_mark(adapter, tmp_path
 
 
 def test_the_card_of_a_full_run_is_a_models(adapter):
-    run = json.loads((adapter / "run.json").read_text())
-    run["layers"], run["settings"]["full"] = None, True
-    run["settings"]["model"] |= {"name": "org/tiny", "revision": "c" * 40}
-    card = model_card(None, run)
+    run = RunRecord.from_file(adapter / "run.json")
+    model = replace(run.settings.model, name="org/tiny", revision="c" * 40)
+    card = model_card(None, replace(run, layers=None, settings=replace(run.settings, full=True, model=model)))
     data = ModelCard(card).data
     assert (data.library_name, data.base_model_relation) == ("transformers", "finetune")
     assert "# All blocks" in card and "AutoModelForCausalLM" in card and "peft_onelayer" not in card
+
+
+def test_a_sweeps_cost_is_told_in_runs(adapter):
+    config = json.loads((adapter / "adapter_config.json").read_text())
+    ranking = LayerRanking.from_file(adapter / "layer_profile.json")
+    assert "picked block 1 of 4, for 5% of the tokens of the training run." in model_card(config, profile=ranking)
+    sweep = replace(ranking, method="sweep", cost={**ranking.cost, "share": 9.53})
+    assert "picked block 1 of 4, for 9.5 times the tokens of one training run." in model_card(config, profile=sweep)
+
+
+@pytest.mark.parametrize("name", ["demo", "train"])
+def test_cards_of_records_that_earlier_versions_wrote(name):
+    folder = Path(__file__).parents[1] / "records" / "old" / name
+    run, evaluation = RunRecord.from_file(folder / "run.json"), EvaluationRecord.from_file(folder / "eval.json")
+    card = model_card({"layer_indices": [5], "num_layers": 12}, run, evaluation, parameters=43_000, local_base=True)
+    assert metadata_errors(card) == []
+    assert "# Block 5 of 12, trained with grpo on `arithmetic`" in card
+    assert f"{run.results.steps} steps, learning rate {run.settings.config['learning_rate']:g}, seed 0" in card
+    assert "| avg@4 at temperature 1 |" in card and "| greedy |" in card and run.command in card
+    assert (run.results.verdict or "mean reward") in card and "None" not in card
 
 
 @pytest.mark.parametrize(
@@ -133,11 +156,6 @@ def test_a_folder_that_looks_like_a_hub_id_is_still_a_folder(adapter, base_folde
     assert "base_model" not in card and 'from_pretrained("path/to/tiny")' in card
     config = json.loads((published / "adapter_config.json").read_text())
     assert (config["base_model_name_or_path"], config["encoding"]["base"]["name"]) == ("tiny", "tiny")
-
-
-def test_names_of_models():
-    assert not is_local("org/name") and not is_local("gpt2")
-    assert is_local("models/mine/qwen") and is_local("C:\\models\\qwen")
 
 
 def test_a_command_names_no_folder_of_ours():

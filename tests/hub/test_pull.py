@@ -54,6 +54,7 @@ def test_with_the_base_at_hand_every_value_is_checked(hub, ask, published, base_
 def test_a_revision(hub, ask, quick, tmp_path):
     assert ask("push", quick, "me/gsm", "--revision", "v1").code == 0
     answer = ask("pull", "me/gsm", tmp_path / "here", "--revision", "v1", "--json")
+    assert json.loads(answer.out)["format"] == "onelayer-pull-1"
     assert json.loads(answer.out)["commit"] == hub.repos["me/gsm"].branches["v1"]
     answer = ask("pull", "me/gsm", tmp_path / "main")
     assert answer.code == 1 and "it holds no adapter_config.json" in answer.err[0]

@@ -88,6 +88,7 @@ def test_a_base_that_was_a_folder_gets_its_hub_id(hub, ask, adapter):
 def test_a_dry_run_shows_what_would_go_up_and_asks_the_hub_nothing(hub, ask, adapter):
     answer = ask("push", adapter, "me/gsm", "--dry-run", "--json", token=None)
     shown = json.loads(answer.out)
+    assert shown["format"] == "onelayer-push-1"
     assert hub.requests == [] and hub.repos == {}
     assert (shown["endpoint"], shown["repo_id"], shown["revision"]) == (hub.url, "me/gsm", "main")
     assert ask("push", adapter, "me/gsm").code == 0
@@ -253,6 +254,7 @@ def _break(folder, how):
         tensors = load_safetensors(weights.read_bytes())
         tensors[min(tensors)].flatten()[0] = float("nan")
         save_file(tensors, weights)
+        (folder / "eval.json").unlink()  # which measured other weights
     elif how == "another method":
         config.write_text(json.dumps(json.loads(config.read_text()) | {"peft_type": "LORA"}))
     elif how == "eval of another":
@@ -260,7 +262,10 @@ def _break(folder, how):
         evaluation["adapter"]["sha256"] = "0" * 64
         (folder / "eval.json").write_text(json.dumps(evaluation))
     elif how == "eval of the base":
-        (folder / "eval.json").write_text(json.dumps({"format": "onelayer-eval-1", "adapter": None}))
+        evaluation = json.loads((folder / "eval.json").read_text())
+        for result in evaluation["results"].values():
+            del result["adapter"], result["difference"]
+        (folder / "eval.json").write_text(json.dumps(evaluation | {"adapter": None}))
     elif how == "half a run":
         run = json.loads((folder / "run.json").read_text())
         del run["settings"]["model"]
@@ -286,11 +291,11 @@ def _break(folder, how):
         ("another method", "LORA"),
         ("eval of another", "measured another adapter"),
         ("eval of the base", "measured the base alone"),
-        ("run.json", "no record of run"),
-        ("half a run", "run.json or eval.json of"),
-        ("half an eval", "run.json or eval.json of"),
-        ("command", "run.json or eval.json of"),
-        ("profile", "not a layer ranking"),
+        ("run.json", 'run.json is no record of a training run: its "format" is theirs, expected "onelayer-run-1"'),
+        ("half a run", "run.json: settings.model is missing, expected an object"),
+        ("half an eval", "eval.json: results.greedy.adapter.mean is good, expected a number"),
+        ("command", "a record's command is no command line (No closing quotation): onelayer 'train"),
+        ("profile", "layer_profile.json holds no fields: expected a JSON object"),
     ],
 )
 def test_what_is_not_right_stays_here(hub, ask, adapter, how, message):

@@ -24,7 +24,9 @@ def shelf(hub):
 
 def ids(answer):
     assert answer.code == 0, answer.err
-    return [found["repo_id"] for found in json.loads(answer.out)]
+    answered = json.loads(answer.out)
+    assert answered["format"] == "onelayer-search-1"
+    return [found["repo_id"] for found in answered["adapters"]]
 
 
 @pytest.mark.parametrize(
@@ -45,7 +47,7 @@ def test_it_finds(shelf, ask, arguments, expected):
 
 
 def test_what_it_says(shelf, ask):
-    found = json.loads(ask("search", "--task", "sort", "--json", token=OTHER_TOKEN).out)[0]
+    found = json.loads(ask("search", "--task", "sort", "--json", token=OTHER_TOKEN).out)["adapters"][0]
     assert (found["base"], found["layers"], found["task"], found["downloads"]) == ("org/tiny", [1, 2], "sort", 50)
     assert "you/hidden" in ids(ask("search", "--json", token=OTHER_TOKEN))
     assert "you/hidden" not in ids(ask("search", "--json", token=TOKEN))

@@ -3,10 +3,13 @@
 import json
 from dataclasses import replace
 from importlib.resources import files
+from pathlib import Path
 
 import pytest
 
 from peft_onelayer.records.ranking import LayerRanking, Sweep
+
+OLD = Path(__file__).with_name("old")
 
 RANKING = LayerRanking(
     model="m",
@@ -105,3 +108,12 @@ def test_the_rate_is_that_of_the_choice():
     assert ranked(learning_rates=[1e-4, *[None] * 11]).choice_learning_rate == 1e-4
     assert ranked().choice_learning_rate == 3e-3
     assert ranked(pick=None, learning_rates=[1e-4, *[None] * 11]).choice_learning_rate == 3e-3
+
+
+def test_what_earlier_versions_wrote_is_written_alike():
+    for name in ("race.json", "sweep.json"):
+        text = (OLD / name).read_text(encoding="utf-8")
+        ranking = LayerRanking.from_json(text, name)
+        assert ranking.to_dict() == json.loads(text)
+        assert (ranking.sweep is not None) == (name == "sweep.json")
+        assert ranking.choice == {"race.json": [3, 4, 5, 6, 7], "sweep.json": [ranking.pick]}[name]

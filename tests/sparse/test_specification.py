@@ -21,10 +21,10 @@ import peft_onelayer
 from models import build
 from peft_onelayer.adapter.reader import open_adapter
 from peft_onelayer.adapter.write_sparse import write_sparse
+from peft_onelayer.records.files import CONFIG, WEIGHTS
 from peft_onelayer.sparse.tensor import decode_tensor, encode_tensor
 
 SPECIFICATION = Path(peft_onelayer.__file__).parent / "sparse" / "SPECIFICATION.md"
-CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 BF16 = torch.bfloat16
 WIDTH = {torch.bfloat16: 16, torch.float16: 16, torch.float32: 32}
 

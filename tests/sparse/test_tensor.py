@@ -6,7 +6,9 @@ import pytest
 import torch
 
 from peft_onelayer.sparse.digest import config_digest, tensor_digest
-from peft_onelayer.sparse.tensor import changed_entries, decode_tensor, encode_tensor, kind, split_key
+from peft_onelayer.sparse.names import split_key
+from peft_onelayer.sparse.tensor import changed_entries, count_changed, decode_tensor, encode_tensor
+from sparse_forms import form
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 BITS = {torch.bfloat16: torch.int16, torch.float16: torch.int16, torch.float32: torch.int32}
@@ -29,10 +31,6 @@ def make(density: float, how: str, dtype: torch.dtype, size: int = 20_000, seed:
 def parts_of(encoded: dict[str, torch.Tensor], name: str = "w") -> dict[str, torch.Tensor]:
     assert {split_key(key)[0] for key in encoded} == {name}
     return {split_key(key)[1]: tensor for key, tensor in encoded.items()}
-
-
-def kind_of(parts):
-    return kind({part: tensor.dtype for part, tensor in parts.items()})
 
 
 def same_bits(a: torch.Tensor, b: torch.Tensor) -> bool:
@@ -76,7 +74,7 @@ KINDS = {
 @pytest.mark.parametrize(("case", "expected"), KINDS.items(), ids=[f"{k[0]}-{k[1]}-{NAMES[k[2]]}" for k in KINDS])
 def test_the_smallest_form_is_taken(case, expected):
     base, new = make(*case, size=200_000)
-    assert kind_of(parts_of(encode_tensor("w", new, base))) == expected
+    assert form(parts_of(encode_tensor("w", new, base))) == expected
 
 
 def test_two_changes_far_apart_take_flat_indices():
@@ -213,6 +211,8 @@ def test_changed_entries_are_those_that_differ_bit_by_bit():
     new = torch.tensor([[-0.0, 1.0], [2.0, 4.0]], dtype=torch.bfloat16)
     indices, values = changed_entries(new, base)
     assert indices.tolist() == [0, 3] and indices.dtype == torch.int64
+    assert count_changed(new, base) == 2
+    assert count_changed(new.double(), base.double()) == 1  # of float64 the values are compared
     assert values.tolist() == [-0.0, 4.0] and math.copysign(1, values[0]) == -1
 
 
