@@ -230,12 +230,9 @@ def field_table(kind: type) -> str:
         if not (dataclasses.is_dataclass(base) and base.__module__.startswith("peft_onelayer")):
             continue
         said = _explained(base)
-        declared = [node for node in _class_body(base) if isinstance(node, ast.AnnAssign)]
-        fields = {
-            ast.unparse(node.target): node
-            for node in declared
-            if not ast.unparse(node.annotation).startswith("ClassVar")
-        }
+        given = {field.name for field in dataclasses.fields(base) if field.init}
+        declared = {ast.unparse(node.target): node for node in _class_body(base) if isinstance(node, ast.AnnAssign)}
+        fields = {name: node for name, node in declared.items() if name in given}
         changed = {field.name: "another default" for parent in _dataclass_parents(base) for field in parent}
         if not said.keys() <= fields.keys() <= said.keys() | changed.keys():
             raise ValueError(f"the docstring of {base.__name__} explains {list(said)}, its fields are {list(fields)}")
