@@ -1,7 +1,7 @@
 """A training run, an evaluation and a ranking as library calls: what the commands call.
 
-run = train(TrainingSettings("Qwen/Qwen3-1.7B-Base", "out", task="gsm8k"))
-evaluation = evaluate(EvaluationSettings("Qwen/Qwen3-1.7B-Base", adapter="out", task="gsm8k"))
+run = train(TrainingSettings(model="Qwen/Qwen3-1.7B-Base", out="run", task="gsm8k"))
+evaluation = evaluate(EvaluationSettings(model="Qwen/Qwen3-1.7B-Base", adapter="run", task="gsm8k"))
 """
 
 import importlib

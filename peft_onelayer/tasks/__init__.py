@@ -16,6 +16,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+__all__ = ["Task", "load_task", "open_task"]
+
 TASKS = ("arithmetic", "sort", "gsm8k", "reasoning_gym", "humaneval", "textworld")
 RUNS_CODE = ("humaneval",)  # tasks whose reward runs what the model wrote, and so take `unsafe`
 EXTRA = ("math_verify", "reasoning_gym", "textworld")  # imported by tasks, installed by the extra "tasks"

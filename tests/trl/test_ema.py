@@ -13,7 +13,7 @@ from trl import DPOConfig, DPOTrainer
 from trl.trainer.callbacks import SyncRefModelCallback
 from trl_cells import DATA, sdft, sdpo
 from trl_runner import COMMON
-from trl_table import README
+from trl_table import PAGE
 from tuner.helpers import masters, move, same, wrap
 
 from models import build
@@ -148,8 +148,8 @@ def test_a_student_may_be_named_like_a_module(student):
     assert same(copies(model, "teacher"), {n: 0.5 * w + 0.5 * copies(model, student)[n] for n, w in start.items()})
 
 
-def test_the_readmes_trainer():
-    (code,) = re.findall(r"```python\n([^`]*EMATeacherMixin.*?)```", README.read_text(), re.DOTALL)
+def test_the_trainer_of_the_docs():
+    (code,) = re.findall(r"```python\n([^`]*EMATeacherMixin.*?)```", PAGE.read_text(encoding="utf-8"), re.DOTALL)
     namespace = {}
     exec(textwrap.dedent(code), namespace)
     assert namespace["EMATeacherTrainer"].__mro__[1:3] == (EMATeacherMixin, namespace["SDPOTrainer"])
