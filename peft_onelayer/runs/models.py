@@ -13,7 +13,14 @@ import transformers
 from huggingface_hub.errors import HTTPError
 from peft import PeftModel
 from safetensors import SafetensorError
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PretrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from peft_onelayer.records.files import CONFIG, WEIGHTS
@@ -80,23 +87,9 @@ def load_causal_lm(name: str, revision: str | None = None) -> tuple[PreTrainedMo
     Raises:
         ValueError: in one line: not there, not a causal language model, incomplete, or without a tokenizer.
     """
-    check_model_name(name)
-    with quiet_logs():
-        return _load_causal_lm(name, revision)
-
-
-def _load_causal_lm(name: str, revision: str | None) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    source = str(Path(name).expanduser()) if is_local(name) else name
-    try:
-        config = AutoConfig.from_pretrained(source, revision=revision)
-        causal = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(config.model_type)
-        accepted = (causal,) if isinstance(causal, str) else tuple(causal or ())
-        architectures = config.architectures or accepted
-        if not set(architectures) & set(accepted):
-            raise NotCausalError(
-                f"{source} is a {', '.join(architectures) or config.model_type}, not a causal language model "
-                f"({config.model_type} {'has ' + accepted[0] if accepted else 'has none'})."
-            )
+    source = _source(name)
+    with _errors_in_one_line(name), quiet_logs():
+        _checked_config(source, revision)
         model, info = AutoModelForCausalLM.from_pretrained(
             source, revision=revision, dtype="auto", output_loading_info=True
         )
@@ -104,9 +97,51 @@ def _load_causal_lm(name: str, revision: str | None) -> tuple[PreTrainedModel, P
             missing = info["missing_keys"]
             raise NotCausalError(f"{source} lacks {len(missing)} weights, such as {min(missing)}.")
         return model, AutoTokenizer.from_pretrained(source, revision=revision)
+
+
+def load_skeleton(name: str, revision: str | None = None) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """The model without weights, on the meta device, and its tokenizer: enough to look at before a run.
+
+    Raises:
+        ValueError: in one line: as `load_causal_lm`; a folder that holds no weights at all.
+    """
+    source = _source(name)
+    with _errors_in_one_line(name), quiet_logs():
+        config = _checked_config(source, revision)
+        if is_local(name) and not any(Path(source).glob("*.safetensors")) and not any(Path(source).glob("*.bin")):
+            raise NotCausalError(f"{source} holds no weights; expected *.safetensors beside its config.json.")
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(config)
+        return model, AutoTokenizer.from_pretrained(source, revision=revision)
+
+
+def _source(name: str) -> str:
+    check_model_name(name)
+    return str(Path(name).expanduser()) if is_local(name) else name
+
+
+def _checked_config(source: str, revision: str | None) -> PretrainedConfig:
+    """The configuration of a model that is a causal language model."""
+    config = AutoConfig.from_pretrained(source, revision=revision)
+    causal = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(config.model_type)
+    accepted = (causal,) if isinstance(causal, str) else tuple(causal or ())
+    architectures = config.architectures or accepted
+    if not set(architectures) & set(accepted):
+        raise NotCausalError(
+            f"{source} is a {', '.join(architectures) or config.model_type}, not a causal language model "
+            f"({config.model_type} {'has ' + accepted[0] if accepted else 'has none'})."
+        )
+    return config
+
+
+@contextmanager
+def _errors_in_one_line(name: str) -> Iterator[None]:
+    try:
+        yield
     except NotCausalError:
         raise
     except (OSError, ValueError, KeyError, HTTPError) as error:
+        source = Path(name).expanduser()
         what = f"the model in {source}" if is_local(name) else f"{name}, neither a folder here nor found on the Hub"
         raise ValueError(f"cannot load {what}: {one_line(error)}") from error
 
