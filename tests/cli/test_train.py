@@ -142,7 +142,7 @@ def test_layers_as_the_tuner_takes_them(train, layer, blocks):
 
 def test_auto_ranks_first(train, onelayer, tmp_path):
     wide = ["--set", "per_device_train_batch_size=256", *FAST[2:]]  # few, large batches
-    run, folder = train("train", BASE, "--task", "arithmetic", "--steps", "12", *wide)
+    run, folder = train("train", BASE, "--task", "arithmetic", "--steps", "16", *wide)
     profile = json.loads((folder / "layer_profile.json").read_text())
     assert profile["method"] == "auto" and len(profile["order"]) == 12 and profile["learning_rate"] == 3e-3
     assert profile["cost"]["share"] <= 0.25
@@ -218,7 +218,7 @@ T = ["--task", "arithmetic"]
         ([*T, "--set", "learning_rate"], 1, "--set takes field=value"),
         ([*T, "--set", "seed=1"], 1, "field seed is set by --seed"),
         ([*T, "--set", "per_device_train_batch_size=7"], 1, "must be divisible by num_generations"),
-        ([*T, "--layer", "12"], 1, "the model has 12 layers"),
+        ([*T, "--layer", "12"], 1, "the model has 12 blocks"),
         ([*T, "--layer", "5", "--full"], 1, "give one of them"),
         ([*T, "--algorithm", "dpo"], 1, "dpo is offline and trains on preference data"),
         ([*T, "--algorithm", "dpo", "--pairs-from-task", "9"], 1, "name one, such as mid-5"),
