@@ -68,7 +68,7 @@ def cli_page() -> str:
         "Results go to stdout, progress and warnings to stderr. The exit code is 0 when the command is done, 1 after "
     )
     text += "an\nerror in one line, 2 after wrong usage, and 130 after Ctrl-C. `ONELAYER_DEBUG=1` shows tracebacks.\n"
-    callbacks = {info.name: info.callback for info in app.registered_commands}
+    callbacks: dict[str | None, Any] = {info.name: info.callback for info in app.registered_commands}
     group = typer.main.get_command(app)
     for name, command in group.commands.items():  # type: ignore[attr-defined]
         text += f"\n## onelayer {name}\n\n{command.help}\n\n" + "".join(_parameters(name, command, callbacks[name]))

@@ -45,6 +45,12 @@ def test_every_package_with_public_names_is_listed(generate):
     assert {".".join(path.parent.relative_to(ROOT).parts) for path in packages} == set(generate.MODULES)
 
 
+def test_contributing_says_what_each_folder_holds():
+    rooms = {path.parent.relative_to(ROOT).as_posix() for path in (ROOT / "peft_onelayer").glob("*/__init__.py")}
+    named = re.findall(r"^\| `(peft_onelayer/\w+)/` \|", TEXTS["CONTRIBUTING.md"], re.MULTILINE)
+    assert set(named) == rooms
+
+
 def test_a_field_that_the_docstring_does_not_explain_is_an_error(generate):
     from peft_onelayer.runs.demo import DemoRecord
 
