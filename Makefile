@@ -4,7 +4,7 @@ PYTHON ?= $(shell for p in python3.13 python3.12 python3.11 python3 python; do \
 BIN := .venv/bin
 READY := .venv/.ready
 
-.PHONY: demo test slow peft-suite lint format bench trl-table wheel clean
+.PHONY: demo docs test slow peft-suite lint format bench trl-table wheel clean
 
 demo: $(READY)
 	$(BIN)/onelayer demo
@@ -33,9 +33,13 @@ bench: $(READY)
 	$(BIN)/python examples/benchmarks/graph_cut.py
 	$(BIN)/python examples/benchmarks/race_prefix.py
 
-# Trains every trainer of TRL and writes what came out into the README.
+# Trains every trainer of TRL and writes what came out into docs/trainers.md.
 trl-table: $(READY)
 	TRL_TABLE=write $(BIN)/python -m pytest tests/trl -m "slow or not slow"
+
+# Writes what docs/ says of the code: commands, public names, fields, algorithms.
+docs: $(READY)
+	$(BIN)/python docs/generate.py
 
 wheel: $(READY)
 	$(BIN)/python -m build --outdir dist .

@@ -6,14 +6,24 @@ from typing import Annotated
 
 import typer
 
+ModelName = Annotated[str, typer.Argument(help="Base model: a folder or a Hub id.")]
 TaskName = Annotated[
     str | None,
     typer.Option("--task", help="arithmetic, gsm8k, reasoning_gym:chain_sum, ... or a file.py.", show_default=False),
+]
+Dataset = Annotated[
+    str | None,
+    typer.Option(help="A JSONL file or a Hub data set with prompts, for --reward.", show_default=False),
 ]
 Reward = Annotated[
     str | None,
     typer.Option("--reward", help="Reward for the prompts of --dataset: file.py:function.", show_default=False),
 ]
+Set = Annotated[
+    list[str] | None,
+    typer.Option("--set", metavar="FIELD=VALUE", help="Any field of the TRL config; repeatable."),
+]
+Seed = Annotated[int, typer.Option(min=0, max=2**31 - 1, help="Seed of data, sampling and training.")]
 Chat = Annotated[
     bool | None,
     typer.Option(

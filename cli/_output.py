@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
+import sys
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any
@@ -13,13 +15,10 @@ from rich.markup import escape
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
+from peft_onelayer.runs import progress
 
-def is_main_process() -> bool:
-    """Whether this is the first of the processes that torchrun or accelerate started, or the only one."""
-    return os.environ.get("RANK", "0") == "0"
-
-
-err = Console(stderr=True, highlight=False, quiet=not is_main_process())
+# The first of the processes that torchrun or accelerate started, or the only one, speaks.
+err = Console(stderr=True, highlight=False, quiet=os.environ.get("RANK", "0") != "0")
 
 
 def note(message: str) -> None:
@@ -90,3 +89,23 @@ def progress_bar(description: str, total: int) -> Iterator[Bar]:
         note(f"{description} ...")
     with bar.progress:
         yield bar
+
+
+class TerminalProgress(progress.Progress):
+    """What a library call tells, on stderr."""
+
+    def note(self, message: str) -> None:
+        note(message)
+
+    def status(self, message: str) -> AbstractContextManager[object]:
+        return status(message)
+
+    @contextmanager
+    def bar(self, description: str, total: int) -> Iterator[progress.Update]:
+        with progress_bar(description, total) as shown:
+            yield shown.update
+
+
+def command_line() -> str:
+    """The command as it was typed, for the records."""
+    return shlex.join(["onelayer", *sys.argv[1:]])

@@ -2,34 +2,25 @@
 
 from __future__ import annotations
 
-import math
-import os
 import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from ._errors import UserError, user_error
-from ._model import limit_threads, load_causal_lm, quiet_hub, to_device
-from ._options import Chat, Json, Revision, Reward, TaskName, Unsafe
-from ._output import note, print_line, print_table, status
-from ._ranking import POINTS, describe, rank_blocks
-from ._recipe import recipe_of
-from ._task import as_asked, check_writable, open_task
+from ._errors import user_error
+from ._options import Chat, Dataset, Json, ModelName, Revision, Reward, Seed, Set, TaskName, Unsafe
+from ._output import TerminalProgress, note, print_line, print_table, status
 
 if TYPE_CHECKING:
     from peft_onelayer.records.ranking import LayerRanking
-
-OWNED = {"output_dir": "nothing: a probe writes only --out", "seed": "--seed", "max_steps": "--steps"}
+    from peft_onelayer.runs.settings import ProbeSettings
 
 
 def probe(
-    model: Annotated[str, typer.Argument(help="Base model: a folder or a Hub id.")],
+    model: ModelName,
     task: TaskName = None,
-    dataset: Annotated[
-        str | None, typer.Option(help="A JSONL file or Hub data set with prompts, for --reward.", show_default=False)
-    ] = None,
+    dataset: Dataset = None,
     reward: Reward = None,
     method: Annotated[
         str, typer.Option(help="auto (race and depth prior), race, prior (free), or profile (with --profile).")
@@ -41,14 +32,11 @@ def probe(
         str | None,
         typer.Option(help="A shipped model, layer_profile.json, or an adapter on the Hub.", show_default=False),
     ] = None,
-    layers: Annotated[str, typer.Option(help="Blocks to choose from: all, or such as 8-13, mid-5.")] = "all",
+    layers: Annotated[str, typer.Option(help="Blocks to choose from: all, or such as 3,5,8-13, mid-5.")] = "all",
     algorithm: Annotated[str, typer.Option(help="Of the run to come: grpo, dr_grpo, gigpo, ...")] = "grpo",
     steps: Annotated[int, typer.Option(min=1, help="Optimizer steps of the run to come.")] = 150,
-    settings: Annotated[
-        list[str] | None,
-        typer.Option("--set", metavar="FIELD=VALUE", help="Any field of its TRL config; repeatable."),
-    ] = None,
-    seed: Annotated[int, typer.Option(min=0, max=2**31 - 1, help="Seed of prompts and sampling.")] = 0,
+    settings: Set = None,
+    seed: Seed = 0,
     chat: Chat = None,
     revision: Revision = None,
     unsafe: Unsafe = False,
@@ -58,85 +46,65 @@ def probe(
     as_json: Json = False,
 ) -> None:
     """Rank MODEL's blocks for a task by short RL within a budget, or by what is known without running anything."""
-    os.environ.setdefault("TRL_EXPERIMENTAL_SILENCE", "1")
     with status("loading ..."):
-        from peft_onelayer.hub.profiles import load_profile
-        from peft_onelayer.probe.probe import METHODS
-        from peft_onelayer.rl.algorithms import load_algorithm
-        from peft_onelayer.tuner import find_decoder_stack, resolve_layers
+        from peft_onelayer.rl.recipe import config_from_text
+        from peft_onelayer.runs.probing import plot_beside
+        from peft_onelayer.runs.probing import probe as run_probe
+        from peft_onelayer.runs.settings import PROBE_OPTIONS, ProbeSettings
 
-    with user_error(ValueError, OSError, ImportError), quiet_hub():
-        if method not in METHODS:
-            raise ValueError(f"no probe {method!r}; the methods are {', '.join(METHODS)}")
-        if not 0 < budget < math.inf:
-            raise ValueError(f"--budget is a share of a training run, above 0, such as 0.25; got {budget}")
-        if (method == "profile") != (profile is not None):
-            raise ValueError("--profile and --method profile go together; give both, or neither")
-        chosen = load_algorithm(algorithm)
-        if not chosen.online:
-            raise ValueError(
-                f"a probe compares blocks by their reward; {algorithm} is offline, choose one such as grpo"
-            )
-        the_task = open_task(task, dataset, reward, unsafe=unsafe)
-        recipe = recipe_of(chosen, the_task, settings or [], OWNED)
-        known = load_profile(profile) if profile else None
-        if out is not None:
-            _check_out(out)
-    if known is not None:
-        note(f"the profile is of {known.model}: {known.measure}; {known.source}")
-    base, tokenizer = load_causal_lm(model, revision)
-    to_device(base)
-    limit_threads(base)
-    with user_error(ValueError):
-        num_layers = len(find_decoder_stack(base).blocks)
-        blocks = None if layers == "all" else resolve_layers(layers, num_layers)
-        the_task, _ = as_asked(the_task, tokenizer, chat)
-        check_writable(the_task.rows("train", 1, seed)[0], tokenizer, model)
-        ranking = rank_blocks(
-            base,
-            tokenizer,
-            the_task,
-            recipe=recipe,
-            training_steps=steps,
-            seed=seed,
+    with user_error(ValueError, OSError, ImportError):
+        asked = ProbeSettings(
+            model=model,
+            task=task,
+            dataset=dataset,
+            reward=reward,
             method=method,
             budget=budget,
-            layers=blocks,
-            profile=known,
+            profile=profile,
+            layers=layers,
+            algorithm=algorithm,
+            steps=steps,
+            config=config_from_text(algorithm, settings or [], PROBE_OPTIONS),
+            seed=seed,
+            chat=chat,
+            revision=revision,
+            unsafe=unsafe,
+            out=out,
         )
-    if out is not None:
-        from peft_onelayer.report.plots import plot_ranking
-
-        out.write_text(ranking.to_json())
-        plot_ranking(ranking, out.with_suffix(".png"), f"{method}, {the_task.name}")
+        ranking = run_probe(asked, progress=TerminalProgress())
     if as_json:
         print(ranking.to_json(), end="")
         return
     _print(ranking)
-    given = ["--task", task] if task else ["--dataset", str(dataset), "--reward", str(reward)]
-    rate = ranking.recommended_rate
-    command = ["onelayer", "train", model, *given, "--layer", ranking.choice, "--algorithm", algorithm]
-    command += ["--steps", str(steps)]
-    command += [
-        part for setting in settings or [] if not setting.startswith("learning_rate") for part in ("--set", setting)
-    ]
-    command += ["--set", f"learning_rate={rate:.2g}"] if rate else []
-    print_line(f"Train it: {shlex.join([*command, '--out', 'run'])}")
+    print_line(f"Train it: {train_command(asked, settings or [], ranking)}")
     if out is not None:
-        note(f"Written to {out} and {out.with_suffix('.png')}")
+        note(f"Written to {out} and {plot_beside(out)}")
 
 
-def _check_out(out: Path) -> None:
-    if out.suffix != ".json":
-        raise UserError(f"--out takes a JSON file, such as ranking.json, not {out}.")
-    if not out.parent.is_dir():
-        raise UserError(f"the folder {out.parent} does not exist; create it or choose another --out.")
-    for path in (out, out.with_suffix(".png")):
-        if path.exists():
-            raise UserError(f"{path} exists; choose another --out (nothing was changed).")
+def train_command(asked: ProbeSettings, set_options: list[str], ranking: LayerRanking) -> str:
+    """The command that trains the ranking's choice in the run that it was ranked for, at the rate that goes with it."""
+    command = ["onelayer", "train", asked.model]
+    command += (
+        ["--task", str(asked.task)] if asked.task else ["--dataset", str(asked.dataset), "--reward", str(asked.reward)]
+    )
+    command += ["--layer", ",".join(map(str, ranking.choice)), "--algorithm", asked.algorithm]
+    command += ["--steps", str(asked.steps), "--seed", str(asked.seed)]
+    command += [part for text in set_options if not _sets_the_rate(text) for part in ("--set", text)]
+    if ranking.choice_learning_rate is not None:
+        command += ["--set", f"learning_rate={ranking.choice_learning_rate!r}"]
+    command += [] if asked.chat is None else ["--chat" if asked.chat else "--plain"]
+    command += ["--revision", asked.revision] if asked.revision else []
+    command += ["--unsafe"] if asked.unsafe else []
+    return shlex.join([*command, "--out", "run"])
+
+
+def _sets_the_rate(text: str) -> bool:
+    return text.partition("=")[0].strip() == "learning_rate"
 
 
 def _print(ranking: LayerRanking) -> None:
+    from peft_onelayer.runs.ranking import POINTS, describe
+
     def number(values: list[Any] | None, k: int, scale: float, form: str) -> str:
         value = values[k] if values else None
         return "" if value is None else format(scale * value, form)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import sys
 from contextlib import redirect_stdout
 from pathlib import Path
@@ -10,30 +9,21 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from ._errors import UserError, user_error
-from ._model import load_causal_lm, quiet_hub
-from ._options import Chat, Json, Revision, Unsafe
+from ._errors import user_error
+from ._options import Chat, Json, ModelName, Revision, Set, Unsafe
 from ._output import note, print_line, print_table, progress_bar, status
-from ._task import as_asked, check_writable
 
 if TYPE_CHECKING:
     from peft_onelayer.records.ranking import LayerRanking
 
-OWNED = {
-    "output_dir": "--out",
-    "seed": "--seeds",
-    "max_steps": "--steps",
-    "learning_rate": "--learning-rate and --full-learning-rate",
-}
-
 
 def sweep(
-    model: Annotated[str, typer.Argument(help="Base model: a folder or a Hub id.")],
+    model: ModelName,
     task: Annotated[str, typer.Option(help="arithmetic, gsm8k, reasoning_gym:chain_sum, ... or a file.py.")],
     out: Annotated[Path, typer.Option(help="Folder for the rows and the profile; goes on with what is in it.")] = Path(
         "onelayer-sweep"
     ),
-    layers: Annotated[str, typer.Option(help="Blocks to measure: all, or such as 0,5,8-11,mid-5,-1.")] = "all",
+    layers: Annotated[str, typer.Option(help="Blocks to measure: all, or such as 0,5,8-11, mid-5.")] = "all",
     algorithm: Annotated[str, typer.Option(help="grpo, dr_grpo, gigpo, rloo, ...: an online one.")] = "grpo",
     steps: Annotated[int, typer.Option(min=1, help="Optimizer steps of every run.")] = 150,
     seeds: Annotated[str, typer.Option(help="Seeds of training: 0 or 0,1,2.")] = "0",
@@ -43,17 +33,14 @@ def sweep(
         typer.Option(help="Of the full-parameter runs. [default: --learning-rate]", show_default=False),
     ] = None,
     search_learning_rates: Annotated[
-        str | None,
+        str,
         typer.Option(
             metavar="RATES",
             help="Choose both rates among these, by runs of the middle block and of all parameters: 1e-6,5e-6,2e-5.",
             show_default=False,
         ),
-    ] = None,
-    settings: Annotated[
-        list[str] | None,
-        typer.Option("--set", metavar="FIELD=VALUE", help="Any field of the TRL config; repeatable."),
-    ] = None,
+    ] = "",
+    settings: Set = None,
     problems: Annotated[int, typer.Option(min=1, help="Held-out problems to evaluate on.")] = 256,
     samples: Annotated[int, typer.Option(min=1, help="Sampled completions per problem.")] = 4,
     greedy: Annotated[bool, typer.Option("--greedy", help="Evaluate greedily too.")] = False,
@@ -77,57 +64,25 @@ def sweep(
 ) -> None:
     """Measure the layer contribution of MODEL's blocks: base, full and one run per block, on the same problems."""
     with status("loading ..."):
-        from peft_onelayer.rl.algorithms import build_config, load_algorithm
-        from peft_onelayer.rl.settings import convert_settings, parse_settings
-        from peft_onelayer.rl.training import device_settings
-        from peft_onelayer.sweep.engines import RunsFailedError, load_engine
+        from peft_onelayer.report.plots import plot_profile
+        from peft_onelayer.rl.recipe import config_from_text
+        from peft_onelayer.sweep.engines import RunsFailedError
+        from peft_onelayer.sweep.settings import SWEEP_OPTIONS, SweepSettings
         from peft_onelayer.sweep.sweep import sweep_layers
-        from peft_onelayer.tasks import load_task
 
-    with user_error(ValueError, OSError), quiet_hub():
-        load_engine(engine)
-        options = _engine_options(engine, early_stop, slurm or [])
-        chosen = load_algorithm(algorithm)
-        overrides = parse_settings(settings or [])
-        build_config(chosen, {"output_dir": str(out), **device_settings()}, overrides, OWNED)
-        values = convert_settings(chosen.config_class, overrides)
-        numbers = _numbers("--seeds", seeds, int)
-        rates = _numbers("--search-learning-rates", search_learning_rates, float) if search_learning_rates else []
-        for rate in (learning_rate, full_learning_rate, *rates):
-            if rate is not None and not (0 < rate < math.inf):
-                raise ValueError(f"a learning rate must be above 0, got {rate}")
-        the_task = load_task(task, unsafe=unsafe)
-        _check_out(out)
-    base, tokenizer = load_causal_lm(model, revision)
-    with user_error(ValueError):
-        check_writable(as_asked(the_task, tokenizer, chat)[0].rows("test", 1, 0)[0], tokenizer, model)
-    del base
     # Ray and Ray Tune report on stdout, which is for the result.
-    with (
-        progress_bar(f"sweep of {model}", 1) as bar,
-        redirect_stdout(sys.stderr),
-        user_error(ValueError, RunsFailedError),
-    ):
-
-        def show(done: int, total: int, spec: Any, row: dict[str, Any]) -> None:
-            bar.progress.update(bar.task, total=total)
-            score = f"stopped after {row['stopped']} steps" if "stopped" in row else f"score {row['mean']:.4f}"
-            bar.update(done, f"{spec}: {score}")
-            if bar.progress.disable:
-                note(f"{done}/{total} {spec}: {score}")
-
-        profile = sweep_layers(
-            model,
-            task,
-            out=out,
+    with user_error(ValueError, OSError, RunsFailedError), redirect_stdout(sys.stderr):
+        asked = SweepSettings(
+            model=model,
+            task=task,
             layers=layers,
             algorithm=algorithm,
             steps=steps,
-            seeds=numbers,
+            seeds=_numbers("--seeds", seeds, int),
             learning_rate=learning_rate,
             full_learning_rate=full_learning_rate,
-            search_learning_rates=rates,
-            settings=values,
+            search_learning_rates=_numbers("--search-learning-rates", search_learning_rates, float),
+            config=config_from_text(algorithm, settings or [], SWEEP_OPTIONS),
             problems=problems,
             samples=samples,
             greedy=greedy,
@@ -135,13 +90,18 @@ def sweep(
             chat=chat,
             revision=revision,
             unsafe=unsafe,
-            engine=engine,
-            workers=workers,
-            engine_options=options,
-            on_row=show,
         )
-    from peft_onelayer.report.plots import plot_profile
+        options = _engine_options(engine, early_stop, slurm or [])
+        with progress_bar(f"sweep of {model}", 1) as bar:
 
+            def show(done: int, total: int, spec: Any, row: dict[str, Any]) -> None:
+                bar.progress.update(bar.task, total=total)
+                score = f"stopped after {row['stopped']} steps" if "stopped" in row else f"score {row['mean']:.4f}"
+                bar.update(done, f"{spec}: {score}")
+                if bar.progress.disable:
+                    note(f"{done}/{total} {spec}: {score}")
+
+            profile = sweep_layers(asked, out=out, engine=engine, workers=workers, engine_options=options, on_row=show)
     plot_profile(profile, out / "layer_profile.png", f"{algorithm} on {task}, {steps} steps")
     if as_json:
         print(profile.to_json(), end="")
@@ -171,42 +131,33 @@ def _numbers(option: str, text: str, kind: type) -> list[Any]:
         raise ValueError(f"{option} takes numbers separated by commas, got {text!r}") from None
 
 
-def _check_out(out: Path) -> None:
-    """Refuse a folder that no sweep made."""
-    if out.exists() and not out.is_dir():
-        raise UserError(f"{out} is a file; --out takes a folder.")
-    if not out.parent.is_dir():
-        raise UserError(f"the folder {out.parent} does not exist; create it or choose another --out.")
-    if out.is_dir() and any(out.iterdir()) and not (out / "rows").is_dir():
-        raise UserError(f"{out} exists and holds other files; choose a new --out (nothing was changed).")
-
-
 def _print_profile(profile: LayerRanking, out: Path) -> None:
     def cell(value: float | None, error: float | None, sign: str = "") -> str:
         return "" if value is None else f"{value:{sign}.4f} ± " + ("?" if error is None else f"{error:.4f}")
 
-    rows = [["base", cell(profile.base, profile.base_error), "", ""]]
-    rows.append(["full", f"{profile.full:.4f}", cell(profile.full_gain[0], profile.full_gain[1], "+"), ""])
-    for k in range(profile.num_layers):
-        mean = profile.means[k]
+    sweep = profile.sweep
+    assert sweep is not None and sweep.means and sweep.full_gain and sweep.contribution_errors and sweep.seeds
+    rows = [["base", cell(sweep.base, sweep.base_error), "", ""]]
+    rows.append(["full", f"{sweep.full:.4f}", cell(sweep.full_gain[0], sweep.full_gain[1], "+"), ""])
+    for k, mean in enumerate(sweep.means):
         if mean is not None:
             gained = cell(profile.scores[k], profile.errors[k], "+")
-            c = cell(profile.contribution[k], profile.contribution_errors[k]) if not profile.undefined else "undefined"
+            c = "undefined" if sweep.undefined else cell(sweep.contribution[k], sweep.contribution_errors[k])
             rows.append([str(k), f"{mean:.4f}", gained, c])
-        elif str(k) in profile.stopped:
-            rows.append([str(k), f"stopped after {', '.join(map(str, profile.stopped[str(k)]))} steps", "", ""])
+        elif str(k) in sweep.stopped:
+            rows.append([str(k), f"stopped after {', '.join(map(str, sweep.stopped[str(k)]))} steps", "", ""])
     print_table(
-        f"{profile.algorithm} on {profile.task}: {profile.steps} steps, seeds {', '.join(map(str, profile.seeds))}, "
-        f"{profile.problems} problems x {profile.samples}",
+        f"{sweep.algorithm} on {profile.task}: {sweep.steps} steps, seeds {', '.join(map(str, sweep.seeds))}, "
+        f"{sweep.problems} problems x {sweep.samples}",
         ["block", "score", "gain", "C"],
         rows,
     )
     print_line("± one standard error: over the problems, paired, and over the seeds where there are several.")
-    if profile.undefined:
-        print_line(f"C is undefined: {profile.undefined}.")
+    if sweep.undefined:
+        print_line(f"C is undefined: {sweep.undefined}.")
     print_line(_verdict(profile))
-    if profile.learning_rate_search:
-        print_line(f"Learning rates found: {profile.learning_rate:g} for a block, {profile.full_learning_rate:g} full.")
+    if sweep.learning_rate_search:
+        print_line(f"Learning rates found: {profile.learning_rate:g} for a block, {sweep.full_learning_rate:g} full.")
     cost = profile.cost
     print_line(
         f"Cost: {cost['tokens_generated']:,.0f} tokens generated, {cost['tokens_trained']:,.0f} trained on, "

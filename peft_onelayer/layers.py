@@ -1,4 +1,4 @@
-"""Turns what a user calls layers (14, -1, "3,5", "8-13", "middle", "mid-5") into block indices."""
+"""Turns what a user calls the layers to train (14, -1, "3,5", "8-13", "middle", "mid-5") into block indices."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ Part = int | tuple[str, int, int]  # an index, ("range", first, last), or ("mid"
 
 
 def parse_layers(layer: Layers) -> list[Part]:
-    """The parts of a layer specification; the number of layers is not needed for that.
+    """The parts of a layer specification; the number of blocks is not needed for that.
 
     Raises:
         ValueError: the form is not one of `LAYER_FORMS`, or nothing is named.
@@ -56,12 +56,12 @@ def resolve_layers(layer: Layers, num_layers: int) -> list[int]:
     for index in indices:
         if not -num_layers <= index < num_layers:
             raise ValueError(
-                f"layer={layer!r} is out of range: the model has {num_layers} layers, "
+                f"layer={layer!r} is out of range: the model has {num_layers} blocks, "
                 f"so an index is 0 to {num_layers - 1} (or -{num_layers} to -1)."
             )
     indices = [index % num_layers for index in indices]
     if len(set(indices)) < len(indices):
-        raise ValueError(f"layer={layer!r} names a layer twice (counted from 0: {indices}); name each layer once.")
+        raise ValueError(f"layer={layer!r} names a block twice (counted from 0: {indices}); name each block once.")
     return sorted(indices)
 
 
@@ -77,7 +77,7 @@ def _parse_part(text: str, layer: str) -> Part:
         return ("mid", 0, 0)
     if match := re.fullmatch(r"mid-(\d+)", text):
         if int(match[1]) < 1:
-            raise ValueError(f"layer={layer!r} selects no layer; use mid-1 or more.")
+            raise ValueError(f"layer={layer!r} selects no block; use mid-1 or more.")
         return ("mid", int(match[1]), 0)
     near = difflib.get_close_matches(text, ["middle", "mid-5"], n=1)
     hint = f' Did you mean "{near[0]}"?' if near else ""
@@ -102,5 +102,5 @@ def _indices(part: Part, layer: Layers, num_layers: int) -> Sequence[int]:
     if first == 0:
         return [num_layers // 2]
     if first > num_layers:
-        raise ValueError(f"layer={layer!r} asks for {first} of {num_layers} layers.")
+        raise ValueError(f"layer={layer!r} asks for {first} of {num_layers} blocks.")
     return range((num_layers - first) // 2, (num_layers + first) // 2)

@@ -1,41 +1,27 @@
-"""The examples in docstrings run."""
+"""The examples in docstrings run: of every module that has any."""
 
 import doctest
 import importlib
+from pathlib import Path
 
 import pytest
 
-MODULES = (
-    "sparse.digest",
-    "sparse.tensor",
-    "sparse.encoding",
-    "hub.privacy",
-    "hub.profiles",
-    "probe.posterior",
-    "probe.prior",
-    "probe.race",
-    "rl.advantages",
-    "rl.algorithms",
-    "runs.describe",
-    "rl.settings",
-    "sweep.engines",
-    "sweep.metric",
-    "sweep.run_layer",
-    "tasks.arithmetic",
-    "tasks.sort",
-    "tasks.gsm8k",
-    "tasks.reasoning_gym",
-    "rollouts.evaluation",
-    "tasks.humaneval",
-    "sandbox",
-    "tasks.textworld",
-    "layers",
-    "tuner.model",
-)
+import onelayer_cli
+import peft_onelayer
 
 
-@pytest.mark.parametrize("name", MODULES)
+def modules_with_examples():
+    for package in (peft_onelayer, onelayer_cli):
+        root = Path(package.__file__).parent
+        for path in sorted(root.rglob("*.py")):
+            if ">>> " in path.read_text(encoding="utf-8"):
+                parts = path.relative_to(root).with_suffix("").parts
+                yield ".".join((package.__name__, *parts)).removesuffix(".__init__")
+
+
+@pytest.mark.parametrize("name", list(modules_with_examples()))
 def test_the_examples_of(name, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))  # of the games
-    results = doctest.testmod(importlib.import_module(f"peft_onelayer.{name}"))
+    results = doctest.testmod(importlib.import_module(name))
     assert results.attempted > 0 and results.failed == 0

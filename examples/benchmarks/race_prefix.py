@@ -16,7 +16,8 @@ from dataclasses import replace
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from peft_onelayer.probe.updates import Batch, Candidate, at_work, log_probabilities, start_at, update
+from peft_onelayer.probe.batch import Batch
+from peft_onelayer.probe.updates import Candidate, batch_starting_at, log_probabilities, trained_candidate, update
 
 NUM_LAYERS, WIDTH, BATCH, LENGTH, PROMPT = 24, 256, 16, 64, 16
 
@@ -24,7 +25,7 @@ NUM_LAYERS, WIDTH, BATCH, LENGTH, PROMPT = 24, 256, 16, 64, 16
 def turn(model: LlamaForCausalLM, batch: Batch, layer: int) -> tuple[float, list[torch.Tensor]]:
     """Seconds of the four updates, and the weights behind them."""
     candidate = Candidate(layer, 1e-4)
-    with at_work(model, candidate) as wrapped:
+    with trained_candidate(model, candidate) as wrapped:
         start = time.perf_counter()
         update(wrapped, candidate, batch, steps=4, size=BATCH, micro_batch=BATCH)
         seconds = time.perf_counter() - start
@@ -50,13 +51,13 @@ def main() -> None:
     generated = torch.ones(BATCH, LENGTH - PROMPT, dtype=torch.bool)
     whole = Batch(ids, torch.ones_like(ids), generated, torch.randn(BATCH))
     with torch.no_grad():
-        whole = replace(whole, old=log_probabilities(model, whole))
+        whole = replace(whole, old_logps=log_probabilities(model, whole))
     print(f"{NUM_LAYERS} blocks of width {WIDTH}, batch {BATCH} x {LENGTH}, one CPU thread")
     print("block   whole   from the block   from/whole (median, min-max)   weights bit-equal")
     started = whole
     for layer in (1, 6, 12, 18, 23):
-        started = start_at(model, started, layer, micro_batch=BATCH)
-        assert started.entering is not None
+        started, _ = batch_starting_at(model, started, layer, micro_batch=BATCH)
+        assert started.start is not None
         runs = [(turn(model, whole, layer), turn(model, started, layer)) for _ in range(pairs)]
         ratios = [part / all_of_it for (all_of_it, _), (part, _) in runs]
         equal = all(torch.equal(x, y) for (_, a), (_, b) in runs for x, y in zip(a, b, strict=True))

@@ -18,7 +18,8 @@ import numpy as np
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from peft_onelayer.probe.updates import Batch, Candidate, at_work, graded_batch, log_probabilities, trainable
+from peft_onelayer.probe.batch import Batch, graded_batch
+from peft_onelayer.probe.updates import Candidate, log_probabilities, trainable_parameters, trained_candidate
 from peft_onelayer.rollouts.sampling import sample_rollouts
 from peft_onelayer.tasks import Task
 
@@ -37,7 +38,7 @@ def diagnose(
     a, b = (_with_old(model, part) for part in parts if part is not None)
     rows = []
     for layer in range(model.config.num_hidden_layers):
-        with at_work(model, Candidate(layer, STEP)) as wrapped:
+        with trained_candidate(model, Candidate(layer, STEP)) as wrapped:
             rows.append(_of_block(wrapped, a, b))
     scores = {name: [row[i] for row in rows] for i, name in enumerate(NAMES)}
     depth = np.arange(len(rows))
@@ -48,13 +49,13 @@ def diagnose(
 
 
 def _of_block(model, a: Batch, b: Batch) -> tuple[float, float, float, float]:
-    parameters = trainable(model)
+    parameters = trainable_parameters(model)
 
-    assert a.old is not None and b.old is not None
+    assert a.old_logps is not None and b.old_logps is not None
 
     def gradient(batch: Batch) -> torch.Tensor:
-        assert batch.old is not None
-        ratio = torch.exp(log_probabilities(model, batch) - batch.old)
+        assert batch.old_logps is not None
+        ratio = torch.exp(log_probabilities(model, batch) - batch.old_logps)
         objective = (_mean(ratio, batch) * batch.advantages).mean()
         found = torch.cat([g.flatten() for g in torch.autograd.grad(objective, parameters)])
         return found.double()
@@ -69,7 +70,7 @@ def _of_block(model, a: Batch, b: Batch) -> tuple[float, float, float, float]:
             step = of_a[offset : offset + parameter.numel()].sign().reshape(parameter.shape)
             parameter.add_(STEP * step.to(parameter.dtype))
             offset += parameter.numel()
-        change = log_probabilities(model, b) - b.old
+        change = log_probabilities(model, b) - b.old_logps
         gain = float((_mean(torch.exp(change) - 1, b) * b.advantages).mean())
         kl = float(_mean(torch.exp(change) - 1 - change, b).mean())
     snr = float(torch.nn.functional.cosine_similarity(of_a, of_b, dim=0))
@@ -78,7 +79,7 @@ def _of_block(model, a: Batch, b: Batch) -> tuple[float, float, float, float]:
 
 def _with_old(model: PreTrainedModel, batch: Batch) -> Batch:
     with torch.no_grad():
-        return replace(batch, old=log_probabilities(model, batch))
+        return replace(batch, old_logps=log_probabilities(model, batch))
 
 
 def _mean(values: torch.Tensor, batch: Batch) -> torch.Tensor:

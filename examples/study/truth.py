@@ -12,7 +12,8 @@ from pathlib import Path
 from bases import DAMAGED
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from peft_onelayer.probe.updates import Candidate, at_work, graded_batch, update
+from peft_onelayer.probe.batch import graded_batch
+from peft_onelayer.probe.updates import Candidate, trained_candidate, update
 from peft_onelayer.records.ranking import LayerRanking
 from peft_onelayer.rl.recipe import Recipe, demo_recipe
 from peft_onelayer.rollouts.sampling import sample_rollouts
@@ -108,7 +109,7 @@ def _rates(model: str, task_name: str, rate: float) -> dict[int, float]:
     rates = {}
     for layer in range(base.config.num_hidden_layers):
         candidate = Candidate(layer, rate)
-        with at_work(base, candidate) as trained:
+        with trained_candidate(base, candidate) as trained:
             update(trained, candidate, batch, steps=1, size=len(batch), micro_batch=len(batch))
         rates[layer] = min(rate, candidate.learning_rate)
     return rates

@@ -7,8 +7,7 @@
 so that an isolated peak (a damaged block) is not smoothed away. Gains need not grow in proportion to the updates, for
 which `offset`, common to a round, makes room. `noise` has the covariance that was measured: blocks scored on common
 random numbers share much of it. The unit of all but the level is what the gains vary by beyond their noise (a method
-of moments: with a dozen gains a likelihood says little about more than that). It knows nothing of models: numbers in,
-numbers out.
+of moments: with a dozen gains a likelihood says little about more than that).
 """
 
 from __future__ import annotations

@@ -1,14 +1,14 @@
 """Starts passes of a model at one of its blocks, from hidden states kept from an earlier pass.
 
 The blocks below a candidate are frozen, so that what enters its block is the same in every update on one batch, and
-for every later candidate a part of what it needs. It knows nothing of losses or candidates.
+for every later candidate a part of what it needs.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -16,71 +16,74 @@ from torch import nn
 
 
 @dataclass(frozen=True)
-class Entering:
-    """What enters a block.
+class HiddenStates:
+    """The hidden states that enter a block.
 
     Attributes:
         blocks: of the model, in order.
         layer: index of the block.
-        hidden: (B, T, H), a row per sequence.
-        tuples: for each block below, whether it returns a tuple.
+        values: (B, T, H), in the model's dtype, a row per sequence.
+        returns_tuple: for each block below, whether its forward returns a tuple.
     """
 
     blocks: nn.ModuleList
     layer: int
-    hidden: torch.Tensor
-    tuples: tuple[bool, ...]
+    values: torch.Tensor
+    returns_tuple: tuple[bool, ...]
 
-    def part(self, rows: slice | torch.Tensor) -> Entering:
-        return Entering(self.blocks, self.layer, self.hidden[rows], self.tuples)
-
-    @contextmanager
-    def in_force(self) -> Iterator[None]:
-        """Within, passes of the model skip the blocks below and take `hidden` as the input of `layer`."""
-        with ExitStack() as stack:
-            for i in range(self.layer):
-                stack.enter_context(_replaced_forward(self.blocks[i], _identity(self.tuples[i])))
-            hook = self.blocks[self.layer].register_forward_pre_hook(self._enter, with_kwargs=True)
-            stack.callback(hook.remove)
-            yield
-
-    def _enter(self, block: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict]:
-        return ((self.hidden, *args[1:]), kwargs) if args else (args, {**kwargs, "hidden_states": self.hidden})
+    def part(self, rows: slice | torch.Tensor) -> HiddenStates:
+        return replace(self, values=self.values[rows])
 
 
-def reach(blocks: nn.ModuleList, layer: int, run: Callable[[], object], start: Entering | None = None) -> Entering:
-    """What enters block `layer`, from the beginning or from `start` at a block that is not above it.
+@contextmanager
+def starting_at(states: HiddenStates) -> Iterator[None]:
+    """Within, passes of the model skip the blocks below `states.layer`, whose input are the states' values."""
+
+    def give(block: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict]:
+        return ((states.values, *args[1:]), kwargs) if args else (args, {**kwargs, "hidden_states": states.values})
+
+    with ExitStack() as stack:
+        for block, returns_tuple in zip(states.blocks, states.returns_tuple, strict=False):
+            stack.enter_context(_replaced_forward(block, _identity(returns_tuple)))
+        hook = states.blocks[states.layer].register_forward_pre_hook(give, with_kwargs=True)
+        stack.callback(hook.remove)
+        yield
+
+
+def hidden_states_entering(
+    blocks: nn.ModuleList, layer: int, run_model: Callable[[], object], start: HiddenStates | None = None
+) -> HiddenStates:
+    """The hidden states that enter block `layer`.
 
     Args:
-        run: passes the sequences through the model; it is ended at `layer`.
+        run_model: passes the sequences through the model; the pass is ended at `layer`.
+        start: the states that enter a block which is not above `layer`, to start the pass there.
     """
     if start is not None and start.layer == layer:
         return start
     found: list[torch.Tensor] = []
-    tuples = list(start.tuples) if start else []
-    with ExitStack() as stack, torch.no_grad():
-        for i in range(start.layer if start else 0, layer):
-            hook = blocks[i].register_forward_hook(lambda _, __, output: tuples.append(isinstance(output, tuple)))
-            stack.callback(hook.remove)
-        stop = blocks[layer].register_forward_pre_hook(_stop_with(found), with_kwargs=True)
-        stack.callback(stop.remove)
-        if start is not None:
-            stack.enter_context(start.in_force())
-        with suppress(_StopError):
-            run()
-    return Entering(blocks, layer, found[0], tuple(tuples))
+    returns_tuple = list(start.returns_tuple) if start else []
 
+    def note_type(block: nn.Module, args: tuple, output: object) -> None:
+        returns_tuple.append(isinstance(output, tuple))
 
-class _StopError(Exception):
-    """Ends a pass at the block that was to be reached."""
-
-
-def _stop_with(found: list[torch.Tensor]) -> Callable[..., None]:
     def stop(block: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
         found.append((args[0] if args else kwargs["hidden_states"]).detach())
-        raise _StopError
+        raise _BlockReachedError
 
-    return stop
+    with ExitStack() as stack, torch.no_grad():
+        for block in blocks[start.layer if start else 0 : layer]:
+            stack.callback(block.register_forward_hook(note_type).remove)
+        stack.callback(blocks[layer].register_forward_pre_hook(stop, with_kwargs=True).remove)
+        if start is not None:
+            stack.enter_context(starting_at(start))
+        with suppress(_BlockReachedError):
+            run_model()
+    return HiddenStates(blocks, layer, found[0], tuple(returns_tuple))
+
+
+class _BlockReachedError(Exception):
+    """Ends a pass at the block whose input was wanted."""
 
 
 def _identity(returns_tuple: bool) -> Callable[..., Any]:

@@ -1,23 +1,23 @@
-"""`probe_layers`: ranks the blocks of a model for a task by one of several methods. It does not train the pick."""
+"""`probe_layers`: ranks the blocks of a model for a task by one of several methods."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from peft_onelayer.records.ranking import NO_COST, LayerRanking
-from peft_onelayer.rl.training import Recipe
+from peft_onelayer.rl.recipe import Recipe, make_recipe
 from peft_onelayer.tasks import Task
 from peft_onelayer.tuner import find_decoder_stack, resolve_layers
 from peft_onelayer.tuner.model import commit_hash
 
 from .prior import depth_prior
-from .race import BudgetError, race
+from .race import BudgetError, OnCandidate, race
+from .settings import BUDGET
 
 METHODS = ("auto", "race", "prior", "profile")
-BUDGET = 0.25
 
 
 def probe_layers(
@@ -33,7 +33,7 @@ def probe_layers(
     profile: LayerRanking | None = None,
     seed: int = 0,
     batch_size: int = 1024,
-    on_candidate: Callable[[int, int, float], None] = lambda number, layer, spent: None,
+    on_candidate: OnCandidate = lambda number, layer, spent: None,
 ) -> LayerRanking:
     """Rank blocks by what training them on `task` is expected to gain; the model's weights are as before afterwards.
 
@@ -44,7 +44,7 @@ def probe_layers(
         budget: of a race: tokens to spend, as a share of those of one training run.
         layers: blocks to rank (default: all), as `SingleLayerConfig` takes them.
         training_steps: length of the training run that the block is chosen for.
-        recipe: that run's algorithm and settings (default: `peft_onelayer.rl.recipe.demo_recipe`).
+        recipe: that run's algorithm and settings (default: `make_recipe("grpo", task)`, what `onelayer train` runs).
         profile: of `load_profile`, for "profile".
         batch_size: completions generated at a time.
         on_candidate: called before each candidate's turn with the round, the block, and the share of the budget spent.
@@ -58,6 +58,7 @@ def probe_layers(
     chosen = list(range(num_layers)) if layers is None else resolve_layers(layers, num_layers)
     if method not in METHODS:
         raise ValueError(f"no probe {method!r}; the methods are {', '.join(METHODS)}")
+    recipe = recipe or make_recipe("grpo", task)
     cost, fallback = NO_COST, None
     if method in ("auto", "race"):
         if len(chosen) < 2:
@@ -99,7 +100,7 @@ def probe_layers(
         order=order,
         tied=[k for k in order if scores[k] == scores[order[0]]],
         pick=order[0],
-        learning_rate=recipe.settings.get("learning_rate") if recipe else None,
+        learning_rate=recipe.settings.get("learning_rate"),
         cost=dict(cost),
         task=task.name,
         seed=seed,

@@ -1,13 +1,12 @@
 """Clipped policy-gradient updates of one block on a graded batch: what a race does to each of its candidates.
 
-GRPO's objective (arXiv 2402.03300) without a KL term. It does not know how batches are made or candidates compared.
+GRPO's objective (arXiv 2402.03300) without a KL term.
 """
 
 from __future__ import annotations
 
 import math
-import statistics
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -17,113 +16,22 @@ from peft import PeftModel, get_peft_model
 from transformers import PreTrainedModel
 from trl.trainer.utils import selective_log_softmax
 
-from peft_onelayer.rollouts.sampling import Rollout
 from peft_onelayer.tuner import SingleLayerConfig, find_decoder_stack
 
-from .prefix import Entering, reach
+from .batch import Batch
+from .prefix import hidden_states_entering, starting_at
 
-CLIP = 0.2
-LEAST_KL, MOST_KL = 0.005, 0.05  # of the first update: per token, sampled policy against the base
-SEQUENCES_FOR_KL = 16
-TO_COMPARE = 2  # sequences
-FAR, MOST_TRIES = 100, 4  # a KL so many times too large is measured again, so often at most
-
-
-@dataclass(frozen=True)
-class Batch:
-    """Completions to learn from.
-
-    Attributes:
-        input_ids: (B, P + T) int64, prompts padded on the left, completions on the right.
-        attention_mask: (B, P + T) int64.
-        generated: (B, T) bool, the tokens that the model wrote.
-        advantages: (B,) float32.
-        entering: where passes may start above the first block.
-        old: (B, T) float32, log-probabilities under the policy before the updates; None where not yet computed.
-    """
-
-    input_ids: torch.Tensor
-    attention_mask: torch.Tensor
-    generated: torch.Tensor
-    advantages: torch.Tensor
-    old: torch.Tensor | None = None
-    entering: Entering | None = None
-
-    @property
-    def tokens(self) -> int:
-        """Tokens of one pass, prompts included."""
-        return int(self.attention_mask.sum())
-
-    def __len__(self) -> int:
-        return len(self.advantages)
-
-    def part(self, rows: slice | torch.Tensor) -> Batch:
-        return Batch(
-            self.input_ids[rows],
-            self.attention_mask[rows],
-            self.generated[rows],
-            self.advantages[rows],
-            None if self.old is None else self.old[rows],
-            None if self.entering is None else self.entering.part(rows),
-        )
-
-    def shuffled(self, seed: int) -> Batch:
-        """The same completions in another order, so that a minibatch holds many prompts."""
-        order = torch.randperm(len(self), generator=torch.Generator().manual_seed(seed))
-        return self.part(order.to(self.input_ids.device))
-
-    def minibatches(self, size: int) -> list[Batch]:
-        """Parts of about `size`."""
-        n = max(1, round(len(self) / size))
-        return [self.part(slice(i * len(self) // n, (i + 1) * len(self) // n)) for i in range(n)]
-
-
-def graded_batch(groups: Sequence[Sequence[Rollout]], pad: int, device: torch.device) -> Batch | None:
-    """The informative half of each group of completions of one prompt, with their advantages.
-
-    Of a group the half with the greatest variance of rewards is kept (arXiv 2504.13818), at half the cost of a pass;
-    a group whose rewards are all equal teaches nothing and is left out. Advantages are normalised by the sample
-    standard deviation of what is kept.
-
-    Returns:
-        The batch, or None when no group is informative.
-    """
-    kept: list[Rollout] = []
-    advantages: list[float] = []
-    for group in groups:
-        rollouts = _most_varied(group, max(2, len(group) // 2))
-        rewards = [rollout.reward for rollout in rollouts]
-        if len(set(rewards)) > 1:
-            mean, deviation = statistics.fmean(rewards), statistics.stdev(rewards)
-            kept += rollouts
-            advantages += [(reward - mean) / (deviation + 1e-4) for reward in rewards]
-    if not kept:
-        return None
-    before, behind = max(len(r.prompt_ids) for r in kept), max(len(r.ids) for r in kept)
-    ids, mask, generated = [], [], []
-    for r in kept:
-        left, right = before - len(r.prompt_ids), behind - len(r.ids)
-        ids.append([pad] * left + r.prompt_ids + r.ids + [pad] * right)
-        mask.append([0] * left + [1] * (len(r.prompt_ids) + len(r.ids)) + [0] * right)
-        generated.append(r.generated + [False] * right)
-    return Batch(
-        torch.tensor(ids, device=device),
-        torch.tensor(mask, device=device),
-        torch.tensor(generated, device=device),
-        torch.tensor(advantages, device=device),
-    )
-
-
-def _most_varied(group: Sequence[Rollout], keep: int) -> list[Rollout]:
-    """The `keep` rollouts whose rewards vary most: some of the lowest and some of the highest."""
-    ordered = sorted(group, key=lambda rollout: rollout.reward)
-    choices = [ordered[:low] + ordered[len(ordered) - (keep - low) :] for low in range(keep + 1)]
-    return max(choices, key=lambda rollouts: statistics.pvariance([rollout.reward for rollout in rollouts]))
+CLIP = 0.2  # of the ratio, on either side of 1
+LEAST_KL, MOST_KL = 0.005, 0.05  # nats per token that the first update may move the policy
+SEQUENCES_FOR_KL = 16  # completions that the KL is measured on
+MOST_MEASUREMENTS = 4  # of the KL
+FAR = 100  # a KL so many times `MOST_KL` is measured again after scaling
+SEQUENCES_TO_COMPARE = 2  # completions that a pass from a block is compared on with a whole one
 
 
 @dataclass
 class Candidate:
-    """A block in the race: its weights and its optimizer's state, on the CPU while another one is at work.
+    """A block in the race: its weights and its optimizer's state, on the CPU while another one trains.
 
     Attributes:
         learning_rate: of its updates; the first one corrects it.
@@ -140,22 +48,22 @@ class Candidate:
 
 
 @contextmanager
-def at_work(model: PreTrainedModel, candidate: Candidate) -> Iterator[PeftModel]:
+def trained_candidate(model: PreTrainedModel, candidate: Candidate) -> Iterator[PeftModel]:
     """`model` with the candidate's block as trained so far; afterwards `model` is as it was."""
     wrapped = get_peft_model(model, SingleLayerConfig(layer=candidate.layer, task_type="CAUSAL_LM"))
     try:
-        trained = trainable(wrapped)
+        parameters = trainable_parameters(wrapped)
         if candidate.weights is not None:
             with torch.no_grad():
-                for parameter, weight in zip(trained, candidate.weights, strict=True):
+                for parameter, weight in zip(parameters, candidate.weights, strict=True):
                     parameter.copy_(weight)
         yield wrapped
-        candidate.weights = [parameter.detach().to("cpu", copy=True) for parameter in trained]
+        candidate.weights = [parameter.detach().to("cpu", copy=True) for parameter in parameters]
     finally:
         wrapped.unload()
 
 
-def trainable(model: PeftModel) -> list[torch.nn.Parameter]:
+def trainable_parameters(model: PeftModel) -> list[torch.nn.Parameter]:
     return [parameter for parameter in model.parameters() if parameter.requires_grad]
 
 
@@ -168,7 +76,7 @@ def update(
     size: int,
     micro_batch: int,
     temperature: float = 1.0,
-    decay: float = 1.0,
+    rate_factor: float = 1.0,
 ) -> int:
     """`steps` clipped AdamW steps of the candidate, on one minibatch of about `size` completions after the other.
 
@@ -179,12 +87,12 @@ def update(
 
     Args:
         micro_batch: completions in one pass.
-        decay: factor of the learning rate.
+        rate_factor: of the learning rate.
 
     Returns:
         Tokens passed through the model, those of measuring the KL among them.
     """
-    parameters = trainable(model)
+    parameters = trainable_parameters(model)
     optimizer = torch.optim.AdamW(parameters, lr=candidate.learning_rate, betas=(0.9, 0.99), weight_decay=0.0)
     if candidate.optimizer is not None:
         optimizer.load_state_dict(candidate.optimizer)
@@ -192,19 +100,19 @@ def update(
     minibatches = [part.minibatches(micro_batch) for part in batch.minibatches(size)]
     for step in range(steps):
         parts = minibatches[step % len(minibatches)]
-        whole = sum(len(part) for part in parts)
+        completions = sum(len(part) for part in parts)
         for i, part in enumerate(parts):
             logps = log_probabilities(model, part, temperature)
-            if part.old is None:
-                part = parts[i] = replace(part, old=logps.detach())
-            ratio = torch.exp(logps - _known(part.old))
+            old_logps = logps.detach() if part.old_logps is None else part.old_logps
+            parts[i] = replace(part, old_logps=old_logps)
+            ratio = torch.exp(logps - old_logps)
             advantages = part.advantages[:, None]
             objective = torch.min(ratio * advantages, ratio.clamp(1 - CLIP, 1 + CLIP) * advantages)
-            (-_mean(objective, part.generated).sum() / whole).backward()
+            (-_token_mean(objective, part.generated).sum() / completions).backward()
             tokens += part.tokens
         torch.nn.utils.clip_grad_norm_(parameters, 1.0)
         for group in optimizer.param_groups:
-            group["lr"] = candidate.learning_rate * decay
+            group["lr"] = candidate.learning_rate * rate_factor
         if candidate.optimizer is None and step == 0:
             few = parts[0].part(slice(0, SEQUENCES_FOR_KL))
             tokens += few.tokens * _first_step(model, candidate, optimizer, few, temperature)
@@ -214,28 +122,6 @@ def update(
     candidate.optimizer = optimizer.state_dict()
     candidate.updates += steps
     return tokens
-
-
-def start_at(
-    model: PreTrainedModel | PeftModel, batch: Batch, layer: int, micro_batch: int, temperature: float = 1.0
-) -> Batch:
-    """The batch with the hidden states that enter block `layer`, from those it has of a block that is not above it.
-
-    Returns:
-        The batch without any where a pass that starts there gives other log-probabilities than a whole one: some models
-        hand more from block to block than hidden states.
-    """
-    blocks = find_decoder_stack(model).blocks
-    reached = [
-        reach(blocks, layer, lambda part=part: _forward(model, part), part.entering)  # type: ignore[misc]
-        for part in batch.minibatches(micro_batch)
-    ]
-    entering = replace(reached[0], hidden=torch.cat([r.hidden for r in reached]))
-    started = replace(batch, entering=entering)
-    few = started.part(slice(0, TO_COMPARE))
-    with torch.no_grad():
-        here, whole = (log_probabilities(model, part, temperature) for part in (few, replace(few, entering=None)))
-    return started if torch.allclose(here, whole, atol=0.05) else replace(batch, entering=None)
 
 
 def _first_step(
@@ -248,15 +134,16 @@ def _first_step(
     Returns:
         Passes of the batch.
     """
-    parameters = trainable(model)
+    assert batch.old_logps is not None
+    parameters = trainable_parameters(model)
     before = [parameter.detach().clone() for parameter in parameters]
     optimizer.step()
     passes = 0
-    while passes < MOST_TRIES:
+    while passes < MOST_MEASUREMENTS:
         passes += 1
         with torch.no_grad():
-            change = _known(batch.old) - log_probabilities(model, batch, temperature)
-            kl = _mean(torch.exp(-change) - 1 + change, batch.generated).mean().item()
+            change = batch.old_logps - log_probabilities(model, batch, temperature)
+            kl = _token_mean(torch.exp(-change) - 1 + change, batch.generated).mean().item()
             scale = math.sqrt(min(max(kl, LEAST_KL), MOST_KL) / max(kl, 1e-12))
             for parameter, start in zip(parameters, before, strict=True):
                 parameter.copy_(start + scale * (parameter - start))
@@ -266,14 +153,44 @@ def _first_step(
     return passes
 
 
+def batch_starting_at(
+    model: PreTrainedModel | PeftModel, batch: Batch, layer: int, micro_batch: int, temperature: float = 1.0
+) -> tuple[Batch, int]:
+    """The batch with the hidden states that enter block `layer`, found from those it has of a block not above it.
+
+    Returns:
+        The batch, and the tokens passed through the whole model. The batch has no hidden states where a pass that
+        starts from them gives other log-probabilities than a whole one: some models hand more from block to block.
+    """
+    tokens = 0 if batch.start else batch.tokens
+    blocks = find_decoder_stack(model).blocks
+    states = [
+        hidden_states_entering(blocks, layer, lambda part=part: _logits(model, part), part.start)  # type: ignore[misc]
+        for part in batch.minibatches(micro_batch)
+    ]
+    started = replace(batch, start=replace(states[0], values=torch.cat([s.values for s in states])))
+    few = started.part(slice(0, SEQUENCES_TO_COMPARE))
+    with torch.no_grad():
+        here, whole = (log_probabilities(model, part, temperature) for part in (few, replace(few, start=None)))
+    same = torch.allclose(here, whole, atol=0.05)
+    return (started if same else replace(batch, start=None)), tokens + 2 * few.tokens
+
+
+def most_tokens(candidate: Candidate, batch: Batch, steps: int, size: int) -> int:
+    """The most tokens that `batch_starting_at` and `update` pass through the model for this candidate."""
+    sequences = 2 * SEQUENCES_TO_COMPARE + (0 if candidate.updates else MOST_MEASUREMENTS * SEQUENCES_FOR_KL)
+    of_updates = steps * max(part.tokens for part in batch.minibatches(size))
+    return of_updates + batch.tokens + sequences * batch.input_ids.shape[1]
+
+
 def log_probabilities(model: PreTrainedModel | PeftModel, batch: Batch, temperature: float = 1.0) -> torch.Tensor:
     """(B, T) float32: of each token behind the prompt, given those before it."""
-    with batch.entering.in_force() if batch.entering else nullcontext():
-        logits = _forward(model, batch)
+    with starting_at(batch.start) if batch.start else nullcontext():
+        logits = _logits(model, batch)
     return selective_log_softmax(logits / temperature, batch.input_ids[:, -batch.generated.shape[1] :])
 
 
-def _forward(model: PreTrainedModel | PeftModel, batch: Batch) -> torch.Tensor:
+def _logits(model: PreTrainedModel | PeftModel, batch: Batch) -> torch.Tensor:
     """(B, T, vocabulary) float32: the logits of the tokens behind the prompt."""
     output = model(
         input_ids=batch.input_ids,
@@ -284,11 +201,6 @@ def _forward(model: PreTrainedModel | PeftModel, batch: Batch) -> torch.Tensor:
     return output.logits[:, :-1].float()
 
 
-def _known(old: torch.Tensor | None) -> torch.Tensor:
-    assert old is not None
-    return old
-
-
-def _mean(values: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+def _token_mean(values: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
     """(B,): the mean over the tokens of each sequence."""
     return (values * mask).sum(1) / mask.sum(1).clamp(min=1)

@@ -109,7 +109,7 @@ def find_folder(
     folder, text = Path(name).expanduser(), str(name)
     if is_local(text):
         if not folder.is_dir():
-            raise ValueError(f"no folder at {folder}; give the folder of {what} or its id on the Hub.")
+            raise ValueError(f"no {what.split()[-1]} folder at {folder}; give a folder, or an id on the Hub.")
         return folder
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HTTPError
@@ -124,4 +124,4 @@ def find_folder(
             )
         )
     except (OSError, ValueError, HTTPError) as error:
-        raise ValueError(f"{text} is neither a folder here nor {what} found on the Hub: {one_line(error)}") from error
+        raise ValueError(f"{text} is neither {what} folder here nor found on the Hub: {one_line(error)}") from error

@@ -38,7 +38,9 @@ class Sweep:
         settings: fields of its TRL configuration that were set, without the learning rate.
         steps: optimizer steps of a run.
         seeds: of training.
-        problems: number evaluated on, `samples` completions each, of `split`.
+        problems: number evaluated on.
+        samples: completions of each problem.
+        split: of the problems.
         stopped: by block, the steps at which early stopping ended its runs; such a run has no score.
         greedy: {"base", "full", "means"}: the same by greedy decoding; None where it was not asked for.
     """

@@ -1,7 +1,6 @@
 """The advantages of GiGPO (arXiv 2505.10978): each action is compared with the others taken in the same state.
 
-Plain Python on the rewards of finished trajectories. It knows nothing about tokens, models or trainers; `GiGPOTrainer`
-lays what comes out of here over the tokens.
+Plain Python on the rewards of finished trajectories; `GiGPOTrainer` lays the advantages over the tokens.
 """
 
 from __future__ import annotations

@@ -2,7 +2,7 @@
 
 TRL keeps both as a second model, and refuses them for PEFT models (`sync_ref_model=True`) or makes them for LoRA only
 (`teacher_model_kind="ema"`, whose adapter starts at zero: for LoRA that is the base, for a whole block no model at
-all). Here they are a second adapter of the same model. Knows nothing of the losses that use it.
+all). Here they are a second adapter of the same model.
 """
 
 from __future__ import annotations
@@ -16,9 +16,14 @@ from transformers import TrainerCallback
 
 
 def _pairs(model: PeftModel, source: str, target: str) -> list[tuple[torch.nn.Parameter, torch.nn.Parameter]]:
-    """The parameters of two adapters, side by side. The name stands mid-key, as in TRL's own copying."""
+    """The parameters of two adapters, side by side. An adapter may be named like a module ("mlp", "layers")."""
     named = dict(model.named_parameters())
-    return [(p, named[n.replace(f".{source}.", f".{target}.")]) for n, p in named.items() if f".{source}." in n]
+    return [
+        (parameter, named[name.replace(f".{holder}.{source}.", f".{holder}.{target}.")])
+        for holder in ("single_layer_params", "modules_to_save")
+        for name, parameter in named.items()
+        if f".{holder}.{source}." in name
+    ]
 
 
 class EMAAdapterCallback(TrainerCallback):

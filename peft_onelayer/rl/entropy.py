@@ -1,8 +1,7 @@
 """Training on the high-entropy tokens alone, divided as arXiv 2506.01939 does it: by the number of selected tokens.
 
 TRL's `top_entropy_quantile` selects the same tokens, but divides their loss by the number of all active tokens, so that
-at a quantile of .2 the policy term is five times smaller. It knows nothing about how advantages came about, and so
-works with GRPO and GiGPO alike.
+at a quantile of .2 the policy term is five times smaller. The mixin works with GRPO and GiGPO alike.
 """
 
 from __future__ import annotations

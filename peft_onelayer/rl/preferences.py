@@ -2,8 +2,8 @@
 
     {"prompt": "A347+085=", "chosen": "0432", "rejected": "0422"}  # "preference", from two rollouts of one prompt
 
-The formats are those of TRL's "Dataset formats and types": plain text, or lists of chat messages. It knows nothing of
-trainers; `algorithms.Algorithm.data` says which kind an algorithm takes.
+The formats are those of TRL's "Dataset formats and types": plain text, or lists of chat messages.
+`algorithms.Algorithm.data` says which kind an algorithm takes.
 """
 
 from __future__ import annotations

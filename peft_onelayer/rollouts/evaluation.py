@@ -1,7 +1,4 @@
-"""Accuracy of a model on the rows of a task, with standard errors over problems.
-
-It knows nothing about a particular task, about how completions are generated (see rollouts.py) or about training.
-"""
+"""Accuracy of a model on the rows of a task, with standard errors over problems."""
 
 import json
 import math

@@ -2,7 +2,7 @@
 
 They are the rollouts of `trl.GRPOTrainer` (1.16): the same tokens and rewards and, from the same random state, the same
 samples, but without a trainer and without a trace on the model. Text only, one environment class and synchronous
-tools, which is what a `Task` can hold. It knows nothing about a particular task or what the rewards are used for.
+tools, which is what a `Task` can hold.
 """
 
 import copy

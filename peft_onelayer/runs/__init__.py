@@ -1,1 +1,35 @@
-"""A training run and an evaluation as library calls: what the commands call."""
+"""A training run, an evaluation and a ranking as library calls: what the commands call.
+
+run = train(TrainingSettings(model="Qwen/Qwen3-1.7B-Base", out="run", task="gsm8k"))
+evaluation = evaluate(EvaluationSettings(model="Qwen/Qwen3-1.7B-Base", adapter="run", task="gsm8k"))
+"""
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+from .progress import Progress
+from .settings import EvaluationSettings, ProbeSettings, TrainingSettings
+
+if TYPE_CHECKING:
+    from .evaluation import evaluate
+    from .probing import probe
+    from .training import Run, train
+
+__all__ = [
+    "EvaluationSettings",
+    "ProbeSettings",
+    "Progress",
+    "Run",
+    "TrainingSettings",
+    "evaluate",
+    "probe",
+    "train",
+]
+
+_MODULES = {"Run": ".training", "evaluate": ".evaluation", "probe": ".probing", "train": ".training"}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _MODULES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(_MODULES[name], __name__), name)

@@ -49,3 +49,8 @@ def describe_config(config: TrainingArguments) -> dict[str, Any]:
     """All fields of a TRL configuration as JSON values, without those of `NOT_SETTINGS`."""
     fields = {name: value for name, value in config.to_dict().items() if name not in NOT_SETTINGS}
     return json.loads(json.dumps(fields, default=str, sort_keys=True))
+
+
+def is_main_process() -> bool:
+    """Whether this is the first of the processes that torchrun or accelerate started, or the only one."""
+    return os.environ.get("RANK", "0") == "0"

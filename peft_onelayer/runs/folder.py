@@ -1,24 +1,21 @@
 """The output folder of a training run.
 
 While the run goes on it holds `checkpoints/`, a run.json that says "unfinished", and what was expensive to make before
-training; at the end the result is put beside them, run.json last. It does not know what a run is made of.
+training; at the end the result is put beside them, run.json last.
 """
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
-from peft_onelayer.records.files import check_folder, make_readable
+from peft_onelayer.records.files import RUN, check_folder, make_readable, read_fields, write_whole
 from peft_onelayer.records.run import RunRecord
-
-FORMAT = RunRecord.FORMAT
 
 
 class RunFolder:
@@ -43,7 +40,7 @@ class RunFolder:
         self.previous = self._read() if resume or main else None
         if not main:
             return
-        state = self.previous["status"] if self.previous else None
+        state = self.previous.status if self.previous else None
         if resume and state is None:
             raise ValueError(f"{path} holds no run to resume; leave out --resume to start one.")
         if state == "finished":
@@ -51,14 +48,15 @@ class RunFolder:
         if state and not resume:
             raise ValueError(f"{path} holds an unfinished run; continue it with --resume or choose a new folder.")
         if not resume:
-            check_folder(path, lambda folder: False)
+            check_folder(path)
 
-    def _read(self) -> dict[str, Any] | None:
+    def _read(self) -> RunRecord | None:
+        path = self.path / RUN
         try:
-            record = json.loads((self.path / "run.json").read_text())
-        except (OSError, ValueError):
+            fields = read_fields(path)
+        except ValueError:  # not there, or somebody else's
             return None
-        return record if isinstance(record, dict) and record.get("format") == FORMAT else None
+        return RunRecord.from_dict(fields, str(path)) if fields.get("format") == RunRecord.FORMAT else None
 
     def last_checkpoint(self) -> Path | None:
         """The newest complete checkpoint.
@@ -69,13 +67,13 @@ class RunFolder:
         found = {}
         for folder in self.checkpoints.glob("checkpoint-*"):
             try:
-                found[json.loads((folder / "trainer_state.json").read_text())["global_step"]] = folder
-            except (OSError, ValueError):
+                found[read_fields(folder / "trainer_state.json")["global_step"]] = folder
+            except ValueError:
                 continue
         return found[max(found)] if found else None
 
     @contextmanager
-    def running(self, record: dict[str, Any]) -> Iterator[None]:
+    def running(self, record: RunRecord) -> Iterator[None]:
         """Create the folder with an unfinished run.json; on an error remove it, unless it holds work to resume."""
         if not self.main:
             yield
@@ -83,28 +81,27 @@ class RunFolder:
         self.path.mkdir(exist_ok=True)
         for left in self.path.glob(".partial-*"):  # by a kill
             shutil.rmtree(left)
-        self.write("run.json", _to_json({**record, "status": "unfinished"}))
+        self.write_record(replace(record, status="unfinished"))
         try:
             yield
         except BaseException:
-            if {entry.name for entry in self.path.iterdir()} <= {
-                "run.json",
-                "checkpoints",
-            } and not self.last_checkpoint():
+            entries = {entry.name for entry in self.path.iterdir()}
+            if entries <= {RUN, self.checkpoints.name} and not self.last_checkpoint():
                 shutil.rmtree(self.path)
             raise
 
     def write(self, name: str, text: str) -> None:
         """Write a file in one piece."""
-        if not self.main:
-            return
-        partial = self.path / f".{name}.partial"
-        partial.write_text(text)
-        os.replace(partial, self.path / name)
+        if self.main:
+            write_whole(self.path / name, text)
+
+    def write_record(self, record: RunRecord) -> None:
+        """Write run.json in one piece."""
+        self.write(RUN, record.to_json())
 
     @contextmanager
-    def publishing(self, record: dict[str, Any]) -> Iterator[Path]:
-        """Yield an empty folder whose files are moved into the run's when the block ends, then run.json."""
+    def publishing(self) -> Iterator[Path]:
+        """Yield an empty folder whose files are moved into the run's when the block ends."""
         if not self.main:
             with tempfile.TemporaryDirectory() as scratch:
                 yield Path(scratch)
@@ -114,8 +111,5 @@ class RunFolder:
             make_readable(Path(scratch))
             for file in sorted(Path(scratch).iterdir()):
                 os.replace(file, self.path / file.name)
-        self.write("run.json", _to_json({**record, "status": "finished"}))
-
-
-def _to_json(record: dict[str, Any]) -> str:
-    return json.dumps(record, indent=2) + "\n"
+        if self.checkpoints.is_dir() and not any(self.checkpoints.iterdir()):
+            self.checkpoints.rmdir()  # the trainer makes it even if it saves none

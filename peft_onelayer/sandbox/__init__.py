@@ -30,8 +30,6 @@ What this does not cover:
   pass, those of derived types as the built-in one. The tests see no changes to their arguments, and all exceptions of
   the program as one type.
 - The tests are trusted: they too run in the sandbox, but report the result.
-
-It knows nothing about models, tasks or how a program is found in a completion.
 """
 
 import contextlib

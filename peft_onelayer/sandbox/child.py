@@ -9,7 +9,7 @@ Three processes, each the parent of the next:
 Judge and worker exchange plain data as JSON over two pipes, so that what the tests compare are the judge's own objects.
 The keeper reads from standard input the length of the request (8 bytes), the request and the tests; it writes one JSON
 object a line: {"refused": why}, or {"started": true} and then {"passed": true}, {"failed": why} or {"invalid": why}.
-It knows nothing about what is being tested. `sandbox.py` says what this covers.
+`peft_onelayer/sandbox/__init__.py` says what the sandbox covers.
 """
 
 from __future__ import annotations

@@ -1,7 +1,4 @@
-"""Layer contribution, with its standard error, and the rank correlation of two profiles.
-
-Pure arithmetic in float64; it knows nothing about models, tasks or how scores came about.
-"""
+"""Layer contribution, with its standard error, and the rank correlation of two profiles: arithmetic in float64."""
 
 from __future__ import annotations
 
@@ -12,11 +9,11 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import ArrayLike
 
-Z_95 = 1.959964  # two-sided 95 % point of the normal distribution
+from peft_onelayer.statistics import Z_95
 
 
 class LayerContribution(NamedTuple):
-    """C of one layer.
+    """C of one block.
 
     Attributes:
         value: C; None where it is undefined.

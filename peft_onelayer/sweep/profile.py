@@ -8,38 +8,32 @@ from typing import Any
 import numpy as np
 
 from peft_onelayer.records.ranking import LayerRanking, Sweep
+from peft_onelayer.statistics import Z_95
 
-from .metric import Z_95, gain, layer_contribution
+from .metric import gain, layer_contribution
+from .plan import Plan
 from .run_layer import Row
+from .settings import SweepSettings
 
 
-def make_profile(
-    *,
-    model: str,
-    revision: str | None,
-    num_layers: int,
-    task: str,
-    seeds: Sequence[int],
-    steps: int,
-    base: Row,
-    full: Sequence[Row],
-    layers: Mapping[int, Sequence[Row]],
-    searched: Sequence[Row] = (),
-    learning_rate_search: dict[str, Any] | None = None,
-) -> LayerRanking:
+def make_profile(settings: SweepSettings, plan: Plan, rows: Mapping[str, Row]) -> LayerRanking:
     """Compute the profile from the rows of a sweep.
 
     The cost counts every row, those of a search included. Tokens of a run that was stopped early are not known; they
     are taken as its steps times the finished runs' mean per step. The share is of one run of one block.
 
     Args:
-        full: the rows of the full-parameter runs, one per seed.
-        layers: the rows of each block, one per seed; a stopped one has "stopped": its steps, and no scores.
-        searched: rows of the search for learning rates.
+        plan: the runs, at the learning rates that were found where there was a search.
+        rows: by the digests of their specifications; that of a run which was stopped early has "stopped", its steps,
+            and no scores.
 
     Raises:
         ValueError: rows that were not measured on the same problems.
     """
+    base = rows[plan.base.digest()]
+    full = [rows[spec.digest()] for spec in plan.full]
+    layers = {k: [rows[spec.digest()] for spec in specs] for k, specs in plan.blocks.items()}
+    searched = [rows[spec.digest()] for spec in plan.search.specs] if plan.search else []
     every = [base, *full, *(row for rows in layers.values() for row in rows)]
     if len({row["problems_digest"] for row in every if "stopped" not in row}) > 1:
         raise ValueError("the rows of a sweep must be measured on the same problems; these are not")
@@ -51,12 +45,10 @@ def make_profile(
     order = sorted(gains, key=lambda k: -gains[k][0])
     tied = [k for k in order if k == order[0] or _tied(scores[order[0]], scores[k])]
     pick = order[0] if order and gains[order[0]][0] > Z_95 * (gains[order[0]][1] or 0.0) else None
-    spec = next(row for rows in layers.values() for row in rows)["spec"]
-    settings = {name: value for name, value in spec["settings"].items() if name != "learning_rate"}
-    rates = {k: rows[0]["spec"]["settings"].get("learning_rate") for k, rows in layers.items()}
+    rates = {k: specs[0].settings["learning_rate"] for k, specs in plan.blocks.items()}
 
     def each(values: Mapping[int, Any]) -> list[Any]:
-        return [values.get(k) for k in range(num_layers)]
+        return [values.get(k) for k in range(plan.num_layers)]
 
     sweep = Sweep(
         contribution=each({k: c.value for k, c in contributions.items()}),
@@ -67,15 +59,15 @@ def make_profile(
         means=each({k: float(np.mean(v)) for k, v in scores.items()}),
         base_error=base["standard_error"],
         full_gain=list(gain(full_scores, base["scores"])),
-        full_learning_rate=full[0]["spec"]["settings"].get("learning_rate"),
-        learning_rate_search=learning_rate_search,
-        algorithm=spec["algorithm"],
-        settings=settings,
-        steps=steps,
-        seeds=list(seeds),
+        full_learning_rate=plan.full[0].settings["learning_rate"],
+        learning_rate_search=_search(plan, searched),
+        algorithm=settings.algorithm,
+        settings=dict(settings.config),
+        steps=settings.steps,
+        seeds=list(settings.seeds),
         problems=len(base["scores"]),
-        samples=spec["samples"],
-        split=spec["split"],
+        samples=settings.samples,
+        split=plan.base.split,
         stopped={
             str(k): [row["stopped"] for row in rows if "stopped" in row]
             for k, rows in layers.items()
@@ -84,9 +76,9 @@ def make_profile(
         greedy=_greedy(base, full, finished, each),
     )
     return LayerRanking(
-        model=model,
-        revision=revision,
-        num_layers=num_layers,
+        model=settings.model,
+        revision=plan.base.revision,
+        num_layers=plan.num_layers,
         method="sweep",
         scores=each({k: value for k, (value, _) in gains.items()}),
         errors=each({k: error for k, (_, error) in gains.items()}),
@@ -96,8 +88,8 @@ def make_profile(
         learning_rate=rates[order[0]] if order else None,
         learning_rates=each(rates) if len(set(rates.values())) > 1 else None,
         cost=_cost([*every, *searched], [row for rows in finished.values() for row in rows]),
-        task=task,
-        seed=seeds[0],
+        task=settings.task,
+        seed=settings.seeds[0],
         sweep=sweep,
     )
 
@@ -106,6 +98,20 @@ def _tied(best: list[list[float]], other: list[list[float]]) -> bool:
     """Whether the 95 % interval of the paired difference holds 0; `other` is no better in the mean."""
     difference, error = gain(best, other)
     return difference <= Z_95 * (error or 0.0)
+
+
+def _search(plan: Plan, rows: Sequence[Row]) -> dict[str, Any] | None:
+    """The scores of the search for learning rates, and its settings."""
+    if plan.search is None:
+        return None
+    means, n = [row["mean"] for row in rows], len(plan.search.rates)
+    return {
+        "rates": list(plan.search.rates),
+        "layer": means[:n],
+        "full": means[n:],
+        "block": plan.search.block,
+        "split": plan.search.layer[0].split,
+    }
 
 
 def _cost(rows: Sequence[Row], of_blocks: Sequence[Row]) -> dict[str, float]:

@@ -1,7 +1,6 @@
 """One run of a sweep: a specification in, a row of results out.
 
-`run_layer` is a pure function: on one kind of machine the same specification gives the same row, but for "seconds". It
-knows nothing about other runs, about where rows are kept or about who calls it.
+On one kind of machine the same specification gives the same row, but for "seconds".
 """
 
 from __future__ import annotations
@@ -9,17 +8,13 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-import os
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, field, replace
-from typing import TYPE_CHECKING, Any, Literal
+from dataclasses import asdict, dataclass, field
+from functools import partial
+from typing import Any, Literal
 
 from peft_onelayer.records.files import model_digests
-
-if TYPE_CHECKING:
-    from peft_onelayer.rollouts.evaluation import Evaluation
-    from peft_onelayer.tasks import Task
 
 FORMAT = "onelayer-row-1"
 
@@ -132,60 +127,60 @@ def run_layer(spec: RunSpec, on_step: OnStep = lambda step, reward: None) -> Row
     Raises:
         ValueError: the model's files are not those of the specification, or what it names does not fit together.
     """
-    os.environ.setdefault("TRL_EXPERIMENTAL_SILENCE", "1")
-    import datasets
-    import torch
-    import transformers
-
     from peft_onelayer.rl.algorithms import load_algorithm
-    from peft_onelayer.rl.recipe import Recipe, device_settings
+    from peft_onelayer.rl.recipe import make_recipe
     from peft_onelayer.rl.training import train_layer
     from peft_onelayer.rollouts.evaluation import evaluate
+    from peft_onelayer.rollouts.prompts import with_chat_prompts
     from peft_onelayer.runs.describe import describe_machine
+    from peft_onelayer.runs.models import load_causal_lm, to_device, without_progress_bars
+    from peft_onelayer.tasks import load_task
 
     start = time.perf_counter()
     found = model_digests(spec.model)
     if found != spec.model_digests:
         changed = min(name for name, _ in found.items() ^ spec.model_digests.items())
         raise ValueError(f"the model in {spec.model} is not the one that the run was made for: {changed} differs")
-    datasets.disable_progress_bars()
-    transformers.logging.disable_progress_bar()
-    task = open_task(spec)
-    tokenizer = transformers.AutoTokenizer.from_pretrained(spec.model, revision=spec.revision)
-    model = transformers.AutoModelForCausalLM.from_pretrained(spec.model, revision=spec.revision, dtype="auto")
-    if torch.cuda.is_available():
-        model.to("cuda")
-    rows = task.rows(spec.split, spec.problems, spec.evaluation_seed)
-    rewards: list[float] = []
-    steps = generated = trained = 0
-    if spec.layer != "base":
-        algorithm = load_algorithm(spec.algorithm)
-        if not algorithm.online:
-            raise ValueError(f"a sweep trains on rewards; {algorithm.name} is offline")
-        length = {algorithm.completion_length: task.max_completion_tokens} if algorithm.completion_length else {}
-        recipe = Recipe(algorithm, {**device_settings(), **length, **algorithm.settings, **spec.settings})
-        result = train_layer(
+    task = load_task(spec.task, unsafe=spec.unsafe)
+    if dict(task.data) != dict(spec.task_data):
+        raise ValueError(f"the data of task {spec.task} is not what the run was made for: {dict(task.data)}")
+    with without_progress_bars():
+        model: Any
+        model, tokenizer = load_causal_lm(spec.model, spec.revision)
+        to_device(model)
+        task, _ = with_chat_prompts(task, tokenizer, spec.chat)
+        rows = task.rows(spec.split, spec.problems, spec.evaluation_seed)
+        rewards: list[float] = []
+        steps = generated = trained = 0
+        if spec.layer != "base":
+            if not load_algorithm(spec.algorithm).online:
+                raise ValueError(f"a sweep trains on rewards; {spec.algorithm} is offline")
+            result = train_layer(
+                model,
+                tokenizer,
+                task,
+                None if spec.layer == "full" else spec.layer,
+                steps=spec.steps,
+                seed=spec.seed,
+                recipe=make_recipe(spec.algorithm, task, spec.settings),
+                on_step=on_step,
+            )
+            model = result.model
+            rewards, steps = result.rewards, result.steps
+            generated, trained = result.tokens_generated, result.tokens_trained
+
+        measure = partial(
+            evaluate,
             model,
             tokenizer,
             task,
-            None if spec.layer == "full" else spec.layer,
-            steps=spec.steps,
-            seed=spec.seed,
-            recipe=recipe,
-            on_step=on_step,
+            rows,
+            samples=spec.samples,
+            seed=spec.evaluation_seed,
+            batch_size=spec.batch_size,
         )
-        model = result.model
-        rewards, steps = result.rewards, result.steps
-        generated, trained = result.tokens_generated, result.tokens_trained
-
-    def measure(greedy: bool) -> Evaluation:
-        seed, batch_size = spec.evaluation_seed, spec.batch_size
-        return evaluate(
-            model, tokenizer, task, rows, greedy=greedy, samples=spec.samples, seed=seed, batch_size=batch_size
-        )
-
-    sampled = measure(greedy=False)
-    greedy = measure(greedy=True) if spec.greedy else None
+        sampled = measure()
+        greedy = measure(greedy=True) if spec.greedy else None
     return {
         "format": FORMAT,
         "digest": spec.digest(),
@@ -203,15 +198,3 @@ def run_layer(spec: RunSpec, on_step: OnStep = lambda step, reward: None) -> Row
         "seconds": round(time.perf_counter() - start, 2),
         "versions": describe_machine(),
     }
-
-
-def open_task(spec: RunSpec) -> Task:
-    """The task of a specification, its prompts as messages of a user where `chat` says so."""
-    from peft_onelayer.tasks import as_chat, load_task
-
-    task = load_task(spec.task, unsafe=spec.unsafe)
-    if dict(task.data) != dict(spec.task_data):
-        raise ValueError(f"the data of task {spec.task} is not what the run was made for: {dict(task.data)}")
-    if not spec.chat:
-        return task
-    return replace(task, rows=lambda split, n, seed: as_chat(task.rows(split, n, seed)))

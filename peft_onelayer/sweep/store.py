@@ -1,7 +1,4 @@
-"""The rows of a sweep as files: `rows/<digest of the specification>.json`, each complete or not there.
-
-It does not know what a row holds beyond its digest.
-"""
+"""The rows of a sweep as files: `rows/<digest of the specification>.json`, each complete or not there."""
 
 from __future__ import annotations
 

@@ -6,8 +6,7 @@ Every task module offers
 - one reward whose name holds "reward", in TRL's signature: `reward(prompts, completions, <columns>, **kwargs)` returns
   one float per completion. Completions are plain strings or chat lists (`[{"role": "assistant", "content": "..."}]`).
 
-Importing this package imports no task. It knows nothing about models, tokenizers or trainers; the helpers below are
-what the tasks share.
+Importing this package imports no task. The helpers below are what the tasks share.
 """
 
 import difflib
@@ -16,6 +15,8 @@ import random
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
+
+__all__ = ["Task", "load_task", "open_task"]
 
 TASKS = ("arithmetic", "sort", "gsm8k", "reasoning_gym", "humaneval", "textworld")
 RUNS_CODE = ("humaneval",)  # tasks whose reward runs what the model wrote, and so take `unsafe`
@@ -71,6 +72,32 @@ def load_task(name: str, *, unsafe: bool = False) -> Task:
         if error.name not in EXTRA:
             raise
         raise ValueError(f"task {base!r} needs {error.name}: pip install 'peft-onelayer[tasks]'") from error
+
+
+def open_task(
+    task: str | Task | None, dataset: str | None = None, reward: str | None = None, *, unsafe: bool = False
+) -> Task:
+    """The task that was asked for: by itself, by its name, or as a data set with a reward.
+
+    Args:
+        task: a task, or a name for `load_task`; None where `dataset` and `reward` are given.
+        dataset, reward: as for `peft_onelayer.tasks.user.load_dataset_task`.
+        unsafe: as for `load_task`.
+
+    Raises:
+        ValueError: neither or both were given, or what was given is no task.
+    """
+    if task and (dataset or reward):
+        raise ValueError("--task comes with its own data and reward; give --task, or --dataset with --reward, not both")
+    if isinstance(task, Task):
+        return task
+    if task:
+        return load_task(task, unsafe=unsafe)
+    if not dataset or not reward:
+        raise ValueError("give --task, or --dataset with --reward")
+    from peft_onelayer.tasks.user import load_dataset_task
+
+    return load_dataset_task(dataset, reward)
 
 
 def as_chat(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:

@@ -4,8 +4,7 @@
 
 The prompt is always 9 characters, the answer always 4 digits and the full stop that ends it. A million problems, of
 which 125,000 are held out; the same sum with its terms exchanged is another problem and may be in the other split. The
-task does not know about other lengths, subtraction, spaces or natural language, and its reward gives no credit for part
-of an answer.
+reward gives no credit for part of an answer.
 """
 
 from collections.abc import Sequence

@@ -1,7 +1,7 @@
 """Problems from a data set that has an end: a local JSONL file or folder, or a data set on the Hub.
 
-Reads all of it into memory, decides which problems are "train" and which "test", and draws from them. It knows nothing
-about prompts, answers or rewards; a task names the columns that it needs and makes its rows from what is drawn here.
+All of it is read into memory, split into "train" and "test", and drawn from. A task names the columns that it needs,
+and makes its rows from what is drawn here.
 
 Where the splits come from:
 
@@ -23,6 +23,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from peft_onelayer.records.files import file_digest
+from peft_onelayer.records.text import one_line
 from peft_onelayer.tasks import HELD_OUT
 
 SUFFIXES = (".jsonl", ".jsonl.gz")
@@ -132,7 +134,8 @@ def _only_file(folder: Path, split: str) -> Path | None:
 
 
 def digest(path: Path) -> str:
-    return f"sha256:{hashlib.sha256(path.read_bytes()).hexdigest()}"
+    """What identifies a file in `Task.data`."""
+    return f"sha256:{file_digest(path)}"
 
 
 def read_jsonl(path: Path, columns: Sequence[str]) -> list[Row]:
@@ -181,9 +184,8 @@ def read_hub(
     try:
         loaded = load_dataset(repo, config, revision=revision)
     except (OSError, ValueError, DatasetsError) as error:
-        reason = " ".join(str(error).split())
         raise ValueError(
-            f"data set {source} is no local path and could not be loaded from the Hub: {reason}"
+            f"data set {source} is no local path and could not be loaded from the Hub: {one_line(error)}"
         ) from error
     splits = {split: loaded[split].to_list() for split in ("train", "test") if split in loaded}
     if not splits:

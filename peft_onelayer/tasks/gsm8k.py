@@ -11,7 +11,7 @@ percent sign (50% is 50), thousands separators and markup. Two numbers, or an ex
 quotients or brackets keep it busy for minutes, and its own time limit (signal.alarm) works in the main thread only.
 Hence the reward needs no time limit, and any thread may call it.
 
-It does not know whether the reasoning is right, nor whether the unit is: "18 thousand" is 18.
+Neither the reasoning nor the unit is graded: "18 thousand" is 18.
 """
 
 import logging

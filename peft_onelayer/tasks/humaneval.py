@@ -22,8 +22,8 @@ continues, and to a chat model the comment says what to answer.
 HumanEval is an evaluation set: all its 164 problems, and those of a file whose name does not say "train", are "test",
 and there is nothing to train on. To train, give a folder with a train.jsonl of other problems (see files.py).
 
-The tests may call the function, also by its own name, and what the prompt defines above it. It knows nothing about how
-the code is held (see sandbox.py, which says what that does not cover) or about other languages.
+The tests may call the function, also by its own name, and what the prompt defines above it.
+`peft_onelayer/sandbox/__init__.py` says how the code is held, and what that does not cover.
 """
 
 import ast

@@ -12,10 +12,9 @@ the splits cannot overlap. A test problem takes eight draws on average: minutes 
 knight_swap and futoshiki. "entry" is the library's own entry as text, since columns cannot hold its mixed types.
 
 The library evaluates some answers as Python (`EVALUATED`) or with sympy (`FORMULAS`), which evaluates Python too. Here
-the first may only be literals and the second only formulas, of which nothing can run; others count as no answer. It
-does not know a time limit: a formula that keeps sympy's simplify busy delays the reward. It does not know
-configurations either (each data set has its defaults), nor whether a scorer is fair: many give something for a
-well-formed wrong answer.
+the first may only be literals and the second only formulas, of which nothing can run; others count as no answer. There
+is no time limit: a formula that keeps sympy's simplify busy delays the reward. Each data set has its default
+configuration. Many scorers give something for a well-formed wrong answer.
 """
 
 import ast

@@ -4,8 +4,7 @@
 
 The prompt is always 10 characters, the answer always 8 digits and the full stop that ends it. A hundred million
 problems, of which 12,500,000 are held out. Held out are digit *strings*: another order of the same digits, with the
-same answer, may be a train problem. The task does not know about other lengths or orders, and its reward gives no
-credit for part of an answer.
+same answer, may be a train problem. The reward gives no credit for part of an answer.
 """
 
 from collections.abc import Sequence

@@ -29,8 +29,8 @@ is compiled) and kept. It belongs to the test split when the hash of its content
 win, by the names that the player reads) says so, and a seed draws games until one belongs to its split: whatever the
 seeds, no test game has the content of a train game. Two seeds of one split may draw the same game, but rarely do.
 
-This module knows nothing about models, chat templates or trainers. Games that can be lost, timed events and games made
-elsewhere are not covered, and the prose of the compiled games is TextWorld's, oddities included.
+Games that can be lost, timed events and games made elsewhere are not covered, and the prose of the compiled games is
+TextWorld's, oddities included.
 """
 
 from __future__ import annotations

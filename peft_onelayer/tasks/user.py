@@ -4,13 +4,11 @@
                                                       MAX_COMPLETION_TOKENS and environment_factory
     --dataset file.jsonl --reward file.py:function    a column "prompt"; the other columns reach the reward
 
-It runs the file with all rights of the user, as any Python script. It knows nothing about what the rows mean.
-examples/own_task shows both ways.
+The file runs with all rights of the user, as any Python script. examples/own_task shows both ways.
 """
 
 import difflib
 import functools
-import hashlib
 import importlib.util
 import inspect
 import math
@@ -23,7 +21,7 @@ from types import ModuleType
 from typing import Any
 
 from peft_onelayer.tasks import Task
-from peft_onelayer.tasks.files import load_problems
+from peft_onelayer.tasks.files import digest, load_problems
 
 MAX_COMPLETION_TOKENS = 512
 
@@ -68,7 +66,7 @@ def load_file_task(name: str) -> Task:
         _checked(where, reward),
         vars(module).get("MAX_COMPLETION_TOKENS", MAX_COMPLETION_TOKENS),
         environment_factory,
-        data={path.name: _digest(path)},
+        data={path.name: digest(path)},
     )
 
 
@@ -101,7 +99,7 @@ def load_dataset_task(dataset: str, reward: str) -> Task:
         problems.rows,
         _checked(reward, functions[function]),
         MAX_COMPLETION_TOKENS,
-        data={**problems.data, path.name: _digest(path)},
+        data={**problems.data, path.name: digest(path)},
     )
 
 
@@ -126,10 +124,6 @@ def _import(name: str) -> tuple[Path, ModuleType]:
 
 def _functions(module: ModuleType) -> dict[str, Reward]:
     return {name: value for name, value in vars(module).items() if inspect.isfunction(value) and name[0] != "_"}
-
-
-def _digest(path: Path) -> str:
-    return f"sha256:{hashlib.sha256(path.read_bytes()).hexdigest()}"
 
 
 def _check_rows(where: str, rows: Sequence[Row]) -> None:

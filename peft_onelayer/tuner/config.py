@@ -41,13 +41,18 @@ class SingleLayerConfig(PeftConfig):
         modules_to_save (`list[str]`, *optional*):
             Modules outside the block that are trained and saved whole, e.g. a classification head.
         layer_indices (`list[int]`, *optional*):
-            The resolved `layer`, ascending. Set when the model is wrapped; read back from adapter_config.json.
+            The resolved `layer`, ascending, which takes its place. Set in the model's own copy of the configuration,
+            saved in adapter_config.json and read back from there.
         num_layers (`int`, *optional*):
-            Number of blocks of the base model. Set when the model is wrapped; on loading, another depth is an error.
+            Number of blocks of the base model, set and saved like `layer_indices`; a model of another depth is an
+            error.
         encoding (`dict`, *optional*):
             Of an adapter stored in the sparse encoding: its format, the counts of changes and the digests that guard
             it (peft_onelayer/sparse/SPECIFICATION.md). Read from adapter_config.json; what PEFT saves is dense, so it
             is never written.
+
+    Wrapping a model copies the configuration, so one object serves several models; the model's own, with what was
+    resolved, is `model.peft_config["default"]`.
 
     `PeftModel.from_pretrained(base, folder, allow_other_base=True)` loads a sparse adapter on a base of the same shapes
     that is not the one it was trained on. Where PEFT and transformers read the configuration themselves, hand it to
@@ -79,12 +84,13 @@ class SingleLayerConfig(PeftConfig):
     encoding: dict | None = field(
         default=None, repr=False, metadata={"help": "The sparse encoding; read from the file."}
     )
+    allow_other_base: bool = field(default=False, init=False, repr=False)  # no argument: a file must not set it
 
     def __post_init__(self) -> None:
         super().__post_init__()
         self.peft_type = SingleLayerPeftType.SINGLE_LAYER
         if self.layer is None:
-            raise ValueError('SingleLayerConfig needs the layer to train, for example layer=14 or layer="middle".')
+            raise ValueError('SingleLayerConfig needs the block to train, for example layer=14 or layer="middle".')
         parse_layers(self.layer)
         if not isinstance(self.layer, str):
             self.layer = plain_indices(self.layer)
@@ -94,24 +100,16 @@ class SingleLayerConfig(PeftConfig):
             raise ValueError("target_modules is empty; leave it out to train the whole block.")
         if self.master_dtype not in ("float32", "base"):
             raise ValueError(f'master_dtype={self.master_dtype!r} is not known; expected "float32" or "base".')
-        # Given to the constructor these come from adapter_config.json and bind; set later, by wrapping a model, they
-        # only record, so that one config object can be used on several models (the last one holds it).
-        self._saved_indices = self.layer_indices
-        self._saved_num_layers = self.num_layers
-        self._revision_is_recorded = False
-        self._stack_name = ""
-        self._allow_other_base = False
 
     @classmethod
     def from_pretrained(cls, *args: Any, allow_other_base: bool = False, **kwargs: Any) -> SingleLayerConfig:
-        """See `PeftConfig.from_pretrained`, to which `PeftModel.from_pretrained` hands its keyword arguments.
-
-        `allow_other_base` is no field: adapter_config.json must not be able to set it.
-        """
+        """See `PeftConfig.from_pretrained`, to which `PeftModel.from_pretrained` hands its keyword arguments."""
         config = super().from_pretrained(*args, **kwargs)
-        config._allow_other_base = allow_other_base
+        config.allow_other_base = allow_other_base
         return config
 
     def to_dict(self) -> dict[str, Any]:
         """The fields as they are saved beside dense weights."""
-        return super().to_dict() | {"encoding": None}
+        fields = super().to_dict() | {"encoding": None}
+        del fields["allow_other_base"]
+        return fields

@@ -1,7 +1,8 @@
 """Refuses, at the first step, training that cannot change the adapter: silence there would cost a whole run.
 
-A frozen adapter is found in the first forward pass. That the optimizer holds the adapter and that gradients reach it is
-checked once for each optimizer, in a hook that torch calls before every optimizer's step.
+A frozen adapter is found in the first forward pass. An optimizer that holds parameters of a wrapped model is checked
+once, in a hook that torch calls before every optimizer's step: whether one of the parameters trains, and whether a
+gradient reaches them. An optimizer that holds none of them may well belong to something else.
 """
 
 from __future__ import annotations
@@ -62,14 +63,8 @@ def _before_step(optimizer: Optimizer, args: tuple, kwargs: dict[str, Any]) -> N
         return
     held = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
     for model in list(_watched):
-        layers = [module for module in model.modules() if isinstance(module, SingleLayerLayer)]
-        if layers and not held:  # a trainer's, which makes groups of parameters even if there are none
-            raise RuntimeError(
-                "the optimizer holds no parameters: none required gradients when it was made. If the adapter was "
-                "loaded frozen, load it with is_trainable=True."
-            )
         mine = [parameter for parameter in model.parameters() if id(parameter) in held]
-        if not layers or not mine:
+        if not mine or not any(isinstance(module, SingleLayerLayer) for module in model.modules()):
             continue
         trained = [parameter for parameter in mine if parameter.requires_grad]
         if not trained:
@@ -82,6 +77,6 @@ def _before_step(optimizer: Optimizer, args: tuple, kwargs: dict[str, Any]) -> N
         if closure is None and all(parameter.grad is None for parameter in trained):
             raise RuntimeError(
                 f"no gradient has reached any of the {len(trained)} trained parameters of this model: the loss does "
-                "not depend on the trained layer, or its adapter is merged or switched off."
+                "not depend on the trained block, or its adapter is merged or switched off."
             )
     _checked.add(optimizer)

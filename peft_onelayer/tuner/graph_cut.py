@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import inspect
 import warnings
+import weakref
 from collections.abc import Iterator
 from typing import Any
 
@@ -33,53 +34,50 @@ HEAD_NAMES = {*SEQ_CLS_HEAD_NAMES, "lm_head", "embed_out", "qa_outputs", "v_head
 
 
 class GraphCut:
-    """The hooks of one model. Holds the model, so that copying the model copies the hooks with it."""
+    """The hooks of one model.
+
+    The model holds its hooks, and they refer to it weakly, so that it is freed with its last user. A copy or a pickle
+    of the model holds hooks of its own, which refer to the copy.
+    """
 
     def __init__(self, model: nn.Module, stack: DecoderStack) -> None:
-        self.model = model
-        self.stack = stack
+        self._model = weakref.ref(model)
+        self.stack_name = stack.name
+        self.embeds = text_config(model) is not None  # a plain module is given what enters the blocks
         self.caller_wants_input_gradients = False
         self.nothing_trained_yet = False  # in this pass: HRM and ALBERT run the same blocks several times
         self.handles = [
             model.register_forward_pre_hook(refuse_frozen_adapter, with_kwargs=True),
-            self._entry().register_forward_pre_hook(self._enter, with_kwargs=True),
+            _entry(model, stack).register_forward_pre_hook(self._enter, with_kwargs=True),
         ]
         for block in stack.blocks:
             self.handles.append(block.register_forward_pre_hook(self._before_block, with_kwargs=True))
-            self.handles.append(block.register_forward_hook(self._after_block, always_call=True))
+            self.handles.append(block.register_forward_hook(_after_block, always_call=True))
+
+    @property
+    def model(self) -> nn.Module | None:
+        """The model; None where but a part of it has been kept."""
+        return self._model()
+
+    def __getstate__(self) -> dict[str, Any]:
+        living = [handle for handle in self.handles if handle.hooks_dict_ref() is not None]  # others cannot be copied
+        return {**vars(self), "_model": self.model, "handles": living}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        model = state["_model"]
+        vars(self).update(state, _model=(lambda: None) if model is None else weakref.ref(model))
 
     def remove(self) -> None:
         for handle in self.handles:
             handle.remove()
 
-    def _entry(self) -> nn.Module:
-        """Where a caller's own embeddings enter: the innermost module around the blocks that takes `inputs_embeds`.
-
-        A multimodal model passes mixed embeddings on to its decoder, so there it is the whole model.
-        """
-        config, name = text_config(self.model), self.stack.owner
-        if config is not None:
-            takes_embeds = [n for n in _with_parents(name) if "inputs_embeds" in _parameter_names(self.model, n)]
-            name = takes_embeds[0] if takes_embeds and config is self.model.config else ""
-        return self.model.get_submodule(name)
-
     def _enter(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
         if module.training and torch.is_grad_enabled():
-            self._unmerge_what_trains()
+            _unmerge_what_trains(module)
         # A plain module embeds nothing: whatever it is given may be what the caller wants gradients for.
-        given = [kwargs.get("inputs_embeds")] if text_config(self.model) else [*args, *kwargs.values()]
+        given = [kwargs.get("inputs_embeds")] if self.embeds else [*args, *kwargs.values()]
         self.caller_wants_input_gradients = any(map(_needs_gradient, given))
         self.nothing_trained_yet = True
-
-    def _unmerge_what_trains(self) -> None:
-        """Undo a merge that an exception left behind: TRL merges for a push to vLLM and does not unmerge when the push
-        fails, and training a merged adapter would change nothing."""
-        merged = [m for m in self.stack.blocks.modules() if isinstance(m, SingleLayerLayer) and m.merged]
-        if any(layer._trains(name) for layer in merged for name in layer.active_adapters):
-            warnings.warn("the adapter was merged while it trains; unmerging it first.", stacklevel=2)
-            for layer in merged:
-                refuse_unmerging_in_forward(layer.base_layer)
-                layer.unmerge()
 
     def _before_block(self, block: Any, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict] | None:
         if not torch.is_grad_enabled() or not (args or "hidden_states" in kwargs):
@@ -102,24 +100,52 @@ class GraphCut:
             return None
         return ((hidden, *args[1:]), kwargs) if args else (args, {**kwargs, "hidden_states": hidden})
 
-    def _after_block(self, block: Any, args: tuple, output: Any) -> None:
-        if block.__dict__.pop("_checkpointing_skipped", False):
-            block.gradient_checkpointing = True
-
     def _cut_is_free(self) -> bool:
         """Whether nothing that feeds the first block needs a gradient while an adapter trains."""
-        if self.caller_wants_input_gradients or any(p.requires_grad for p in self._parameters_before_blocks()):
+        model = self.model
+        if model is None or self.caller_wants_input_gradients:
             return False
-        tuned = (m for m in self.stack.blocks.modules() if isinstance(m, SingleLayerLayer))
+        blocks = model.get_submodule(self.stack_name)
+        if any(p.requires_grad for p in _parameters_before(blocks, model)):
+            return False
+        tuned = (m for m in blocks.modules() if isinstance(m, SingleLayerLayer))
         return any(p.requires_grad for m in tuned for p in m.parameters())
 
-    def _parameters_before_blocks(self, module: nn.Module | None = None) -> Iterator[nn.Parameter]:
-        """All parameters but those of the blocks and heads (and a few that run later; counting them is only slower)."""
-        module = module or self.model
-        yield from module.parameters(recurse=False)
-        for name, child in module.named_children():
-            if child is not self.stack.blocks and name not in HEAD_NAMES:
-                yield from self._parameters_before_blocks(child)
+
+def _entry(model: nn.Module, stack: DecoderStack) -> nn.Module:
+    """Where a caller's own embeddings enter: the innermost module around the blocks that takes `inputs_embeds`.
+
+    A multimodal model passes mixed embeddings on to its decoder, so there it is the whole model.
+    """
+    config, name = text_config(model), stack.owner
+    if config is not None:
+        takes_embeds = [n for n in _with_parents(name) if "inputs_embeds" in _parameter_names(model, n)]
+        name = takes_embeds[0] if takes_embeds and config is model.config else ""
+    return model.get_submodule(name)
+
+
+def _unmerge_what_trains(module: nn.Module) -> None:
+    """Undo a merge that an exception left behind: TRL merges for a push to vLLM and does not unmerge when the push
+    fails, and training a merged adapter would change nothing."""
+    merged = [m for m in module.modules() if isinstance(m, SingleLayerLayer) and m.merged]
+    if any(layer.trains(name) for layer in merged for name in layer.active_adapters):
+        warnings.warn("the adapter was merged while it trains; unmerging it first.", stacklevel=2)
+        for layer in merged:
+            refuse_unmerging_in_forward(layer.base_layer)
+            layer.unmerge()
+
+
+def _parameters_before(blocks: nn.Module, module: nn.Module) -> Iterator[nn.Parameter]:
+    """All parameters but those of the blocks and heads (and a few that run later; counting them is only slower)."""
+    yield from module.parameters(recurse=False)
+    for name, child in module.named_children():
+        if child is not blocks and name not in HEAD_NAMES:
+            yield from _parameters_before(blocks, child)
+
+
+def _after_block(block: Any, args: tuple, output: Any) -> None:
+    if block.__dict__.pop("_checkpointing_skipped", False):
+        block.gradient_checkpointing = True
 
 
 def _is_reentrant(block: Any) -> bool:

@@ -1,16 +1,18 @@
-"""Loads adapters stored in the sparse encoding into a model, through PEFT or through transformers.
+"""Loads an adapter's tensors into a model: checks them, decodes the sparse encoding, through PEFT or transformers.
 
-The encoding and its checks are those of peft_onelayer.adapter; this module finds the base's tensors in a wrapped model.
+PEFT's seam between reading a file and writing the model is the tuner's `_remap_adapter_state_dict_for_load`, which
+calls `loadable_state_dict`. transformers has no such seam, so there its own loader is intercepted for one call.
 """
 
 from __future__ import annotations
 
 import functools
 import warnings
-from collections.abc import Callable
 from typing import Any
 
 import torch
+from peft.tuners.tuners_utils import BaseTuner
+from peft.utils.other import AuxiliaryTrainingWrapper
 from safetensors.torch import load_file
 from torch import nn
 
@@ -21,12 +23,64 @@ from peft_onelayer.sparse.tensor import split_key
 from .config import SingleLayerConfig
 from .layer import SingleLayerLayer
 from .quantized import is_quantized
+from .weights import MasterParameters
 
 LOADER = "_load_pretrained_model"  # transformers: PreTrainedModel.load_adapter calls it on the instance
-Remap = Callable[[Any, Any, str, dict[str, torch.Tensor]], dict[str, torch.Tensor]]
 
 
-def restore_sparse(
+def loadable_state_dict(
+    model: Any, config: SingleLayerConfig, adapter_name: str, state_dict: dict[str, torch.Tensor]
+) -> dict[str, torch.Tensor]:
+    """The tensors of an adapter's file by the names of the model's parameters, decoded and checked against the model.
+
+    Nothing is written to the model. Tensors are cast to the masters' dtype, because `low_cpu_mem_usage=True` assigns
+    them instead of copying.
+
+    Raises:
+        ValueError: tensors missing or left over, a wrong shape, NaN or Inf; for a sparse adapter another base.
+    """
+    state_dict = _restore_sparse(model, config, adapter_name, state_dict)
+    modules = dict(model.named_modules())
+    for module in modules.values():  # TRL narrows the masters of a quantized model before a checkpoint is loaded
+        if isinstance(module, MasterParameters):
+            module.widen()
+    masters = {
+        f"{name}.single_layer_params.{adapter_name}.{key}": parameter
+        for name, module in modules.items()
+        if isinstance(module, SingleLayerLayer) and adapter_name in module.single_layer_params
+        for key, parameter in module.single_layer_params[adapter_name].items()
+    }
+    full_names = {_file_key(BaseTuner._remove_adapter_name_from_key(name, adapter_name)): name for name in masters}
+    remapped = {full_names.get(_file_key(key), key): tensor for key, tensor in state_dict.items()}
+    # What else PEFT saves: `modules_to_save`, and embeddings that were resized.
+    getters: list[Any] = [getattr(model, f"get_{kind}_embeddings", None) for kind in ("input", "output")]
+    embeddings = [getter() for getter in getters if getter is not None]
+    others = tuple(
+        _file_key(f"{name}.")
+        for name, module in modules.items()
+        if isinstance(module, AuxiliaryTrainingWrapper) or any(module is e for e in embeddings)
+    )
+    given = {key for key in remapped if key in masters or not _file_key(key).startswith(others)}
+    for what, names in (("lacks", masters.keys() - given), ("has unknown", given - masters.keys())):
+        if names:
+            raise ValueError(
+                f"the adapter {what} {len(names)} tensor(s), for example {printable(min(names))}: "
+                "it was made for another base model or is incomplete."
+            )
+    for name, master in masters.items():
+        tensor = remapped[name]
+        if tensor.shape != master.shape:
+            raise ValueError(
+                f"the adapter's {name} has shape {tuple(tensor.shape)} and the model's {tuple(master.shape)}: "
+                "it was made for another base model."
+            )
+        if not torch.isfinite(tensor).all():
+            raise ValueError(f"the adapter's {name} holds NaN or Inf.")
+        remapped[name] = tensor.to(master.dtype)
+    return remapped
+
+
+def _restore_sparse(
     model: Any, config: SingleLayerConfig, adapter_name: str, state_dict: dict[str, torch.Tensor]
 ) -> dict[str, torch.Tensor]:
     """Exchange the sparse tensors in `state_dict` for dense ones, in the base's dtype; a dense one comes back as it is.
@@ -72,41 +126,47 @@ def restore_sparse(
     for name, group in groups.items():
         layer, parameter_name = layers[name]
         parameter = dict(layer._own())[parameter_name]
-        with layer._whole():
-            if is_quantized(parameter) and not config._allow_other_base:
+        with layer._gathered():
+            if is_quantized(parameter) and not config.allow_other_base:
                 raise encoding.other_base(f"it is quantized ({type(parameter).__name__} of {parameter.dtype})", found)
             base = layer._base_weights()[parameter_name]
             if base.is_meta:
                 raise ValueError(f"the base's {name} is on the meta device; load the base's weights first.")
             parts = {suffix: state_dict[key] for suffix, key in group.items()}
-            value = encoding.restore(name, parts, base, config._allow_other_base, found)
+            value = encoding.restore(name, parts, base, config.allow_other_base, found)
         suffix, key = next(iter(group.items()))
         restored[key.removesuffix(f".{suffix}")] = value
-    if not config._allow_other_base and (difference := encoding.other_config(found)):
+    if not config.allow_other_base and (difference := encoding.other_config(found)):
         warnings.warn(difference, stacklevel=2)
     return restored
 
 
-def read_through_transformers(model: nn.Module, adapter_name: str, remap: Remap) -> None:
-    """Have the next `model.load_adapter` of transformers decode the file; PEFT's remapping does not run there.
+def intercept_transformers(model: nn.Module, adapter_name: str) -> None:
+    """Have the next `model.load_adapter` of transformers load what `loadable_state_dict` makes of the file.
 
-    transformers' loader takes keys one by one, so the file cannot be decoded inside it. The attribute on the instance
-    is in effect for one call and is removed by `forget` where PEFT loads instead.
+    transformers' loader takes keys one by one, so the sparse encoding cannot be decoded inside it. The attribute on
+    the instance is in effect for one call and is removed by `stop_intercepting` where PEFT loads instead.
     """
-    setattr(model, LOADER, functools.partial(_load_pretrained_model, adapter_name, remap))
+    setattr(model, LOADER, functools.partial(_load_pretrained_model, adapter_name))
 
 
-def forget(model: nn.Module) -> None:
-    """Undo `read_through_transformers` on a model and all within."""
+def stop_intercepting(model: nn.Module) -> None:
+    """Undo `intercept_transformers` on a model and all within."""
     for module in model.modules():
         vars(module).pop(LOADER, None)
 
 
-def _load_pretrained_model(adapter_name: str, remap: Remap, *, model: Any, **kwargs: Any) -> Any:
+def _load_pretrained_model(adapter_name: str, *, model: Any, **kwargs: Any) -> Any:
     state_dict, files = kwargs["state_dict"], kwargs["checkpoint_files"]
     if state_dict is None and all(str(file).endswith(".safetensors") for file in files):
         state_dict = {key: tensor for file in files for key, tensor in load_file(file).items()}
-    forget(model)
+    stop_intercepting(model)
     if state_dict is not None:
-        kwargs["state_dict"] = remap(model, model.peft_config[adapter_name], adapter_name, state_dict)
+        kwargs["state_dict"] = loadable_state_dict(model, model.peft_config[adapter_name], adapter_name, state_dict)
     return getattr(model, LOADER)(model=model, **kwargs)
+
+
+def _file_key(name: str) -> str:
+    """A tensor's name apart from what depends on how the model is wrapped: PEFT's prefix, and the `base_layer` that
+    the wrapper of a composite module puts before its children."""
+    return name.removeprefix("base_model.model.").replace(".base_layer.", ".")

@@ -1,19 +1,136 @@
 """One batch whose rows take different adapters: PEFT's `adapter_names`, for inference.
 
 A module that adapters are on gets the rows of each adapter separately and puts the results back in order; everything
-else runs once for all rows. Knows nothing of weights.
+else runs once for all rows.
 """
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
 
 import torch
+from peft.tuners.tuners_utils import BaseTuner
+from peft.utils.other import AuxiliaryTrainingWrapper
+from transformers import Cache
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
+from .stack import text_config
+
+if TYPE_CHECKING:
+    from .layer import SingleLayerLayer
+
 BASE = "__base__"  # PEFT's name for the base model without an adapter
+
+
+@contextmanager
+def row_adapters(tuner: BaseTuner, names: list[str], args: tuple, kwargs: dict[str, Any]) -> Iterator[None]:
+    """Have row i of the batches that `tuner` is called with take the adapter `names[i]`.
+
+    Args:
+        tuner: of single-layer adapters.
+        names: of adapters, or `BASE` for none.
+        args, kwargs: of the call of the model or of its `generate`.
+
+    Raises:
+        ValueError: in training mode, while adapters are merged, for names that do not exist, or not one per row.
+    """
+    layers = [module for module in tuner.modules() if isinstance(module, tuner.tuner_layer_cls)]
+    if tuner.training:
+        raise ValueError("Cannot pass `adapter_names` when the model is in training mode; call eval() first.")
+    if any(layer.merged for layer in layers):
+        raise ValueError(
+            "Cannot pass `adapter_names` when there are merged adapters, please call `unmerge_adapter` first."
+        )
+    if unknown := sorted(set(names) - {BASE} - set(tuner.peft_config)):
+        raise ValueError(
+            f"Trying to infer with non-existing adapter(s): {', '.join(unknown)}; the model has "
+            f"{', '.join(tuner.peft_config)}, and {BASE} stands for none."
+        )
+
+    def check_length(rows: int | None) -> None:
+        if rows not in (None, len(names)):
+            raise ValueError(
+                "Length of `adapter_names` should be the same as the number of inputs, but got "
+                f"{len(names)} names for a batch of {rows} rows."
+            )
+
+    handles = []
+    rows = batch_size(args, kwargs, plain=text_config(tuner.model) is None)
+    check_length(rows)
+    if rows is None:  # PeftModelForCausalLM.forward keeps the inputs to itself
+        handles.append(
+            tuner.model.register_forward_pre_hook(
+                lambda _, args, kwargs: check_length(batch_size(args, kwargs)), with_kwargs=True
+            )
+        )
+    for module in tuner.modules():
+        if isinstance(module, AuxiliaryTrainingWrapper):
+            handles.append(
+                module.register_forward_pre_hook(
+                    lambda _, args, kwargs: (args, {**kwargs, "adapter_names": list(names)}), with_kwargs=True
+                )
+            )
+    try:
+        for layer in layers:
+            layer.row_adapters = list(names)
+        yield
+    finally:
+        for layer in layers:
+            layer.row_adapters = None
+        for handle in handles:
+            handle.remove()
+
+
+def rows_by_adapter(layer: SingleLayerLayer) -> dict[str, list[int]]:
+    """Which entries of `layer.row_adapters` take each adapter; those whose adapter is elsewhere take the base."""
+    rows: dict[str, list[int]] = {}
+    for row, name in enumerate(layer.row_adapters or []):
+        rows.setdefault(name if name in layer.single_layer_params else BASE, []).append(row)
+    return rows
+
+
+def adapter_of_all_rows(layer: SingleLayerLayer) -> list[str]:
+    """The one adapter that all rows take; RuntimeError if they take several."""
+    names = list(rows_by_adapter(layer))
+    if len(names) > 1:
+        raise RuntimeError(
+            f"this model reads a weight of {type(layer.base_layer).__name__} without calling it, so the rows of one "
+            "batch cannot take different adapters; run them as one batch for each adapter."
+        )
+    return names
+
+
+def run_by_adapter(layer: SingleLayerLayer, method: str, args: tuple, kwargs: dict[str, Any]) -> Any:
+    """Call a method of the base layer once for the rows of each adapter; wrapped modules inside it see the same."""
+    caches = [value for value in (*args, *kwargs.values()) if isinstance(value, Cache)]
+    cache = CacheRows(caches[0], layer.base_layer.layer_idx) if caches else None
+    names = layer.row_adapters or []
+    total = leading_dimension([*args, *kwargs.values()])
+    repeats, rest = divmod(total, len(names))
+    if rest:
+        raise ValueError(f"adapter_names has {len(names)} names for a batch of {total} rows; give one name a row.")
+    inside = [module for module in layer.modules() if isinstance(module, type(layer))]
+    results, rows = [], []
+    try:
+        for entries in rows_by_adapter(layer).values():
+            rows.append(index := row_numbers(entries, repeats))
+            for module in inside:
+                module.row_adapters = [names[entry] for entry in entries]
+            if cache is not None:
+                cache.take(index)
+            some = take_rows([list(args), list(kwargs.values())], index, total)
+            results.append(layer._run(method, *some[0], **dict(zip(kwargs, some[1], strict=True))))
+    finally:
+        for module in inside:
+            module.row_adapters = names
+        if cache is not None:
+            cache.restore()
+    if cache is not None:
+        cache.join(rows)
+    return join_rows(results, rows)
 
 
 def batch_size(args: tuple, kwargs: dict[str, Any], plain: bool = False) -> int | None:

@@ -34,7 +34,7 @@ def unsupported_quantization(name: str, tensor: torch.Tensor) -> bool:
     return isinstance(tensor, nn.Parameter) and (not tensor.is_floating_point() or tensor.dtype.itemsize < 2)  # float8
 
 
-def dense(module: nn.Module, tensor: torch.Tensor) -> torch.Tensor:
+def dequantized(module: nn.Module, tensor: torch.Tensor) -> torch.Tensor:
     """The values of `module`'s own parameter `tensor` as a plain tensor; the tensor itself where it is not quantized.
 
     A bitsandbytes weight keeps its shape (out_features, in_features) only in its quantization state.

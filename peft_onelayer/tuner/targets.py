@@ -1,7 +1,4 @@
-"""What of a block is trained: checks the block and picks modules in it by `target_modules`.
-
-Knows nothing of adapters' weights.
-"""
+"""Which modules of a block are trained: refuses blocks that cannot be, and picks by `target_modules`."""
 
 from __future__ import annotations
 
@@ -41,43 +38,46 @@ def check_blocks(model: nn.Module, stack: DecoderStack, indices: list[int], conf
             others = [n for n in everywhere[id(parameter)] if n != prefix + name]
             if others:
                 raise ValueError(
-                    f"{prefix}{name} is shared with {others[0]}; training one layer of a model whose layers share "
+                    f"{prefix}{name} is shared with {others[0]}; training one block of a model whose blocks share "
                     "parameters would change the other one too."
                 )
 
 
-def check_targets(stack: DecoderStack, indices: list[int], config: SingleLayerConfig) -> None:
-    """Every entry of `target_modules` must name something in the block: a typo must not shrink what trains."""
-    if config.target_modules is None:
-        return
-    modules = [(prefix, path) for prefix, path, _ in targetable(stack, indices)]
-    whole = isinstance(config.target_modules, str)
-    for target in [config.target_modules] if isinstance(config.target_modules, str) else config.target_modules:
-        if not any(matches(target, path, whole, prefix) for prefix, path in modules):
-            raise ValueError(
-                f"target_modules entry {target!r} matches nothing in layer {', '.join(map(str, indices))}; "
-                f"its modules are {', '.join(dict.fromkeys(path for _, path in modules))}."
-            )
+def target_names(stack: DecoderStack, indices: list[int], config: SingleLayerConfig) -> set[str]:
+    """The names in the unwrapped model of the modules to train.
+
+    Raises:
+        ValueError: an entry of `target_modules` names nothing in the blocks: a typo must not shrink what trains.
+    """
+    chosen = modules = [(prefix, path) for prefix, path, _ in targetable(stack, indices)]
+    targets = config.target_modules
+    if targets is not None:
+        chosen, whole = [], isinstance(targets, str)
+        for target in [targets] if isinstance(targets, str) else targets:
+            found = [(prefix, path) for prefix, path in modules if matches(target, path, whole, prefix)]
+            if not found:
+                raise ValueError(
+                    f"target_modules entry {target!r} matches nothing in block {', '.join(map(str, indices))}; "
+                    f"its modules are {', '.join(dict.fromkeys(path for _, path in modules))}."
+                )
+            chosen += found
+    saved_whole = [re.compile(rf"(^|.*\.){name}($|\..*)") for name in config.modules_to_save or []]
+    names = {prefix + path for prefix, path in chosen}
+    return {name for name in names if not any(pattern.match(name) for pattern in saved_whole)}
 
 
 def targetable(stack: DecoderStack, indices: list[int]) -> list[tuple[str, str, nn.Module]]:
     """The modules of the blocks with parameters of their own: name of the block with a dot, path inside, module.
 
-    The same whether or not an earlier adapter has wrapped them.
+    Names and modules are the same whether or not an earlier adapter has wrapped the modules.
     """
     return [
         (f"{stack.name}.{index}.", re.sub(r"\.base_layer(?=\.|$)", "", path), module)
         for index in indices
         for path, module in stack.blocks[index].named_modules()
         if path and not isinstance(module, SingleLayerLayer) and "single_layer_params" not in path
-        if owns_parameters(module)
+        if any(True for _ in module.parameters(recurse=False))
     ]
-
-
-def owns_parameters(module: nn.Module) -> bool:
-    """Whether parameters are registered on `module` itself, or on the one it wraps."""
-    base = module.get_base_layer() if isinstance(module, SingleLayerLayer) else module
-    return any(True for _ in base.parameters(recurse=False))
 
 
 def matches(target: str, path: str, whole: bool, prefix: str) -> bool:

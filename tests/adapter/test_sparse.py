@@ -169,7 +169,7 @@ WRONG = {
         r"is float16 and was bfloat16 in training",
     ),
     "shape": (lambda base: build(dtype=BF16, intermediate_size=64), r"mlp\.\w+\.weight has shape \[\d+, \d+\], not"),
-    "depth": (lambda base: build(dtype=BF16, num_layers=6), "made for a model of 4 layers and this one has 6"),
+    "depth": (lambda base: build(dtype=BF16, num_layers=6), "made for a model of 4 blocks and this one has 6"),
     "family": (lambda base: build("Llama", dtype=BF16), r"differ in 2 tensor\(s\), for example .*k_norm"),
 }
 ENTRANCES = {

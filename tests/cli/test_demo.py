@@ -10,7 +10,7 @@ from peft import AutoPeftModelForCausalLM
 from safetensors.torch import load_file
 
 import peft_onelayer  # noqa: F401  registers the method, in whatever process this file runs
-from onelayer_cli import demo
+from peft_onelayer.runs import demo
 
 
 def run(folder, *arguments):

@@ -244,7 +244,7 @@ def test_an_adapter_that_does_not_fit(onelayer, adapters, tmp_path, name, messag
         ([FOLDER, "--task", "sort", "--temperature", "0"], 1, "must be above 0"),
         ([FOLDER, "--task", "sort", "--out", "no/such/e.json"], 1, "does not exist"),
         ([FOLDER, "--task", "sort", "--out", "."], 1, "is a folder"),
-        ([FOLDER, "--task", "sort", "--out", __file__], 1, "is no earlier evaluation"),
+        ([FOLDER, "--task", "sort", "--out", __file__], 1, "exists and is another file"),
         ([FOLDER, "--task", "sort", "--problems", "0"], 2, "--problems"),
         ([FOLDER, "--task", "sort", "--samples", "-1"], 2, "--samples"),
         ([FOLDER, "--task", "sort", "--batch-size", "0"], 2, "--batch-size"),

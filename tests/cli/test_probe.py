@@ -23,8 +23,10 @@ def test_a_race_prints_and_writes_its_ranking(onelayer, tmp_path):
         assert word in out
     (command,) = (line for line in out.splitlines() if line.startswith("Train it: "))
     arguments = shlex.split(command.removeprefix("Train it: "))
-    assert arguments[:2] == ["onelayer", "train"] and arguments[arguments.index("--layer") + 1] == ranking.choice
-    assert f"learning_rate={ranking.recommended_rate:.2g}" in arguments and "beta=0" in arguments
+    assert arguments[:2] == ["onelayer", "train"] and arguments[arguments.index("--layer") + 1] == ",".join(
+        map(str, ranking.choice)
+    )
+    assert f"learning_rate={ranking.choice_learning_rate!r}" in arguments and "beta=0" in arguments
     assert arguments.count("--set") == 3
     # and train takes it
     code, lines, _ = onelayer(*arguments[1:-2], "--steps", "1", "--out", tmp_path / "run")

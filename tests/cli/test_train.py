@@ -163,7 +163,7 @@ def test_auto_with_nothing_to_learn_from_takes_mid_5(train, tmp_path):
     (tmp_path / "prompts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     data = ["--dataset", tmp_path / "prompts.jsonl", "--reward", f"{tmp_path / 'hard.py'}:reward"]
     run, _ = train("train", BASE, *data, "--steps", "8", *FAST, "--set", "max_completion_length=5")
-    assert run["layers"] == [3, 4, 5, 6, 7] and "nothing to rank by, so mid-5" in run["why"]
+    assert run["layers"] == [3, 4, 5, 6, 7] and "nothing to rank by, so blocks 3, 4, 5, 6, 7: " in run["why"]
 
 
 @pytest.mark.parametrize("algorithm", ["dpo", "kto"])

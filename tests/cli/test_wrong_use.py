@@ -16,7 +16,7 @@ import models
 @pytest.mark.parametrize(
     ("arguments", "code", "message"),
     [
-        (["demo", "--layer", "99"], 1, "layer='99' is out of range: the model has 12 layers"),
+        (["demo", "--layer", "99"], 1, "layer='99' is out of range: the model has 12 blocks"),
         (["demo", "--layer", "-13"], 1, "layer='-13' is out of range"),
         (["demo", "--layer", "middel"], 1, 'did you mean "middle"?'),
         (["demo", "--layer", "3-1"], 1, "empty range"),

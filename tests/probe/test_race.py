@@ -9,15 +9,36 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+from peft_onelayer.probe.outcome import measured_rounds
 from peft_onelayer.probe.probe import probe_layers
-from peft_onelayer.probe.race import BudgetError, NothingToLearnError, _measured, _Race, race
+from peft_onelayer.probe.race import BudgetError, NothingToLearnError, _Race, race, stream_seed
+from peft_onelayer.probe.settings import DEFAULT_SETTINGS
 from peft_onelayer.probe.updates import Candidate
 from peft_onelayer.records.ranking import LayerRanking
-from peft_onelayer.rl.recipe import Recipe, demo_recipe
-from peft_onelayer.rl.training import train_layer
+from peft_onelayer.rl.recipe import LEARNING_RATE, Recipe, demo_recipe, make_recipe
+from peft_onelayer.rl.training import completions_per_step, train_layer
 from peft_onelayer.tasks import Task, load_task
 
 ARITHMETIC = load_task("arithmetic")
+
+
+def demo_race(task=ARITHMETIC, training_steps=150, rank=race, **options):
+    """A race on the demo model for a run of the demo's recipe."""
+    model, tokenizer = demo_model.load()
+    recipe = demo_recipe(task, training_steps)
+    return rank(model, tokenizer, task, training_steps=training_steps, recipe=recipe, **options)
+
+
+def luck():
+    """A task whose rewards come from a stream of random numbers."""
+    stream = random.Random(0)
+    return Task(
+        name="luck",
+        rows=ARITHMETIC.rows,
+        reward=lambda completions, **_: [float(stream.random() < 0.3) for _ in completions],
+        max_completion_tokens=5,
+        data={},
+    )
 
 
 @pytest.fixture(scope="module")
@@ -30,6 +51,7 @@ def default():
         model,
         tokenizer,
         ARITHMETIC,
+        recipe=demo_recipe(ARITHMETIC, 150),
         budget=0.1,
         on_candidate=lambda number, layer, spent: turns.append((number, layer, spent)),
     )
@@ -56,8 +78,7 @@ def test_it_ranks_every_block_and_leaves_the_model_as_it_was(default):
 
 def test_the_same_seed_gives_the_same_ranking(default):
     ranking, *_ = default
-    model, tokenizer = demo_model.load()
-    again = probe_layers(model, tokenizer, ARITHMETIC, budget=0.1)
+    again = demo_race(rank=probe_layers, budget=0.1)
     assert again.scores == ranking.scores and again.rounds == ranking.rounds and again.pick == ranking.pick
     assert {k: v for k, v in again.cost.items() if k != "seconds"} == {
         k: v for k, v in ranking.cost.items() if k != "seconds"
@@ -66,8 +87,7 @@ def test_the_same_seed_gives_the_same_ranking(default):
 
 @pytest.mark.parametrize(("budget", "steps"), [(0.05, 150), (0.1, 150), (0.2, 60)])
 def test_it_spends_no_more_than_its_budget(budget, steps):
-    model, tokenizer = demo_model.load()
-    ranking = race(model, tokenizer, load_task("sort"), budget=budget, training_steps=steps, layers=[1, 5, 9])
+    ranking = demo_race(load_task("sort"), steps, budget=budget, layers=[1, 5, 9])
     assert 0 < ranking.cost["share"] <= budget
     assert sorted(ranking.order) == [1, 5, 9]
     # the share is of a run of 24 x 8 completions of 9 tokens to prompts of 10, which the trainer counts together
@@ -78,43 +98,39 @@ def test_it_spends_no_more_than_its_budget(budget, steps):
 
 def test_the_share_is_of_what_a_run_counts():
     """The same tokens that TRL counts in a run of the demo's recipe."""
-    model, tokenizer = demo_model.load()
-    ranking = race(model, tokenizer, ARITHMETIC, budget=0.05, training_steps=100)
+    ranking = demo_race(budget=0.05, training_steps=100)
     recipe = demo_recipe(ARITHMETIC, 3)
-    run = train_layer(demo_model.load()[0], tokenizer, ARITHMETIC, 5, steps=3, seed=0, recipe=recipe)
+    run = train_layer(*demo_model.load(), ARITHMETIC, 5, steps=3, seed=0, recipe=recipe)
     per_step = (run.tokens_generated + run.tokens_trained) / 3
     spent = ranking.cost["tokens_generated"] + ranking.cost["tokens_trained"]
     assert spent / (100 * per_step) == pytest.approx(ranking.cost["share"], rel=0.02)
 
 
 def test_a_budget_too_small_says_what_it_needs():
-    model, tokenizer = demo_model.load()
     with pytest.raises(BudgetError, match=r"a budget of 0\.1 of a run .* allow (at least|about) "):
-        race(model, tokenizer, ARITHMETIC, budget=0.1, training_steps=2)
+        demo_race(budget=0.1, training_steps=2)
     with pytest.raises(BudgetError, match="no room for a round"):
-        race(model, tokenizer, ARITHMETIC, budget=0.002)
-    fallen_back = probe_layers(model, tokenizer, ARITHMETIC, budget=0.1, training_steps=2)
+        demo_race(budget=0.002)
+    fallen_back = demo_race(rank=probe_layers, budget=0.1, training_steps=2)
     assert fallen_back.method == "prior" and fallen_back.pick == 5 and fallen_back.cost["share"] == 0
     assert fallen_back.fallback.startswith("a budget of 0.1 of a run that generates 384 completions has no room")
-    fallen_back = probe_layers(model, tokenizer, ARITHMETIC, budget=0.002)
+    fallen_back = demo_race(rank=probe_layers, budget=0.002)
     assert fallen_back.method == "prior" and 0 < fallen_back.cost["share"] <= 0.002  # it had a look at the base
 
 
 def test_a_later_round_in_which_nobody_had_a_turn(monkeypatch):
-    run = _Race.run
+    give_turns = _Race._give_turns
 
-    def only_the_first(self, current, *rest):
+    def only_in_the_first(self, current, layers):
         if current.number == 0:
-            run(self, current, *rest)
+            give_turns(self, current, layers)
 
-    monkeypatch.setattr(_Race, "run", only_the_first)
-    model, tokenizer = demo_model.load()
-    ranking = race(model, tokenizer, ARITHMETIC, budget=0.05, layers=[1, 5, 9])
+    monkeypatch.setattr(_Race, "_give_turns", only_in_the_first)
+    ranking = demo_race(budget=0.05, layers=[1, 5, 9])
     assert sorted(ranking.order) == [1, 5, 9] and all(len(rounds) == 1 for rounds in ranking.rounds.values())
 
 
 def test_rewards_that_teach_nothing():
-    model, tokenizer = demo_model.load()
     hopeless = Task(
         name="hopeless",
         rows=ARITHMETIC.rows,
@@ -123,30 +139,43 @@ def test_rewards_that_teach_nothing():
         data={},
     )
     with pytest.raises(NothingToLearnError, match=r"equal for each of \d+ prompts of hopeless \(mean 0\.00\)"):
-        race(model, tokenizer, hopeless, budget=0.02)
+        demo_race(hopeless, budget=0.02)
 
 
 def test_nothing_is_picked_where_nothing_can_be_learnt():
-    """Rewards from a stream of random numbers."""
-    model, tokenizer = demo_model.load()
-    stream = random.Random(0)
-    luck = Task(
-        name="luck",
-        rows=ARITHMETIC.rows,
-        reward=lambda completions, **_: [float(stream.random() < 0.3) for _ in completions],
-        max_completion_tokens=5,
-        data={},
-    )
-    ranking = race(model, tokenizer, luck, budget=0.1)
-    assert ranking.pick is None and ranking.choice == "mid-5"
+    ranking = demo_race(luck(), budget=0.1)
+    assert ranking.pick is None and ranking.choice == [3, 4, 5, 6, 7]  # mid-5
+    assert ranking.choice_learning_rate == ranking.learning_rate == 3e-3
     assert len(ranking.tied) > 6
 
 
-def test_fewer_than_two_blocks_are_no_choice():
+def test_nothing_is_picked_among_fewer_than_five_blocks():
+    """There is no mid-5 then: the choice is the first block of the order."""
     model, tokenizer = demo_model.load()
+    del model.model.layers[4:]
+    model.config.num_hidden_layers = 4
+    model.config.layer_types = model.config.layer_types[:4]
+    task = luck()
+    ranking = race(model, tokenizer, task, budget=0.1, recipe=demo_recipe(task, 150))
+    assert ranking.num_layers == 4 and sorted(ranking.order) == [0, 1, 2, 3]
+    assert ranking.pick is None and ranking.choice == ranking.order[:1]
+
+
+def test_the_recipe_is_by_default_that_of_the_commands():
+    """GRPO with TRL's batch and the paper's learning rate, not the demo's."""
+    model, tokenizer = demo_model.load()
+    ranking = probe_layers(model, tokenizer, ARITHMETIC, method="race", budget=0.9, layers=[2, 5, 9])
+    assert ranking.learning_rate == LEARNING_RATE
+    spent = ranking.cost["tokens_generated"] + ranking.cost["tokens_trained"]
+    config = make_recipe("grpo", ARITHMETIC).config(output_dir="unused")
+    one_run = 150 * completions_per_step(config) * (5 + 14)  # tokens of a completion; with its prompt
+    assert spent / one_run == pytest.approx(ranking.cost["share"], rel=0.03)
+
+
+def test_fewer_than_two_blocks_are_no_choice():
     with pytest.raises(ValueError, match=r"nothing to choose: of 12 blocks only \[3\]"):
-        probe_layers(model, tokenizer, ARITHMETIC, layers=3)
-    two = probe_layers(model, tokenizer, ARITHMETIC, layers=[3, 8], budget=0.05)
+        demo_race(rank=probe_layers, layers=3)
+    two = demo_race(rank=probe_layers, layers=[3, 8], budget=0.05)
     assert sorted(two.order) == [3, 8]
 
 
@@ -167,7 +196,7 @@ def test_a_block_damaged_on_purpose_is_found():
     assert isinstance(strong, type(AutoModelForCausalLM.from_config(model.config)))
     with torch.no_grad():
         strong.model.layers[8].mlp.down_proj.weight.mul_(-1.2)
-    ranking = race(strong, tokenizer, ARITHMETIC, budget=0.25)
+    ranking = race(strong, tokenizer, ARITHMETIC, budget=0.25, recipe=demo_recipe(ARITHMETIC, 150))
     assert ranking.pick is not None and ranking.pick in (7, 8, 9)
     assert 8 in ranking.tied and 0 not in ranking.tied
 
@@ -176,7 +205,7 @@ def test_gains_get_the_covariance_of_their_prompts():
     candidates = {2: Candidate(2, 1.0), 5: Candidate(5, 1.0)}
     candidates[2].gains[0], candidates[5].gains[0] = [0.0, 0.5, 1.0, 0.5], [0.25, 0.75, 1.0]
     candidates[5].gains[1] = [1.0]  # alone in its round: nothing to compare with
-    (only,) = _measured(candidates)
+    (only,) = measured_rounds(candidates, DEFAULT_SETTINGS)
     assert only.layers == [2, 5] and only.updates == 4
     assert only.gains.tolist() == [0.5, pytest.approx(2 / 3)]  # the prompts that both had
     a, b = [0.0, 0.5, 1.0], [0.25, 0.75, 1.0]
@@ -191,8 +220,14 @@ def test_few_prompts_leave_no_combination_of_gains_without_noise():
     candidates = {k: Candidate(k, 1.0) for k in range(8)}
     for candidate in candidates.values():
         candidate.gains[0] = [stream.choice((0.0, 0.125, 0.25)) for _ in range(8)]
-    (only,) = _measured(candidates)
+    (only,) = measured_rounds(candidates, DEFAULT_SETTINGS)
     variances = [float(v) for v in only.covariance.diagonal()]
     assert np.linalg.eigvalsh(only.covariance)[0] > 0.1 * min(variances)
     gains = np.array([candidates[k].gains[0] for k in range(8)])
     assert np.linalg.eigvalsh(np.cov(gains) / 8)[0] < 1e-6 * min(variances)  # as the prompts alone would have it
+
+
+def test_streams_of_random_numbers_do_not_collide():
+    names = [f"{what}, {stream}" for what in ("prompts", "sampling") for stream in ("base 0", "base 1", "round 0")]
+    seeds = [stream_seed(seed, name) for seed in range(2000) for name in [*names, "order, round 0"]]
+    assert len(set(seeds)) > 0.9999 * len(seeds) and min(seeds) >= 0 and max(seeds) < 2**31

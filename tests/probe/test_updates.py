@@ -7,16 +7,16 @@ import pytest
 import torch
 
 from models import FAMILIES, build
+from peft_onelayer.probe.batch import Batch, graded_batch
 from peft_onelayer.probe.updates import (
     LEAST_KL,
     MOST_KL,
-    Batch,
     Candidate,
-    at_work,
-    graded_batch,
+    batch_starting_at,
     log_probabilities,
-    start_at,
-    trainable,
+    most_tokens,
+    trainable_parameters,
+    trained_candidate,
     update,
 )
 from peft_onelayer.rollouts.sampling import Rollout
@@ -73,11 +73,12 @@ def test_updates_are_clipped_adamw_steps(batch):
     """Two steps, the first scaled to the KL allowed, equal the same in a plain loop bit for bit."""
     model, _ = demo_model.load()
     old = log_probabilities(model, batch).detach()
-    given = replace(batch, old=old)
+    given = replace(batch, old_logps=old)
     candidate = Candidate(5, 1e-3)
-    with at_work(model, candidate) as wrapped:
+    with trained_candidate(model, candidate) as wrapped:
         tokens = update(wrapped, candidate, given, steps=2, size=len(batch), micro_batch=len(batch))
     assert tokens == 2 * batch.tokens + batch.part(slice(0, 16)).tokens
+    assert tokens <= most_tokens(Candidate(5, 1e-3), given, steps=2, size=len(batch))
 
     plain, _ = demo_model.load()
     plain.requires_grad_(False)
@@ -113,13 +114,13 @@ def test_updates_are_clipped_adamw_steps(batch):
 @pytest.mark.parametrize("layer", [0, 11])
 def test_the_first_update_moves_the_policy_by_neither_too_much_nor_too_little(batch, layer, rate):
     model, _ = demo_model.load()
-    given = replace(batch, old=log_probabilities(model, batch).detach())
+    given = replace(batch, old_logps=log_probabilities(model, batch).detach())
     candidate = Candidate(layer, rate)
-    with at_work(model, candidate) as wrapped, torch.no_grad():
+    with trained_candidate(model, candidate) as wrapped, torch.no_grad():
         with torch.enable_grad():
             update(wrapped, candidate, given, steps=1, size=len(batch), micro_batch=len(batch))
         few = given.part(slice(0, 16))
-        change = few.old - log_probabilities(wrapped, few)
+        change = few.old_logps - log_probabilities(wrapped, few)
         kl = (((torch.exp(-change) - 1 + change) * few.generated).sum(1) / few.generated.sum(1)).mean()
     # scaling assumes that the KL grows with the square of the step
     assert LEAST_KL / 2 < kl < 2 * MOST_KL
@@ -129,12 +130,12 @@ def test_the_first_update_moves_the_policy_by_neither_too_much_nor_too_little(ba
 def test_a_turn_leaves_the_model_as_it_was_and_the_next_goes_on(batch):
     model, _ = demo_model.load()
     before = {name: p.clone() for name, p in model.named_parameters()}
-    given = replace(batch, old=log_probabilities(model, batch).detach())
+    given = replace(batch, old_logps=log_probabilities(model, batch).detach())
     once, twice = Candidate(3, 1e-3), Candidate(3, 1e-3)
-    with at_work(model, once) as wrapped:
+    with trained_candidate(model, once) as wrapped:
         update(wrapped, once, given, steps=2, size=len(batch), micro_batch=len(batch))
     for _ in range(2):
-        with at_work(model, twice) as wrapped:
+        with trained_candidate(model, twice) as wrapped:
             update(wrapped, twice, given, steps=1, size=len(batch), micro_batch=len(batch))
     assert all(torch.equal(a, b) for a, b in zip(once.weights, twice.weights, strict=True))
     assert {name for name, _ in model.named_parameters()} == before.keys()
@@ -147,7 +148,7 @@ def test_micro_batches_add_up(batch):
         model, _ = demo_model.load()
         before = [p.detach().clone() for p in model.model.layers[4].parameters()]
         candidate = Candidate(4, 1e-3)
-        with at_work(model, candidate) as wrapped:
+        with trained_candidate(model, candidate) as wrapped:
             update(wrapped, candidate, batch, steps=1, size=len(batch), micro_batch=micro)
         changes = [after - p for after, p in zip(candidate.weights, before, strict=True)]
         steps.append(torch.cat([c.flatten() for c in changes]) / candidate.learning_rate)
@@ -164,14 +165,17 @@ def test_a_pass_from_a_block_equals_a_whole_one(family):
     batch = Batch(ids, torch.ones_like(ids), torch.ones(6, 4, dtype=torch.bool), torch.randn(6, generator=draw))
     started = batch
     for layer in (1, 2, 3):
-        started = start_at(model, started, layer, micro_batch=6)
-        assert started.entering is not None and started.entering.layer == layer
+        whole_passes = 0 if started.start else batch.tokens
+        started, tokens = batch_starting_at(model, started, layer, micro_batch=6)
+        assert tokens <= most_tokens(Candidate(layer, 1e-3), batch, steps=1, size=6)
+        assert tokens == whole_passes + 2 * batch.part(slice(0, 2)).tokens
+        assert started.start is not None and started.start.layer == layer
         candidate = Candidate(layer, 1e-3)
-        with at_work(model, candidate) as wrapped:
+        with trained_candidate(model, candidate) as wrapped:
             gradients = []
             for given in (batch, started):
                 logps = log_probabilities(wrapped, given)
-                gradients.append((logps, torch.autograd.grad(logps.sum(), trainable(wrapped))))
+                gradients.append((logps, torch.autograd.grad(logps.sum(), trainable_parameters(wrapped))))
         (whole, a), (part, b) = gradients
         assert torch.equal(whole, part)
         assert all(torch.equal(x, y) for x, y in zip(a, b, strict=True))

@@ -1,10 +1,13 @@
+"""The layer profile: one type for a probe, a sweep and a paper; files of each kind, and what is refused."""
+
 import json
 from dataclasses import replace
+from importlib.resources import files
 from pathlib import Path
 
 import pytest
 
-from peft_onelayer.records.ranking import LayerRanking
+from peft_onelayer.records.ranking import LayerRanking, Sweep
 
 OLD = Path(__file__).with_name("old")
 
@@ -23,43 +26,85 @@ RANKING = LayerRanking(
     task="arithmetic",
     seed=0,
 )
+COMMON = {
+    *("format", "model", "revision", "num_layers", "method", "scores", "errors", "order", "tied", "pick"),
+    *("learning_rate", "cost", "task", "seed", "learning_rates", "expected", "rounds", "fallback"),
+}
+SWEEP = replace(RANKING, method="sweep", sweep=Sweep([0.4, None, 1.1], base=0.2, full=0.5, undefined=None))
 
 
 def test_json_round_trip_with_the_documented_fields():
     assert LayerRanking.from_json(RANKING.to_json()) == RANKING
-    assert json.loads(RANKING.to_json()).keys() == {
-        *("format", "model", "revision", "num_layers", "method", "scores", "errors", "order", "tied", "pick"),
-        *("learning_rate", "cost", "task", "seed", "learning_rates", "expected", "rounds", "fallback"),
-    }
+    assert json.loads(RANKING.to_json()).keys() == COMMON
+    fields = json.loads(SWEEP.to_json())
+    assert LayerRanking.from_json(SWEEP.to_json()) == SWEEP
+    assert fields["format"] == "onelayer-sweep-1" and fields["contribution"] == [0.4, None, 1.1]
+    assert fields["base"] == 0.2 and fields.keys() > COMMON
+
+
+def test_a_published_profile_is_one_too():
+    text = (files("peft_onelayer") / "profiles" / "Qwen--Qwen3-8B-Base.json").read_text()
+    profile = LayerRanking.from_json(text)
+    assert (profile.num_layers, profile.method, profile.pick, profile.choice) == (36, "published", 16, [16])
+    assert profile.worth == profile.scores == profile.sweep.contribution and profile.scores[0] == -0.51
+    assert (profile.sweep.base, profile.sweep.full) == (58.0, 66.5) and not profile.measured
+    assert "2607.01232" in profile.source
+
+
+def test_what_ranks_the_blocks():
+    assert RANKING.worth == RANKING.scores
+    assert SWEEP.worth == [0.4, None, 1.1]
+    assert replace(SWEEP, sweep=replace(SWEEP.sweep, undefined="full equals base")).worth == RANKING.scores
 
 
 @pytest.mark.parametrize(
-    ("text", "message"),
+    ("change", "message"),
     [
-        ("[]", "p.json holds no fields"),
-        ("{}", 'p.json holds no layer profile: its "format" is None'),
-        ('{"format": "onelayer-ranking-1"}', "p.json: model is missing, expected text"),
-        ("nonsense", "p.json is not JSON: Expecting value"),
+        ({"format": "theirs"}, 'its "format" is theirs, expected onelayer-ranking-1, onelayer-sweep-1'),
+        ({"pick": "2"}, "p.json: pick is 2, expected an integer or null"),
+        ({"scores": [0.1, None, "x"]}, "p.json: scores[2] is x, expected a number or null"),
+        ({"scores": [0.1]}, "p.json: scores has 1 entries, expected 3, one per block"),
+        ({"scores": [0.1, None, float("nan")]}, "p.json: scores holds a number that is not finite"),
+        ({"order": [2, 7]}, "p.json: order names a block that is not one of 0 to 2"),
+        ({"num_layers": True}, "p.json: num_layers is True, expected an integer"),
+        ({"bonus": 1}, "p.json: bonus is not known; expected model, revision"),
+        ({"model": None}, "p.json: model is None, expected text"),
     ],
 )
-def test_something_else_is_refused(text, message):
-    with pytest.raises(ValueError, match=message):
+def test_a_wrong_field_is_named(change, message):
+    with pytest.raises(ValueError) as error:
+        LayerRanking.from_json(json.dumps(json.loads(RANKING.to_json()) | change), "p.json")
+    assert message in str(error.value) and "\n" not in str(error.value)
+
+
+def test_a_missing_field_is_named():
+    fields = json.loads(RANKING.to_json())
+    del fields["order"]
+    with pytest.raises(ValueError, match=r"p\.json: order is missing, expected a list of an integer"):
+        LayerRanking.from_dict(fields, "p.json")
+
+
+@pytest.mark.parametrize("text", ["[]", "nonsense", "[" * 100_000, ""])
+def test_something_else_is_refused(text):
+    with pytest.raises(ValueError, match=r"p\.json (is not JSON|holds no fields)"):
         LayerRanking.from_json(text, "p.json")
 
 
-def ranked(**fields):
-    values = {"num_layers": 12, "scores": [0.1] * 12, "errors": [0.01] * 12, "order": [0, 3, 4], "tied": [0], "pick": 0}
+def ranked(num_layers=12, **fields):
+    values = {"num_layers": num_layers, "order": [0, 3, 4, 5], "tied": [0, 3], "pick": 0}
     return replace(RANKING, **{**values, **fields})
 
 
-def test_the_choice_is_the_pick_or_the_middle_blocks_where_nothing_gains():
+def test_the_choice_is_the_pick_or_the_middle():
     assert ranked().choice == [0]
+    assert ranked(expected=0.5).choice == [0]
     assert ranked(pick=None).choice == [3, 4, 5, 6, 7]
-    assert ranked(num_layers=4, pick=None).choice == [0]
-    assert ranked(num_layers=4, pick=None, order=[2, 1]).choice == [2]
+    assert ranked(num_layers=5, pick=None).choice == [0, 1, 2, 3, 4]
+    assert ranked(num_layers=4, pick=None).choice == [0]  # there are no five
+    assert ranked(num_layers=4, pick=3).choice == [3]
 
 
-def test_the_rate_is_that_of_the_pick():
+def test_the_rate_is_that_of_the_choice():
     assert ranked(learning_rates=[1e-4, *[None] * 11]).choice_learning_rate == 1e-4
     assert ranked().choice_learning_rate == 3e-3
     assert ranked(pick=None, learning_rates=[1e-4, *[None] * 11]).choice_learning_rate == 3e-3

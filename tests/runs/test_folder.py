@@ -1,13 +1,13 @@
 """The folder of a run is never taken for something that it is not, and never loses what can be resumed."""
 
 import json
+from dataclasses import replace
 
 import pytest
+from run_records import RECORD
 
-from peft_onelayer.runs.describe import FORMAT, differences
+from peft_onelayer.records.run import RunResults, differences
 from peft_onelayer.runs.folder import RunFolder
-
-RECORD = {"format": FORMAT, "settings": {"seed": 0}}
 
 
 def checkpoint(folder, step, torn=False):
@@ -23,14 +23,14 @@ def test_a_run_from_start_to_end(tmp_path):
     folder = RunFolder(tmp_path / "run", resume=False)
     assert folder.previous is None and not folder.path.exists()
     with folder.running(RECORD):
-        assert json.loads((folder.path / "run.json").read_text()) == {**RECORD, "status": "unfinished"}
-        run = {**RECORD, "results": None}
-        with folder.publishing(run) as published:
+        assert json.loads((folder.path / "run.json").read_text()) == RECORD.to_dict()
+        with folder.publishing() as published:
             (published / "weights").write_text("w")
             assert not (folder.path / "weights").exists()
-            run["results"] = 1
+        finished = replace(RECORD, status="finished", results=RunResults(1))
+        folder.write_record(finished)
     assert {p.name for p in folder.path.iterdir()} == {"weights", "run.json"}
-    assert json.loads((folder.path / "run.json").read_text()) == {**RECORD, "results": 1, "status": "finished"}
+    assert json.loads((folder.path / "run.json").read_text()) == finished.to_dict()
     for resume in (False, True):
         with pytest.raises(ValueError, match="finished; choose a new output folder"):
             RunFolder(folder.path, resume)
@@ -59,7 +59,7 @@ def test_an_error_keeps_what_can(tmp_path, kept):
         RunFolder(folder.path, resume=False)
     (folder.path / ".partial-killed").mkdir()
     again = RunFolder(folder.path, resume=True)
-    assert again.previous == {**RECORD, "status": "unfinished"}
+    assert again.previous == RECORD
     assert again.last_checkpoint() == newest
     with again.running(RECORD):
         assert not (folder.path / ".partial-killed").exists()
@@ -80,7 +80,7 @@ def test_what_is_no_run(tmp_path):
 
 def test_other_processes_write_nothing(tmp_path):
     folder = RunFolder(tmp_path / "run", resume=False, main=False)
-    with folder.running(RECORD), folder.publishing(RECORD) as published:
+    with folder.running(RECORD), folder.publishing() as published:
         folder.write("pairs.jsonl", "")
         assert published.is_dir()
     assert list(tmp_path.iterdir()) == []

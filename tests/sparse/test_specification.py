@@ -200,7 +200,7 @@ def test_rule_5_what_is_known_of_the_base_guards_nothing(folder, tmp_path):
     wrong.config._name_or_path = "somebody/else"
     with pytest.raises(ValueError, match=r"\(x/y at 0123\): .* name x/y there and somebody/else here"):
         PeftModel.from_pretrained(wrong, copy)
-    with pytest.raises(ValueError, match="made for a model of 4 layers and this one has 5"):
+    with pytest.raises(ValueError, match="made for a model of 4 blocks and this one has 5"):
         PeftModel.from_pretrained(build(dtype=BF16, num_layers=5), folder / "sparse")
 
 

@@ -11,6 +11,7 @@ def light_workers(monkeypatch, tmp_path):
     Runs of `fake_runs` report to tmp_path/log.
     """
     monkeypatch.setenv("FAKE_RUNS_LOG", str(tmp_path / "log"))
+    monkeypatch.setenv("FAKE_RUNS_FATE", "{}")
     paths = [str(Path(__file__).parent / "light"), str(Path(__file__).parent)]
     monkeypatch.setattr(sys, "path", paths + sys.path)
     monkeypatch.setenv("PYTHONPATH", ":".join(paths))

@@ -1,8 +1,8 @@
 """Runs that take no time to compute, for tests of what surrounds them: importable by the engines' processes.
 
 The file FAKE_RUNS_LOG gets the digest and the node of every run that starts. What happens to one is told by
-`settings`: "sleep", the length of a step in seconds; "kill", block -> how often its process kills itself; "fail",
-block -> what it raises.
+`settings`, or by the JSON in FAKE_RUNS_FATE: "sleep", the length of a step in seconds; "kill", block -> how often its
+process kills itself; "fail", block -> what it raises.
 """
 
 import hashlib
@@ -21,7 +21,7 @@ NODE = os.environ.get("FAKE_RUNS_NODE", "first")  # of a cluster
 
 
 def run(spec, on_step=lambda step, reward: None):
-    settings, digest = spec.settings, spec.digest()
+    settings, digest = {**spec.settings, **json.loads(os.environ.get("FAKE_RUNS_FATE", "{}"))}, spec.digest()
     log = Path(os.environ["FAKE_RUNS_LOG"])
     with log.open("a") as file:
         file.write(f"{digest} {NODE}\n")

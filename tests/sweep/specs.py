@@ -2,7 +2,8 @@
 
 from importlib.resources import files
 
-from peft_onelayer.sweep.run_layer import RunSpec, digest_model
+from peft_onelayer.records.files import model_digests
+from peft_onelayer.sweep.run_layer import RunSpec
 
 DEMO = str(files("peft_onelayer") / "demo_model")
 SETTINGS = {
@@ -17,4 +18,4 @@ SETTINGS = {
 
 def demo_spec(layer, **changes):
     fields = {"steps": 2, "seed": 0, "settings": SETTINGS, "problems": 16, "samples": 2} | changes
-    return RunSpec(DEMO, "arithmetic", layer, "grpo", model_digests=digest_model(DEMO), **fields)
+    return RunSpec(DEMO, "arithmetic", layer, "grpo", model_digests=model_digests(DEMO), **fields)

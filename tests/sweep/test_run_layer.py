@@ -7,8 +7,9 @@ from dataclasses import asdict, replace
 import pytest
 from specs import DEMO, SETTINGS, demo_spec
 
+from peft_onelayer.records.files import model_digests
 from peft_onelayer.rollouts.evaluation import evaluate
-from peft_onelayer.sweep.run_layer import RunSpec, digest_model, run_layer
+from peft_onelayer.sweep.run_layer import RunSpec, run_layer
 from peft_onelayer.tasks import load_task
 
 
@@ -69,7 +70,7 @@ def test_the_digest_is_of_all_that_decides_the_outcome(tmp_path):
     reordered = replace(spec, settings=dict(reversed(SETTINGS.items())))
     assert reordered.digest() == spec.digest() and len(spec.digest()) == 64
     moved = shutil.copytree(DEMO, tmp_path / "moved")
-    assert replace(spec, model=str(moved), model_digests=digest_model(str(moved))).digest() == spec.digest()
+    assert replace(spec, model=str(moved), model_digests=model_digests(str(moved))).digest() == spec.digest()
     changes = {
         "task": "sort",
         "layer": 6,

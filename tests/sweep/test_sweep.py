@@ -17,11 +17,15 @@ import numpy as np
 import pytest
 from specs import DEMO
 
+from peft_onelayer.records.files import write_whole
+from peft_onelayer.records.ranking import LayerRanking
 from peft_onelayer.sweep.engines import RunsFailedError
 from peft_onelayer.sweep.metric import layer_contribution
-from peft_onelayer.sweep.profile import SweepProfile, make_profile
+from peft_onelayer.sweep.plan import plan_sweep
+from peft_onelayer.sweep.profile import make_profile
 from peft_onelayer.sweep.run_layer import RunSpec
-from peft_onelayer.sweep.store import RowStore, write_whole
+from peft_onelayer.sweep.settings import SweepSettings
+from peft_onelayer.sweep.store import RowStore
 from peft_onelayer.sweep.sweep import sweep_layers
 
 pytestmark = pytest.mark.usefixtures("light_workers")
@@ -29,33 +33,20 @@ LAYERS = [0, 3, 5, 11]
 ROWS = 1 + 2 * (1 + len(LAYERS))
 
 
-def sweep(
-    out,
-    seeds=(0, 1),
-    layers=LAYERS,
-    sleep=0.05,
-    workers=2,
-    settings=None,
-    learning_rate=3e-3,
-    full_learning_rate=3e-4,
-    **options,
-):
-    """A sweep of runs that compute nothing, on the real demo model's description."""
-    settings = {"sleep": sleep} | (settings or {})
+def settings(**changes):
+    """Those of a sweep of four blocks of the demo model."""
+    given = {"layers": LAYERS, "steps": 2, "seeds": (0, 1), "learning_rate": 3e-3, "full_learning_rate": 3e-4}
+    return SweepSettings(**{"model": DEMO, "task": "arithmetic", "problems": 200, **given, **changes})
+
+
+def sweep(out, fate=None, workers=2, on_row=lambda done, total, spec, row: None, engine="local", **changes):
+    """A sweep of runs that compute nothing, on the real demo model's description.
+
+    `fate` is what `fake_runs` takes from FAKE_RUNS_FATE.
+    """
+    os.environ["FAKE_RUNS_FATE"] = json.dumps({"sleep": 0.05, **(fate or {})})
     return sweep_layers(
-        DEMO,
-        "arithmetic",
-        out=out,
-        layers=layers,
-        steps=2,
-        seeds=seeds,
-        learning_rate=learning_rate,
-        full_learning_rate=full_learning_rate,
-        settings=settings,
-        problems=200,
-        workers=workers,
-        run_row=fake_runs.run,
-        **options,
+        settings(**changes), out=out, engine=engine, workers=workers, run_row=fake_runs.run, on_row=on_row
     )
 
 
@@ -82,26 +73,34 @@ def test_the_profile_follows_from_the_rows(tmp_path):
     (base,), full = scores("base"), scores("full")
     for k in range(12):
         if k not in LAYERS:
-            assert profile.contribution[k] is profile.scores[k] is profile.errors[k] is profile.means[k] is None
+            assert (
+                profile.sweep.contribution[k]
+                is profile.scores[k]
+                is profile.errors[k]
+                is profile.sweep.means[k]
+                is None
+            )
             continue
         c = layer_contribution(scores(k), base, full)
-        assert (profile.contribution[k], profile.contribution_errors[k]) == (c.value, c.standard_error)
-        assert profile.scores[k] == pytest.approx(profile.means[k] - profile.base)
-        assert profile.means[k] == pytest.approx(np.mean(scores(k)))
+        assert (profile.sweep.contribution[k], profile.sweep.contribution_errors[k]) == (c.value, c.standard_error)
+        assert profile.scores[k] == pytest.approx(profile.sweep.means[k] - profile.sweep.base)
+        assert profile.sweep.means[k] == pytest.approx(np.mean(scores(k)))
     assert profile.order == [11, 5, 3, 0] and profile.pick == 11 and profile.tied == [11]
-    assert profile.full_gain[0] == pytest.approx(profile.full - profile.base)
-    assert profile.undefined is None and profile.seeds == [0, 1] and profile.problems == 200
-    assert (profile.learning_rate, profile.full_learning_rate, profile.learning_rate_search) == (3e-3, 3e-4, None)
+    assert profile.sweep.full_gain[0] == pytest.approx(profile.sweep.full - profile.sweep.base)
+    assert profile.sweep.undefined is None and profile.sweep.seeds == [0, 1] and profile.sweep.problems == 200
+    assert (profile.learning_rate, profile.sweep.full_learning_rate, profile.sweep.learning_rate_search) == (
+        3e-3,
+        3e-4,
+        None,
+    )
     runs = ROWS - 1  # each 2 steps, and every row an evaluation
     assert profile.cost["tokens_generated"] == runs * 20 + ROWS * 100 and profile.cost["tokens_trained"] == runs * 40
     assert profile.cost["share"] == pytest.approx((runs * 60 + ROWS * 100) / 60, abs=1e-3)
     text = (tmp_path / "out" / "layer_profile.json").read_text()
-    assert SweepProfile.from_json(text) == profile
+    assert LayerRanking.from_json(text) == profile
     table = list(csv.DictReader((tmp_path / "out" / "layer_profile.csv").open()))
     assert [line["layer"] for line in table] == ["base", "full", "0", "3", "5", "11"]
-    assert float(table[-1]["contribution"]) == profile.contribution[11]
-    with pytest.raises(ValueError, match="not a layer profile of a sweep"):
-        SweepProfile.from_json('{"format": "onelayer-ranking-1"}')
+    assert float(table[-1]["contribution"]) == profile.sweep.contribution[11]
 
 
 def test_what_is_finished_never_runs_again(tmp_path):
@@ -119,15 +118,15 @@ def test_what_is_finished_never_runs_again(tmp_path):
 
 def test_the_search_for_learning_rates(tmp_path):
     profile = sweep(tmp_path / "out", seeds=[3], layers="0-2,mid-1", search_learning_rates=[1e-4, 1e-3])
-    search = profile.learning_rate_search
+    search = profile.sweep.learning_rate_search
     assert search["rates"] == [1e-4, 1e-3] and search["block"] == 2 and search["split"] == "train"
-    assert profile.learning_rate == 1e-4 == profile.full_learning_rate  # of equal scores the first
+    assert profile.learning_rate == 1e-4 == profile.sweep.full_learning_rate  # of equal scores the first
     rows = fake_runs.stored(tmp_path / "out").values()
     trials = [row["spec"] for row in rows if row["spec"]["split"] == "train"]
     assert {(t["layer"], t["settings"]["learning_rate"], t["seed"], t["evaluation_seed"]) for t in trials} == {
         (layer, rate, 3, 1) for layer in (2, "full") for rate in (1e-4, 1e-3)
     }
-    assert len(rows) == 4 + 1 + 1 + 4 and [k for k in range(12) if profile.means[k]] == [0, 1, 2, 5]
+    assert len(rows) == 4 + 1 + 1 + 4 and [k for k in range(12) if profile.sweep.means[k]] == [0, 1, 2, 5]
     assert profile.cost["tokens_trained"] == 9 * 40  # the search's runs are counted
 
 
@@ -141,7 +140,7 @@ def test_each_block_at_a_rate_of_its_own(tmp_path):
     assert profile.learning_rate == rates[profile.order[0]]
     lines = {row["layer"]: row for row in csv.DictReader(profile.to_csv().splitlines())}
     assert {k: float(lines[str(k)]["learning_rate"]) for k in rates} == rates
-    assert SweepProfile.from_json(profile.to_json()) == profile
+    assert LayerRanking.from_json(profile.to_json()) == profile
 
     with pytest.raises(ValueError, match="no learning rate for block 11; there are rates for"):
         sweep(tmp_path / "out2", learning_rate={0: 1e-4, 3: 2e-4, 5: 3e-3})
@@ -197,24 +196,24 @@ def test_killed_at_random_moments_it_ends_with_the_same_rows(tmp_path):
     assert kills > 0, "it was never killed"
     assert fake_runs.stored(out) == fake_runs.stored(tmp_path / "undisturbed") and len(fake_runs.stored(out)) == ROWS
     assert without_timings(out) == without_timings(tmp_path / "undisturbed")
-    assert undisturbed.order == SweepProfile.from_json((out / "layer_profile.json").read_text()).order
+    assert undisturbed.order == LayerRanking.from_json((out / "layer_profile.json").read_text()).order
     assert {path.name for path in (out / "rows").iterdir() if path.suffix != ".json"} == {".lock"}
 
 
 def test_workers_that_die_leave_the_same_rows(tmp_path):
     kill = {"kill": {"3": 1, "full": 2}}
-    sweep(tmp_path / "dying", settings=kill)
+    sweep(tmp_path / "dying", fate=kill)
     assert sorted(started(tmp_path).values())[-4:] == [2, 2, 3, 3]
     assert len(fake_runs.stored(tmp_path / "dying")) == ROWS
     # As if every run had been started three times: now none dies any more.
     (tmp_path / "log").write_text("".join(3 * f"{digest} first\n" for digest in started(tmp_path)))
-    sweep(tmp_path / "undisturbed", settings=kill)
+    sweep(tmp_path / "undisturbed", fate=kill)
     assert fake_runs.stored(tmp_path / "dying") == fake_runs.stored(tmp_path / "undisturbed")
 
 
 def test_a_run_that_fails_leaves_the_others_and_no_profile(tmp_path):
     with pytest.raises(RunsFailedError, match=r"2 of the runs failed: block 3, seed [01], .*: no luck"):
-        sweep(tmp_path / "out", settings={"fail": {"3": "no luck"}})
+        sweep(tmp_path / "out", fate={"fail": {"3": "no luck"}})
     assert len(fake_runs.stored(tmp_path / "out")) == ROWS - 2
     assert not (tmp_path / "out" / "layer_profile.json").exists()
 
@@ -292,11 +291,16 @@ def test_a_row_is_written_whole_or_not_at_all(tmp_path, monkeypatch):
     ("arguments", "message"),
     [
         ({"layers": "12"}, "layer='12' is out of range"),
-        ({"layers": "3,3"}, "names a layer twice"),
+        ({"layers": "3,3"}, "names a block twice"),
         ({"seeds": []}, "seeds must be one or more different numbers"),
         ({"seeds": [1, 1]}, "seeds must be one or more different numbers"),
         ({"algorithm": "dpo"}, "dpo is offline"),
         ({"engine": "slurp"}, "engine 'slurp' is not known"),
+        ({"steps": 0}, "steps must be at least 1, got 0"),
+        ({"samples": 0}, "samples must be at least 1, got 0"),
+        ({"learning_rate": float("nan")}, "a learning rate must be above 0, got nan"),
+        ({"config": {"learning_rat": 1}}, "no field 'learning_rat'; did you mean learning_rate"),
+        ({"config": {"learning_rate": 1}}, "field learning_rate is set by --learning-rate"),
     ],
 )
 def test_what_cannot_work_is_refused_before_anything_runs(tmp_path, arguments, message):
@@ -318,23 +322,14 @@ def test_a_stopped_block_is_said_to_be_stopped_and_runs_in_full_when_asked(tmp_p
     rows = [json.loads(p.read_text()) for p in (tmp_path / "out" / "rows").glob("*.json")]
     by_layer = {row["spec"]["layer"]: row for row in rows}
     by_layer[3] = as_stopped(by_layer[3], 1)
-    profile = make_profile(
-        model=DEMO,
-        revision=None,
-        num_layers=12,
-        task="arithmetic",
-        seeds=[0],
-        steps=2,
-        base=by_layer["base"],
-        full=[by_layer["full"]],
-        layers={k: [by_layer[k]] for k in LAYERS},
-    )
-    assert profile.stopped == {"3": [1]} and profile.contribution[3] is profile.means[3] is None
-    assert profile.order == [11, 5, 0] and profile.contribution[5] == whole.contribution[5]
+    asked = settings(seeds=[0])
+    profile = make_profile(asked, plan_sweep(asked), {row["digest"]: row for row in by_layer.values()})
+    assert profile.sweep.stopped == {"3": [1]} and profile.sweep.contribution[3] is profile.sweep.means[3] is None
+    assert profile.order == [11, 5, 0] and profile.sweep.contribution[5] == whole.sweep.contribution[5]
     # one of the two steps of a run (10 and 20 tokens a step), and no evaluation (100)
     assert whole.cost["tokens_generated"] - profile.cost["tokens_generated"] == 10 + 100
     assert whole.cost["tokens_trained"] - profile.cost["tokens_trained"] == 20
     assert profile.to_csv().splitlines()[4].startswith("3,,,,,,") and profile.to_csv().splitlines()[4].endswith(",1")
     path.write_text(json.dumps(by_layer[3]))
-    assert sweep(tmp_path / "out", seeds=[0]).stopped == {}
+    assert sweep(tmp_path / "out", seeds=[0]).sweep.stopped == {}
     assert started(tmp_path)[path.stem] == 2 and sum(started(tmp_path).values()) == 7

@@ -2,6 +2,7 @@
 
 import functools
 import json
+import shutil
 import sys
 
 import fake_runs
@@ -9,8 +10,8 @@ import pytest
 from specs import DEMO
 
 from onelayer_cli.main import main
+from peft_onelayer.records.ranking import LayerRanking
 from peft_onelayer.sweep import sweep as module
-from peft_onelayer.sweep.profile import SweepProfile
 
 pytestmark = pytest.mark.usefixtures("light_workers")
 
@@ -20,8 +21,8 @@ def sweep(monkeypatch, capfd, tmp_path):
     """Runs the command, with runs that compute nothing: (exit code, lines on stderr, stdout)."""
     monkeypatch.setattr(module, "sweep_layers", functools.partial(module.sweep_layers, run_row=fake_runs.run))
 
-    def run(*arguments):
-        command = ["onelayer", "sweep", DEMO, "--task", "arithmetic", "--out", str(tmp_path / "out"), *arguments]
+    def run(*arguments, model=DEMO):
+        command = ["onelayer", "sweep", model, "--task", "arithmetic", "--out", str(tmp_path / "out"), *arguments]
         monkeypatch.setattr(sys, "argv", command)
         capfd.readouterr()
         with pytest.raises(SystemExit) as ended:
@@ -36,10 +37,10 @@ def test_it_prints_the_contributions_and_writes_the_profile(sweep, tmp_path):
     arguments = ["--layers", "0,5", "--seeds", "0,1", "--steps", "3", "--problems", "50", "--set", "temperature=0.9"]
     code, lines, out = sweep(*arguments)
     assert code == 0 and any("block 5, seed 1, learning rate 5e-06: score" in line for line in lines)
-    profile = SweepProfile.from_json((tmp_path / "out" / "layer_profile.json").read_text())
-    assert profile.settings == {"temperature": 0.9} and profile.seeds == [0, 1] and profile.steps == 3
+    profile = LayerRanking.from_json((tmp_path / "out" / "layer_profile.json").read_text())
+    assert profile.sweep.settings == {"temperature": 0.9} and profile.sweep.seeds == [0, 1] and profile.sweep.steps == 3
     for k in (0, 5):
-        assert f"{profile.contribution[k]:.4f} ± {profile.contribution_errors[k]:.4f}" in out
+        assert f"{profile.sweep.contribution[k]:.4f} ± {profile.sweep.contribution_errors[k]:.4f}" in out
     assert "Block 5 is the best, ahead of every other." in out and "tokens generated" in out
     assert (tmp_path / "out" / "layer_profile.png").stat().st_size > 10_000
     code, lines, out = sweep(*arguments, "--json")
@@ -55,7 +56,16 @@ def test_it_prints_the_contributions_and_writes_the_profile(sweep, tmp_path):
         (["--slurm", "slurm_partition=gpu"], "--slurm sets parameters of --engine slurm"),
         (["--seeds", "0,x"], "--seeds takes numbers separated by commas, got '0,x'"),
         (["--seeds", "1,1"], "seeds must be one or more different numbers"),
-        (["--layers", "0,99"], "layer='99' is out of range"),
+        (["--layers", "0,99"], "layer='0,99' is out of range: the model has 12"),
+        (["--layers", "5,5"], "layer='5,5' names a layer twice"),
+        (["--layers", "0;5"], "layer='0;5' is not understood"),
+        (["--seeds", ""], "seeds must be one or more different numbers from 0, got []"),
+        (["--seeds", "-1"], "seeds must be one or more different numbers from 0, got [-1]"),
+        (["--search-learning-rates", "1e-4,x"], "--search-learning-rates takes numbers separated by commas"),
+        (["--search-learning-rates", "0,1e-4"], "a learning rate must be above 0, got 0.0"),
+        (["--chat"], "--chat needs a chat template"),
+        (["--set", "per_device_train_batch_size=7"], "GRPOConfig refused per_device_train_batch_size=7"),
+        (["--task", "no_such_task"], "task 'no_such_task' is not known"),
         (["--algorithm", "dpo"], "dpo is offline"),
         (["--learning-rate", "0"], "a learning rate must be above 0, got 0.0"),
         (["--set", "learning_rate=1"], "field learning_rate is set by --learning-rate and --full-learning-rate"),
@@ -77,4 +87,27 @@ def test_an_engine_that_is_not_installed(sweep, monkeypatch, engine, library):
         monkeypatch.delitem(sys.modules, f"peft_onelayer.sweep.engines.{name}", raising=False)
     code, lines, out = sweep("--engine", engine)
     assert (code, out) == (1, "")
-    assert lines == [f"onelayer: engine {engine!r} needs {library}: pip install 'peft-onelayer[{engine}]'"]
+    assert lines[-1:] == [f"onelayer: engine {engine!r} needs {library}: pip install 'peft-onelayer[{engine}]'"]
+
+
+def test_the_models_own_mistakes(sweep, tmp_path, monkeypatch):
+    """Found without its weights: those are looked at by the runs alone."""
+    from transformers import AutoModelForCausalLM
+
+    monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", None)
+    code, lines, _ = sweep("--layers", "3,5", "--steps", "1", "--problems", "4")
+    assert code == 0, lines
+    empty = tmp_path / "empty"
+    empty.mkdir()
+    for name, says in (
+        (tmp_path / "nowhere", "no model folder at"),
+        (empty, "holds no config.json"),
+        (_without_weights(tmp_path), "holds no weights"),
+    ):
+        code, lines, out = sweep(model=str(name))
+        assert (code, out) == (1, "") and says in lines[-1] and lines[-1].startswith("onelayer: ")
+
+
+def _without_weights(tmp_path):
+    folder = tmp_path / "weightless"
+    return shutil.copytree(DEMO, folder, ignore=shutil.ignore_patterns("*.safetensors"))

@@ -3,14 +3,13 @@ import random
 import re
 import threading
 from fractions import Fraction
-from pathlib import Path
 
 import pytest
+from data_sets import FULL, full, own
 
 from peft_onelayer.tasks import load_task
 from peft_onelayer.tasks.gsm8k import final_answer, gsm8k_reward
 
-DATA = Path(__file__).resolve().parents[3] / "shared" / "data"
 SOLUTION = "She sells 16 - 3 - 4 = <<16-3-4=9>>9 eggs a day.\nShe makes 9 * 2 = $<<9*2=18>>18 every day.\n#### 18"
 
 
@@ -25,10 +24,11 @@ def score(completion, answer=SOLUTION):
     return plain
 
 
-def read(name):
-    if not (DATA / name).is_file():
-        pytest.skip(f"the data set's file {name} is not there")
-    return [json.loads(line) for line in (DATA / name).read_text(encoding="utf-8").splitlines()]
+def read(path):
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+on_own_and_full = pytest.mark.parametrize("path", [own("gsm8k.jsonl"), full("gsm8k_test.jsonl")])
 
 
 RIGHT = [
@@ -227,44 +227,59 @@ def written(number):
         yield rf"\boxed{{{'-' * (fraction < 0)}\frac{{{abs(fraction.numerator)}}}{{{fraction.denominator}}}}}"
 
 
-def test_every_gold_answer_of_the_test_split_is_right_and_its_perturbations_wrong():
-    rows = read("gsm8k_test.jsonl")
-    assert len(rows) == 1319
+@on_own_and_full
+def test_every_gold_answer_is_right_and_its_perturbations_wrong(path):
+    rows = read(path)
     completions, answers, expected = [], [], []
     for row in rows:
         number = int(row["answer"].rpartition("#### ")[2].replace(",", ""))
         right = [row["answer"], f"Let me think: 1 + 1 = 2.\n{row['answer']}", *written(number)]
         wrong = [text for other in wrong_numbers(number) for text in list(written(other))[:2]]
+        assert len(right) >= 13 and len(wrong) >= 8  # 0 has the fewest
         completions += right + wrong
         answers += [row["answer"]] * (len(right) + len(wrong))
         expected += [1.0] * len(right) + [0.0] * len(wrong)
     rewards = gsm8k_reward([""] * len(answers), completions, answer=answers)
     missed = [c for c, reward, right in zip(completions, rewards, expected, strict=True) if reward != right]
-    assert not missed and expected.count(1.0) >= 13 * 1319 and expected.count(0.0) > 16 * 1319
+    assert not missed and len(rows) == (1319 if path.parent == FULL else 10)
 
 
-def test_every_gold_answer_of_the_train_split_is_right():
-    answers = [row["answer"] for row in read("gsm8k_train.jsonl")]
+@pytest.mark.parametrize("path", [full("gsm8k_train.jsonl")])
+def test_every_gold_answer_of_the_train_split_is_right(path):
+    answers = [row["answer"] for row in read(path)]
     assert gsm8k_reward([""] * len(answers), answers, answer=answers) == [1.0] * 7473
 
 
-def test_a_solution_cut_off_is_hardly_ever_right():
+@on_own_and_full
+def test_a_solution_cut_off_is_hardly_ever_right(path):
     """Cut anywhere before its final answer, one solution in thousands ends in a sentence that already states it."""
     rng = random.Random(0)
-    rows = [row for row in read("gsm8k_test.jsonl") for _ in range(5)]
+    rows = read(path)
+    rows *= 6595 // len(rows)
     cut = [row["answer"][: rng.randrange(row["answer"].index("\n####"))] for row in rows]
     assert sum(gsm8k_reward([""] * len(rows), cut, answer=[row["answer"] for row in rows])) < 0.002 * len(rows)
 
 
-def test_the_task_reads_the_data_sets_files():
-    read("gsm8k_test.jsonl")
-    task = load_task(f"gsm8k:{DATA}")
+def check_task(task, train, test):
     (row,) = task.rows("test", 1, seed=0)
     assert row.keys() == {"prompt", "question", "answer"}
     assert row["prompt"].startswith(row["question"]) and r"\boxed{}" in row["prompt"]
-    assert len(task.rows("train", 10**5, 0)) == 7473 and len(task.rows("test", 10**5, 0)) == 1319
+    assert len(task.rows("train", 10**5, 0)) == train and len(task.rows("test", 10**5, 0)) == test
     assert task.reward(prompts=[row["prompt"]], completions=[row["answer"]], answer=[row["answer"]]) == [1.0]
     assert set(task.data) == {"gsm8k_train.jsonl", "gsm8k_test.jsonl"}
+
+
+@pytest.mark.parametrize("path", [own("gsm8k.jsonl")])
+def test_the_task_reads_a_folder(path, tmp_path):
+    lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
+    (tmp_path / "gsm8k_train.jsonl").write_text("".join(lines[:7]), encoding="utf-8")
+    (tmp_path / "gsm8k_test.jsonl").write_text("".join(lines[7:]), encoding="utf-8")
+    check_task(load_task(f"gsm8k:{tmp_path}"), train=7, test=3)
+
+
+@pytest.mark.parametrize("path", [full("gsm8k_test.jsonl")])
+def test_the_task_reads_the_data_sets_files(path):
+    check_task(load_task(f"gsm8k:{path.parent}"), train=7473, test=1319)
 
 
 def test_an_answer_without_a_number_is_found_when_the_data_is_loaded(tmp_path):

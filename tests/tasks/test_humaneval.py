@@ -1,16 +1,14 @@
 import gzip
-import itertools
 import json
 import textwrap
-from pathlib import Path
 
 import pytest
+from data_sets import FULL, full, own
 
 from peft_onelayer import sandbox
 from peft_onelayer.tasks import load_task
 from peft_onelayer.tasks.humaneval import INSTRUCTION, humaneval_reward, readings
 
-REAL = Path(__file__).parents[2].parent / "shared" / "data" / "HumanEval.jsonl.gz"
 pytestmark = pytest.mark.skipif(bool(sandbox.available()), reason=str(sandbox.available()))
 
 STUB = '''\
@@ -169,14 +167,19 @@ def test_the_program_that_does_not_compile_at_its_end_is_cut_at_its_top_level_on
     ]
 
 
-# --- the real data set ---
+# --- whole data sets ---
+
+
+@pytest.fixture(scope="module", params=[own("humaneval.jsonl"), full("HumanEval.jsonl.gz")])
+def path(request):
+    return request.param
 
 
 @pytest.fixture(scope="module")
-def problems():
-    if not REAL.exists():
-        pytest.skip(f"{REAL} is not there")
-    return load_task(f"humaneval:{REAL}").rows("test", 164, seed=0)
+def problems(path):
+    found = load_task(f"humaneval:{path}").rows("test", 1000, seed=0)
+    assert len({row["task_id"] for row in found}) == len(found) == (164 if path.parent == FULL else 10)
+    return found
 
 
 def grade_all(problems, completions):
@@ -188,23 +191,23 @@ def grade_all(problems, completions):
 
 def test_all_canonical_bodies_pass(problems):
     rewards = grade_all(problems, [row["canonical_solution"] for row in problems])
-    assert len(rewards) == 164 and {name for name, reward in rewards.items() if reward != 1.0} == set()
+    assert {name for name, reward in rewards.items() if reward != 1.0} == set()
 
 
-FORMS = [
-    lambda prompt, body: f"```python\n{prompt}{body}\n```",
-    lambda prompt, body: f"Here's how:\n\n{prompt}{body}\n\nI hope it's clear.",
-    lambda prompt, body: f"```python\n{prompt[prompt.rindex('def ') :]}{body}",  # without imports and helpers
-    lambda prompt, body: f"```\n{body}\n```\n",
-    lambda prompt, body: textwrap.dedent(body),
-    lambda prompt, body: body.lstrip(),
-    lambda prompt, body: body.rstrip() + "\n\n\ndef main():\n    print(",
-]
+FORMS = {
+    "program in a fence": lambda prompt, body: f"```python\n{prompt}{body}\n```",
+    "program between prose": lambda prompt, body: f"Here's how:\n\n{prompt}{body}\n\nI hope it's clear.",
+    "without imports and helpers": lambda prompt, body: f"```python\n{prompt[prompt.rindex('def ') :]}{body}",
+    "body in a fence": lambda prompt, body: f"```\n{body}\n```\n",
+    "dedented body": lambda prompt, body: textwrap.dedent(body),
+    "body that lost its first indentation": lambda prompt, body: body.lstrip(),
+    "body and what was cut": lambda prompt, body: body.rstrip() + "\n\n\ndef main():\n    print(",
+}
 
 
-def test_all_canonical_solutions_pass_in_other_forms(problems):
-    pairs = zip(itertools.cycle(FORMS), problems, strict=False)
-    rewards = grade_all(problems, [form(row["prompt"], row["canonical_solution"]) for form, row in pairs])
+@pytest.mark.parametrize("form", FORMS)
+def test_all_canonical_solutions_pass_in_other_forms(problems, form):
+    rewards = grade_all(problems, [FORMS[form](row["prompt"], row["canonical_solution"]) for row in problems])
     assert {name for name, reward in rewards.items() if reward != 1.0} == set()
 
 
@@ -234,12 +237,11 @@ BROKEN = [
 
 def test_all_broken_solutions_fail(problems):
     rewards = grade_all(problems, [BROKEN[i % len(BROKEN)] for i in range(len(problems))])
-    assert len(rewards) == 164 and {name for name, reward in rewards.items() if reward != 0.0} == set()
+    assert {name for name, reward in rewards.items() if reward != 0.0} == set()
 
 
-def test_rows_of_the_real_data(problems):
-    assert len({row["task_id"] for row in problems}) == 164
-    with gzip.open(REAL, "rt") as file:
+def test_rows_have_the_data_sets_columns(path, problems):
+    with (gzip.open if path.suffix == ".gz" else open)(path, "rt", encoding="utf-8") as file:
         originals = {row["task_id"]: row for row in map(json.loads, file)}
     for row in problems:
         assert row == originals[row["task_id"]] | {"prompt": INSTRUCTION + originals[row["task_id"]]["prompt"]}

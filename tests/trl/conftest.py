@@ -28,7 +28,7 @@ def chat_tokenizer(tokenizer):
 
 @pytest.fixture(scope="session")
 def record():
-    """Compares an outcome with the README's table, or with TRL_TABLE=write collects all of them and writes it."""
+    """Compares an outcome with the table in docs/trainers.md, or with TRL_TABLE=write collects all of them and writes it."""
     writing, outcomes = os.environ.get("TRL_TABLE") == "write", {}
 
     def record(cell, variant, way, outcome):

@@ -2,18 +2,22 @@
 
 import re
 import textwrap
+from types import SimpleNamespace
 
 import pytest
 import torch
 from datasets import Dataset
+from peft import get_peft_model
+from transformers import TrainerState
 from trl import DPOConfig, DPOTrainer
 from trl.trainer.callbacks import SyncRefModelCallback
 from trl_cells import DATA, sdft, sdpo
 from trl_runner import COMMON
-from trl_table import README
+from trl_table import PAGE
 from tuner.helpers import masters, move, same, wrap
 
 from models import build
+from peft_onelayer import SingleLayerConfig
 from peft_onelayer.rl import EMAAdapterCallback, EMATeacherMixin
 
 
@@ -108,8 +112,44 @@ def test_parts_of_an_adapter_are_refused():
         EMAAdapterCallback().on_train_begin(None, None, None, model=model)
 
 
-def test_the_readmes_trainer():
-    (code,) = re.findall(r"```python\n([^`]*EMATeacherMixin.*?)```", README.read_text(), re.DOTALL)
+@pytest.mark.parametrize("source", ["default", "mlp", "weight"])
+@pytest.mark.parametrize("target", ["layers", "self_attn", "default2"])
+def test_adapters_may_be_named_like_modules(source, target):
+    config = SingleLayerConfig(layer=1, modules_to_save=["lm_head"])
+    model = get_peft_model(build(num_layers=3), config, adapter_name=source)
+    model.add_adapter(target, model.peft_config[source])
+    move(model, source)
+    heads = model.get_base_model().lm_head.modules_to_save
+    heads[source].weight.data += 1
+    head = heads[target].weight.detach().clone()
+    start, policy = copies(model, target), copies(model, source)
+    others = {n: p.detach().clone() for n, p in model.named_parameters() if f".{target}." not in n}
+    callback = EMAAdapterCallback(target, rate=0.25, every=1, source=source)
+    callback.on_train_begin(None, None, None, model=model)
+    callback.on_step_end(None, TrainerState(global_step=1), None, model=model)
+    expected = {n: 0.75 * weight + 0.25 * policy[n] for n, weight in start.items()}
+    assert same(copies(model, target), expected) and not same(expected, start)
+    assert torch.equal(heads[target].weight, 0.75 * head + 0.25 * heads[source].weight)
+    assert all(torch.equal(p, others[n]) for n, p in model.named_parameters() if n in others)
+
+
+@pytest.mark.parametrize("student", ["mlp", "layers"])
+def test_a_student_may_be_named_like_a_module(student):
+    model = get_peft_model(build(num_layers=3), SingleLayerConfig(layer=1), adapter_name=student)
+    start, added = move(model, student), []
+    trainer = EMATeacherMixin()
+    trainer.args = SimpleNamespace(teacher_model_kind="ema", teacher_update_rate=0.5, teacher_sync_steps=1)
+    trainer.model, trainer.accelerator = model, SimpleNamespace(unwrap_model=lambda model: model)
+    trainer.add_callback = added.append
+    trainer._setup_teacher_model()
+    assert same(copies(model, "teacher"), start)
+    move(model, student, seed=2)
+    added[0].on_step_end(None, TrainerState(global_step=1), None, model=model)
+    assert same(copies(model, "teacher"), {n: 0.5 * w + 0.5 * copies(model, student)[n] for n, w in start.items()})
+
+
+def test_the_trainer_of_the_docs():
+    (code,) = re.findall(r"```python\n([^`]*EMATeacherMixin.*?)```", PAGE.read_text(encoding="utf-8"), re.DOTALL)
     namespace = {}
     exec(textwrap.dedent(code), namespace)
     assert namespace["EMATeacherTrainer"].__mro__[1:3] == (EMATeacherMixin, namespace["SDPOTrainer"])

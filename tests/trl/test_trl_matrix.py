@@ -80,7 +80,7 @@ def test_a_frozen_adapter_is_refused(tmp_path, chat_tokenizer, cell):
 
 @pytest.mark.parametrize("cell", [grpo(), grpo(path="RLOOTrainer"), dpo(), kto()], ids=["GRPO", "RLOO", "DPO", "KTO"])
 def test_a_reference_needs_the_name_default(tmp_path, chat_tokenizer, cell):
-    """TRL copies `peft_config["default"]`; the README says so."""
+    """TRL copies `peft_config["default"]`; docs/trainers.md says so."""
     config = SingleLayerConfig(layer=LAYER, task_type="CAUSAL_LM")
     model = get_peft_model(build(num_layers=LAYERS), config, adapter_name="policy")
     with pytest.raises(KeyError, match="default"):

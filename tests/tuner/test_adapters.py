@@ -365,6 +365,35 @@ def test_composite_modules_with_two_adapters(tmp_path, first, second, method):
     assert torch.equal(unloaded(x), expected)
 
 
+class Container(nn.Module):
+    """No parameters of its own."""
+
+    def __init__(self):
+        super().__init__()
+        self.list = nn.ModuleList([nn.Linear(4, 4), Mixer()])
+
+    def forward(self, x):
+        return self.list[1](self.list[0](x))
+
+
+def test_a_second_adapter_reaches_into_a_container_inside_a_composite_module():
+    def base():
+        model = Stack(CompositeBlock)
+        for block in model.layers:
+            block.mixer.inner = Container()
+        return model
+
+    model = wrap(base(), layer=1)
+    model.add_adapter("b", SingleLayerConfig(layer=1))
+    model.add_adapter("c", SingleLayerConfig(layer=1, target_modules=["list.1"]))
+    everything = {f"layers.1.{name}" for name, _ in base().layers[1].named_parameters()}
+    assert masters(model).keys() == masters(model, "b").keys() == everything
+    assert masters(model, "c").keys() == {name for name in everything if ".list.1." in name}
+    model = wrap(base(), layer=1, target_modules=["mixer.out", "list.0"])
+    model.add_adapter("b", SingleLayerConfig(layer=1))
+    assert masters(model, "b").keys() == everything
+
+
 SMALL_EXPERTS = {"num_experts_per_tok": 2, "moe_intermediate_size": 16, "shared_expert_intermediate_size": 16}
 LINEAR_ATTENTION = {f"linear_num_{what}_heads": 2 for what in ("key", "value")} | {
     f"linear_{what}_head_dim": 8 for what in ("key", "value")

@@ -1,5 +1,6 @@
 """The configuration: registration with PEFT, its file, and which parts of a block it selects."""
 
+import copy
 import json
 
 import numpy as np
@@ -7,7 +8,7 @@ import peft
 import pytest
 import torch
 import transformers
-from peft import PeftConfig, PeftModel, get_peft_config, get_peft_model
+from peft import LoraConfig, PeftConfig, PeftModel, get_peft_config, get_peft_model
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_PREFIX_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING
 
 from models import build
@@ -64,7 +65,7 @@ def test_round_trip_through_a_file(tmp_path, fields, loader):
     saved = json.loads((tmp_path / "adapter_config.json").read_text())
     assert saved["peft_type"] == "SINGLE_LAYER"
     assert {name: saved[name] for name in fields} == fields
-    assert not any(name.startswith("_") for name in saved)
+    assert "allow_other_base" not in saved and not any(name.startswith("_") for name in saved)
 
 
 @pytest.mark.parametrize(
@@ -76,7 +77,7 @@ def test_every_accepted_layer_can_be_saved(tmp_path, given, kept):
     assert json.loads((tmp_path / "adapter_config.json").read_text())["layer"] == kept
 
 
-@pytest.mark.parametrize(("layer", "match"), [(None, "needs the layer"), ("x", "'x' is not understood"), ([], "empty")])
+@pytest.mark.parametrize(("layer", "match"), [(None, "needs the block"), ("x", "'x' is not understood"), ([], "empty")])
 def test_a_wrong_layer_is_refused_at_once(layer, match):
     with pytest.raises(ValueError, match=match):
         SingleLayerConfig(layer=layer)
@@ -94,7 +95,7 @@ def test_an_unknown_master_dtype_is_refused(dtype):
 
 
 @pytest.mark.parametrize(
-    ("layer", "match"), [(9, "0 to 3"), ("2-9", "0 to 3"), ("mid-9", "9 of 4"), ([1, -3], "names a layer twice")]
+    ("layer", "match"), [(9, "0 to 3"), ("2-9", "0 to 3"), ("mid-9", "9 of 4"), ([1, -3], "names a block twice")]
 )
 def test_a_layer_the_model_lacks_is_refused_and_nothing_is_changed(layer, match):
     model = build()
@@ -108,29 +109,105 @@ def test_a_layer_the_model_lacks_is_refused_and_nothing_is_changed(layer, match)
 
 def test_one_config_object_serves_models_of_different_depth(tmp_path):
     config = SingleLayerConfig(layer="middle", target_modules="all-linear")
+    before = copy.deepcopy(config)
     shallow, deep = get_peft_model(build(num_layers=4), config), get_peft_model(build(num_layers=7), config)
     for model, num_layers, index in ((shallow, 4, 2), (deep, 7, 3)):
         own = model.peft_config["default"]
-        assert (own.layer_indices, own.num_layers) == ([index], num_layers)
+        assert own is not config and (own.layer_indices, own.num_layers) == ([index], num_layers)
         assert {name.split(".")[2] for name in masters(model)} == {str(index)}
         model.save_pretrained(tmp_path / str(num_layers))
         assert PeftConfig.from_pretrained(tmp_path / str(num_layers)).layer_indices == [index]
-    assert deep.peft_config["default"] is config is not shallow.peft_config["default"]  # PEFT: the object it was given
-    assert (config.layer_indices, config.num_layers) == ([3], 7)  # what became of it last
-    assert config.target_modules == "all-linear"
+    assert config == before
 
 
-def test_a_saved_config_binds_to_its_depth(tmp_path):
+def test_a_saved_config_binds_to_its_depth_and_blocks(tmp_path):
     model = wrap(layer="middle")
     model.save_pretrained(tmp_path)
     config = PeftConfig.from_pretrained(tmp_path)
     for attempt in (
         lambda: PeftModel.from_pretrained(build(num_layers=5), tmp_path),
         lambda: get_peft_model(build(num_layers=5), config),
+        lambda: get_peft_model(build(num_layers=5), model.peft_config["default"]),
     ):
-        with pytest.raises(ValueError, match="made for a model of 4 layers and this one has 5"):
+        with pytest.raises(ValueError, match="made for a model of 4 blocks and this one has 5"):
             attempt()
     assert get_peft_model(build(num_layers=4), config).peft_config["default"].layer_indices == [2]
+    assert masters(wrap(layer="middle", layer_indices=[1])).keys() == masters(wrap(layer=1)).keys()
+
+
+def through_transformers(model, config):
+    model.add_adapter(config, "default")
+    return model
+
+
+def beside_another(model, config):
+    model = wrap(model, layer=0)
+    model.add_adapter("b", config)
+    return model
+
+
+def named(model) -> str:
+    """The name of the last adapter."""
+    return list(model.peft_config)[-1]
+
+
+@pytest.mark.parametrize("wrapping", [get_peft_model, through_transformers, beside_another])
+def test_wrapping_changes_nothing_in_the_callers_config(tmp_path, wrapping):
+    build().save_pretrained(tmp_path)
+    config = SingleLayerConfig(layer=-1, target_modules="all-linear", modules_to_save=["lm_head"])
+    before = copy.deepcopy(config)
+    models = []
+    for commit in ("abc", "def"):
+        base = transformers.AutoModelForCausalLM.from_pretrained(tmp_path)
+        base.config._commit_hash = commit  # as the Hub sets it
+        models.append(wrapping(base, config))
+        config.base_model_name_or_path = None  # which PEFT and transformers write to it
+    assert config == before
+    owns = [model.peft_config[named(model)] for model in models]
+    assert [own.revision for own in owns] == ["abc", "def"]
+    assert [own.layer_indices for own in owns] == [[3], [3]] and len(owns[0].target_modules) == 7
+    owns[0].modules_to_save.append("other")
+    assert config == before and owns[1].modules_to_save == ["lm_head"]
+
+
+def test_a_models_own_config_makes_a_second_adapter_like_the_first():
+    """As TRL makes its reference adapter."""
+    model = wrap(layer="mid-2", target_modules="mlp", modules_to_save=["lm_head"])
+    model.add_adapter("ref", model.peft_config["default"])
+    first, second = model.peft_config["default"], model.peft_config["ref"]
+    assert first == second and first is not second and first.modules_to_save is not second.modules_to_save
+    assert masters(model, "ref").keys() == masters(model).keys()
+
+
+@pytest.mark.parametrize(
+    ("task_type", "model_class", "heads"),
+    [
+        ("SEQ_CLS", "Qwen3ForSequenceClassification", ["classifier", "score"]),
+        ("TOKEN_CLS", "Qwen3ForTokenClassification", ["classifier", "score"]),
+        ("QUESTION_ANS", "Qwen3ForQuestionAnswering", ["qa_outputs"]),
+        ("CAUSAL_LM", "Qwen3ForCausalLM", []),
+    ],
+)
+@pytest.mark.parametrize("given", [None, ["embed_tokens"]])
+def test_heads_are_listed_as_peft_lists_them(task_type, model_class, heads, given):
+    """In each model's own config once; through transformers, PEFT lists none."""
+
+    def base():
+        return getattr(transformers, model_class)(build().config)
+
+    def lists(config):
+        return [get_peft_model(base(), config).peft_config["default"].modules_to_save for _ in range(2)]
+
+    ours = SingleLayerConfig(layer=1, task_type=task_type, modules_to_save=copy.copy(given))
+    lora = LoraConfig(target_modules=["q_proj"], task_type=task_type, modules_to_save=copy.copy(given))
+    expected = [*(given or []), *heads] or None
+    assert lists(ours) == [expected, expected]
+    assert get_peft_model(base(), lora).peft_config["default"].modules_to_save == expected
+    injected = base()
+    injected.add_adapter(SingleLayerConfig(layer=1, task_type=task_type, modules_to_save=copy.copy(given)))
+    assert injected.peft_config["default"].modules_to_save == given
+    for parameter in (p for n, p in injected.named_parameters() if n.startswith(tuple(heads or ["none"]))):
+        assert not parameter.requires_grad
 
 
 NORMS = {"input_layernorm", "post_attention_layernorm"}
@@ -194,7 +271,7 @@ def test_a_target_that_matches_nothing_is_refused_with_what_is_there(targets, wr
         else:
             wrap(model, layer=2, target_modules=targets)
     message, typo = str(error.value), targets if isinstance(targets, str) else targets[-1]
-    assert f"entry {typo!r} matches nothing in layer 2" in message
+    assert f"entry {typo!r} matches nothing in block 2" in message
     assert "self_attn.q_proj, self_attn.k_proj" in message and "base_layer," not in message
     assert message.count("self_attn.q_proj") == 1
 

@@ -7,7 +7,7 @@ import torch
 
 from models import build, build_architecture, token_batch
 from peft_onelayer import SingleLayerConfig
-from peft_onelayer.tuner import layer as tuner_layer
+from peft_onelayer.tuner import merging
 from tuner.helpers import base_weights, logits, masters, move, same, tuner_layers, wrap
 
 pytestmark = pytest.mark.filterwarnings("ignore:Already following adapters were merged")
@@ -60,14 +60,14 @@ class Interruption(BaseException):
 
 def interrupt(monkeypatch, after: int) -> None:
     """Make the write of one parameter fail, the one after `after` others."""
-    put, count = tuner_layer._put, iter(range(10**6))
+    put, count = merging._set_data, iter(range(10**6))
 
     def failing(parameter, value):
         if next(count) == after:
             raise Interruption
         put(parameter, value)
 
-    monkeypatch.setattr(tuner_layer, "_put", failing)
+    monkeypatch.setattr(merging, "_set_data", failing)
 
 
 @pytest.mark.parametrize("error", [Interruption, KeyboardInterrupt, RuntimeError])

@@ -138,6 +138,30 @@ def test_what_does_train_is_left_alone():
     assert not any(torch.equal(p, before[n]) for n, p in masters(model).items())
 
 
+def test_an_optimizer_of_nothing_is_left_alone():
+    """It may belong to something else, or to a kind of parameter that this block has none of."""
+    model = wrap()
+    matrices = [p for p in trainable(model) if p.ndim == 2]
+    nothing = torch.optim.SGD([{"params": []}, {"params": [], "weight_decay": 0.0}], lr=0.1)
+    nothing.step()
+    before = [p.detach().clone() for p in matrices]
+    optimizer = torch.optim.SGD(matrices, lr=0.1)
+    step(model, nothing)
+    optimizer.step()
+    assert not any(torch.equal(p, start) for p, start in zip(matrices, before, strict=True))
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_a_frozen_adapter_is_refused_where_the_loss_has_a_gradient_all_the_same(reentrant):
+    """With gradient checkpointing the embeddings' output requires gradients, and the optimizer holds nothing."""
+    model = wrap(task_type="CAUSAL_LM")
+    model.set_requires_grad("default", False)
+    model.gradient_checkpointing_enable({"use_reentrant": reentrant})
+    model.enable_input_require_grads()
+    with pytest.raises(RuntimeError, match="default is frozen"):
+        step(model, torch.optim.SGD([{"params": []}], lr=0.1))
+
+
 def test_a_checked_model_and_optimizer_are_not_kept_alive():
     import weakref
 

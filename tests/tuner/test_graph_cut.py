@@ -237,7 +237,10 @@ def test_a_copy_has_hooks_of_its_own(duplicate, use_reentrant):
         prepare(model, use_reentrant)
     (original,), (copied,) = installed_graph_cuts(model), installed_graph_cuts(twin)
     assert copied is not original
-    assert copied.model is twin.get_base_model() and copied.stack.blocks is twin.get_decoder().layers
+    assert (
+        copied.model is twin.get_base_model()
+        and copied.model.get_submodule(copied.stack_name) is twin.get_decoder().layers
+    )
     assert torch.equal(logits(twin.eval()), expected)
     counts, twin_counts = Counts(model), Counts(twin.train())
     twin_counts.run(twin)

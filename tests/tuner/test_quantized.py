@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig, TorchAoConfig
 
 from models import build, token_batch
 from peft_onelayer import SingleLayerConfig
-from peft_onelayer.tuner.quantized import dense, is_quantized
+from peft_onelayer.tuner.quantized import dequantized, is_quantized
 from tuner.helpers import base_name, logits, masters, move, same, train, tuner_layers
 
 SIZES = {"hidden_size": 64, "intermediate_size": 128, "head_dim": 16}  # bitsandbytes packs 64 values to a scale
@@ -60,7 +60,7 @@ def wrap(model, layer=2, **options):
 def packed(model) -> dict[str, torch.Tensor]:
     """Copies of all quantized tensors of the base, dequantized."""
     return {
-        base_name(f"{name}.{n}"): dense(module, p).detach().clone()
+        base_name(f"{name}.{n}"): dequantized(module, p).detach().clone()
         for name, module in model.named_modules()
         for n, p in module.named_parameters(recurse=False)
         if is_quantized(p)

@@ -69,8 +69,8 @@ def test_middle_layers_lie_in_the_middle(num_layers):
 @pytest.mark.parametrize(
     ("layer", "parts"),
     [
-        (28, ["layer=28", "28 layers", "0 to 27", "-28 to -1"]),
-        (-29, ["layer=-29", "28 layers"]),
+        (28, ["layer=28", "28 blocks", "0 to 27", "-28 to -1"]),
+        (-29, ["layer=-29", "28 blocks"]),
         ([1, 40], ["[1, 40]", "0 to 27"]),
         ("20-40", ["'20-40'", "0 to 27"]),
         ("9-7", ["'9-7'", "empty", "7-9"]),
@@ -78,7 +78,7 @@ def test_middle_layers_lie_in_the_middle(num_layers):
         ("", ["''", "an index"]),
         ([3, 3], ["[3, 3]", "twice"]),
         ([27, -1], ["[27, -1]", "twice", "[27, 27]"]),
-        ("mid-0", ["'mid-0'", "no layer"]),
+        ("mid-0", ["'mid-0'", "no block"]),
         ("mid-29", ["'mid-29'", "29 of 28"]),
         ("midle", ["'midle'", 'Did you mean "middle"?']),
         ("first", ["'first'", "an index, a list of indices"]),

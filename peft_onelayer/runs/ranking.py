@@ -1,44 +1,44 @@
-"""Ranks the blocks, and goes from a ranking to the blocks to train and the sentences that say why."""
+"""Ranks the blocks with progress, and puts a ranking into words."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from ._output import progress_bar
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from peft_onelayer.probe.probe import probe_layers
+from peft_onelayer.records.ranking import LayerRanking
+from peft_onelayer.tasks import Task
+
+from .progress import Progress
 
 POINTS = 100  # percentage points of reward
 
-if TYPE_CHECKING:
-    from peft_onelayer.records.ranking import LayerRanking
-    from peft_onelayer.tasks import Task
 
-
-def rank_blocks(base: Any, tokenizer: Any, task: Task, **settings: Any) -> LayerRanking:
-    """`probe_layers`; `settings` are its other arguments."""
-    from peft_onelayer.probe.probe import probe_layers
-
-    with progress_bar("ranking the blocks", 100) as bar:
+def rank_blocks(
+    base: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, task: Task, progress: Progress, **options: Any
+) -> LayerRanking:
+    """`probe_layers`; `options` are its other arguments."""
+    with progress.bar("ranking the blocks", 100) as update:
         return probe_layers(
             base,
             tokenizer,
             task,
-            on_candidate=lambda number, layer, spent: bar.update(
-                round(100 * spent), f"round {number + 1}: block {layer}"
-            ),
-            **settings,
+            on_candidate=lambda number, layer, spent: update(round(100 * spent), f"round {number + 1}: block {layer}"),
+            **options,
         )
 
 
-def pick_layers(ranking: LayerRanking) -> tuple[list[int], str]:
-    """The pick, or mid-5 where nothing gained; and its gain, its ties and its cost in words."""
-    from peft_onelayer.tuner import resolve_layers
-
-    layers = resolve_layers("mid-5", ranking.num_layers) if ranking.pick is None else [ranking.pick]
-    return layers, "; ".join(describe(ranking))
+def blocks_in_words(layers: list[int]) -> str:
+    """
+    >>> blocks_in_words([7]), blocks_in_words([3, 4])
+    ('block 7', 'blocks 3, 4')
+    """
+    return f"block{'s' * (len(layers) > 1)} {', '.join(map(str, layers))}"
 
 
 def describe(ranking: LayerRanking) -> list[str]:
-    """What a ranking says, line by line: the best block and its ties, what to train, and what it cost."""
+    """What a ranking says, sentence by sentence: the best block and its ties, what to train, and what it cost."""
     best = ranking.order[0] if ranking.pick is None else ranking.pick
     if not ranking.measured:
         where = "by depth alone, as in seven published profiles"
@@ -62,13 +62,9 @@ def describe(ranking: LayerRanking) -> list[str]:
         f"through the model and {cost['seconds']:.0f} s: {cost['share']:.0%} of the tokens of the training run"
     )
     if ranking.pick is None:
-        return [
-            f"no block gained beyond noise (most: block {best}, {gain}), so none is picked; mid-5 needs no profile",
-            spent,
-        ]
+        instead = blocks_in_words(ranking.choice)
+        return [f"no block gained beyond noise (most: block {best}, {gain}), so the choice is {instead}", spent]
     lines = [f"block {best} gains {gain}, {tie}"]
     if ranking.expected is not None:
         lines.append(f"expected gain of block {best} over that of the best block: {ranking.expected:.2f}")
-    if ranking.choice != str(best):
-        lines.append(f"{ranking.choice} is the better bet: nothing tells the middle blocks apart")
     return [*lines, spent]

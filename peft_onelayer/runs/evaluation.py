@@ -1,0 +1,221 @@
+"""One evaluation, from settings to eval.json: base and adapter on the same problems with the same sampling seed, so
+that their difference is paired."""
+
+from __future__ import annotations
+
+import json
+import time
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from peft import PeftModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from peft_onelayer.records.evaluation import EvaluationRecord, Figures, Measured, MeasuredAdapter
+from peft_onelayer.records.files import CONFIG, WEIGHTS, check_file, file_digest, read_fields, write_whole
+from peft_onelayer.records.locate import adapter_folder
+from peft_onelayer.records.run import DataSource
+from peft_onelayer.rollouts.evaluation import Evaluation, paired_difference
+from peft_onelayer.rollouts.evaluation import evaluate as evaluate_rows
+from peft_onelayer.rollouts.prompts import check_prompt, with_chat_prompts
+from peft_onelayer.tasks import Task, open_task
+from peft_onelayer.tuner.config import SingleLayerPeftType
+
+from .describe import describe_machine, describe_model
+from .models import (
+    check_adapter_folder,
+    check_model_name,
+    load_adapter,
+    load_causal_lm,
+    quiet_logs,
+    to_device,
+    without_progress_bars,
+)
+from .progress import Progress, Update
+from .settings import EvaluationSettings
+
+Measurements = dict[str, tuple[Evaluation, float]]  # by decoding mode, with seconds
+
+
+def evaluate(
+    settings: EvaluationSettings, *, command: str | None = None, progress: Progress | None = None
+) -> EvaluationRecord:
+    """Measure a model on a task, sampled and greedy, and an adapter against its base on the same problems.
+
+    One model is in memory: the base is the adapter's model with the adapter switched off, and for methods of PEFT that
+    change the base when they load (PiSSA) it is loaded anew afterwards.
+
+    Args:
+        command: for the record.
+        progress: is told what goes on.
+
+    Returns:
+        The figures; with the scores and the problems where `settings.out` is given, which holds the same.
+
+    Raises:
+        ValueError: in one line: settings that cannot work, a model, adapter or data that are not there or do not fit
+            (`TargetError` for `settings.out`).
+    """
+    with without_progress_bars():
+        return _Evaluation(settings, command, progress or Progress()).run()
+
+
+class _Evaluation:
+    """The steps of `evaluate` in their order, and what they share."""
+
+    def __init__(self, settings: EvaluationSettings, command: str | None, progress: Progress) -> None:
+        self.settings, self.command, self.progress = settings, command, progress
+        self.start = time.perf_counter()
+        self.decodings = (["sampled"] if settings.samples else []) + (["greedy"] if settings.greedy else [])
+        if not self.decodings:
+            raise ValueError("--samples 0 with --no-greedy leaves nothing to measure.")
+        if not settings.temperature > 0:
+            raise ValueError("--temperature must be above 0; for greedy decoding alone use --samples 0.")
+        self.out = None if settings.out is None else Path(settings.out)
+        if self.out is not None:
+            check_file(self.out, _is_evaluation)
+        self.model, self.adapter, self.revision = settings.model, settings.adapter, settings.revision
+        if (Path(self.model).expanduser() / CONFIG).is_file():
+            if self.adapter is not None:
+                raise ValueError(f"{self.model} is an adapter itself; give its base model, or leave --adapter out.")
+            self.model, self.adapter, self.revision = _base_of(self.model, self.revision)
+        check_model_name(self.model)
+        self.folder: Path | None = None
+        self.adapter_config: dict[str, Any] = {}
+        if self.adapter is not None:
+            with quiet_logs():
+                self.folder = adapter_folder(self.adapter)
+            check_adapter_folder(self.folder, self.adapter)
+            self.adapter_config = read_fields(self.folder / CONFIG)
+        with progress.status("loading the task ..."), quiet_logs():
+            self.task: Task = open_task(settings.task, settings.dataset, settings.reward, unsafe=settings.unsafe)
+            self.task.rows(settings.split, 1, settings.seed)  # a split that is not there, before the model is loaded
+
+    def run(self) -> EvaluationRecord:
+        settings = self.settings
+        self.base, tokenizer = self._load()
+        self.task, chat = with_chat_prompts(self.task, tokenizer, settings.chat)
+        self.rows = self.task.rows(settings.split, settings.problems, settings.seed)
+        check_prompt(self.rows[0], tokenizer, self.model)
+        description = describe_model(self.base)
+        if len(self.rows) < settings.problems:
+            self.progress.note(f"the {settings.split} split of {self.task.name} has {len(self.rows)} problems")
+        before, after = self._measure_both(tokenizer)
+        record = EvaluationRecord(
+            command=self.command,
+            model=description,
+            adapter=self._measured_adapter(),
+            task=DataSource(self.task.name, dict(self.task.data)),
+            split=settings.split,
+            n=len(self.rows),
+            samples=settings.samples,
+            temperature=settings.temperature,
+            max_completion_tokens=settings.max_completion_tokens or self.task.max_completion_tokens,
+            seed=settings.seed,
+            results={
+                decoding: _measured(before[decoding], after[decoding] if after else None) for decoding in self.decodings
+            },
+            batch_size=settings.batch_size,
+            chat=chat,
+            machine=describe_machine(),
+            seconds=round(time.perf_counter() - self.start, 1),
+            scores=_scores(before, after) if self.out else None,
+            problems=[json.loads(problem) for problem in before[self.decodings[0]][0].problems] if self.out else None,
+        )
+        if self.out is not None:
+            write_whole(self.out, record.to_json())
+        return record
+
+    def _load(self) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+        with self.progress.status(f"loading {self.model} ..."):
+            base, tokenizer = load_causal_lm(self.model, self.revision)
+        to_device(base)
+        return base, tokenizer
+
+    def _measure_both(self, tokenizer: PreTrainedTokenizerBase) -> tuple[Measurements, Measurements | None]:
+        """The base's figures, and the adapter's where there is one."""
+        if self.folder is None:
+            return self._measure(self.base, tokenizer, "base"), None
+        trained_on = self.adapter_config.get("base_model_name_or_path")
+        if trained_on and trained_on != self.base.name_or_path:
+            self.progress.note(f"the adapter was trained on {trained_on}; compared here with {self.model}")
+        adapted = load_adapter(self.base, self.folder)
+        after = self._measure(adapted, tokenizer, "adapter")
+        if self.adapter_config.get("peft_type") == SingleLayerPeftType.SINGLE_LAYER.value:
+            with adapted.disable_adapter():
+                return self._measure(adapted, tokenizer, "base"), after
+        del self.base, adapted
+        self.base, _ = self._load()
+        return self._measure(self.base, tokenizer, "base"), after
+
+    def _measure(
+        self, policy: PreTrainedModel | PeftModel, tokenizer: PreTrainedTokenizerBase, name: str
+    ) -> Measurements:
+        settings, measured = self.settings, {}
+        for decoding in self.decodings:
+            started = time.perf_counter()
+            count = 1 if decoding == "greedy" else settings.samples
+            with self.progress.bar(f"{name}, {decoding}", len(self.rows) * count) as update:
+                evaluation = evaluate_rows(
+                    policy,
+                    tokenizer,
+                    self.task,
+                    self.rows,
+                    greedy=decoding == "greedy",
+                    samples=count,
+                    temperature=settings.temperature,
+                    seed=settings.seed,
+                    batch_size=settings.batch_size,
+                    max_completion_tokens=settings.max_completion_tokens,
+                    on_progress=partial(_report, update),
+                )
+            measured[decoding] = evaluation, round(time.perf_counter() - started, 1)
+        return measured
+
+    def _measured_adapter(self) -> MeasuredAdapter | None:
+        if self.folder is None:
+            return None
+        config = self.adapter_config
+        digest = file_digest(self.folder / WEIGHTS)
+        return MeasuredAdapter(str(self.adapter), config.get("peft_type"), config.get("layer_indices"), digest)
+
+
+def _report(update: Update, done: int) -> None:
+    update(done, "")
+
+
+def _is_evaluation(file: Path) -> bool:
+    """Whether an earlier evaluation wrote `file`, so that nothing is lost by replacing it."""
+    try:
+        return read_fields(file).get("format") == EvaluationRecord.FORMAT
+    except ValueError:
+        return False
+
+
+def _base_of(adapter: str, revision: str | None) -> tuple[str, str, str | None]:
+    """(base, adapter, revision of the base) of an adapter's folder."""
+    config = read_fields(Path(adapter).expanduser() / CONFIG)
+    base = config.get("base_model_name_or_path")
+    if not base:
+        raise ValueError(f"{adapter} does not name its base model; give the base and --adapter {adapter}.")
+    return base, adapter, revision or config.get("revision")
+
+
+def _measured(before: tuple[Evaluation, float], after: tuple[Evaluation, float] | None) -> Measured:
+    base = before[0]
+    if after is None:
+        return Measured(base.n, base.samples, _figures(*before))
+    difference = Figures.of(*paired_difference(after[0], base))
+    return Measured(base.n, base.samples, _figures(*before), _figures(*after), difference)
+
+
+def _figures(evaluation: Evaluation, seconds: float) -> Figures:
+    return Figures.of(
+        evaluation.mean, evaluation.standard_error, tokens_generated=evaluation.tokens_generated, seconds=seconds
+    )
+
+
+def _scores(before: Measurements, after: Measurements | None) -> dict[str, dict[str, list[float]]]:
+    measured = {"base": before} | ({} if after is None else {"adapter": after})
+    return {name: {mode: list(e.scores) for mode, (e, _) in modes.items()} for name, modes in measured.items()}

@@ -1,0 +1,195 @@
+"""Opens the base model and the adapter that a run was given, and says in one line what is wrong with them."""
+
+from __future__ import annotations
+
+import os
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+import transformers
+from huggingface_hub.errors import HTTPError
+from peft import PeftModel
+from safetensors import SafetensorError
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PretrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+from peft_onelayer.records.files import CONFIG, WEIGHTS
+from peft_onelayer.records.locate import is_local
+from peft_onelayer.records.text import one_line
+
+SMALL = 10_000_000  # parameters; below, a second thread gains nothing and on a busy machine costs a factor of ten
+
+
+@contextmanager
+def without_progress_bars() -> Iterator[None]:
+    """Without the progress bars of transformers, datasets and huggingface_hub."""
+    import datasets
+    from huggingface_hub import utils as hub
+
+    os.environ.setdefault("TRL_EXPERIMENTAL_SILENCE", "1")  # of the algorithms and environments it calls experimental
+    log = transformers.utils.logging
+    hidden = not log.is_progress_bar_enabled(), datasets.are_progress_bars_disabled(), hub.are_progress_bars_disabled()
+    log.disable_progress_bar()
+    datasets.disable_progress_bars()
+    hub.disable_progress_bars()
+    try:
+        yield
+    finally:
+        enablers = (log.enable_progress_bar, datasets.enable_progress_bars, hub.enable_progress_bars)
+        for was_hidden, enable in zip(hidden, enablers, strict=True):
+            if not was_hidden:
+                enable()
+
+
+@contextmanager
+def quiet_logs() -> Iterator[None]:
+    """Without load reports and lines about retries: what fails is said once, by an error."""
+    from huggingface_hub.utils import logging as hub_log
+
+    log = transformers.utils.logging
+    verbosity, hub_verbosity = log.get_verbosity(), hub_log.get_verbosity()
+    log.set_verbosity_error()
+    hub_log.set_verbosity_error()
+    try:
+        yield
+    finally:
+        log.set_verbosity(verbosity)
+        hub_log.set_verbosity(hub_verbosity)
+
+
+def check_model_name(name: str) -> None:
+    """Raise ValueError for the name of a folder that is not there or holds no model."""
+    folder = Path(name).expanduser()
+    if not is_local(name):
+        return
+    if not folder.is_dir():
+        raise ValueError(f"no model folder at {folder}; give a folder with config.json, or a model id on the Hub.")
+    if not (folder / "config.json").is_file():
+        raise ValueError(f"{folder} holds no config.json, so it is not a model folder.")
+
+
+def load_causal_lm(name: str, revision: str | None = None) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """Load model and tokenizer from a folder or from the Hub, there at a branch, tag or commit.
+
+    Returns:
+        The model in the dtype of its checkpoint, in eval mode, and its tokenizer.
+
+    Raises:
+        ValueError: in one line: not there, not a causal language model, incomplete, or without a tokenizer.
+    """
+    source = _source(name)
+    with _errors_in_one_line(name), quiet_logs():
+        _checked_config(source, revision)
+        model, info = AutoModelForCausalLM.from_pretrained(
+            source, revision=revision, dtype="auto", output_loading_info=True
+        )
+        if info["missing_keys"]:
+            missing = info["missing_keys"]
+            raise NotCausalError(f"{source} lacks {len(missing)} weights, such as {min(missing)}.")
+        return model, AutoTokenizer.from_pretrained(source, revision=revision)
+
+
+def load_skeleton(name: str, revision: str | None = None) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """The model without weights, on the meta device, and its tokenizer: enough to look at before a run.
+
+    Raises:
+        ValueError: in one line: as `load_causal_lm`; a folder that holds no weights at all.
+    """
+    source = _source(name)
+    with _errors_in_one_line(name), quiet_logs():
+        config = _checked_config(source, revision)
+        if is_local(name) and not any(Path(source).glob("*.safetensors")) and not any(Path(source).glob("*.bin")):
+            raise NotCausalError(f"{source} holds no weights; expected *.safetensors beside its config.json.")
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(config)
+        return model, AutoTokenizer.from_pretrained(source, revision=revision)
+
+
+def _source(name: str) -> str:
+    check_model_name(name)
+    return str(Path(name).expanduser()) if is_local(name) else name
+
+
+def _checked_config(source: str, revision: str | None) -> PretrainedConfig:
+    """The configuration of a model that is a causal language model."""
+    config = AutoConfig.from_pretrained(source, revision=revision)
+    causal = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(config.model_type)
+    accepted = (causal,) if isinstance(causal, str) else tuple(causal or ())
+    architectures = config.architectures or accepted
+    if not set(architectures) & set(accepted):
+        raise NotCausalError(
+            f"{source} is a {', '.join(architectures) or config.model_type}, not a causal language model "
+            f"({config.model_type} {'has ' + accepted[0] if accepted else 'has none'})."
+        )
+    return config
+
+
+@contextmanager
+def _errors_in_one_line(name: str) -> Iterator[None]:
+    try:
+        yield
+    except NotCausalError:
+        raise
+    except (OSError, ValueError, KeyError, HTTPError) as error:
+        source = Path(name).expanduser()
+        what = f"the model in {source}" if is_local(name) else f"{name}, neither a folder here nor found on the Hub"
+        raise ValueError(f"cannot load {what}: {one_line(error)}") from error
+
+
+class NotCausalError(ValueError):
+    """The model was found, and is none that can be trained."""
+
+
+def to_device(model: PreTrainedModel) -> None:
+    """Move a model that is on the CPU to the process's GPU, if there is one; a small one gets a single thread."""
+    if torch.cuda.is_available() and model.device.type == "cpu":
+        model.to(torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0"))))
+    if sum(p.numel() for p in model.parameters()) < SMALL:
+        torch.set_num_threads(1)
+
+
+def check_adapter_folder(folder: Path, name: str) -> None:
+    """Raise ValueError unless the two files that make an adapter are in `folder`: an adapter_model.bin would be
+    unpickled."""
+    for file in (CONFIG, WEIGHTS):
+        if not (folder / file).is_file():
+            inside = folder / "adapter"  # where `onelayer demo` puts it
+            hint = f"; did you mean {inside}?" if (inside / file).is_file() else "."
+            raise ValueError(f"{name} holds no {file}, so it is not an adapter that can be loaded{hint}")
+
+
+def load_adapter(base: PreTrainedModel, folder: Path) -> PeftModel:
+    """Wrap `base` with the adapter of any PEFT type saved in `folder`, in eval mode.
+
+    Raises:
+        ValueError: in one line: not an adapter, damaged, or made for a model of other shapes.
+    """
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("error", message="(?s).*Found missing adapter keys", category=UserWarning)
+            model = PeftModel.from_pretrained(base, str(folder))
+            # from_pretrained says nothing of weights without a place: those of a deeper model, for example.
+            unexpected = model.load_adapter(str(folder), "default").unexpected_keys
+    except (OSError, ValueError, KeyError, TypeError, RuntimeError, UserWarning, SafetensorError) as error:
+        lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
+        # load_state_dict lists every tensor below a heading
+        reason = lines[1] if lines[0].startswith("Error(s) in loading") and len(lines) > 1 else str(error)
+        raise ValueError(
+            f"the adapter in {folder} does not load on {base.name_or_path}: {one_line(reason) or type(error).__name__}"
+        ) from error
+    if unexpected:
+        raise ValueError(
+            f"the adapter in {folder} has {len(unexpected)} weights that {base.name_or_path} has no place for, such as "
+            f"{min(unexpected)}."
+        )
+    return model.eval()

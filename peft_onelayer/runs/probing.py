@@ -1,0 +1,97 @@
+"""One ranking of the blocks, from settings to layer_profile.json and its plot."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+from peft_onelayer.hub.profiles import load_profile
+from peft_onelayer.layers import resolve_layers
+from peft_onelayer.probe.probe import METHODS
+from peft_onelayer.records.files import TargetError, check_file, write_whole
+from peft_onelayer.records.ranking import LayerRanking
+from peft_onelayer.rl.algorithms import load_algorithm
+from peft_onelayer.rl.recipe import make_recipe, refuse_fields
+from peft_onelayer.rollouts.prompts import check_prompt, with_chat_prompts
+from peft_onelayer.tasks import open_task
+from peft_onelayer.tuner import find_decoder_stack
+
+from .models import check_model_name, load_causal_lm, quiet_logs, to_device, without_progress_bars
+from .progress import Progress
+from .ranking import rank_blocks
+from .settings import BUDGET, PROBE_OPTIONS, ProbeSettings
+
+
+def probe(settings: ProbeSettings, *, progress: Progress | None = None) -> LayerRanking:
+    """Rank the blocks of a model for a task, and write the ranking to `settings.out`, its plot beside it.
+
+    Args:
+        progress: is told what goes on.
+
+    Raises:
+        ValueError: in one line: settings that cannot work, a model or data that are not there; as `probe_layers`.
+    """
+    progress = progress or Progress()
+    if settings.method not in METHODS:
+        raise ValueError(f"no probe {settings.method!r}; the methods are {', '.join(METHODS)}")
+    if not 0 < settings.budget < math.inf:
+        raise ValueError(f"--budget is a share of a training run, above 0, such as {BUDGET}; got {settings.budget}")
+    if (settings.method == "profile") != (settings.profile is not None):
+        raise ValueError("--profile and --method profile go together; give both, or neither")
+    algorithm = load_algorithm(settings.algorithm)
+    if not algorithm.online:
+        raise ValueError(
+            f"a probe compares blocks by their reward; {algorithm.name} is offline, choose one such as grpo"
+        )
+    with without_progress_bars():
+        with quiet_logs():
+            task = open_task(settings.task, settings.dataset, settings.reward, unsafe=settings.unsafe)
+            profile = load_profile(settings.profile) if settings.profile else None
+        refuse_fields(settings.config, PROBE_OPTIONS)
+        recipe = make_recipe(algorithm, task, settings.config)
+        recipe.config(output_dir="unused")  # what it refuses, before the model is loaded
+        out = None if settings.out is None else Path(settings.out)
+        if out is not None:
+            check_outputs(out)
+        if profile is not None:
+            progress.note(f"the profile is of {profile.model}: {profile.method}, {profile.task}; {profile.source}")
+        check_model_name(settings.model)
+        with progress.status(f"loading {settings.model} ..."):
+            base, tokenizer = load_causal_lm(settings.model, settings.revision)
+        to_device(base)
+        depth = len(find_decoder_stack(base).blocks)
+        layers = None if settings.layers == "all" else resolve_layers(settings.layers, depth)
+        task, _ = with_chat_prompts(task, tokenizer, settings.chat)
+        check_prompt(task.rows("train", 1, settings.seed)[0], tokenizer, settings.model)
+        ranking = rank_blocks(
+            base,
+            tokenizer,
+            task,
+            progress,
+            recipe=recipe,
+            training_steps=settings.steps,
+            seed=settings.seed,
+            method=settings.method,
+            budget=settings.budget,
+            layers=layers,
+            profile=profile,
+        )
+    if out is not None:
+        from peft_onelayer.report.plots import plot_ranking
+
+        write_whole(out, ranking.to_json())
+        plot_ranking(ranking, plot_beside(out), f"{settings.method}, {task.name}")
+    return ranking
+
+
+def plot_beside(out: Path) -> Path:
+    """Where the plot of the ranking `out` is put."""
+    return out.with_suffix(".png")
+
+
+def check_outputs(out: Path) -> None:
+    """Raise `TargetError` unless the ranking and its plot can be written without losing anything."""
+    if out.suffix != ".json":
+        raise TargetError(f"--out takes a JSON file, such as ranking.json, not {out}.")
+    check_file(out)
+    check_file(plot_beside(out))

@@ -1,0 +1,129 @@
+"""What a training run, an evaluation and a ranking are asked for."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from peft_onelayer.probe.settings import BUDGET
+
+if TYPE_CHECKING:
+    from peft_onelayer.tasks import Task
+
+STEPS = 150  # optimizer steps of an online run
+# Fields of a TRL configuration that a setting of their own decides, and the option of the command line.
+TRAINING_OPTIONS = {
+    "output_dir": "--out",
+    "seed": "--seed",
+    "max_steps": "--steps",
+    "report_to": "--report-to",
+    "resume_from_checkpoint": "--resume",
+}
+PROBE_OPTIONS = {"output_dir": "nothing: a probe writes only --out", "seed": "--seed", "max_steps": "--steps"}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Source:
+    """The model and the data of a run, an evaluation or a ranking.
+
+    Attributes:
+        model: base model: a folder or a Hub id.
+        task: a name for `load_task`, or a task; None with `dataset`.
+        dataset: a JSONL file or a Hub data set, instead of a task.
+        reward: of its prompts: "file.py:function".
+        seed: of data, sampling and training.
+        chat: give prompts as messages of a user; None for: if the tokenizer has a chat template.
+        revision: Hub revision of the base model.
+        unsafe: let the model's code run without a full sandbox.
+    """
+
+    model: str
+    task: str | Task | None = None
+    dataset: str | None = None
+    reward: str | None = None
+    seed: int = 0
+    chat: bool | None = None
+    revision: str | None = None
+    unsafe: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainingSettings(Source):
+    """One training run, as `onelayer train` takes it; beside the attributes of `Source`:
+
+    Attributes:
+        out: new folder for the adapter, run.json and the checkpoints.
+        layer: blocks to train, as `SingleLayerConfig` takes them, or "auto" to rank the blocks on the task first.
+        full: train every parameter instead: the baseline.
+        algorithm: a name for `load_algorithm`.
+        steps: optimizer steps; None for 150 and, offline, for as many as `num_train_epochs` asks for.
+        config: values by field of the algorithm's TRL configuration.
+        top_entropy: train only this share of the tokens, those of highest entropy.
+        pairs_from_task: offline: make the data from graded completions of so many prompts of the task.
+        report_to: TRL's own logging: "wandb", "trackio", "tensorboard", ...
+    """
+
+    out: str | Path
+    layer: int | str | Sequence[int] = "auto"
+    full: bool = False
+    algorithm: str = "grpo"
+    steps: int | None = None
+    config: Mapping[str, Any] = field(default_factory=dict)
+    top_entropy: float | None = None
+    pairs_from_task: int | None = None
+    report_to: str = "none"
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluationSettings(Source):
+    """One evaluation, as `onelayer eval` takes it; beside the attributes of `Source`, whose `model` may also be an
+    adapter's folder, which names its base:
+
+    Attributes:
+        adapter: to compare with the base: a folder or a Hub id.
+        split: problems of which split: "test" or "train".
+        problems: their number; fewer where the split is smaller.
+        samples: sampled completions of each; 0 for greedy decoding alone.
+        greedy: whether to decode greedily too.
+        temperature: of sampling, above 0.
+        max_completion_tokens: where a completion is cut; None for the task's own.
+        batch_size: completions at a time, on which the samples depend.
+        out: JSON file for the figures and every problem's score.
+    """
+
+    adapter: str | None = None
+    split: str = "test"
+    problems: int = 256
+    samples: int = 4
+    greedy: bool = True
+    temperature: float = 1.0
+    max_completion_tokens: int | None = None
+    batch_size: int = 64
+    out: str | Path | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class ProbeSettings(Source):
+    """One ranking of the blocks, as `onelayer probe` takes it; beside the attributes of `Source`:
+
+    Attributes:
+        method: "auto", "race", "prior" or "profile", as `probe_layers` takes it.
+        budget: of a race: tokens to spend, as a share of those of the run to come.
+        profile: for "profile": what `load_profile` takes.
+        layers: blocks to choose from: "all", or as `SingleLayerConfig` takes them.
+        algorithm: of the run to come.
+        steps: of the run to come.
+        config: of the run to come, by field of the algorithm's TRL configuration.
+        out: JSON file for the ranking; its plot is put beside it.
+    """
+
+    method: str = "auto"
+    budget: float = BUDGET
+    profile: str | None = None
+    layers: int | str | Sequence[int] = "all"
+    algorithm: str = "grpo"
+    steps: int = STEPS
+    config: Mapping[str, Any] = field(default_factory=dict)
+    out: str | Path | None = None

@@ -1,0 +1,359 @@
+"""One training run, from settings to an adapter with its run.json; resumable, repeatable."""
+
+from __future__ import annotations
+
+import json
+import math
+import shutil
+import tempfile
+import time
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from accelerate.utils import broadcast_object_list
+from peft import PeftModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainingArguments
+
+from peft_onelayer.hub.card import model_card
+from peft_onelayer.layers import resolve_layers
+from peft_onelayer.probe.race import NothingToLearnError
+from peft_onelayer.records.files import CARD, CONFIG, PROFILE, WEIGHTS, file_digest, read_fields, read_text
+from peft_onelayer.records.ranking import LayerRanking
+from peft_onelayer.records.run import DataSource, RunRecord, RunResults, RunSettings, differences
+from peft_onelayer.rl.algorithms import Algorithm, load_algorithm
+from peft_onelayer.rl.preferences import OfflineData, load_preferences, pairs_from_rollouts
+from peft_onelayer.rl.recipe import Recipe, make_recipe, refuse_fields
+from peft_onelayer.rl.training import completions_per_step, prompts_needed, train_rows
+from peft_onelayer.rollouts.prompts import check_prompt, with_chat_prompts
+from peft_onelayer.tasks import Task, open_task
+from peft_onelayer.tuner import find_decoder_stack
+
+from .describe import describe_config, describe_machine, describe_model, is_main_process
+from .folder import RunFolder
+from .models import check_model_name, load_causal_lm, to_device, without_progress_bars
+from .progress import Progress
+from .ranking import blocks_in_words, describe, rank_blocks
+from .settings import STEPS, TRAINING_OPTIONS, TrainingSettings
+
+SAMPLES_PER_PAIR = 8
+GENERATE = 64  # completions at a time, at least, where there are no gradients
+PAIRS = "pairs.jsonl"
+
+
+@dataclass(frozen=True)
+class Run:
+    """A finished training run.
+
+    Attributes:
+        record: what run.json holds.
+        model: the trained model, wrapped unless everything was trained.
+        tokenizer: the base's.
+        folder: with the adapter, or the model.
+        is_main_process: whether this is the first process, or the only one, which wrote the folder.
+    """
+
+    record: RunRecord
+    model: PeftModel | PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    folder: Path
+    is_main_process: bool
+
+
+def train(
+    settings: TrainingSettings,
+    *,
+    resume: bool = False,
+    command: str | None = None,
+    progress: Progress | None = None,
+) -> Run:
+    """Train what `settings` say with an algorithm of TRL, and write the adapter, its card and run.json to a new folder.
+
+    The same settings give the same weights on the same machine. A run that was killed goes on with `resume` and the
+    same settings, and ends with the weights of an uninterrupted one. With several processes (torchrun) each calls it.
+
+    Args:
+        resume: go on with the interrupted run in `settings.out`.
+        command: for run.json.
+        progress: is told what goes on.
+
+    Raises:
+        ValueError: settings that cannot work, a model or data that are not there, or other settings than those of the
+            run to be resumed; in one line, most of them before the model is loaded (`TargetError` for the folder).
+    """
+    with without_progress_bars():
+        return _Training(settings, resume, command, progress or Progress()).run()
+
+
+class _Training:
+    """The steps of `train` in their order, and what they share."""
+
+    def __init__(self, settings: TrainingSettings, resume: bool, command: str | None, progress: Progress) -> None:
+        self.settings, self.command, self.progress = settings, command, progress
+        self.task = _open_task(settings)
+        self.recipe = self._recipe(self.task)
+        self.algorithm: Algorithm = self.recipe.algorithm
+        _check_choice(settings, self.algorithm, self.task)
+        self.folder = RunFolder(Path(settings.out), resume, main=is_main_process())
+        self.config = self._config()
+        self.data: OfflineData | None = None
+        if settings.dataset and self.task is None:
+            self.data = load_preferences(settings.dataset, self.algorithm.data)
+        check_model_name(settings.model)
+
+    def _recipe(self, task: Task | None) -> Recipe:
+        own = TRAINING_OPTIONS
+        if self.settings.top_entropy is not None:
+            own = {**own, "top_entropy_quantile": "--top-entropy"}
+        refuse_fields(self.settings.config, own)
+        return make_recipe(self.settings.algorithm, task, self.settings.config, top_entropy=self.settings.top_entropy)
+
+    def _config(self) -> TrainingArguments:
+        settings, given = self.settings, self.recipe.given
+        defaults: dict[str, Any] = {"logging_steps": 1, "disable_tqdm": True, "save_total_limit": 2}
+        defaults["save_steps"] = 0.1  # of all steps
+        if settings.full and settings.revision:  # TRL loads the reference model anew
+            defaults["model_init_kwargs"] = {"revision": settings.revision}
+        fixed: dict[str, Any] = {
+            "output_dir": str(self.folder.checkpoints),
+            "seed": settings.seed,
+            "max_steps": settings.steps or (STEPS if self.algorithm.online else -1),
+            "report_to": settings.report_to,
+        }
+        return self.recipe.config(**{k: v for k, v in defaults.items() if k not in given}, **fixed)
+
+    def run(self) -> Run:
+        settings = self.settings
+        with self.progress.status(f"loading {settings.model} ..."):
+            base, tokenizer = load_causal_lm(settings.model, settings.revision)
+        to_device(base)
+        num_layers, chat = len(find_decoder_stack(base).blocks), None
+        layers = None
+        if not settings.full and settings.layer != "auto":
+            layers = resolve_layers(settings.layer, num_layers)
+        if self.task is not None:
+            self.task, chat = with_chat_prompts(self.task, tokenizer, settings.chat)
+            self._check_prompts(tokenizer)
+        if self.algorithm.note:
+            self.progress.note(f"{self.algorithm.name}: {self.algorithm.note}")
+        record = self._record(base, layers, chat)
+        previous = self.folder.previous
+        if self.folder.main and previous:
+            if changed := differences(asdict(self._asked(previous)), asdict(record.settings)):
+                raise ValueError(
+                    f"the run in {settings.out} has other settings, so it cannot go on with these: "
+                    f"{'; '.join(changed)}."
+                )
+            record = replace(record, command=previous.command)
+        with self.folder.running(record):
+            if settings.pairs_from_task and self.task:
+                self.data = self._pairs(base, tokenizer, self.task, settings.pairs_from_task)
+            if settings.full:
+                record = replace(record, why="the full-parameter baseline")
+            elif layers is None and self.task:
+                record = self._chosen(record, base, tokenizer, self.task)
+                self.folder.write_record(record)
+            if self.data is not None:
+                rows = self.data.rows
+            else:
+                assert self.task is not None
+                rows = self.task.rows("train", prompts_needed(self.algorithm, self.config), settings.seed)
+            return self._train(record, base, tokenizer, rows)
+
+    def _check_prompts(self, tokenizer: PreTrainedTokenizerBase) -> None:
+        """Refuse prompts that are too few for a step or that the tokenizer cannot write."""
+        assert self.task is not None
+        needed = prompts_needed(self.algorithm, self.config, steps=1) if self.algorithm.online else 1
+        rows = self.task.rows("train", needed, self.settings.seed)
+        if len(rows) < needed:
+            raise ValueError(
+                f"one step draws {needed} prompts and task {self.task.name} has {len(rows)}; use a smaller "
+                "--set per_device_train_batch_size"
+            )
+        check_prompt(rows[0], tokenizer, self.settings.model)
+
+    def _record(self, base: PreTrainedModel, layers: list[int] | None, chat: bool | None) -> RunRecord:
+        settings, task = self.settings, self.task
+        layer = settings.layer if isinstance(settings.layer, (int, str)) else list(settings.layer)
+        return RunRecord(
+            command=self.command,
+            settings=RunSettings(
+                model=describe_model(base),
+                algorithm=self.algorithm.name,
+                trainer=self.algorithm.trainer,
+                task=DataSource(task.name, dict(task.data), chat) if task else None,
+                seed=settings.seed,
+                config=describe_config(self.config),
+                dataset=DataSource(str(settings.dataset), dict(self.data.data)) if self.data and not task else None,
+                layer=None if settings.full else layer,
+                full=settings.full,
+                top_entropy=settings.top_entropy,
+                pairs_from_task=settings.pairs_from_task,
+            ),
+            machine=describe_machine(),
+            status="unfinished",
+            layers=layers,
+            why=None if layers is None else "chosen by the user",
+        )
+
+    def _asked(self, previous: RunRecord) -> RunSettings:
+        """The settings of the interrupted run as they were asked for: with the learning rate before the ranking."""
+        kept = self._kept_ranking()
+        if kept is None or previous.settings.layer != "auto":
+            return previous.settings
+        return replace(previous.settings, config={**previous.settings.config, "learning_rate": kept.learning_rate})
+
+    def _kept_ranking(self) -> LayerRanking | None:
+        path = self.folder.path / PROFILE
+        return LayerRanking.from_json(read_text(path), str(path)) if path.exists() else None
+
+    def _chosen(
+        self, record: RunRecord, base: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, task: Task
+    ) -> RunRecord:
+        """The run with the blocks and the learning rate that a ranking chooses; it is kept for a resumption."""
+        ranking = self._kept_ranking()
+        if ranking is None:
+            try:
+                ranking = rank_blocks(
+                    base,
+                    tokenizer,
+                    task,
+                    self.progress,
+                    seed=self.settings.seed,
+                    training_steps=self.config.max_steps,
+                    recipe=self.recipe,
+                    batch_size=max(GENERATE, self.config.per_device_train_batch_size),
+                )
+            except NothingToLearnError as error:
+                self.progress.note(f"nothing to rank by: {error}")
+                depth = len(find_decoder_stack(base).blocks)
+                middle = resolve_layers("mid-5" if depth >= 5 else "middle", depth)
+                return replace(record, layers=middle, why=f"nothing to rank by, so {blocks_in_words(middle)}: {error}")
+            ranking = _of_first_process(ranking)
+            self.folder.write(PROFILE, ranking.to_json())
+        rate = ranking.choice_learning_rate
+        why = describe(ranking)
+        if rate is not None and rate != self.config.learning_rate:
+            why.insert(1, f"trained at the learning rate {rate:.3g} that the ranking found for it")
+            self.config.learning_rate = rate
+        self.progress.note("; ".join(why))
+        settings = replace(
+            record.settings, config={**record.settings.config, "learning_rate": self.config.learning_rate}
+        )
+        return replace(record, settings=settings, layers=ranking.choice, why="; ".join(why))
+
+    def _pairs(
+        self, base: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, task: Task, prompts: int
+    ) -> OfflineData:
+        """Offline data from graded rollouts of the base, kept in pairs.jsonl so that a resumed run has the same."""
+        kept = self.folder.path / PAIRS
+        if kept.exists():
+            lines = kept.read_text(encoding="utf-8").splitlines()
+            return OfflineData([json.loads(line) for line in lines], task.data, {})
+        with self.progress.bar(f"sampling {prompts} prompts", prompts * SAMPLES_PER_PAIR) as update:
+            data = pairs_from_rollouts(
+                base,
+                tokenizer,
+                task,
+                task.rows("train", prompts, self.settings.seed),
+                self.algorithm.data,
+                samples=SAMPLES_PER_PAIR,
+                seed=self.settings.seed,
+                batch_size=max(GENERATE, self.config.per_device_train_batch_size),
+                on_progress=lambda done: update(done, ""),
+            )
+        data = _of_first_process(data)
+        self.progress.note(", ".join(f"{count} {what}" for what, count in data.counts.items()))
+        self.folder.write(PAIRS, "".join(json.dumps(row) + "\n" for row in data.rows))
+        return data
+
+    def _train(
+        self,
+        record: RunRecord,
+        base: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        rows: list[dict[str, Any]],
+    ) -> Run:
+        """Train the record's blocks, and put the result and the finished run.json into the folder."""
+        start = time.perf_counter()
+        config, folder, layers = self.config, self.folder, record.layers
+        steps = config.max_steps
+        if steps < 1:
+            steps = math.ceil(math.ceil(len(rows) / completions_per_step(config)) * config.num_train_epochs)
+        checkpoint = folder.last_checkpoint() if folder.previous else None
+        if folder.previous and checkpoint:
+            self.progress.note(f"going on from {checkpoint.name}")
+            record = replace(record, resumed_from=[*(folder.previous.resumed_from or []), checkpoint.name])
+        what = "all blocks" if layers is None else blocks_in_words(layers)
+        kind = "reward" if self.algorithm.online else "loss"
+        with folder.publishing() as published, tempfile.TemporaryDirectory() as scratch:
+            with self.progress.bar(f"training {what}", steps) as update:
+                result = train_rows(
+                    base,
+                    tokenizer,
+                    self.recipe,
+                    config,
+                    rows,
+                    layers=layers,
+                    task=self.task,
+                    resume_from=checkpoint,
+                    save_to=Path(scratch),
+                    on_step=lambda step, value: update(step, f"{kind} {value:.3g}"),
+                )
+            for file in sorted(Path(scratch).iterdir()):
+                # The tokenizer is the base's, and training_args.bin is a pickle of what run.json holds.
+                if file.name in (CONFIG, WEIGHTS) or (layers is None and file.name != "training_args.bin"):
+                    shutil.move(file, published / file.name)
+            results = RunResults(
+                steps=result.steps,
+                rewards=result.rewards,
+                losses=result.losses,
+                tokens_generated=result.tokens_generated,
+                tokens_trained=result.tokens_trained,
+                seconds=round(time.perf_counter() - start, 1),
+                sha256={file.name: file_digest(file) for file in sorted(published.glob("*.safetensors"))},
+            )
+            record = replace(record, status="finished", results=results)
+            (published / CARD).write_text(_card(record, published), encoding="utf-8")
+        folder.write_record(record)
+        return Run(record, result.model, tokenizer, folder.path, folder.main)
+
+
+def _open_task(settings: TrainingSettings) -> Task | None:
+    """The task that prompts and rewards come from; None where an offline algorithm reads its data."""
+    algorithm = load_algorithm(settings.algorithm)
+    if algorithm.online and settings.pairs_from_task:
+        raise ValueError(f"--pairs-from-task makes data for offline algorithms; {algorithm.name} generates its own")
+    if algorithm.online or settings.pairs_from_task:
+        return open_task(settings.task, settings.dataset, settings.reward, unsafe=settings.unsafe)
+    if settings.task or settings.reward or not settings.dataset:
+        raise ValueError(
+            f"{algorithm.name} is offline and trains on {algorithm.data} data: give --dataset alone, or --task with "
+            "--pairs-from-task"
+        )
+    return None
+
+
+def _check_choice(settings: TrainingSettings, algorithm: Algorithm, task: Task | None) -> None:
+    """Refuse combinations that cannot train what was asked for."""
+    if settings.full and settings.layer != "auto":
+        raise ValueError(f"--full trains every parameter and --layer {settings.layer} a block; give one of them")
+    if settings.layer == "auto" and not settings.full and not algorithm.online:
+        raise ValueError(f"--layer auto ranks the blocks with online RL; for {algorithm.name} name one, such as mid-5")
+    if task is not None and task.environment_factory is not None and not algorithm.environments:
+        raise ValueError(
+            f"task {task.name} plays through an environment, which {algorithm.name} cannot; use grpo or gigpo"
+        )
+    if algorithm.needs_environment and (task is None or task.environment_factory is None):
+        raise ValueError(f"{algorithm.name} needs a task with an environment, such as textworld")
+
+
+def _of_first_process(value: Any) -> Any:
+    """The first process' value: on a GPU the others may have rounded differently."""
+    return broadcast_object_list([value])[0]
+
+
+def _card(record: RunRecord, folder: Path) -> str:
+    """The model card: what was trained and how to repeat it; results are `onelayer eval`'s, and `push` adds them."""
+    config = None if record.layers is None else read_fields(folder / CONFIG)
+    return model_card(config, record, local_base=bool(record.settings.model.sha256))

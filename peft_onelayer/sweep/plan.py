@@ -1,0 +1,174 @@
+"""The runs that a sweep consists of, from its settings: what cannot work is refused here, before anything runs."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from peft_onelayer.layers import resolve_layers
+from peft_onelayer.records.files import model_digests
+from peft_onelayer.rl.algorithms import load_algorithm
+from peft_onelayer.rl.recipe import make_recipe, refuse_fields
+from peft_onelayer.rollouts.prompts import check_prompt, with_chat_prompts
+from peft_onelayer.runs.models import load_skeleton
+from peft_onelayer.tasks import load_task
+from peft_onelayer.tuner import find_decoder_stack
+from peft_onelayer.tuner.model import commit_hash
+
+from .run_layer import Row, RunSpec
+from .settings import SWEEP_OPTIONS, SweepSettings
+
+
+@dataclass(frozen=True)
+class RateSearch:
+    """Runs that choose the learning rates.
+
+    Attributes:
+        rates: to choose from.
+        block: that is trained for the blocks' rate.
+        layer: its runs, one for each rate.
+        full: full-parameter runs, one for each rate.
+    """
+
+    rates: Sequence[float]
+    block: int
+    layer: Sequence[RunSpec]
+    full: Sequence[RunSpec]
+
+    @property
+    def specs(self) -> list[RunSpec]:
+        return [*self.layer, *self.full]
+
+    def best(self, rows: Mapping[str, Row]) -> tuple[float, float]:
+        """The rate of the highest score for a block, and for all parameters.
+
+        Args:
+            rows: of the runs, by the digests of their specifications.
+        """
+
+        def best_of(specs: Sequence[RunSpec]) -> float:
+            scores = [rows[spec.digest()]["mean"] for spec in specs]
+            return self.rates[scores.index(max(scores))]
+
+        return best_of(self.layer), best_of(self.full)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The runs of a sweep.
+
+    Attributes:
+        num_layers: blocks of the model.
+        base: the evaluation of the untrained model.
+        full: full-parameter runs, one for each seed.
+        blocks: the runs of each block to be measured, one for each seed.
+        search: for the learning rates; None where they are given.
+    """
+
+    num_layers: int
+    base: RunSpec
+    full: Sequence[RunSpec]
+    blocks: Mapping[int, Sequence[RunSpec]]
+    search: RateSearch | None
+
+    @property
+    def specs(self) -> list[RunSpec]:
+        """All runs but the search's, those of one seed after those of another: the first seed says the most when the
+        sweep does not get further."""
+        by_seed = zip(self.full, *self.blocks.values(), strict=True)
+        return [self.base, *(spec for of_seed in by_seed for spec in of_seed)]
+
+    def with_learning_rates(self, layer: float, full: float) -> Plan:
+        """The same runs at these rates."""
+        return replace(
+            self,
+            full=[with_learning_rate(spec, full) for spec in self.full],
+            blocks={k: [with_learning_rate(spec, layer) for spec in specs] for k, specs in self.blocks.items()},
+        )
+
+
+def plan_sweep(settings: SweepSettings) -> Plan:
+    """The runs of a sweep, known without the model's weights.
+
+    Raises:
+        ValueError: a setting that cannot work, a model or data that are not there.
+    """
+    algorithm = load_algorithm(settings.algorithm)
+    if not algorithm.online:
+        raise ValueError(f"a sweep compares runs by their reward; {algorithm.name} is offline, choose one such as grpo")
+    refuse_fields(settings.config, SWEEP_OPTIONS)
+    seeds = list(settings.seeds)
+    if not seeds or len(set(seeds)) < len(seeds) or min(seeds) < 0:
+        raise ValueError(f"seeds must be one or more different numbers from 0, got {seeds}")
+    for name in ("steps", "problems", "samples", "batch_size"):
+        if getattr(settings, name) < 1:
+            raise ValueError(f"{name} must be at least 1, got {getattr(settings, name)}")
+    task = load_task(settings.task, unsafe=settings.unsafe)
+    make_recipe(algorithm, task, settings.config).config(output_dir="unused", max_steps=settings.steps)
+    model, tokenizer = load_skeleton(settings.model, settings.revision)
+    num_layers = len(find_decoder_stack(model).blocks)
+    layers = list(range(num_layers)) if settings.layers == "all" else resolve_layers(settings.layers, num_layers)
+    rates, full_rate = _learning_rates(settings, layers)
+    asked, chat = with_chat_prompts(task, tokenizer, settings.chat)
+    check_prompt(asked.rows("test", 1, 0)[0], tokenizer, settings.model)
+    folder = Path(settings.model).expanduser()
+    first = RunSpec(
+        model=str(folder.resolve()) if folder.is_dir() else settings.model,
+        revision=commit_hash(model) or settings.revision,
+        model_digests=model_digests(settings.model),
+        task=settings.task,
+        task_data=dict(task.data),
+        layer="full",
+        algorithm=settings.algorithm,
+        settings=dict(settings.config),
+        steps=settings.steps,
+        seed=seeds[0],
+        problems=settings.problems,
+        samples=settings.samples,
+        evaluation_seed=settings.evaluation_seed,
+        batch_size=settings.batch_size,
+        greedy=settings.greedy,
+        chat=chat,
+        unsafe=settings.unsafe,
+    )
+    full = with_learning_rate(first, full_rate)
+    blocks = {k: with_learning_rate(replace(first, layer=k), rates[k]) for k in layers}
+    return Plan(
+        num_layers,
+        base=replace(first, layer="base", algorithm="none", settings={}, steps=0, seed=0),
+        full=[replace(full, seed=seed) for seed in seeds],
+        blocks={k: [replace(spec, seed=seed) for seed in seeds] for k, spec in blocks.items()},
+        search=_search(first, layers, settings.search_learning_rates),
+    )
+
+
+def with_learning_rate(spec: RunSpec, rate: float) -> RunSpec:
+    return replace(spec, settings={**spec.settings, "learning_rate": rate})
+
+
+def _learning_rates(settings: SweepSettings, layers: Sequence[int]) -> tuple[dict[int, float], float]:
+    """The rate of each block, and that of the full-parameter runs."""
+    rate, full_rate = settings.learning_rate, settings.full_learning_rate
+    of_block = dict(rate) if isinstance(rate, Mapping) else dict.fromkeys(layers, rate)
+    if full_rate is None:
+        if isinstance(rate, Mapping):
+            raise ValueError("where each block has its own learning rate, full_learning_rate must be given too")
+        full_rate = rate
+    if missing := [k for k in layers if k not in of_block]:
+        raise ValueError(f"no learning rate for block {missing[0]}; there are rates for {sorted(of_block)}")
+    for value in (*of_block.values(), full_rate, *settings.search_learning_rates):
+        if not 0 < value < math.inf:
+            raise ValueError(f"a learning rate must be above 0, got {value}")
+    return of_block, full_rate
+
+
+def _search(first: RunSpec, layers: Sequence[int], rates: Sequence[float]) -> RateSearch | None:
+    if not rates:
+        return None
+    # on other problems than those that are reported
+    trial = replace(first, split="train", evaluation_seed=first.evaluation_seed + 1)
+    middle = layers[len(layers) // 2]
+    layer = [with_learning_rate(replace(trial, layer=middle), rate) for rate in rates]
+    return RateSearch(list(rates), middle, layer, [with_learning_rate(trial, rate) for rate in rates])

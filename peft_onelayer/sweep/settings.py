@@ -1,0 +1,65 @@
+"""What a sweep is asked for."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from peft_onelayer.rl.recipe import LEARNING_RATE
+from peft_onelayer.runs.settings import STEPS
+
+# Fields of a TRL configuration that a setting of their own decides, and the option of the command line.
+SWEEP_OPTIONS = {
+    "output_dir": "--out",
+    "seed": "--seeds",
+    "max_steps": "--steps",
+    "learning_rate": "--learning-rate and --full-learning-rate",
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class SweepSettings:
+    """One sweep, as `onelayer sweep` takes it.
+
+    Attributes:
+        model: base model: a folder or a Hub id.
+        task: a name for `load_task`.
+        layers: blocks to measure: "all", or as `SingleLayerConfig` takes them.
+        algorithm: a name for `load_algorithm`; an online one.
+        steps: optimizer steps of every run.
+        seeds: of training and its data, one run of everything for each; the evaluation is the same for all.
+        learning_rate: of the blocks' runs; a mapping gives each block its own, such as a probe found.
+        full_learning_rate: of the full-parameter runs; None for `learning_rate`, as in the paper (small models need a
+            lower one). It must be given where each block has its own.
+        search_learning_rates: rates to choose both from instead: each trains the middle one of `layers`, and all
+            parameters, with the first seed; the best on problems of the training split is taken.
+        config: values by field of the algorithm's TRL configuration.
+        problems: held-out problems to evaluate on; fewer where the split is smaller.
+        samples: completions of each problem, at temperature 1.
+        greedy: whether to evaluate greedily too.
+        batch_size: completions at a time in the evaluation, on which the samples depend.
+        evaluation_seed: of the problems and of sampling.
+        chat: give prompts as messages of a user; None for: if the tokenizer has a chat template.
+        revision: Hub revision of the base model.
+        unsafe: let the model's code run without a full sandbox.
+    """
+
+    model: str
+    task: str
+    layers: int | str | Sequence[int] = "all"
+    algorithm: str = "grpo"
+    steps: int = STEPS
+    seeds: Sequence[int] = (0,)
+    learning_rate: float | Mapping[int, float] = LEARNING_RATE
+    full_learning_rate: float | None = None
+    search_learning_rates: Sequence[float] = ()
+    config: Mapping[str, Any] = field(default_factory=dict)
+    problems: int = 256
+    samples: int = 4
+    greedy: bool = False
+    batch_size: int = 64
+    evaluation_seed: int = 0
+    chat: bool | None = None
+    revision: str | None = None
+    unsafe: bool = False

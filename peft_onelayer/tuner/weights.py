@@ -1,0 +1,158 @@
+"""The weights of one module of the trained block: the base's own (W_0), and a full trainable copy (W_i) per adapter."""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager
+from typing import Any
+
+import torch
+from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import nn
+from torch.distributed.tensor import DTensor
+
+from .config import SingleLayerConfig
+from .quantized import dequantized
+from .sharding import gathered, is_fully_sharded, refuse_new_adapter, to_shards
+
+
+class MasterParameters(nn.ParameterDict):
+    """The trained copy of a module's own parameters, kept in at least `master_dtype` (None: whatever the base has).
+
+    `model.to(torch.bfloat16)` and its like move the masters but never narrow them.
+    """
+
+    def __init__(self, parameters: dict[str, nn.Parameter], master_dtype: torch.dtype | None) -> None:
+        super().__init__(parameters)
+        self.master_dtype = master_dtype
+
+    def _apply(self, fn, recurse=True):  # the seam under nn.Module.to, .half, .cuda, .to_empty, ...
+        before = {n: (p.data, None if p.grad is None else p.grad.data) for n, p in self.items()}
+        super()._apply(fn, recurse)
+        self.widen(before)
+        return self
+
+    def widen(self, sources: dict[str, tuple[torch.Tensor, torch.Tensor | None]] | None = None) -> None:
+        """Bring parameters that were narrowed back to the master dtype, with the values of `sources` where given."""
+        if self.master_dtype is None:
+            return
+        for name, parameter in self.items():
+            dtype = torch.promote_types(parameter.dtype, self.master_dtype)
+            if dtype == parameter.dtype:
+                continue
+            if not isinstance(parameter, DTensor) and is_fully_sharded(self):
+                continue  # what FSDP2's MixedPrecisionPolicy gathered; its shards are the masters
+            data, grad = sources[name] if sources else (parameter.data, parameter.grad)
+            if data.is_meta:
+                data = parameter.data
+            parameter.data = data.to(parameter.device, dtype)
+            if grad is not None:
+                parameter.grad = grad.to(parameter.device, dtype)
+
+
+class AdapterWeights(nn.Module, BaseTunerLayer):
+    """Keeps `base_layer` and the adapters' copies of its own parameters; says which weights a choice of adapters gives.
+
+    One adapter gives the weights W_i; several give W_0 + sum_i (W_i - W_0), summed in the master dtype.
+    """
+
+    adapter_layer_names = ("single_layer_params",)
+    base_layer: Any  # an nn.Module
+    single_layer_params: Any  # an nn.ModuleDict of MasterParameters by adapter name
+    active_adapters: Any  # BaseTunerLayer's list of names
+    set_adapter: Any  # BaseTunerLayer's method
+
+    def __init__(self, base_layer: nn.Module, adapter_name: str, config: SingleLayerConfig) -> None:
+        super().__init__()
+        self.base_layer = base_layer
+        self.single_layer_params = nn.ModuleDict({})
+        self.merged_adapters: list[str] = []
+        self._unmerged: dict[str, torch.Tensor] = {}  # W_0 while merged, to restore it bit for bit
+        self._active_adapter = adapter_name
+        self.update_layer(adapter_name, config)
+
+    def update_layer(self, adapter_name: str, config: SingleLayerConfig) -> None:
+        """Add the adapter `adapter_name`: a copy of the base's own parameters in the master dtype."""
+        refuse_new_adapter(self.base_layer)
+        master_dtype = torch.float32 if config.master_dtype == "float32" else None
+        masters = {}
+        with gathered(p for _, p in self._own()):
+            for name, weight in self._base_weights().items():
+                dtype = weight.dtype if master_dtype is None else torch.promote_types(weight.dtype, master_dtype)
+                master = weight.detach().to(dtype, copy=True)
+                if not config.init_weights and not master.is_meta:
+                    master += 0.1 * torch.randn_like(master)
+                masters[name] = nn.Parameter(master)
+        self.single_layer_params[adapter_name] = MasterParameters(masters, master_dtype)
+        self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
+
+    def _own(self) -> list[tuple[str, nn.Parameter]]:
+        """The base layer's own parameters, as they are: quantized, partitioned or merged."""
+        return list(self.base_layer.named_parameters(recurse=False))
+
+    def _base_weights(self) -> dict[str, torch.Tensor]:
+        """W_0: the base's own parameters, dequantized, also while an adapter is merged into them."""
+        return {
+            n: self._unmerged[n] if n in self._unmerged else dequantized(self.base_layer, p) for n, p in self._own()
+        }
+
+    def _gathered(self, write: bool = False) -> AbstractContextManager[None]:
+        """The base's own parameters and the masters ready to be read (`write`: changed) outside a forward pass."""
+        modules = [self.base_layer, *self.single_layer_params.values()]
+        to_shards(modules)
+        return gathered([p for module in modules for p in module.parameters(recurse=False)], write)
+
+    def _weights_of(self, adapters: list[str]) -> dict[str, torch.Tensor]:
+        """The weights with `adapters` in effect, in the base's dtypes; empty if none of them is on this module.
+
+        Those of a bitsandbytes module stay in the master dtype: it computes in that of its input.
+        """
+        masters = [self.single_layer_params[name] for name in adapters if name in self.single_layer_params]
+        if not masters:
+            return {}
+        weights = {}
+        origins = self._base_weights() if len(masters) > 1 else {}
+        for name, base in self._own():
+            weight = masters[0][name]
+            if origins:
+                origin = origins[name].to(weight.dtype)
+                weight = origin + sum(master[name] - origin for master in masters)
+            weights[name] = weight.to(base.dtype) if base.is_floating_point() else weight
+        return weights
+
+    def combine(self, weights: dict[str, float], into: str) -> None:
+        """Set the adapter `into` to W_0 + sum_i weights_i * (W_i - W_0), in float64. One that is elsewhere adds 0."""
+        with torch.no_grad(), self._gathered(write=True):
+            for name, base in self._base_weights().items():
+                origin = base.double()
+                total = origin.clone()
+                for adapter, weight in weights.items():
+                    if adapter in self.single_layer_params:
+                        total += weight * (self.single_layer_params[adapter][name].double() - origin)
+                self.single_layer_params[into][name].copy_(total)
+
+    def equals_base(self, adapter_name: str) -> bool:
+        """Whether the adapter's weights are the base's once rounded to its dtype; False where a process has but a part
+        of them, because to ask the others could wait for ever."""
+        for name, base in self._base_weights().items():
+            master = self.single_layer_params[adapter_name][name]
+            if isinstance(master, DTensor) or master.is_meta or base.is_meta or not master.numel():
+                return False
+            if not torch.equal(master.to(base.device, base.dtype), base):
+                return False
+        return True
+
+    def to_base_dtype(self, adapter_name: str) -> None:
+        """Give up the adapter's master precision: keep it in the base's dtype from now on."""
+        masters = self.single_layer_params[adapter_name]
+        masters.master_dtype = None
+        for name, base in self._base_weights().items():
+            masters[name].data = masters[name].data.to(base.dtype)
+
+    def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
+        # PEFT's own version also casts to the base's dtype, which would narrow the masters.
+        if adapter_name not in self.single_layer_params:
+            return
+        for name, base in self._own():
+            master = self.single_layer_params[adapter_name][name]
+            if not master.is_meta:
+                master.data = master.data.to(device or base.device)

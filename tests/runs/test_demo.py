@@ -1,0 +1,26 @@
+"""The demo from Python, where it cannot gain."""
+
+import pytest
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, set_seed
+
+from peft_onelayer.runs import demo
+
+
+@pytest.fixture
+def untrained(tmp_path):
+    """The demo model before its training: it never earns a reward."""
+    folder = demo.files("peft_onelayer") / "demo_model"
+    set_seed(0)
+    config = AutoConfig.from_pretrained(str(folder))
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "untrained")
+    AutoTokenizer.from_pretrained(str(folder)).save_pretrained(tmp_path / "untrained")
+    return str(tmp_path / "untrained")
+
+
+def test_a_base_that_never_earns_a_reward(tmp_path, untrained):
+    record = demo.run_demo(tmp_path / "demo", model=untrained, steps=2)
+    assert record.layers == [3, 4, 5, 6, 7] and "nothing to rank by" in record.why
+    assert "did not help measurably" in record.verdict and record.probe_cost is None
+    assert demo.DemoRecord.from_json((tmp_path / "demo" / "demo.json").read_text()) == record
+    assert {path.name for path in (tmp_path / "demo" / "adapter").iterdir()} <= demo.ADAPTER_FILES
+    assert not (tmp_path / "demo" / "ranking.png").exists()

@@ -1,0 +1,120 @@
+"""A training run from Python: what the command does, by one call."""
+
+import json
+from dataclasses import replace
+from importlib.resources import files
+
+import pytest
+
+from peft_onelayer.records.ranking import LayerRanking
+from peft_onelayer.rl.recipe import demo_config
+from peft_onelayer.runs import ProbeSettings, Progress, TrainingSettings, train
+from peft_onelayer.runs import training as runs_training
+
+BASE = str(files("peft_onelayer") / "demo_model")
+FEW = {"per_device_train_batch_size": 16, "gradient_checkpointing": False, "learning_rate": 3e-3}
+
+
+class Told(Progress):
+    """Keeps what a run says."""
+
+    def __init__(self):
+        self.notes = []
+
+    def note(self, message):
+        self.notes.append(message)
+
+
+def settings(tmp_path, **changes):
+    given = {"model": BASE, "out": tmp_path / "run", "task": "arithmetic", "layer": 5, "steps": 1, "config": FEW}
+    return TrainingSettings(**{**given, **changes})
+
+
+def without_times(run: dict) -> dict:
+    results = {name: value for name, value in run["results"].items() if name != "seconds"}
+    return {**run, "command": None, "results": results}
+
+
+def test_the_call_writes_the_run_json_of_the_command(tmp_path, onelayer):
+    run = train(settings(tmp_path, layer="5", steps=2))
+    arguments = [f"--set={name}={str(value).lower()}" for name, value in FEW.items()]
+    code, lines, _ = onelayer(
+        "train", BASE, "--task", "arithmetic", "--layer", "5", "--steps", 2, *arguments, "--out", tmp_path / "other"
+    )
+    assert code == 0, lines
+    mine, theirs = (json.loads((tmp_path / name / "run.json").read_text()) for name in ("run", "other"))
+    assert mine["command"] is None and theirs["command"].startswith("onelayer train")
+    assert without_times(mine) == without_times(theirs)
+    assert run.record.to_dict() == mine and run.record.layers == [5] and run.folder == tmp_path / "run"
+    assert run.model.peft_config["default"].layer_indices == [5]
+
+
+@pytest.mark.parametrize("layers", ["3,5", [5, 3]])
+def test_two_blocks_that_are_no_range(tmp_path, layers):
+    run = train(settings(tmp_path, layer=layers))
+    assert run.record.layers == [3, 5]
+    config = json.loads((tmp_path / "run" / "adapter_config.json").read_text())
+    assert config["layer_indices"] == [3, 5]
+
+
+def ranking_of(base, tokenizer, task, progress, *, recipe, seed, **others):
+    """A ranking that picks block 7 at a third of the rate that was asked for."""
+    rate = recipe.settings["learning_rate"]
+    rates = [rate / 3 if k == 7 else rate for k in range(12)]
+    none = [None] * 12
+    return LayerRanking(
+        *("m", None, 12, "prior", [float(k == 7) for k in range(12)], none, [7, *range(7)], [7], 7, rate, {}),
+        task.name,
+        seed,
+        learning_rates=rates,
+    )
+
+
+def test_the_choice_is_trained_at_the_rate_that_goes_with_it(tmp_path, monkeypatch):
+    monkeypatch.setattr(runs_training, "rank_blocks", ranking_of)
+    told = Told()
+    run = train(settings(tmp_path, layer="auto"), progress=told)
+    assert run.record.layers == [7]
+    assert run.record.settings.config["learning_rate"] == pytest.approx(1e-3)
+    assert run.record.settings.layer == "auto" and "learning rate 0.001" in run.record.why
+    assert any("learning rate 0.001" in note for note in told.notes)
+    profile = LayerRanking.from_json((tmp_path / "run" / "layer_profile.json").read_text())
+    assert profile.choice == [7] and profile.choice_learning_rate == run.record.settings.config["learning_rate"]
+    # half of the warm-up apart, the trainer had it
+    same = train(settings(tmp_path, out=tmp_path / "same", layer=7, config={**FEW, "learning_rate": 3e-3 / 3}))
+    assert same.record.results.sha256 == run.record.results.sha256
+
+
+def test_a_run_that_was_ranked_resumes_with_what_was_asked_for(tmp_path, monkeypatch):
+    monkeypatch.setattr(runs_training, "rank_blocks", ranking_of)
+    asked = settings(tmp_path, layer="auto")
+    train_rows = runs_training.train_rows
+
+    def killed(*args, **kwargs):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(runs_training, "train_rows", killed)
+    with pytest.raises(KeyboardInterrupt):
+        train(asked)
+    monkeypatch.setattr(runs_training, "train_rows", train_rows)
+    other = replace(asked, config={**FEW, "learning_rate": 1e-3})  # the rate it was trained at, not the one asked for
+    with pytest.raises(ValueError, match=r"config\.learning_rate: 0\.003 -> 0\.001"):
+        train(other, resume=True)
+    monkeypatch.delattr(runs_training, "rank_blocks")  # the ranking is kept
+    run = train(asked, resume=True)
+    assert run.record.layers == [7] and run.record.settings.config["learning_rate"] == pytest.approx(1e-3)
+
+
+def test_fields_with_a_setting_of_their_own_are_refused(tmp_path):
+    with pytest.raises(ValueError, match="field seed is set by --seed, not by --set or config"):
+        train(settings(tmp_path, config={"seed": 1}))
+    with pytest.raises(ValueError, match="GRPOConfig has no field 'leaning_rate'; did you mean learning_rate"):
+        train(settings(tmp_path, config={"leaning_rate": 1}))
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_demos_recipe_is_the_demos():
+    config = demo_config(150)
+    assert (config["per_device_train_batch_size"], config["num_generations"], config["warmup_steps"]) == (192, 8, 5)
+    assert demo_config(3)["warmup_steps"] == 2
+    assert ProbeSettings(model="m").budget == 0.25
