@@ -20,6 +20,7 @@ import torch
 from peft import PeftModel
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
+from sparse_forms import form
 from tuner.helpers import base_weights, masters, wrap
 
 from models import build
@@ -28,7 +29,6 @@ from peft_onelayer.adapter.reader import open_adapter
 from peft_onelayer.adapter.validation import check_tensors
 from peft_onelayer.adapter.write_sparse import write_sparse
 from peft_onelayer.records.files import CONFIG, WEIGHTS
-from sparse_forms import form
 
 SIZES = {"num_layers": 2, "hidden_size": 64, "intermediate_size": 96}  # large enough for every form of the encoding
 

@@ -176,8 +176,8 @@ def refused(base, adapter, tmp_path, message, **options):
     ("break_it", "message"),
     [
         (lambda base: (base / SHARD.format(2, 7)).unlink(), "is incomplete: model-00002"),
-        (lambda base: os.truncate(base / SHARD.format(2, 7), 3000), "is damaged, incomplete or no safetensors file"),
-        (lambda base: (base / SHARD.format(2, 7)).write_bytes(b"\xff" * 64), "is damaged, incomplete or no safetensors file"),
+        (lambda base: os.truncate(base / SHARD.format(2, 7), 3000), "is damaged, incomplete or no safe"),
+        (lambda base: (base / SHARD.format(2, 7)).write_bytes(b"\xff" * 64), "is damaged, incomplete or no safe"),
         (lambda base: edit(base / "config.json", quantization_config={"quant_method": "fp8"}), "is quantized"),
         (lambda base: (base / "config.json").write_text("{"), "is not JSON"),
         (lambda base: (base / "config.json").unlink(), "holds no readable config.json"),

@@ -113,7 +113,8 @@ def test_merge_two_adapters(onelayer, files, tmp_path):
     assert same(weights_of(load(tmp_path / "out")), merged_by_peft(files, "one", "three"))
     assert {p.name for p in (tmp_path / "out").iterdir()} == {p.name for p in (files / "base").iterdir()}
     report = json.loads(onelayer("merge", files / "base", files / "one", tmp_path / "again", "--json")[2])
-    assert report["format"] == "onelayer-merge-1" and report["layers"] == [1] and report["folder"] == str(tmp_path / "again")
+    assert (report["format"], report["layers"]) == ("onelayer-merge-1", [1])
+    assert report["folder"] == str(tmp_path / "again")
     assert report["bytes"] == sum(p.stat().st_size for p in (tmp_path / "again").iterdir())
 
 

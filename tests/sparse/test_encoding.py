@@ -66,7 +66,7 @@ def test_the_plainest_difference_is_named_before_any_tensor_is_decoded(encoded):
             encoding.decode(state, changed, access({}, during))
         assert during == []
     other = {**base, NAME.format("up"): base[NAME.format("up")] + 1}
-    with pytest.raises(ValueError, match="up.weight holds other weights"):
+    with pytest.raises(ValueError, match=r"up\.weight holds other weights"):
         encoding.decode(state, shapes, access(other, []))
     assert encoding.decode(state, shapes, access(other, []), allow_other_base=True)
 

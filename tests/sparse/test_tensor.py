@@ -4,11 +4,11 @@ import math
 
 import pytest
 import torch
+from sparse_forms import form
 
 from peft_onelayer.sparse.digest import config_digest, tensor_digest
 from peft_onelayer.sparse.names import split_key
 from peft_onelayer.sparse.tensor import changed_entries, count_changed, decode_tensor, encode_tensor
-from sparse_forms import form
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 BITS = {torch.bfloat16: torch.int16, torch.float16: torch.int16, torch.float32: torch.int32}
