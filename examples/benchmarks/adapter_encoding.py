@@ -22,8 +22,10 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 from peft_onelayer.sparse.digest import tensor_digest
-from peft_onelayer.sparse.encoding import SparseEncoding, TensorRecord, count_changed
-from peft_onelayer.sparse.tensor import decode_tensor, encode_tensor, split_key
+from peft_onelayer.sparse.encoding import SparseEncoding
+from peft_onelayer.sparse.encoding import encode as encode_all
+from peft_onelayer.sparse.names import split_key
+from peft_onelayer.sparse.tensor import decode_tensor, encode_tensor
 
 DENSITIES = (0.01, 0.05, 0.2, 0.6, 1.0)
 Tensors = dict[str, torch.Tensor]
@@ -96,18 +98,9 @@ def parts_by_name(stored: Tensors) -> dict[str, Tensors]:
 
 
 def save(new: Tensors, base: Tensors, path: Path) -> SparseEncoding:
-    records = {
-        name: TensorRecord(
-            weight.dtype,
-            tuple(weight.shape),
-            count_changed(new[name], weight),
-            tensor_digest(weight),
-            tensor_digest(new[name]),
-        )
-        for name, weight in base.items()
-    }
-    save_file(encode(new, base), path)
-    return SparseEncoding({}, records)
+    state, encoding = encode_all(((name, new[name], weight) for name, weight in base.items()), {})
+    save_file(state, path)
+    return encoding
 
 
 def load(encoding: SparseEncoding, base: Tensors, path: Path) -> None:

@@ -127,7 +127,7 @@ class SparseEncoding:
             found: as `restore` takes it.
 
         Raises:
-            ValueError: another base, or a damaged adapter; `restore` lists the checks.
+            ValueError: another base, or a damaged adapter; `restore` lists the checks of a tensor.
         """
         if different := shapes.keys() ^ self.tensors.keys():
             raise ValueError(

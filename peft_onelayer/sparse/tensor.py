@@ -14,7 +14,6 @@ import torch
 
 from .digest import dtype_name
 from .names import PARTS, POSITIONS
-from .names import split_key as split_key
 
 # Integers of the same width, in which a tensor's bits are compared; tensors of other dtypes stay dense.
 BITS = {torch.bfloat16: torch.int16, torch.float16: torch.int16, torch.float32: torch.int32}

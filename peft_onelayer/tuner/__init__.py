@@ -3,6 +3,7 @@
 `peft.utils.register_peft_method` accepts only members of PEFT's own enum, so the entries are made directly.
 """
 
+import peft  # noqa: F401  (waits for a thread that is importing it)
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_PREFIX_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING
 
 from peft_onelayer.layers import resolve_layers

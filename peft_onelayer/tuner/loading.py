@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import functools
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -17,8 +19,8 @@ from safetensors.torch import load_file
 from torch import nn
 
 from peft_onelayer.records.text import printable
-from peft_onelayer.sparse.encoding import SparseEncoding, base_name, describe_base
-from peft_onelayer.sparse.tensor import split_key
+from peft_onelayer.sparse.encoding import SparseEncoding, describe_base
+from peft_onelayer.sparse.names import base_name, split_key
 
 from .config import SingleLayerConfig
 from .layer import SingleLayerLayer
@@ -107,13 +109,6 @@ def _restore_sparse(
             "adapter was in the model before, load the folder under another name; else adapter_config.json is damaged."
         )
     encoding = SparseEncoding.from_json(config.encoding)
-    if different := layers.keys() ^ encoding.tensors.keys():
-        raise ValueError(
-            f"the adapter's encoding and the model's block differ in {len(different)} tensor(s), for example "
-            f"{printable(min(different))}: it was made for another base model or is damaged."
-        )
-    groups, others = encoding.group(state_dict)
-    restored = {key: state_dict[key] for key in others}
     base_config = getattr(model, "config", None)
     found = describe_base(
         base_config if hasattr(base_config, "to_diff_dict") else None,
@@ -121,9 +116,9 @@ def _restore_sparse(
         getattr(base_config, "_commit_hash", None),
         config.num_layers or 0,
     )
-    for name, (layer, parameter_name) in layers.items():  # before any digest: the plainest difference is named first
-        encoding.check_shape(name, layer.single_layer_params[adapter_name][parameter_name].shape, found)
-    for name, group in groups.items():
+
+    @contextmanager
+    def base_tensor(name: str) -> Iterator[torch.Tensor]:
         layer, parameter_name = layers[name]
         parameter = dict(layer._own())[parameter_name]
         with layer._gathered():
@@ -132,10 +127,10 @@ def _restore_sparse(
             base = layer._base_weights()[parameter_name]
             if base.is_meta:
                 raise ValueError(f"the base's {name} is on the meta device; load the base's weights first.")
-            parts = {suffix: state_dict[key] for suffix, key in group.items()}
-            value = encoding.restore(name, parts, base, config.allow_other_base, found)
-        suffix, key = next(iter(group.items()))
-        restored[key.removesuffix(f".{suffix}")] = value
+            yield base
+
+    shapes = {name: layer.single_layer_params[adapter_name][key].shape for name, (layer, key) in layers.items()}
+    restored = encoding.decode(state_dict, shapes, base_tensor, config.allow_other_base, found)
     if not config.allow_other_base and (difference := encoding.other_config(found)):
         warnings.warn(difference, stacklevel=2)
     return restored

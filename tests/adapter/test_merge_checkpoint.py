@@ -176,8 +176,8 @@ def refused(base, adapter, tmp_path, message, **options):
     ("break_it", "message"),
     [
         (lambda base: (base / SHARD.format(2, 7)).unlink(), "is incomplete: model-00002"),
-        (lambda base: os.truncate(base / SHARD.format(2, 7), 3000), "damaged or incomplete"),
-        (lambda base: (base / SHARD.format(2, 7)).write_bytes(b"\xff" * 64), "damaged or incomplete"),
+        (lambda base: os.truncate(base / SHARD.format(2, 7), 3000), "is damaged, incomplete or no safe"),
+        (lambda base: (base / SHARD.format(2, 7)).write_bytes(b"\xff" * 64), "is damaged, incomplete or no safe"),
         (lambda base: edit(base / "config.json", quantization_config={"quant_method": "fp8"}), "is quantized"),
         (lambda base: (base / "config.json").write_text("{"), "is not JSON"),
         (lambda base: (base / "config.json").unlink(), "holds no readable config.json"),
@@ -380,7 +380,7 @@ def test_killed_at_any_moment(sharded, tmp_path):
             survived += out.exists()
             for partial in tmp_path.glob(".out.partial-*"):
                 # until its last file is there, what is left in the hidden folder does not even look like a model
-                assert not (partial / "config.json").exists() or contents(partial).keys() == contents(expected).keys()
+                assert not (partial / "config.json").exists() or contents(partial).keys() >= contents(expected).keys()
                 shutil.rmtree(partial)
             shutil.rmtree(out, ignore_errors=True)
         else:

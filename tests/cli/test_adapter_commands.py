@@ -2,6 +2,8 @@
 
 import json
 import shutil
+from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -11,9 +13,11 @@ from transformers import AutoModelForCausalLM
 
 import models
 from peft_onelayer import SingleLayerConfig, inspect_adapter
+from peft_onelayer.records.files import RUN, WEIGHTS
+from peft_onelayer.records.run import RunRecord
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
-WEIGHTS = "adapter_model.safetensors"
+OLD_RUN = Path(__file__).parents[1] / "records" / "old" / "train" / "run.json"
 
 
 def load(folder):
@@ -35,8 +39,8 @@ def save_adapter(folder, base, layer, share=0.1):
         if parameter.requires_grad:
             parameter.data += 0.01 * torch.randn_like(parameter) * (torch.rand_like(parameter) < share)
     model.save_pretrained(folder)
-    run = {"task": {"name": "arithmetic"}, "algorithm": "grpo", "seed": 7, "model": {"name": "base"}}
-    (folder / "run.json").write_text(json.dumps({"settings": run, "status": "finished", "command": "\x1b[31mred"}))
+    run = RunRecord.from_file(OLD_RUN)
+    (folder / RUN).write_text(replace(run, command="\x1b[31mred", settings=replace(run.settings, seed=7)).to_json())
 
 
 @pytest.fixture(scope="module")
@@ -61,7 +65,7 @@ def merged_by_peft(files, *names):
 def test_inspect_without_and_with_the_base(onelayer, files):
     code, lines, out = onelayer("inspect", files / "one")
     assert (code, lines) == (0, [])
-    assert "layer 1 of 4, model.layers.1.*" in out and "mlp.down_proj.weight" in out and "32 x 48" in out
+    assert "block 1 of 4, model.layers.1.*" in out and "mlp.down_proj.weight" in out and "32 x 48" in out
     assert "density: unknown without --base" in out and "norm of the change: unknown without --base" in out
     assert "algorithm: grpo\n" in out and "task: arithmetic\n" in out and "seed: 7\n" in out
     assert f"base: {files / 'base'}\n" in out
@@ -105,11 +109,12 @@ def test_merge_two_adapters(onelayer, files, tmp_path):
     adapters = (files / "one", files / "three")
     code, lines, out = onelayer("merge", files / "base", *adapters, tmp_path / "out")
     assert code == 0 and lines == [f"merging into {tmp_path / 'out'} ..."]
-    assert f"layer 1, 3 of {files / 'base'} replaced" in out
+    assert f"blocks 1, 3 of {files / 'base'} replaced" in out
     assert same(weights_of(load(tmp_path / "out")), merged_by_peft(files, "one", "three"))
     assert {p.name for p in (tmp_path / "out").iterdir()} == {p.name for p in (files / "base").iterdir()}
     report = json.loads(onelayer("merge", files / "base", files / "one", tmp_path / "again", "--json")[2])
-    assert report["layers"] == [1] and report["folder"] == str(tmp_path / "again")
+    assert (report["format"], report["layers"]) == ("onelayer-merge-1", [1])
+    assert report["folder"] == str(tmp_path / "again")
     assert report["bytes"] == sum(p.stat().st_size for p in (tmp_path / "again").iterdir())
 
 
@@ -145,9 +150,38 @@ def test_names_on_the_hub(onelayer, files, tmp_path, monkeypatch):
 def test_exports_that_load_to_the_same_bits(onelayer, files, tmp_path, form):
     out = tmp_path / form
     report = json.loads(onelayer("export", files / "one", out, "--format", form, "--json")[2])
-    assert (report["format"], report["bytes"]) == (form, (out / WEIGHTS).stat().st_size)
+    assert (report["format"], report["encoding"]) == ("onelayer-export-1", form)
+    assert report["bytes"] == (out / WEIGHTS).stat().st_size
     model = PeftModel.from_pretrained(load(files / "base"), out)
     assert same(weights_of(model.merge_and_unload()), merged_by_peft(files, "one"))
+
+
+def test_export_sparse_of_a_sparse_adapter_on_another_base(onelayer, files, tmp_path):
+    """What --allow-other-base promises: the changes put into the other base, and an adapter of that one."""
+    first, second = tmp_path / "first", tmp_path / "second"
+    assert onelayer("export", files / "one", first, "--format", "sparse")[0] == 0
+    on_other = ("export", first, second, "--format", "sparse", "--base", files / "other")
+    code, lines, out = onelayer(*on_other)
+    assert (code, len(lines), out) == (1, 1, "") and "--allow-other-base" in lines[0] and not second.exists()
+    code, lines, _ = onelayer(*on_other, "--allow-other-base")
+    assert (code, lines) == (0, [])
+    found = json.loads(onelayer("inspect", second, "--json")[2])
+    assert (found["base"]["name"], found["encoding"]) == (str(files / "other"), "sparse")
+    merged = PeftModel.from_pretrained(load(files / "other"), second).merge_and_unload()
+    allowed = PeftModel.from_pretrained(load(files / "other"), first, allow_other_base=True).merge_and_unload()
+    assert same(weights_of(merged), weights_of(allowed))
+    assert not same(weights_of(merged), weights_of(load(files / "other")))
+
+
+@pytest.mark.parametrize("form", ["sparse", "peft", "dense", "lora"])
+def test_an_export_for_another_base_names_that_base(onelayer, files, tmp_path, form):
+    out, other = tmp_path / form, files / "other"
+    options = ["--base", other, "--allow-other-base"]
+    code, lines, _ = onelayer("export", files / "one", out, "--format", form, *options)
+    assert code == 0, lines
+    config = json.loads((out / "adapter_config.json").read_text())
+    assert (config["base_model_name_or_path"], config["revision"]) == (str(other), None)
+    PeftModel.from_pretrained(load(other), out)
 
 
 def test_export_flat(onelayer, files, tmp_path):

@@ -1,15 +1,40 @@
-"""run.json and eval.json: what earlier versions wrote is read, and a wrong field is named with its file."""
+"""run.json and eval.json as types: round trips, what earlier versions wrote, and errors that name file and field."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from run_records import MODEL, RECORD, TASK
 
-from peft_onelayer.records.evaluation import EvaluationRecord, Figures
+from peft_onelayer.records.evaluation import EvaluationRecord, Figures, Measured, MeasuredAdapter
 from peft_onelayer.records.run import RunRecord, RunResults
 
 OLD = Path(__file__).with_name("old")
 KINDS = {"run.json": RunRecord, "eval.json": EvaluationRecord}
+FINISHED = replace(RECORD, status="finished", why="it is the middle", results=RunResults(3, [0.1, 0.2, float("inf")]))
+EVALUATION = EvaluationRecord(
+    command=None,
+    model=MODEL,
+    adapter=MeasuredAdapter("out", "SINGLE_LAYER", [5], "0" * 64),
+    task=TASK,
+    split="test",
+    n=2,
+    samples=4,
+    temperature=1.0,
+    max_completion_tokens=5,
+    seed=0,
+    results={"sampled": Measured(2, 4, Figures(0.5, None), Figures(0.75, 0.1, 40, 1.5), Figures.of(0.25, 0.2))},
+)
+
+
+@pytest.mark.parametrize("record", [RECORD, FINISHED, EVALUATION], ids=["unfinished", "finished", "evaluation"])
+def test_json_round_trip(record):
+    text = record.to_json()
+    assert type(record).from_json(text) == record
+    assert json.loads(text)["format"] == record.FORMAT
+    # parts that are not there are left out
+    assert "resumed_from" not in json.loads(text) and "scores" not in json.loads(text)
 
 
 @pytest.mark.parametrize("file", KINDS)
@@ -67,7 +92,10 @@ def changed(file, by="train", **paths):
         ("run.json", {"settings__sed": 1}, "x: settings.sed is not known; expected model, algorithm"),
         ("run.json", {"settings__task": None}, "x: settings.task and settings.dataset are null, expected one of them"),
         ("run.json", {"settings__layer": 1.5}, "x: settings.layer is 1.5, expected an integer or text or a list of an"),
-        ("run.json", {"layers": ["5"]}, "x: layers[0] is 5, expected an integer"),
+        ("run.json", {"layers": [5, "6"]}, "x: layers[1] is 6, expected an integer"),
+        ("run.json", {"settings__task": "sort"}, "x: settings.task is sort, expected an object or null"),
+        ("run.json", {"results": []}, "x: results is list, expected an object or null"),
+        ("eval.json", {"extra": 1}, "x: extra is not known; expected command, model"),
         ("run.json", {"status": "done"}, 'x: status is done, expected "unfinished" or "finished"'),
         ("run.json", {"results__rewards": None}, "x: results.rewards is None, expected a list of a number"),
         ("eval.json", {"results__greedy__base__mean": "good"}, "x: results.greedy.base.mean is good, expected a numb"),
