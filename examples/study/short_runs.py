@@ -10,11 +10,11 @@ from peft_onelayer.records.ranking import LayerRanking
 from peft_onelayer.rl.recipe import Recipe
 from peft_onelayer.rl.training import train_layer
 from peft_onelayer.rollouts.evaluation import Evaluation, evaluate, paired_difference
+from peft_onelayer.statistics import Z_95
 from peft_onelayer.tasks import Task
 from peft_onelayer.tuner import find_decoder_stack
 
 STEPS, PROBLEMS, SAMPLES = 8, 256, 4
-Z_95 = 1.959964  # two-sided 95 % point of the normal distribution
 
 
 def rank_by_short_runs(

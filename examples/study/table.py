@@ -1,20 +1,23 @@
 """From the study's results to RESULTS.md and curve.png: figures only, computed from the files, none typed in.
 
-A case is one base with one task. Its truth is S_k, the mean held-out score after training block k. Of a method's first
-block, `recovery` is (S_pick - S_base) / (S_best - S_base), which is C(pick) / C(best); `tied` says whether it is the
-best or the paired 95 % interval of the difference from it holds 0. A method that picks nothing is scored on its first
-block all the same.
+A case is one base with one task. Its truth is S_k, the mean held-out score after training block k. Of the block that a
+method picks, `recovery` is (S_pick - S_base) / (S_best - S_base), which is C(pick) / C(best); `tied` says whether it is
+the best or the paired 95 % interval of the difference from it holds 0. A method that picks nothing is scored on the
+blocks of its choice, trained together at the rate that goes with it (truth.py): their gain over that of the best block,
+and the interval of the difference from it.
 """
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+import truth
 from diagnostics import NAMES
+from jsonl import find_records, read_records
 from truth import CORRELATED, VIOLATING, Cell
 
 from peft_onelayer.probe.prior import depth_prior
@@ -24,6 +27,8 @@ from peft_onelayer.sweep.metric import rank_correlation
 DRAWS = 10_000
 ORDER = ("random", "depth", "profile", "one", "short", "race", "auto")  # first words of the methods' names
 DEFAULT = "auto, budget 25 %"
+RANKINGS = "rankings.jsonl"
+PAGE = Path(__file__).parents[2] / "README.md"  # has the table, between two marks
 
 
 @dataclass(frozen=True)
@@ -40,56 +45,76 @@ class Trial:
 
 @dataclass(frozen=True)
 class Case:
+    """A cell with its truth and what the methods said.
+
+    Attributes:
+        truth: the sweep of all seeds.
+        out: folder of the results.
+        rankings: records of `RANKINGS`.
+    """
+
     cell: Cell
     truth: LayerRanking
-    truth_folder: Path
-    folder: Path  # of the rankings
+    out: Path
+    rankings: list[dict[str, Any]]
 
     @property
     def damaged(self) -> bool:
         return self.cell in VIOLATING
 
-    def trial(self, scores: Sequence[float | None], first: int, share: float = 0.0, seconds: float = 0.0) -> Trial:
+    def of_choice(self, ranking: LayerRanking) -> tuple[float, bool]:
+        """Recovery of what a ranking would train, and whether it is the best or tied with it."""
+        layers, rate = ranking.choice, ranking.choice_learning_rate
+        if len(layers) == 1:
+            return self.of_block(layers[0])
+        measured = None if rate is None else truth.choice(self.cell, layers, rate, self.out)
+        if measured is None:
+            raise SystemExit(f"blocks {layers} of {self.cell.name} were not trained; run --part choices")
+        return measured["gain"][0] / measured["best_gain"][0], measured["tied"]
+
+    def of_block(self, layer: int) -> tuple[float, bool]:
         gains = [gain or 0.0 for gain in self.truth.scores]
-        return Trial(
-            self.cell.name,
-            rank_correlation(list(scores), self.truth.scores),
-            gains[first] / max(gains),
-            first in self.truth.tied,
-            share,
-            seconds,
-        )
+        return gains[layer] / max(gains), layer in self.truth.tied
 
-    def of_ranking(self, name: str) -> list[Trial]:
-        """The trials of every seed that there is."""
-        found = []
-        for path in sorted(self.folder.glob(f"{name}-*.json" if name != "short" else "short.json")):
-            r = json.loads(path.read_text())
-            first = r["order"][0] if r["pick"] is None else r["pick"]
-            found.append(self.trial(r["scores"], first, r["cost"]["share"], r["cost"]["seconds"]))
-        return found
+    def trial(
+        self,
+        scores: Sequence[float | None],
+        outcome: tuple[float, bool],
+        share: float = 0.0,
+        seconds: float = 0.0,
+    ) -> Trial:
+        rho = rank_correlation(list(scores), self.truth.scores)
+        return Trial(self.cell.name, rho, *outcome, share, seconds)
 
-    def of_seed(self, seed: int) -> LayerRanking:
-        return LayerRanking.from_json((self.truth_folder / f"seed{seed}.json").read_text())
+    def of_method(self, method: str, budget: float | None = None) -> list[LayerRanking]:
+        """The rankings of every seed that there is."""
+        found = find_records(self.rankings, method=method, budget=budget)
+        return [LayerRanking.from_dict(record["record"], RANKINGS) for record in sorted(found, key=lambda r: r["seed"])]
+
+    def trials(self, method: str, budget: float | None = None) -> list[Trial]:
+        return [
+            self.trial(r.scores, self.of_choice(r), r.cost["share"], r.cost["seconds"])
+            for r in self.of_method(method, budget)
+        ]
+
+    def of_scores(self, scores: Sequence[float], share: float = 0.0, seconds: float = 0.0) -> list[Trial]:
+        return [self.trial(scores, self.of_block(int(np.argmax(scores))), share, seconds)]
 
     @property
     def run(self) -> float:
         """Tokens of the training run that the costs are shares of."""
-        cost = json.loads(next(iter(sorted(self.folder.glob("auto-0.25-*.json")))).read_text())["cost"]
+        cost = self.of_method("auto", 0.25)[0].cost
         return (cost["tokens_generated"] + cost["tokens_trained"]) / cost["share"]
-
-    def of_scores(self, scores: Sequence[float], share: float = 0.0, seconds: float = 0.0) -> list[Trial]:
-        return [self.trial(scores, int(np.argmax(scores)), share, seconds)]
 
 
 def load(cells: Sequence[Cell], out: Path) -> list[Case]:
-    """The cases whose truth is there."""
+    """The cases whose truth is there, of all seeds or of the first."""
+    rankings = read_records(out / RANKINGS)
     found = []
     for cell in cells:
-        folder = out / "truth" / cell.name
-        if path := next((p for p in (folder / "layer_profile.json", folder / "seed0.json") if p.exists()), None):
-            truth = LayerRanking.from_json(path.read_text())
-            found.append(Case(cell, truth, folder, out / "rankings" / cell.name))
+        swept = truth.profile(cell, out, cell.seeds) or truth.profile(cell, out, cell.seeds[:1])
+        if swept:
+            found.append(Case(cell, swept, out, find_records(rankings, case=cell.name)))
     return found
 
 
@@ -102,23 +127,22 @@ def methods(case: Case, cases: Sequence[Case]) -> dict[str, list[Trial]]:
     other = [c for c in cases if c.cell.base == case.cell.base and c.cell != case.cell]
     if other and not case.damaged:
         trials["profile of the other task"] = case.of_scores([s or 0.0 for s in other[0].truth.scores])
-    path = case.folder / "diagnostics.json"
-    if path.exists():
-        one = json.loads(path.read_text())
+    for found in find_records(case.rankings, method="diagnostics"):
+        one = found["record"]
         for name in NAMES:
             trials[f"one batch: {name}"] = case.of_scores(one["scores"][name], one["tokens"] / case.run, one["seconds"])
-    trials["short runs, 8 steps a block"] = case.of_ranking("short")
-    trials["race, budget 25 %"] = case.of_ranking("race-0.25")
-    for budget in ("0.05", "0.1", "0.25", "0.5", "1"):
-        trials[f"auto, budget {float(budget):.0%}".replace("%", " %")] = case.of_ranking(f"auto-{budget}")
-    return {name: found for name, found in trials.items() if found}
+    trials["short runs, 8 steps a block"] = case.trials("short_runs")
+    trials["race, budget 25 %"] = case.trials("race", 0.25)
+    for budget in (0.05, 0.1, 0.25, 0.5, 1.0):
+        trials[f"auto, budget {budget:.0%}".replace("%", " %")] = case.trials("auto", budget)
+    return {name: of_method for name, of_method in trials.items() if of_method}
 
 
-def write_results(cells: Sequence[Cell], out: Path, readme: Path | None) -> None:
-    """Write RESULTS.md, and curve.png, into `out`, and the table of `readme`."""
+def write_results(cells: Sequence[Cell], out: Path, page: Path | None) -> None:
+    """Write RESULTS.md, and curve.png, into `out`, and the table of `page`."""
     cases = load([c for c in cells if c not in CORRELATED], out)
     if not cases:
-        raise SystemExit(f"no truth in {out / 'truth'} yet")
+        raise SystemExit(f"no truth in {out / truth.FILE} yet")
     found = [methods(case, cases) for case in cases]
     names = list(dict.fromkeys(name for trials in found for name in trials))
     names.sort(key=lambda name: ORDER.index(name.split()[0].rstrip(",")))
@@ -131,21 +155,21 @@ def write_results(cells: Sequence[Cell], out: Path, readme: Path | None) -> None
     text += ["\n## Targets\n", *_targets(cases, found)]
     text += ["\n## The first block of each case\n", *_cases(cases, found)]
     text += ["\n## Correlations of whole profiles\n", *_correlations(load(cells, out))]
-    (out / "RESULTS.md").write_text("\n".join(text) + "\n")
+    (out / "RESULTS.md").write_text("\n".join(text) + "\n", encoding="utf-8")
     _curve(cases, found, out / "curve.png")
-    shown = [name for name in names if name.startswith(IN_README)]
+    shown = [name for name in names if name.startswith(ON_PAGE)]
     lines = [TABLE_HEAD.replace("| method |", "| bases, method |")]
     for title, damaged in TITLES.items():
         lines += [row.replace("| ", f"| {title}: ", 1) for row in _table(cases, found, shown, damaged)]
-    if readme is not None:
-        _fill(readme, "\n".join(lines))
+    if page is not None:
+        _fill(page, "\n".join(lines))
 
 
 def _fill(page: Path, table: str) -> None:
     """Put the table between the page's marks."""
-    text = page.read_text()
+    text = page.read_text(encoding="utf-8")
     start, end = (text.index(f"<!-- study {mark} -->") for mark in ("begins", "ends"))
-    page.write_text(text[:start] + f"<!-- study begins -->\n{table}\n" + text[end:])
+    page.write_text(text[:start] + f"<!-- study begins -->\n{table}\n" + text[end:], encoding="utf-8")
 
 
 def _table(
@@ -157,7 +181,7 @@ def _table(
 
 
 TITLES = {"Undamaged bases": False, "Bases with one damaged block": True}
-IN_README = ("random", "depth", "profile", "short", "race", DEFAULT)
+ON_PAGE = ("random", "depth", "profile", "short", "race", DEFAULT)
 
 HEADER = """# Results of the study
 
@@ -167,7 +191,8 @@ damaged cases. Toy models of half a million parameters: evidence about the metho
 Truth: a full sweep, 100 steps of 16 prompts x 8 completions a block, 512 held-out problems x 4 samples. Shares of cost
 are of the demo's run, 150 steps of 24 x 8, which has 2.25 times the tokens of one of the truth's. `recovery` is
 C(pick) / C(best); `best or tied` counts picks whose paired 95 % interval of the difference from the best holds 0;
-a race that picks nothing counts by its first block. In brackets: 95 % bootstrap intervals over cases."""
+a method that picks nothing counts by its choice, the five middle blocks trained together (README.md). In brackets: 95 %
+bootstrap intervals over cases."""
 
 TABLE_HEAD = """| method | Spearman | recovery, mean | worst | best or tied | share of a run, mean (most) | seconds |
 |---|---|---|---|---|---|---|"""
@@ -250,17 +275,17 @@ def _cases(cases: Sequence[Case], found: list[dict[str, list[Trial]]]) -> list[s
         "|---|---|---|---|---|---|---|---|",
     ]
     for case, trials in zip(cases, found, strict=True):
-        t = case.truth
-        best = t.order[0]
-        others = ", ".join(str(k) for k in sorted(t.tied) if k != best)
-        picks = []
-        for path in sorted(case.folder.glob("auto-0.25-*.json")):
-            r = json.loads(path.read_text())
-            picks.append(str(r["pick"]) if r["pick"] is not None else f"none ({r['order'][0]})")
+        sweep, best = case.truth.sweep, case.truth.order[0]
+        assert sweep and sweep.seeds and sweep.means
+        others = ", ".join(str(k) for k in sorted(case.truth.tied) if k != best)
+        picks = [
+            f"none ({r.choice[0]}-{r.choice[-1]})" if r.pick is None else str(r.pick)
+            for r in case.of_method("auto", 0.25)
+        ]
         recovered = ", ".join(f"{x.recovery:.2f}" for x in trials.get(DEFAULT, []))
         lines.append(
-            f"| {case.cell.base}, {case.cell.task} | {len(t.seeds)} | {best} ({others}) | {t.base:.3f} "
-            f"| {t.means[best]:.3f} | {t.full:.3f} | {', '.join(picks)} | {recovered} |"
+            f"| {case.cell.base}, {case.cell.task} | {len(sweep.seeds)} | {best} ({others}) | {sweep.base:.3f} "
+            f"| {sweep.means[best]:.3f} | {sweep.full:.3f} | {', '.join(picks)} | {recovered} |"
         )
     return lines
 
@@ -280,12 +305,14 @@ def _correlations(cases: Sequence[Case]) -> list[str]:
         if cell.task == "arithmetic" and other:
             rho = rank_correlation(case.truth.scores, other.truth.scores)
             lines.append(f"| arithmetic and sort | {cell.base} | {_rho(rho)} |")
-        of_seeds = [case.of_seed(seed) for seed in case.truth.seeds] if len(case.truth.seeds) > 1 else []
-        if of_seeds:
-            rho = rank_correlation(of_seeds[0].scores, of_seeds[1].scores)
+        sweep = case.truth.sweep
+        assert sweep is not None
+        one, two = (truth.profile(cell, case.out, [seed]) for seed in (0, 1))
+        if one and two:
+            rho = rank_correlation(one.scores, two.scores)
             lines.append(f"| two seeds, {cell.task} | {cell.base} | {_rho(rho)} |")
-        if case.truth.greedy:
-            rho = rank_correlation(case.truth.scores, case.truth.greedy["means"])
+        if sweep.greedy:
+            rho = rank_correlation(case.truth.scores, sweep.greedy["means"])
             lines.append(f"| sampled and greedy accuracy, {cell.task} | {cell.base} | {_rho(rho)} |")
     return lines
 

@@ -1,30 +1,47 @@
 """The study's ground truth: full sweeps of its bases, each block at a learning rate of its own.
 
-What is there is kept, so that a killed study goes on where it was.
+truth.jsonl has one record a line, {"case", "what", "seeds", "record"}, of these kinds ("what"):
+
+    learning_rates    by block: the demo's, lowered where its first update would move the policy too far
+    profile           layer_profile.json of the sweep, of each seed alone and of all together
+    choice            blocks that a ranking without a pick names, trained together, against the best block
+
+The record of a choice is {"layers", "learning_rate", "best_block", "gain", "best_gain", "tied"}. Gains are pairs: the
+mean over problems and seeds, and its standard error; both are of runs on one copy of the base. What is there is kept,
+so that a killed study goes on where it was.
 """
 
 from __future__ import annotations
 
-import json
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import cache
 from pathlib import Path
+from typing import Any
 
 from bases import DAMAGED
+from jsonl import append_record, find_records, read_records
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from peft_onelayer.probe.batch import graded_batch
 from peft_onelayer.probe.updates import Candidate, trained_candidate, update
 from peft_onelayer.records.ranking import LayerRanking
-from peft_onelayer.rl.recipe import Recipe, demo_recipe
+from peft_onelayer.rl.recipe import demo_config
 from peft_onelayer.rollouts.sampling import sample_rollouts
+from peft_onelayer.statistics import Z_95
+from peft_onelayer.sweep.engines import load_engine
+from peft_onelayer.sweep.metric import gain
+from peft_onelayer.sweep.plan import plan_sweep, with_learning_rate
 from peft_onelayer.sweep.run_layer import Row, RunSpec
-from peft_onelayer.sweep.sweep import sweep_layers
-from peft_onelayer.tasks import Task, load_task
+from peft_onelayer.sweep.settings import SweepSettings
+from peft_onelayer.sweep.store import RowStore
+from peft_onelayer.sweep.sweep import ROWS, collect_rows, sweep_layers
+from peft_onelayer.tasks import load_task
 
 STEPS, PROMPTS = 100, 16  # of one run: 100 steps of 16 prompts x 8 completions
 PROBLEMS, SAMPLES = 512, 4  # held out
 FULL_RATE = 3e-4
-OF_THE_MACHINE = ("use_cpu", "bf16", "max_completion_length")  # settings that a sweep makes itself
+FILE = "truth.jsonl"
 
 
 @dataclass(frozen=True)
@@ -48,59 +65,111 @@ VIOLATING = tuple(Cell(base.name, base.task, seeds=(0, 1)) for base in DAMAGED)
 CORRELATED = (Cell("deep8", "arithmetic", "dr_grpo"),)  # truth alone, for the correlation with grpo
 
 
-def study_recipe(task: Task, algorithm: str = "grpo") -> Recipe:
-    """The run that is chosen for: the demo's, with fewer prompts a step."""
-    from peft_onelayer.rl.algorithms import load_algorithm
-
-    of_demo, chosen = demo_recipe(task, STEPS), load_algorithm(algorithm)
-    settings = {**of_demo.settings, **chosen.settings, "per_device_train_batch_size": 8 * PROMPTS, "beta": 0.0}
-    return Recipe(chosen, settings)
+@cache
+def known(out: Path) -> list[dict[str, Any]]:
+    """The records in `out`."""
+    return read_records(out / FILE)
 
 
-def measure(cell: Cell, bases: Path, out: Path, workers: int | None = None) -> LayerRanking:
-    """The sweep of a cell, run as far as it is not there; the profile of each seed is beside it, as seed0.json."""
-    folder = out / cell.name
-    done = folder / "layer_profile.json"
-    if done.exists():
-        return LayerRanking.from_json(done.read_text())
-    folder.mkdir(parents=True, exist_ok=True)
-    model = str(bases / cell.base)
-    recipe = study_recipe(load_task(cell.task), cell.algorithm)
-    rates = folder / "rates.json"
-    if not rates.exists():
-        rates.write_text(json.dumps(_rates(model, cell.task, recipe.settings["learning_rate"])))
-    settings = {k: v for k, v in recipe.settings.items() if k != "learning_rate" and k not in OF_THE_MACHINE}
+def keep(out: Path, cell: Cell, what: str, seeds: Sequence[int] | None, record: dict[str, Any]) -> None:
+    append_record(out / FILE, {"case": cell.name, "what": what, "seeds": seeds and list(seeds), "record": record})
+    known.cache_clear()
+    print(f"{cell.name}: {what}, seeds {seeds}", flush=True)
+
+
+def profile(cell: Cell, out: Path, seeds: Sequence[int]) -> LayerRanking | None:
+    """The sweep of a cell with these seeds, if it is there."""
+    found = find_records(known(out), case=cell.name, what="profile", seeds=list(seeds))
+    return LayerRanking.from_dict(found[-1]["record"], f"{FILE}, {cell.name}") if found else None
+
+
+def settings(cell: Cell, bases: Path, rates: dict[int, float]) -> SweepSettings:
+    """The sweep: runs of the demo's recipe, with fewer prompts a step."""
+    config = {name: value for name, value in demo_config(STEPS).items() if name != "learning_rate"}
+    return SweepSettings(
+        model=str(bases / cell.base),
+        task=cell.task,
+        algorithm=cell.algorithm,
+        steps=STEPS,
+        seeds=cell.seeds,
+        learning_rate=rates,
+        full_learning_rate=FULL_RATE,
+        config={**config, "per_device_train_batch_size": 8 * PROMPTS},
+        problems=PROBLEMS,
+        samples=SAMPLES,
+        batch_size=512,
+        greedy=True,
+    )
+
+
+def measure(cell: Cell, bases: Path, out: Path, workers: int | None = None) -> None:
+    """Sweep a cell, as far as it is not done: each seed alone, and all together."""
 
     def on_row(done: int, total: int, spec: RunSpec, row: Row) -> None:
         print(f"{cell.name} {done}/{total} {spec}: {row['mean']:.3f}, {row['seconds']:.0f} s", flush=True)
 
-    def sweep(seeds: tuple[int, ...]) -> LayerRanking:
-        return sweep_layers(
-            model,
-            cell.task,
-            out=folder,
-            algorithm=cell.algorithm,
-            steps=STEPS,
-            seeds=seeds,
-            learning_rate={int(k): rate for k, rate in json.loads(rates.read_text()).items()},
-            full_learning_rate=FULL_RATE,
-            settings=settings,
-            problems=PROBLEMS,
-            samples=SAMPLES,
-            batch_size=512,
-            greedy=True,
-            workers=workers,
-            on_row=on_row,
+    together = [(seed,) for seed in cell.seeds] if len(cell.seeds) > 1 else []
+    for seeds in [*together, cell.seeds]:
+        if profile(cell, out, seeds) is None:
+            asked = replace(settings(cell, bases, learning_rates(cell, bases, out)), seeds=seeds)
+            swept = sweep_layers(asked, out=sweep_folder(cell, out), workers=workers, on_row=on_row)
+            keep(out, cell, "profile", seeds, swept.to_dict())
+
+
+def measure_choice(
+    cell: Cell, layers: Sequence[int], rate: float, bases: Path, out: Path, workers: int | None = None
+) -> None:
+    """Train a choice of several blocks together, and the best block alone, with each of the cell's seeds."""
+    truth = profile(cell, out, cell.seeds)
+    if choice(cell, layers, rate, out) or truth is None:
+        return
+    best = truth.order[0]
+    plan = plan_sweep(settings(cell, bases, learning_rates(cell, bases, out)))
+    of_choice = [with_learning_rate(replace(spec, layer=list(layers)), rate) for spec in plan.blocks[best]]
+    folder = sweep_folder(cell, out)
+    store = RowStore(folder / ROWS)
+    with store.writing():
+        rows = collect_rows(
+            [plan.base, *plan.blocks[best], *of_choice],
+            store=store,
+            run=lambda specs: load_engine("local")(specs, folder=folder, workers=workers),
         )
+    base = rows[plan.base.digest()]["scores"]
+    best_scores, scores = ([rows[s.digest()]["scores"] for s in specs] for specs in (plan.blocks[best], of_choice))
+    behind, error = gain(best_scores, scores)
+    record = {
+        "layers": list(layers),
+        "learning_rate": rate,
+        "best_block": best,
+        "gain": gain(scores, base),
+        "best_gain": gain(best_scores, base),
+        "tied": behind <= Z_95 * (error or 0.0),
+    }
+    keep(out, cell, "choice", cell.seeds, record)
 
-    if len(cell.seeds) > 1:
-        for seed in cell.seeds:
-            sweep((seed,))
-            done.rename(folder / f"seed{seed}.json")
-    return sweep(cell.seeds)
+
+def choice(cell: Cell, layers: Sequence[int], rate: float, out: Path) -> dict[str, Any] | None:
+    """What was measured of a choice of several blocks, if it was."""
+    found = [record["record"] for record in find_records(known(out), case=cell.name, what="choice")]
+    return next((r for r in found if r["layers"] == list(layers) and r["learning_rate"] == rate), None)
 
 
-def _rates(model: str, task_name: str, rate: float) -> dict[int, float]:
+def learning_rates(cell: Cell, bases: Path, out: Path) -> dict[int, float]:
+    """The rate of each block, measured where it is not known."""
+    if not find_records(known(out), case=cell.name, what="learning_rates"):
+        rates = _measured_rates(str(bases / cell.base), cell.task, demo_config(STEPS)["learning_rate"])
+        keep(out, cell, "learning_rates", None, {str(k): rate for k, rate in rates.items()})
+    record = find_records(known(out), case=cell.name, what="learning_rates")[-1]["record"]
+    return {int(k): rate for k, rate in record.items()}
+
+
+def sweep_folder(cell: Cell, out: Path) -> Path:
+    folder = out / "sweeps" / cell.name
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    return folder
+
+
+def _measured_rates(model: str, task_name: str, rate: float) -> dict[int, float]:
     base, tokenizer = AutoModelForCausalLM.from_pretrained(model), AutoTokenizer.from_pretrained(model)
     task = load_task(task_name)
     groups = sample_rollouts(base, tokenizer, task, task.rows("train", 128, 1), samples=8, seed=1)

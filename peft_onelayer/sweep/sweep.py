@@ -64,8 +64,8 @@ def sweep_layers(
         plan = plan_sweep(settings)
     store = RowStore(out / ROWS)
     counter, total = itertools.count(1), len(plan.specs) + len(plan.search.specs if plan.search else [])
-    find_rows = partial(
-        _rows,
+    rows_of = partial(
+        collect_rows,
         store=store,
         run=partial(run, folder=out, workers=workers, run_row=run_row, **options),
         stopped_count=bool(options.get("early_stop")),
@@ -74,26 +74,27 @@ def sweep_layers(
     with store.writing():
         rows: dict[str, Row] = {}
         if plan.search:
-            rows = find_rows(plan.search.specs)
+            rows = rows_of(plan.search.specs)
             plan = plan.with_learning_rates(*plan.search.best(rows))
-        rows |= find_rows(plan.specs)
+        rows |= rows_of(plan.specs)
         profile = make_profile(settings, plan, rows)
         write_whole(out / PROFILE, profile.to_json())
         write_whole(out / Path(PROFILE).with_suffix(".csv"), profile.to_csv())
     return profile
 
 
-def _rows(
+def collect_rows(
     specs: Sequence[RunSpec],
     *,
     store: RowStore,
     run: Callable[[Sequence[RunSpec]], Iterator[Row]],
-    stopped_count: bool,
-    on_row: Callable[[RunSpec, Row], None],
+    stopped_count: bool = False,
+    on_row: Callable[[RunSpec, Row], None] = lambda spec, row: None,
 ) -> dict[str, Row]:
     """The rows by the digests of their specifications: those that the store has, and those that `run` gives it.
 
     Args:
+        run: yields the rows of the specifications that it is given, as an engine does.
         stopped_count: whether the row of a run that was stopped early counts as one.
     """
     rows: dict[str, Row] = {}
