@@ -273,7 +273,10 @@ class _Player:
             return {"role": "assistant", "content": self._text(ids)}
         from trl.chat_template_utils import parse_response
 
-        return parse_response(self.tokenizer, ids, prefix=before, tools=list(tools.values()))
+        # From 1.16 TRL has the tools' schemas decide the types of a call's arguments.
+        takes_tools = "tools" in inspect.signature(parse_response).parameters
+        typed = {"tools": list(tools.values())} if takes_tools else {}
+        return parse_response(self.tokenizer, ids, prefix=before, **typed)
 
     def _continue_with_tools(self, episodes: list[_Episode]) -> None:
         """Call the tools that the last messages ask for and generate on, until no message asks (TRL's tool loop)."""

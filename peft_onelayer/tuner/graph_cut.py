@@ -9,12 +9,14 @@ embeddings that nobody reads. Hooks on the blocks drop it:
   `torch.utils.checkpoint` with use_reentrant=True gives no gradients at all when no tensor argument requires one;
 - a frozen block whose input needs no gradient is run without checkpointing: there is nothing to recompute.
 
-transformers checkpoints `forward`, so hooks run outside the checkpointed region
+A hook on a checkpointed block runs inside what is checkpointed before transformers 5.23, and outside from there. The cut
+has to be outside, where it is made once, so a checkpointed block makes it where it calls its checkpointing function
 (`transformers.modeling_layers.GradientCheckpointingLayer`).
 """
 
 from __future__ import annotations
 
+import functools
 import inspect
 import warnings
 import weakref
@@ -24,6 +26,7 @@ from typing import Any
 import torch
 from peft.utils.constants import SEQ_CLS_HEAD_NAMES
 from torch import nn
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 from .first_step import refuse_frozen_adapter
 from .layer import SingleLayerLayer
@@ -52,7 +55,6 @@ class GraphCut:
         ]
         for block in stack.blocks:
             self.handles.append(block.register_forward_pre_hook(self._before_block, with_kwargs=True))
-            self.handles.append(block.register_forward_hook(_after_block, always_call=True))
 
     @property
     def model(self) -> nn.Module | None:
@@ -70,35 +72,51 @@ class GraphCut:
     def remove(self) -> None:
         for handle in self.handles:
             handle.remove()
+        for module in self.model.modules() if self.model is not None else ():
+            if _is_taken_over(module):
+                module._gradient_checkpointing_func = module._gradient_checkpointing_func.args[0]
 
     def _enter(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
         if module.training and torch.is_grad_enabled():
             _unmerge_what_trains(module)
+            self._take_over_checkpointing(module)
         # A plain module embeds nothing: whatever it is given may be what the caller wants gradients for.
         given = [kwargs.get("inputs_embeds")] if self.embeds else [*args, *kwargs.values()]
         self.caller_wants_input_gradients = any(map(_needs_gradient, given))
         self.nothing_trained_yet = True
 
-    def _before_block(self, block: Any, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict] | None:
-        if not torch.is_grad_enabled() or not (args or "hidden_states" in kwargs):
-            return None
-        changed = False
-        if self.nothing_trained_yet:
-            # Every tensor: some models hand the embeddings to later blocks too (Gemma 3n's per-layer inputs).
-            if any(map(_needs_gradient, (*args, *kwargs.values()))) and self._cut_is_free():
-                args, kwargs = tuple(map(_detached, args)), {name: _detached(value) for name, value in kwargs.items()}
-                changed = True
-            self.nothing_trained_yet = not any(p.requires_grad for p in block.parameters())
-        hidden = args[0] if args else kwargs["hidden_states"]  # (B, T, H)
-        if not hidden.requires_grad and getattr(block, "gradient_checkpointing", False) and block.training:
-            if not any(p.requires_grad for p in block.parameters()):
-                block.gradient_checkpointing = False  # restored by _after_block
-                block._checkpointing_skipped = True
-            elif _is_reentrant(block) and not torch.compiler.is_compiling():  # compiled, both kinds are the same
-                hidden, changed = hidden.detach().requires_grad_(), True
-        if not changed:
-            return None
-        return ((hidden, *args[1:]), kwargs) if args else (args, {**kwargs, "hidden_states": hidden})
+    def _take_over_checkpointing(self, module: nn.Module) -> None:
+        """Have the checkpointed blocks inside `module` call `_checkpoint` in place of what transformers gave them."""
+        for block in module.modules():
+            if _checkpoints(block) and not _is_taken_over(block) and self in installed_graph_cuts(block):
+                block._gradient_checkpointing_func = functools.partial(
+                    self._checkpoint, block._gradient_checkpointing_func
+                )
+
+    def _before_block(self, block: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict] | None:
+        return None if _checkpoints(block) else self._cut(block, args, kwargs)
+
+    def _checkpoint(self, checkpoint: Any, run: functools.partial, *args: Any) -> Any:
+        """Checkpoint `run`, a partial of the block with its keyword arguments, by transformers' `checkpoint`."""
+        block = run.args[0] if run.args else run.func.__self__  # before transformers 5.23 a bound method
+        args, kwargs = self._cut(block, args, run.keywords)
+        run = functools.partial(run.func, *run.args, **kwargs)
+        if torch.is_grad_enabled() and not any(map(_needs_gradient, args)):
+            if not any(map(_needs_gradient, (*kwargs.values(), *block.parameters()))):
+                return run(*args)
+            if args and checkpoint.keywords.get("use_reentrant", True) and not torch.compiler.is_compiling():
+                args = (args[0].detach().requires_grad_(), *args[1:])  # compiled, both kinds are the same
+        return checkpoint(run, *args)
+
+    def _cut(self, block: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
+        """What a block is given, detached up to the first trained one."""
+        if not torch.is_grad_enabled() or not self.nothing_trained_yet:
+            return args, kwargs
+        # Every tensor: some models hand the embeddings to later blocks too (Gemma 3n's per-layer inputs).
+        if any(map(_needs_gradient, (*args, *kwargs.values()))) and self._cut_is_free():
+            args, kwargs = tuple(map(_detached, args)), {name: _detached(value) for name, value in kwargs.items()}
+        self.nothing_trained_yet = not any(p.requires_grad for p in block.parameters())
+        return args, kwargs
 
     def _cut_is_free(self) -> bool:
         """Whether nothing that feeds the first block needs a gradient while an adapter trains."""
@@ -143,13 +161,14 @@ def _parameters_before(blocks: nn.Module, module: nn.Module) -> Iterator[nn.Para
             yield from _parameters_before(blocks, child)
 
 
-def _after_block(block: Any, args: tuple, output: Any) -> None:
-    if block.__dict__.pop("_checkpointing_skipped", False):
-        block.gradient_checkpointing = True
+def _checkpoints(module: nn.Module) -> bool:
+    """Whether a block runs itself through its `_gradient_checkpointing_func`."""
+    return isinstance(module, GradientCheckpointingLayer) and module.gradient_checkpointing and module.training
 
 
-def _is_reentrant(block: Any) -> bool:
-    return block._gradient_checkpointing_func.keywords.get("use_reentrant", True)
+def _is_taken_over(module: nn.Module) -> bool:
+    function = getattr(vars(module).get("_gradient_checkpointing_func"), "func", None)
+    return getattr(function, "__func__", None) is GraphCut._checkpoint
 
 
 def _needs_gradient(value: Any) -> bool:

@@ -15,6 +15,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.constants import INCLUDE_LINEAR_LAYERS_SHORTHAND as ALL_LINEAR
 from peft.utils.peft_types import TaskType
 from torch import nn
+from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from peft_onelayer.layers import resolve_layers
@@ -33,6 +34,12 @@ from .targets import check_blocks, target_names, targetable
 # The modules that PeftModelForTokenClassification and PeftModelForQuestionAnswering add to `modules_to_save` of the
 # config they were given, after the model has been wrapped.
 HEADS = {TaskType.TOKEN_CLS: ["classifier", "score"], TaskType.QUESTION_ANS: ["qa_outputs"]}
+# The older name is the only one before transformers 5.23, and deprecated from there.
+CHECKPOINTING_ENABLE = next(
+    name
+    for name in ("activation_checkpointing_enable", "gradient_checkpointing_enable")
+    if name in vars(PreTrainedModel)
+)
 
 
 class SingleLayerModel(MergingTuner):
@@ -196,7 +203,7 @@ class SingleLayerModel(MergingTuner):
 
     def activation_checkpointing_enable(self, activation_checkpointing_kwargs: Any = None, **kwargs: Any) -> None:
         """transformers' own, without the hook on the embeddings that it adds."""
-        self.model.activation_checkpointing_enable(activation_checkpointing_kwargs, **kwargs)
+        getattr(self.model, CHECKPOINTING_ENABLE)(activation_checkpointing_kwargs, **kwargs)
         self.model.disable_input_require_grads()
 
     def gradient_checkpointing_enable(self, gradient_checkpointing_kwargs: Any = None, **kwargs: Any) -> None:
