@@ -9,9 +9,9 @@ embeddings that nobody reads. Hooks on the blocks drop it:
   `torch.utils.checkpoint` with use_reentrant=True gives no gradients at all when no tensor argument requires one;
 - a frozen block whose input needs no gradient is run without checkpointing: there is nothing to recompute.
 
-A hook on a checkpointed block runs inside what is checkpointed before transformers 5.23, and outside from there. The cut
-has to be outside, where it is made once, so a checkpointed block makes it where it calls its checkpointing function
-(`transformers.modeling_layers.GradientCheckpointingLayer`).
+A hook on a checkpointed block runs inside what is checkpointed before transformers 5.23, and outside from there. The
+cut has to be outside, where it is made once, so a checkpointed block makes it where it calls its checkpointing
+function (`transformers.modeling_layers.GradientCheckpointingLayer`).
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ import functools
 import inspect
 import warnings
 import weakref
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
@@ -72,7 +72,8 @@ class GraphCut:
     def remove(self) -> None:
         for handle in self.handles:
             handle.remove()
-        for module in self.model.modules() if self.model is not None else ():
+        modules: Iterable[Any] = self.model.modules() if self.model is not None else ()
+        for module in modules:
             if _is_taken_over(module):
                 module._gradient_checkpointing_func = module._gradient_checkpointing_func.args[0]
 
@@ -87,7 +88,8 @@ class GraphCut:
 
     def _take_over_checkpointing(self, module: nn.Module) -> None:
         """Have the checkpointed blocks inside `module` call `_checkpoint` in place of what transformers gave them."""
-        for block in module.modules():
+        blocks: Iterable[Any] = module.modules()
+        for block in blocks:
             if _checkpoints(block) and not _is_taken_over(block) and self in installed_graph_cuts(block):
                 block._gradient_checkpointing_func = functools.partial(
                     self._checkpoint, block._gradient_checkpointing_func
@@ -98,7 +100,8 @@ class GraphCut:
 
     def _checkpoint(self, checkpoint: Any, run: functools.partial, *args: Any) -> Any:
         """Checkpoint `run`, a partial of the block with its keyword arguments, by transformers' `checkpoint`."""
-        block = run.args[0] if run.args else run.func.__self__  # before transformers 5.23 a bound method
+        function: Any = run.func
+        block = run.args[0] if run.args else function.__self__  # before transformers 5.23 a bound method
         args, kwargs = self._cut(block, args, run.keywords)
         run = functools.partial(run.func, *run.args, **kwargs)
         if torch.is_grad_enabled() and not any(map(_needs_gradient, args)):
