@@ -18,9 +18,9 @@ def test_a_name_that_is_nothing_is_one_line_that_says_what_to_give(tmp_path, mon
     (tmp_path / "run" / "adapter" / "adapter_config.json").write_text("{}")
     for find, name, message in (
         (adapter_folder, "nowhere", "no adapter folder at nowhere; give a folder with adapter_config.json, or a Hub"),
-        (adapter_folder, "./nowhere", "no folder at nowhere; give the folder of an adapter or its id on the Hub"),
+        (adapter_folder, "./nowhere", "no adapter folder at nowhere; give a folder, or an id on the Hub."),
         (adapter_folder, "run", "run holds no adapter_config.json; did you mean run/adapter?"),
-        (base_folder, "/no/such/model", "no folder at /no/such/model; give the folder of a model or its id on the Hub"),
+        (base_folder, "/no/such/model", "no model folder at /no/such/model; give a folder, or an id on the Hub."),
     ):
         with pytest.raises(ValueError) as error:
             find(name)
