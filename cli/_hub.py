@@ -1,4 +1,4 @@
-"""What the commands that talk to the Hub share: no noise, and an end to waiting."""
+"""What the commands that may talk to the Hub share: no noise, and an end to waiting."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 from ._errors import user_error
-from ._model import quiet_hub
 
 WAIT = 3  # times HF_HUB_DOWNLOAD_TIMEOUT, 30 s by default: a commit is answered after the Hub has checked it
 
@@ -31,3 +30,19 @@ def hub_session() -> Iterator[None]:
             yield
     finally:
         set_client_factory(default_client_factory)
+
+
+@contextmanager
+def quiet_hub() -> Iterator[None]:
+    """Without the Hub's lines about retries and its progress bars: what fails is said once, by an error."""
+    from huggingface_hub.utils import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars, logging
+
+    verbosity, had_bars = logging.get_verbosity(), not are_progress_bars_disabled()
+    logging.set_verbosity_error()
+    disable_progress_bars()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(verbosity)
+        if had_bars:
+            enable_progress_bars()

@@ -11,7 +11,7 @@ from typing import Annotated, Literal
 import typer
 
 from ._errors import user_error
-from ._model import quiet_hub
+from ._hub import quiet_hub
 from ._options import AllowOtherBase, Json
 from ._output import common_prefix, note, print_json, print_line, print_table, status
 

@@ -13,7 +13,7 @@ import typer
 from peft_onelayer.records.text import name_blocks
 
 from ._errors import user_error
-from ._model import quiet_hub
+from ._hub import quiet_hub
 from ._options import AllowOtherBase, Json
 from ._output import common_prefix, print_json, print_line, print_table, status
 

@@ -15,9 +15,10 @@ from typing import Annotated
 
 import typer
 
+from peft_onelayer.records.text import one_line
+
 from . import demo, eval, export, inspect, merge, probe, pull, push, search, sweep, train
-from ._errors import UserError
-from ._output import plain
+from ._errors import LIMIT, UserError
 
 app = typer.Typer(
     name="onelayer",
@@ -66,9 +67,9 @@ def _terminate(signum: int, frame: object) -> None:
 
 def main() -> None:
     signal.signal(signal.SIGTERM, _terminate)
-    # Nothing that a user of this command could change: peft and trl use names that transformers 5 renamed, and torchao,
-    # which peft imports where it is installed, reports the GPU kernels that it cannot load beside a CPU torch.
-    for name in ("torchao", "torch.utils._pytree"):
+    # Nothing that a user of this command could change: peft and trl use names that transformers 5 renamed, and torchao
+    # and bitsandbytes, which peft imports where they are installed, report the kernels that they cannot load.
+    for name in ("torchao", "torch.utils._pytree", "bitsandbytes"):
         logging.getLogger(name).setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", message=".*is deprecated and will be removed in v6", category=FutureWarning)
     try:
@@ -78,13 +79,13 @@ def main() -> None:
     except typer.TyperException as error:
         context = getattr(error, "ctx", None)  # only usage errors know their command
         where = context.command_path if context else "onelayer"
-        message = " ".join(error.format_message().split())  # a missing choice is listed over several lines
+        message = one_line(error.format_message(), LIMIT)  # a missing choice is listed over several lines
         print(f"{where}: {message.rstrip('.')}; see '{where} --help'.", file=sys.stderr)
         code = 2
     except (UserError, OSError) as error:
         if os.environ.get("ONELAYER_DEBUG"):
             raise
-        print(f"onelayer: {plain(' '.join(str(error).split()))}", file=sys.stderr)
+        print(f"onelayer: {one_line(error, LIMIT)}", file=sys.stderr)
         code = 1
     except KeyboardInterrupt:
         print("onelayer: interrupted.", file=sys.stderr)

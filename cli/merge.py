@@ -14,7 +14,7 @@ import typer
 from peft_onelayer.records.text import name_blocks
 
 from ._errors import user_error
-from ._model import quiet_hub
+from ._hub import quiet_hub
 from ._options import AllowOtherBase, Json, Revision
 from ._output import Bar, note, print_json, print_line, progress_bar, status
 

@@ -58,7 +58,9 @@ class _Loader:
         assert module.__spec__ is not None
         module.__spec__.loader = module.__loader__ = self.loader  # as if nobody had been here
         self.loader.exec_module(module)
-        if METHOD not in sys.modules:  # else it is what imports PEFT, in this thread or, waiting for it, in another one
+        # Else the method is being imported: by what imports PEFT here, or by another thread, which waits for PEFT and
+        # registers the method next; to wait for that thread in turn would be a deadlock.
+        if METHOD not in sys.modules:
             importlib.import_module(METHOD)
         if self.finder in sys.meta_path:
             sys.meta_path.remove(self.finder)

@@ -286,7 +286,7 @@ def test_low_rank_of_wide_and_tall():
         ("lora", {"rank": 0}, "keeps nothing"),
         ("lora", {"energy": 0.0}, "above 0 and up to 1"),
         ("lora", {"energy": math.nan}, "above 0 and up to 1"),
-        ("lora", {"base": "./nowhere"}, "no folder at nowhere"),
+        ("lora", {"base": "./nowhere"}, "no model folder at nowhere"),
     ],
 )
 def test_wrong_use(made, tmp_path, form, options, message):

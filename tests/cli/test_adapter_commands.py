@@ -143,7 +143,7 @@ def test_names_on_the_hub(onelayer, files, tmp_path, monkeypatch):
     code, lines, out = onelayer("inspect", "org/one")
     assert (code, lines) == (0, []) and f"base: org/base at {COMMIT}" in out
     code, lines, out = onelayer("merge", "org/base", "org/one", tmp_path / "none")
-    assert (code, len(lines), out) == (1, 1, "") and "org/base is neither a folder here nor a model found" in lines[0]
+    assert (code, len(lines), out) == (1, 1, "") and "org/base is neither a model folder here nor found" in lines[0]
 
 
 @pytest.mark.parametrize("form", ["peft", "dense", "sparse"])
@@ -229,11 +229,11 @@ def edit(path, **changes):
             "describes no single-layer adapter|holds no readable adapter_config",
         ),
         (["merge", "{pickled}", "{one}", "{out}"], 1, "pickled weights"),
-        (["merge", "./nowhere", "{one}", "{out}"], 1, "no folder at nowhere"),
-        (["merge", "{base}", "./nowhere", "{out}"], 1, "no folder at nowhere"),
+        (["merge", "./nowhere", "{one}", "{out}"], 1, "no model folder at nowhere"),
+        (["merge", "{base}", "./nowhere", "{out}"], 1, "no adapter folder at nowhere"),
         (["merge", "{base}", "{truncated}", "{out}"], 1, "damaged"),
         (["inspect"], 2, "Missing argument"),
-        (["inspect", "./nowhere"], 1, "no folder at nowhere"),
+        (["inspect", "./nowhere"], 1, "no adapter folder at nowhere"),
         (["inspect", "{base}"], 1, "adapter_config.json"),
         (["inspect", "{truncated}"], 1, "damaged"),
         (["inspect", "{lora}"], 1, "its peft_type is 'LORA'"),

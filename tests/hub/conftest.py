@@ -1,8 +1,5 @@
-import json
 import os
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -10,6 +7,7 @@ import pytest
 import torch
 from loopback import OTHER_TOKEN, TOKEN, Hub
 from peft import get_peft_model
+from worker import Worker
 
 import models
 from peft_onelayer import SingleLayerConfig
@@ -27,16 +25,9 @@ def _server(tmp_path_factory):
     environment = {name: value for name, value in os.environ.items() if not name.startswith(("HF_", "HUGGING"))}
     environment |= {"HF_ENDPOINT": hub.url, "HF_HOME": str(home), "HF_HUB_DISABLE_XET": "1", "HF_HUB_ETAG_TIMEOUT": "2"}
     environment |= {"HF_HUB_DOWNLOAD_TIMEOUT": "1", "HF_HUB_DISABLE_TELEMETRY": "1", "HOME": str(home)}
-    worker = subprocess.Popen(
-        [sys.executable, str(Path(__file__).with_name("worker.py"))],
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        env=environment,
-        text=True,
-    )
+    worker = Worker(environment)
     yield SimpleNamespace(hub=hub, worker=worker, home=home, environment=environment)
-    worker.stdin.close()
-    worker.wait(timeout=30)
+    worker.close()
     hub.close()
 
 
@@ -56,11 +47,8 @@ def ask(_server, hub):
     """
 
     def run(*arguments, token=TOKEN, code=None, **environment):
-        wanted = {"environment": environment | ({"HF_TOKEN": token} if token else {})}
-        wanted |= {"code": code} if code else {"arguments": [str(argument) for argument in arguments]}
-        _server.worker.stdin.write(json.dumps(wanted) + "\n")
-        _server.worker.stdin.flush()
-        answer = SimpleNamespace(**json.loads(_server.worker.stdout.readline()))
+        environment |= {"HF_TOKEN": token} if token else {}
+        answer = _server.worker(*arguments, code=code, environment=environment)
         said = answer.out + "".join(answer.err)
         assert not any(secret in said for secret in (TOKEN, OTHER_TOKEN, token) if secret), said
         return answer
