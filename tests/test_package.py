@@ -24,7 +24,9 @@ def python(code, **environment):
 def test_importing_it_registers_the_method_and_loads_none_of_the_large_libraries():
     heavy = "{'torch', 'peft', 'transformers', 'trl', 'datasets', 'numpy', 'huggingface_hub', 'matplotlib', 'typer'}"
     assert python(f"import sys, peft_onelayer; print(sorted({heavy} & set(sys.modules)))") == "[]"
-    ours = python("import sys, peft_onelayer; print(sorted(name for name in sys.modules if name.startswith('peft_onelayer')))")
+    ours = python(
+        "import sys, peft_onelayer; print(sorted(name for name in sys.modules if name.startswith('peft_onelayer')))"
+    )
     assert ours == "['peft_onelayer', 'peft_onelayer.registration']"
     assert python("import peft_onelayer as p; print(p.probe_layers.__name__, p.LayerRanking.__name__)") == (
         "probe_layers LayerRanking"

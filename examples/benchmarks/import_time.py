@@ -28,7 +28,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=9)
     rounds = parser.parse_args().rounds
     run("import peft")  # warms the file cache
-    times = {names: [] for names in IMPORTS}
+    times: dict[str, list[float]] = {names: [] for names in IMPORTS}
     for _ in range(rounds):
         for names in IMPORTS:
             times[names].append(float(run(TIMED.format(names))))
