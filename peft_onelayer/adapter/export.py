@@ -37,7 +37,7 @@ class ExportedTensor:
     Attributes:
         name: in the base model.
         bytes: what it takes; 0 if it is left out.
-        changed: for "flat", the number of entries that differ from the base's.
+        changed: for "sparse" and "flat", the number of entries that differ from the base's.
         rank: for "lora"; 0 where nothing changed, None where LoRA has no place for the tensor.
         error: for "lora", the Frobenius norm of what is lost over that of the change; 1 if it is left out.
         change: for "lora", the Frobenius norm of the change.
@@ -136,8 +136,11 @@ def export_adapter(
             file = replace(file, config=file.config | named)
     if format == "sparse":
         assert checkpoint is not None
-        write_sparse(file, out, checkpoint.folder, allow_other_base=allow_other_base)
-        return Exported(Path(out), format, (Path(out) / WEIGHTS).stat().st_size)
+        records = write_sparse(file, out, checkpoint.folder, allow_other_base=allow_other_base).tensors
+        written = open_adapter(out)
+        sizes = {name: sum(part.bytes for part in written.stored_parts(name).values()) for name in written.names}
+        tensors = [ExportedTensor(name, sizes[name], changed=records[name].changed) for name in written.names]
+        return Exported(Path(out), format, (Path(out) / WEIGHTS).stat().st_size, tensors)
 
     def changes(name: str) -> tuple[torch.Tensor, torch.Tensor]:
         assert checkpoint is not None

@@ -162,6 +162,8 @@ def test_dense_and_sparse_give_back_the_same_weights(made, tmp_path):
     ):
         exported = export_adapter(made / source, tmp_path / name, form, base=base)
         assert exported.bytes == (tmp_path / name / WEIGHTS).stat().st_size
+        stored = load_file(tmp_path / name / WEIGHTS)
+        assert sum(tensor.bytes for tensor in exported.tensors) == sum(tensor.nbytes for tensor in stored.values())
         model = PeftModel.from_pretrained(load(made / "base"), tmp_path / name)
         assert same(state(model.merge_and_unload()), want), name
     before, after = (load_file(folder / WEIGHTS) for folder in (made / "adapter", tmp_path / "dense"))
