@@ -56,9 +56,17 @@ model = AutoModelForCausalLM.from_pretrained(str(files("peft_onelayer") / "demo_
 AutoTokenizer.from_pretrained(str(files("peft_onelayer") / "demo_model"))
 profiles = len(list((files("peft_onelayer") / "profiles").iterdir()))
 card = (files("peft_onelayer.model_cards") / "adapter.md").is_file()
+typed = all((files(package) / "py.typed").is_file() for package in ("peft_onelayer", "onelayer_cli"))
 for name in peft_onelayer.__all__:
     getattr(peft_onelayer, name)
-print(peft_onelayer.__file__, onelayer_cli.__file__, model.num_parameters(), profiles, card)
+print(peft_onelayer.__file__, onelayer_cli.__file__, model.num_parameters(), profiles, card, typed)
 """
     found = python(code, PYTHONPATH=str(site)).split()
-    assert found == [f"{site}/peft_onelayer/__init__.py", f"{site}/onelayer_cli/__init__.py", "519168", "7", "True"]
+    assert found == [
+        f"{site}/peft_onelayer/__init__.py",
+        f"{site}/onelayer_cli/__init__.py",
+        "519168",
+        "7",
+        "True",
+        "True",
+    ]

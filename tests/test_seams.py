@@ -86,8 +86,12 @@ import peft_onelayer
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False, cwd=ROOT)
     assert done.returncode == 1
-    assert done.stderr.strip().splitlines()[-1].startswith(
-        "ImportError: peft_onelayer.tuner needs peft.tuners.tuners_utils:check_adapters_to_merge (to merge), which is "
+    assert (
+        done.stderr.strip()
+        .splitlines()[-1]
+        .startswith(
+            "ImportError: peft_onelayer.tuner needs peft.tuners.tuners_utils:check_adapters_to_merge (to merge), which is "
+        )
     )
 
 
@@ -107,7 +111,10 @@ def test_who_checks_stands_in_the_table():
 def test_the_tested_versions_are_those_declared_and_developed_with():
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
     extras = [line for lines in project["optional-dependencies"].values() for line in lines]
-    declared = {requirement.name.replace("-", "_"): requirement for requirement in map(Requirement, [*project["dependencies"], *extras])}
+    declared = {
+        requirement.name.replace("-", "_"): requirement
+        for requirement in map(Requirement, [*project["dependencies"], *extras])
+    }
     pins = dict(re.findall(r"^([\w-]+)==(\S+)$", (ROOT / "constraints.txt").read_text(encoding="utf-8"), re.M))
     for library, (lowest, highest) in TESTED.items():
         assert str(declared[library].specifier).split(",")[-1] == f">={lowest}", library

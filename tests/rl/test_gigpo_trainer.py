@@ -2,7 +2,6 @@
 
 import dataclasses
 import doctest
-import inspect
 import math
 import subprocess
 import sys
