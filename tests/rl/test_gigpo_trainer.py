@@ -1,11 +1,8 @@
 """`GiGPOTrainer`: each step's tokens carry that step's advantage, and with omega = 0 it is `GRPOTrainer`."""
 
 import dataclasses
-import doctest
 import inspect
 import math
-import subprocess
-import sys
 from collections import Counter
 
 import pytest
@@ -17,7 +14,7 @@ from tuner.helpers import base_weights, masters, same
 
 from models import build
 from peft_onelayer import SingleLayerConfig, rl
-from peft_onelayer.rl import GiGPOConfig, GiGPOTrainer, gigpo, gigpo_advantages
+from peft_onelayer.rl import GiGPOConfig, GiGPOTrainer, gigpo_advantages
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*experimental feature:UserWarning")
 PLAIN = {"loss_type": "grpo", "scale_rewards": "group", "beta": 0.001}
@@ -433,14 +430,6 @@ def test_the_seams_in_trl():
     assert "if advantages.dim() == 1:" in inspect.getsource(GRPOTrainer._compute_loss)
 
 
-def test_what_is_imported_loads_trl_only_where_needed():
-    code = "import sys, peft_onelayer.rl as rl; rl.gigpo_advantages; rl.EMATeacherMixin; print('trl' in sys.modules)"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert done.stdout.strip() == "False"
+def test_a_name_that_is_not_there():
     with pytest.raises(AttributeError, match="no attribute 'GiGP'"):
         rl.GiGP  # noqa: B018
-
-
-def test_the_examples_run():
-    results = doctest.testmod(gigpo)
-    assert results.attempted > 0 and results.failed == 0
