@@ -20,16 +20,36 @@ ROOT = Path(__file__).parents[1]
 CACHE = ROOT / ".cache" / "compat"
 # The tuner (wrapping, training, saving and loading, merging, the graph cut, checkpointing), the sparse encoding and the
 # adapter's files, a run of TRL's GRPO, rollouts against TRL's, the trainers of our own, the records, and the demo.
-CORE = """
-    tests/test_dependencies.py tests/test_imports.py tests/test_package.py tests/test_seams.py
-    tests/tuner/test_config.py tests/tuner/test_training.py tests/tuner/test_save_load.py tests/tuner/test_merge.py
-    tests/tuner/test_graph_cut.py tests/tuner/test_precision.py tests/tuner/test_adapters.py tests/tuner/test_resume.py
-    tests/tuner/test_first_step.py tests/tuner/test_freed.py
-    tests/sparse tests/records tests/adapter/test_sparse.py tests/adapter/test_export.py
-    tests/adapter/test_merge_checkpoint.py tests/adapter/test_stored.py
-    tests/rollouts/test_sampling.py tests/rl/test_training.py tests/rl/test_gigpo_trainer.py tests/rl/test_entropy.py
-    tests/runs/test_training.py tests/runs/test_demo.py tests/hub/test_pull.py tests/sweep/test_local_engine.py
-""".split()
+CORE = [
+    "tests/test_dependencies.py",
+    "tests/test_imports.py",
+    "tests/test_package.py",
+    "tests/test_seams.py",
+    "tests/tuner/test_config.py",
+    "tests/tuner/test_training.py",
+    "tests/tuner/test_save_load.py",
+    "tests/tuner/test_merge.py",
+    "tests/tuner/test_graph_cut.py",
+    "tests/tuner/test_precision.py",
+    "tests/tuner/test_adapters.py",
+    "tests/tuner/test_resume.py",
+    "tests/tuner/test_first_step.py",
+    "tests/tuner/test_freed.py",
+    "tests/sparse",
+    "tests/records",
+    "tests/adapter/test_sparse.py",
+    "tests/adapter/test_export.py",
+    "tests/adapter/test_merge_checkpoint.py",
+    "tests/adapter/test_stored.py",
+    "tests/rollouts/test_sampling.py",
+    "tests/rl/test_training.py",
+    "tests/rl/test_gigpo_trainer.py",
+    "tests/rl/test_entropy.py",
+    "tests/runs/test_training.py",
+    "tests/runs/test_demo.py",
+    "tests/hub/test_pull.py",
+    "tests/sweep/test_local_engine.py",
+]
 TESTING = ["aiohttp", "build", "packaging", "pytest", "setuptools>=77"]
 SHOWN = ("torch", "transformers", "peft", "trl", "huggingface-hub", "numpy")
 
