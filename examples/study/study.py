@@ -90,12 +90,13 @@ def _rank(base: Path, task_name: str, method: str, budget: float | None, seed: i
 
 
 def train_choices(cell: Cell, bases: Path, out: Path, workers: int | None) -> None:
-    """Measure every choice of several blocks that a ranking of the case made."""
+    """Measure every choice of several blocks that a ranking of the case made: at the default budget with all seeds."""
     for found in find_records(read_records(out / RANKINGS), case=cell.name):
         if found["method"] != "diagnostics":
-            ranking = LayerRanking.from_dict(found["record"], RANKINGS)
-            if len(ranking.choice) > 1 and ranking.choice_learning_rate is not None:
-                measure_choice(cell, ranking.choice, ranking.choice_learning_rate, bases, out, workers)
+            layers = LayerRanking.from_dict(found["record"], RANKINGS).choice
+            if len(layers) > 1:
+                seeds = cell.seeds if found["budget"] == DEFAULT else cell.seeds[:1]
+                measure_choice(cell, layers, seeds, bases, out, workers)
 
 
 def main() -> None:

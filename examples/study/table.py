@@ -3,8 +3,8 @@
 A case is one base with one task. Its truth is S_k, the mean held-out score after training block k. Of the block that a
 method picks, `recovery` is (S_pick - S_base) / (S_best - S_base), which is C(pick) / C(best); `tied` says whether it is
 the best or the paired 95 % interval of the difference from it holds 0. A method that picks nothing is scored on the
-blocks of its choice, trained together at the rate that goes with it (truth.py): their gain over that of the best block,
-and the interval of the difference from it.
+blocks of its choice, trained together (truth.py): their gain over that of the best block, and the interval of the
+difference from it.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ DRAWS = 10_000
 ORDER = ("random", "depth", "profile", "one", "short", "race", "auto")  # first words of the methods' names
 DEFAULT = "auto, budget 25 %"
 RANKINGS = "rankings.jsonl"
-PAGE = Path(__file__).parents[2] / "README.md"  # has the table, between two marks
+PAGE = Path(__file__).parents[2] / "docs" / "choosing-a-block.md"  # has the table, between two marks
 
 
 @dataclass(frozen=True)
@@ -64,12 +64,11 @@ class Case:
 
     def of_choice(self, ranking: LayerRanking) -> tuple[float, bool]:
         """Recovery of what a ranking would train, and whether it is the best or tied with it."""
-        layers, rate = ranking.choice, ranking.choice_learning_rate
-        if len(layers) == 1:
-            return self.of_block(layers[0])
-        measured = None if rate is None else truth.choice(self.cell, layers, rate, self.out)
+        if len(ranking.choice) == 1:
+            return self.of_block(ranking.choice[0])
+        measured = truth.choice(self.cell, ranking.choice, self.out)
         if measured is None:
-            raise SystemExit(f"blocks {layers} of {self.cell.name} were not trained; run --part choices")
+            raise SystemExit(f"blocks {ranking.choice} of {self.cell.name} were not trained; run --part choices")
         return measured["gain"][0] / measured["best_gain"][0], measured["tied"]
 
     def of_block(self, layer: int) -> tuple[float, bool]:

@@ -2,13 +2,14 @@
 
 truth.jsonl has one record a line, {"case", "what", "seeds", "record"}, of these kinds ("what"):
 
-    learning_rates    by block: the demo's, lowered where its first update would move the policy too far
+    learning_rates    by block: the demo's, lowered where the first update would move the policy too far
     profile           layer_profile.json of the sweep, of each seed alone and of all together
-    choice            blocks that a ranking without a pick names, trained together, against the best block
+    choice            blocks that a ranking without a pick names, trained together at a rate found likewise, and the
+                      best block alone, both from one copy of the base
 
 The record of a choice is {"layers", "learning_rate", "best_block", "gain", "best_gain", "tied"}. Gains are pairs: the
-mean over problems and seeds, and its standard error; both are of runs on one copy of the base. What is there is kept,
-so that a killed study goes on where it was.
+mean over problems and seeds, and its standard error. What is there is kept, so that a killed study goes on where it
+was.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from typing import Any
 
 from bases import DAMAGED
 from jsonl import append_record, find_records, read_records
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from peft_onelayer.probe.batch import graded_batch
 from peft_onelayer.probe.updates import Candidate, trained_candidate, update
@@ -117,14 +118,17 @@ def measure(cell: Cell, bases: Path, out: Path, workers: int | None = None) -> N
 
 
 def measure_choice(
-    cell: Cell, layers: Sequence[int], rate: float, bases: Path, out: Path, workers: int | None = None
+    cell: Cell, layers: Sequence[int], seeds: Sequence[int], bases: Path, out: Path, workers: int | None = None
 ) -> None:
-    """Train a choice of several blocks together, and the best block alone, with each of the cell's seeds."""
+    """Train a choice of several blocks together, and the best block alone, with these seeds."""
     truth = profile(cell, out, cell.seeds)
-    if choice(cell, layers, rate, out) or truth is None:
+    measured = choice(cell, layers, out)
+    if truth is None or (measured and len(measured["seeds"]) >= len(seeds)):
         return
     best = truth.order[0]
-    plan = plan_sweep(settings(cell, bases, learning_rates(cell, bases, out)))
+    asked = replace(settings(cell, bases, learning_rates(cell, bases, out)), seeds=seeds)
+    plan = plan_sweep(asked)
+    rate = measured_rate(asked.model, cell.task, layers)
     of_choice = [with_learning_rate(replace(spec, layer=list(layers)), rate) for spec in plan.blocks[best]]
     folder = sweep_folder(cell, out)
     store = RowStore(folder / ROWS)
@@ -145,40 +149,40 @@ def measure_choice(
         "best_gain": gain(best_scores, base),
         "tied": behind <= Z_95 * (error or 0.0),
     }
-    keep(out, cell, "choice", cell.seeds, record)
+    keep(out, cell, "choice", seeds, record)
 
 
-def choice(cell: Cell, layers: Sequence[int], rate: float, out: Path) -> dict[str, Any] | None:
-    """What was measured of a choice of several blocks, if it was."""
-    found = [record["record"] for record in find_records(known(out), case=cell.name, what="choice")]
-    return next((r for r in found if r["layers"] == list(layers) and r["learning_rate"] == rate), None)
+def choice(cell: Cell, layers: Sequence[int], out: Path) -> dict[str, Any] | None:
+    """The last record of a choice of several blocks, if there is one, with its seeds."""
+    found = find_records(known(out), case=cell.name, what="choice")
+    of_layers = [record for record in found if record["record"]["layers"] == list(layers)]
+    return {**of_layers[-1]["record"], "seeds": of_layers[-1]["seeds"]} if of_layers else None
 
 
 def learning_rates(cell: Cell, bases: Path, out: Path) -> dict[int, float]:
     """The rate of each block, measured where it is not known."""
     if not find_records(known(out), case=cell.name, what="learning_rates"):
-        rates = _measured_rates(str(bases / cell.base), cell.task, demo_config(STEPS)["learning_rate"])
-        keep(out, cell, "learning_rates", None, {str(k): rate for k, rate in rates.items()})
+        model = str(bases / cell.base)
+        blocks = range(AutoConfig.from_pretrained(model).num_hidden_layers)
+        keep(out, cell, "learning_rates", None, {str(k): measured_rate(model, cell.task, [k]) for k in blocks})
     record = find_records(known(out), case=cell.name, what="learning_rates")[-1]["record"]
     return {int(k): rate for k, rate in record.items()}
+
+
+def measured_rate(model: str, task_name: str, layers: Sequence[int]) -> float:
+    """The demo's learning rate, lowered where a first update of these blocks would move the policy too far."""
+    base, tokenizer = AutoModelForCausalLM.from_pretrained(model), AutoTokenizer.from_pretrained(model)
+    task, rate = load_task(task_name), float(demo_config(STEPS)["learning_rate"])
+    groups = sample_rollouts(base, tokenizer, task, task.rows("train", 128, 1), samples=8, seed=1)
+    batch = graded_batch(groups, tokenizer.pad_token_id, base.device)
+    assert batch is not None
+    candidate = Candidate(list(layers), rate)  # type: ignore[arg-type]  # in a race it is one block
+    with trained_candidate(base, candidate) as trained:
+        update(trained, candidate, batch, steps=1, size=len(batch), micro_batch=len(batch))
+    return min(rate, candidate.learning_rate)
 
 
 def sweep_folder(cell: Cell, out: Path) -> Path:
     folder = out / "sweeps" / cell.name
     folder.parent.mkdir(parents=True, exist_ok=True)
     return folder
-
-
-def _measured_rates(model: str, task_name: str, rate: float) -> dict[int, float]:
-    base, tokenizer = AutoModelForCausalLM.from_pretrained(model), AutoTokenizer.from_pretrained(model)
-    task = load_task(task_name)
-    groups = sample_rollouts(base, tokenizer, task, task.rows("train", 128, 1), samples=8, seed=1)
-    batch = graded_batch(groups, tokenizer.pad_token_id, base.device)
-    assert batch is not None
-    rates = {}
-    for layer in range(base.config.num_hidden_layers):
-        candidate = Candidate(layer, rate)
-        with trained_candidate(base, candidate) as trained:
-            update(trained, candidate, batch, steps=1, size=len(batch), micro_batch=len(batch))
-        rates[layer] = min(rate, candidate.learning_rate)
-    return rates
