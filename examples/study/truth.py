@@ -4,12 +4,8 @@ truth.jsonl has one record a line, {"case", "what", "seeds", "record"}, of these
 
     learning_rates    by block: the demo's, lowered where the first update would move the policy too far
     profile           layer_profile.json of the sweep, of each seed alone and of all together
-    choice            blocks that a ranking without a pick names, trained together at a rate found likewise, and the
-                      best block alone, both from one copy of the base
 
-The record of a choice is {"layers", "learning_rate", "best_block", "gain", "best_gain", "tied"}. Gains are pairs: the
-mean over problems and seeds, and its standard error. What is there is kept, so that a killed study goes on where it
-was.
+What is there is kept, so that a killed study goes on where it was.
 """
 
 from __future__ import annotations
@@ -29,14 +25,9 @@ from peft_onelayer.probe.updates import Candidate, trained_candidate, update
 from peft_onelayer.records.ranking import LayerRanking
 from peft_onelayer.rl.recipe import demo_config
 from peft_onelayer.rollouts.sampling import sample_rollouts
-from peft_onelayer.statistics import Z_95
-from peft_onelayer.sweep.engines import load_engine
-from peft_onelayer.sweep.metric import gain
-from peft_onelayer.sweep.plan import plan_sweep, with_learning_rate
 from peft_onelayer.sweep.run_layer import Row, RunSpec
 from peft_onelayer.sweep.settings import SweepSettings
-from peft_onelayer.sweep.store import RowStore
-from peft_onelayer.sweep.sweep import ROWS, collect_rows, sweep_layers
+from peft_onelayer.sweep.sweep import sweep_layers
 from peft_onelayer.tasks import load_task
 
 STEPS, PROMPTS = 100, 16  # of one run: 100 steps of 16 prompts x 8 completions
@@ -117,66 +108,24 @@ def measure(cell: Cell, bases: Path, out: Path, workers: int | None = None) -> N
             keep(out, cell, "profile", seeds, swept.to_dict())
 
 
-def measure_choice(
-    cell: Cell, layers: Sequence[int], seeds: Sequence[int], bases: Path, out: Path, workers: int | None = None
-) -> None:
-    """Train a choice of several blocks together, and the best block alone, with these seeds."""
-    truth = profile(cell, out, cell.seeds)
-    measured = choice(cell, layers, out)
-    if truth is None or (measured and len(measured["seeds"]) >= len(seeds)):
-        return
-    best = truth.order[0]
-    asked = replace(settings(cell, bases, learning_rates(cell, bases, out)), seeds=seeds)
-    plan = plan_sweep(asked)
-    rate = measured_rate(asked.model, cell.task, layers)
-    of_choice = [with_learning_rate(replace(spec, layer=list(layers)), rate) for spec in plan.blocks[best]]
-    folder = sweep_folder(cell, out)
-    store = RowStore(folder / ROWS)
-    with store.writing():
-        rows = collect_rows(
-            [plan.base, *plan.blocks[best], *of_choice],
-            store=store,
-            run=lambda specs: load_engine("local")(specs, folder=folder, workers=workers),
-        )
-    base = rows[plan.base.digest()]["scores"]
-    best_scores, scores = ([rows[s.digest()]["scores"] for s in specs] for specs in (plan.blocks[best], of_choice))
-    behind, error = gain(best_scores, scores)
-    record = {
-        "layers": list(layers),
-        "learning_rate": rate,
-        "best_block": best,
-        "gain": gain(scores, base),
-        "best_gain": gain(best_scores, base),
-        "tied": behind <= Z_95 * (error or 0.0),
-    }
-    keep(out, cell, "choice", seeds, record)
-
-
-def choice(cell: Cell, layers: Sequence[int], out: Path) -> dict[str, Any] | None:
-    """The last record of a choice of several blocks, if there is one, with its seeds."""
-    found = find_records(known(out), case=cell.name, what="choice")
-    of_layers = [record for record in found if record["record"]["layers"] == list(layers)]
-    return {**of_layers[-1]["record"], "seeds": of_layers[-1]["seeds"]} if of_layers else None
-
-
 def learning_rates(cell: Cell, bases: Path, out: Path) -> dict[int, float]:
     """The rate of each block, measured where it is not known."""
     if not find_records(known(out), case=cell.name, what="learning_rates"):
         model = str(bases / cell.base)
         blocks = range(AutoConfig.from_pretrained(model).num_hidden_layers)
-        keep(out, cell, "learning_rates", None, {str(k): measured_rate(model, cell.task, [k]) for k in blocks})
+        keep(out, cell, "learning_rates", None, {str(k): _measured_rate(model, cell.task, k) for k in blocks})
     record = find_records(known(out), case=cell.name, what="learning_rates")[-1]["record"]
     return {int(k): rate for k, rate in record.items()}
 
 
-def measured_rate(model: str, task_name: str, layers: Sequence[int]) -> float:
-    """The demo's learning rate, lowered where a first update of these blocks would move the policy too far."""
+def _measured_rate(model: str, task_name: str, layer: int) -> float:
+    """The demo's learning rate, lowered where a first update of the block would move the policy too far."""
     base, tokenizer = AutoModelForCausalLM.from_pretrained(model), AutoTokenizer.from_pretrained(model)
     task, rate = load_task(task_name), float(demo_config(STEPS)["learning_rate"])
     groups = sample_rollouts(base, tokenizer, task, task.rows("train", 128, 1), samples=8, seed=1)
     batch = graded_batch(groups, tokenizer.pad_token_id, base.device)
     assert batch is not None
-    candidate = Candidate(list(layers), rate)  # type: ignore[arg-type]  # in a race it is one block
+    candidate = Candidate(layer, rate)
     with trained_candidate(base, candidate) as trained:
         update(trained, candidate, batch, steps=1, size=len(batch), micro_batch=len(batch))
     return min(rate, candidate.learning_rate)
