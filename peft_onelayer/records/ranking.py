@@ -81,7 +81,8 @@ class LayerRanking(Record):
         order: measured blocks, best first.
         tied: blocks that cannot be told from the best at 95 %, the best one included.
         pick: the best block, or None when no block beats the untrained base.
-        learning_rate: of the run that the block is chosen for; of a sweep, of the best block.
+        learning_rate: of the run that the block is chosen for; of a sweep, of the best block; of a race without a pick,
+            lower where a step of all blocks of `choice` together would move the policy too far.
         cost: "tokens_generated", "tokens_trained", "seconds", and "share", the tokens (generated and trained) over
             those of one training run.
         task: name of the task.
