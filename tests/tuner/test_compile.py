@@ -45,8 +45,8 @@ def train(run, parameters, steps=2):
     "architecture, use_reentrant",
     [
         ("qwen3", None),
-        ("qwen3", False),
-        pytest.param("qwen3", True, marks=pytest.mark.slow),
+        pytest.param("qwen3", False, marks=pytest.mark.more),
+        pytest.param("qwen3", True, marks=pytest.mark.more),
         pytest.param("gemma3_text", None, marks=pytest.mark.slow),
         pytest.param("gpt2", None, marks=pytest.mark.slow),
         pytest.param("gpt_oss", None, marks=pytest.mark.slow),
