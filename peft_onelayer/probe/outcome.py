@@ -65,7 +65,7 @@ def make_ranking(
     """The ranking of `layers`, of which the candidates are those that ran.
 
     Args:
-        learning_rate: of the run that the block is chosen for; none in the ranking is higher.
+        learning_rate: of the run that the block is chosen for; no candidate's is higher.
     """
     num_layers = len(posterior.mean)
     draws = posterior.draws()
@@ -116,7 +116,7 @@ def make_ranking(
     )
     if ranking.pick is not None:
         return ranking
-    return replace(ranking, learning_rate=min(learning_rate, rate_together(candidates, ranking.choice)))
+    return replace(ranking, rate_together=min(learning_rate, rate_together(candidates, ranking.choice)))
 
 
 def rate_together(candidates: Mapping[int, Candidate], layers: Sequence[int]) -> float:

@@ -149,7 +149,7 @@ def test_nothing_is_picked_where_nothing_can_be_learnt():
     assert ranking.pick is None and ranking.choice == [3, 4, 5, 6, 7]  # mid-5
     lowest = min(rate for rate in ranking.learning_rates[3:8] if rate is not None)
     assert (
-        lowest / 5 <= ranking.choice_learning_rate == ranking.learning_rate < 3e-3 / 4
+        lowest / 5 <= ranking.choice_learning_rate == ranking.rate_together < 3e-3 / 4
     )  # five blocks move it together
     assert len(ranking.tied) > 6
 
