@@ -4,7 +4,7 @@ PYTHON ?= $(shell for p in python3.13 python3.12 python3.11 python3 python; do \
 BIN := .venv/bin
 READY := .venv/.ready
 
-.PHONY: demo docs test slow peft-suite lint format bench trl-table wheel clean
+.PHONY: demo docs test test-more compat slow peft-suite lint format bench trl-table wheel clean
 
 demo: $(READY)
 	$(BIN)/onelayer demo
@@ -13,8 +13,16 @@ demo: $(READY)
 test: $(READY)
 	$(BIN)/python -m pytest -n 2 --dist loadfile
 
+# What is beyond the default suite: repetitions, large parametrizations, longer runs.
+test-more: $(READY)
+	$(BIN)/python -m pytest -n 2 --dist loadfile -m more
+
 slow: $(READY)
 	$(BIN)/python -m pytest -m slow
+
+# The core of the suite at the lowest and at the newest versions of the dependencies, in environments of its own.
+compat:
+	$(PYTHON) tests/compat.py
 
 peft-suite: $(READY)
 	$(BIN)/python -m pytest -m slow --disable-warnings tests/peft_suite

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+from peft_onelayer.seams import check
+
 from ._errors import user_error
 
 WAIT = 3  # times HF_HUB_DOWNLOAD_TIMEOUT, 30 s by default: a commit is answered after the Hub has checked it
@@ -15,6 +17,7 @@ def hub_session() -> Iterator[None]:
     """Requests that give up on a silent server, nothing printed by huggingface_hub, and errors as one line."""
     import warnings
 
+    check(__name__)
     from huggingface_hub import constants, set_client_factory
     from huggingface_hub.utils._http import default_client_factory
 

@@ -33,13 +33,13 @@ def sweep(
         typer.Option(help="Of the full-parameter runs. [default: --learning-rate]", show_default=False),
     ] = None,
     search_learning_rates: Annotated[
-        str,
+        str | None,
         typer.Option(
             metavar="RATES",
             help="Choose both rates among these, by runs of the middle block and of all parameters: 1e-6,5e-6,2e-5.",
             show_default=False,
         ),
-    ] = "",
+    ] = None,
     settings: Set = None,
     problems: Annotated[int, typer.Option(min=1, help="Held-out problems to evaluate on.")] = 256,
     samples: Annotated[int, typer.Option(min=1, help="Sampled completions per problem.")] = 4,
@@ -81,7 +81,7 @@ def sweep(
             seeds=_numbers("--seeds", seeds, int),
             learning_rate=learning_rate,
             full_learning_rate=full_learning_rate,
-            search_learning_rates=_numbers("--search-learning-rates", search_learning_rates, float),
+            search_learning_rates=_numbers("--search-learning-rates", search_learning_rates or "", float),
             config=config_from_text(algorithm, settings or [], SWEEP_OPTIONS),
             problems=problems,
             samples=samples,
@@ -128,7 +128,8 @@ def _numbers(option: str, text: str, kind: type) -> list[Any]:
     try:
         return [kind(part) for part in text.replace(",", " ").split()]
     except ValueError:
-        raise ValueError(f"{option} takes numbers separated by commas, got {text!r}") from None
+        numbers = "whole numbers" if kind is int else "numbers"
+        raise ValueError(f"{option} takes {numbers} separated by commas, got {text!r}") from None
 
 
 def _print_profile(profile: LayerRanking, out: Path) -> None:

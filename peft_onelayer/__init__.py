@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from .probe.probe import probe_layers
     from .records.ranking import LayerRanking
     from .sweep.metric import layer_contribution, rank_correlation
+    from .sweep.settings import SweepSettings
     from .sweep.sweep import sweep_layers
     from .tasks import load_task
     from .tuner import SingleLayerConfig, SingleLayerModel
@@ -25,6 +26,7 @@ __all__ = [
     "LayerRanking",
     "SingleLayerConfig",
     "SingleLayerModel",
+    "SweepSettings",
     "__version__",
     "export_adapter",
     "inspect_adapter",
@@ -44,6 +46,7 @@ _MODULES = {  # of each name; imported on its first use
     "LayerRanking": ".records.ranking",
     "SingleLayerConfig": ".tuner",
     "SingleLayerModel": ".tuner",
+    "SweepSettings": ".sweep.settings",
     "export_adapter": ".adapter.export",
     "inspect_adapter": ".adapter.inspection",
     "layer_contribution": ".sweep.metric",

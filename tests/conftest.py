@@ -1,3 +1,4 @@
+import gc
 import os
 
 import pytest
@@ -9,6 +10,12 @@ from transformers import PreTrainedTokenizerFast
 # Matrices this small gain nothing from a second thread, and on a busy machine lose a factor of ten to it.
 torch.set_num_threads(1)
 os.environ["OMP_NUM_THREADS"] = "1"  # for the processes that tests start
+
+
+def pytest_collection_finish():
+    """Takes what the tests import out of the collector's sight: transformers' Trainer collects after every run."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture

@@ -1,11 +1,29 @@
 """The package as it is installed: what importing it loads, and what the wheel carries."""
 
+import json
 import os
 import subprocess
 import sys
+import zipfile
+from importlib.metadata import version
 from pathlib import Path
 
+import pytest
+
 ROOT = Path(__file__).parents[1]
+HEAVY = ["torch", "peft", "transformers", "trl", "datasets", "numpy", "huggingface_hub", "matplotlib", "typer"]
+HEAVY += ["peft_onelayer.tasks", "peft_onelayer.rollouts.evaluation"]
+IMPORTS = {  # in this order in one process: what each loads in addition, of HEAVY
+    "import peft_onelayer": [],
+    "assert {n for n in sys.modules if n.startswith('peft_onelayer.')} == {'peft_onelayer.registration'}": [],
+    "peft_onelayer.LayerRanking": [],
+    "import peft_onelayer.tasks.arithmetic, peft_onelayer.tasks.sort": ["peft_onelayer.tasks"],
+    "import peft_onelayer.rl; peft_onelayer.rl.gigpo_advantages": [],
+    "peft_onelayer.rl.EMATeacherMixin": ["torch", "peft", "transformers", "numpy", "huggingface_hub"],
+    "import peft_onelayer.rollouts.evaluation": ["peft_onelayer.rollouts.evaluation"],
+    "import peft; assert peft.PEFT_TYPE_TO_TUNER_MAPPING['SINGLE_LAYER'].__name__ == 'SingleLayerModel'": [],
+    "peft_onelayer.probe_layers": ["trl", "datasets"],
+}
 
 
 def python(code, **environment):
@@ -21,25 +39,51 @@ def python(code, **environment):
     return done.stdout.strip()
 
 
-def test_importing_it_loads_none_of_the_large_libraries():
-    heavy = "{'torch', 'peft', 'transformers', 'trl', 'datasets', 'numpy', 'huggingface_hub', 'matplotlib', 'typer'}"
-    assert python(f"import sys, peft_onelayer; print(sorted({heavy} & set(sys.modules)))") == "[]"
-    ours = python(
-        "import sys, peft_onelayer; print(sorted(name for name in sys.modules if name.startswith('peft_onelayer')))"
-    )
-    assert ours == "['peft_onelayer', 'peft_onelayer.registration']"
+def test_an_import_registers_the_method_and_loads_no_more_than_it_needs():
+    code = f"""
+import json, sys
+found, before = {{}}, set()
+for statement in {list(IMPORTS)}:
+    exec(statement)
+    loaded = [name for name in {HEAVY} if name in sys.modules and name not in before]
+    found[statement] = loaded
+    before.update(loaded)
+print(json.dumps(found))
+"""
+    assert json.loads(python(code)) == IMPORTS
 
 
-def test_a_wheel_carries_the_demo_model_the_profiles_and_the_card(tmp_path):
-    source = tmp_path / "source"  # building writes beside the sources
-    listed = ["git", "ls-files", "--cached", "--others", "--exclude-standard"]
-    for name in subprocess.check_output(listed, cwd=ROOT, text=True).splitlines():
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("wheel")
+    source = folder / "source"  # building writes beside the sources
+    for name in _files():
         (source / name).parent.mkdir(parents=True, exist_ok=True)
         (source / name).write_bytes((ROOT / name).read_bytes())
-    build = [sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", tmp_path / "dist", source]
-    subprocess.run(build, check=True, capture_output=True)
-    (wheel,) = (tmp_path / "dist").iterdir()
+    build = f"import setuptools.build_meta as backend; backend.build_wheel({str(folder)!r})"
+    subprocess.run([sys.executable, "-c", build], cwd=source, check=True, capture_output=True)
+    (made,) = folder.glob("*.whl")
+    return made
+
+
+def _files() -> list[str]:
+    listed = ["git", "ls-files", "--cached", "--others", "--exclude-standard"]
+    found = subprocess.check_output(listed, cwd=ROOT, text=True).splitlines()
+    return [name for name in found if (ROOT / name).is_file()]
+
+
+def test_a_wheel_carries_every_file_of_the_package_and_of_the_commands(wheel):
+    folders = {"peft_onelayer": "peft_onelayer", "cli": "onelayer_cli", "model_cards": "peft_onelayer/model_cards"}
+    expected = {
+        f"{folders[top]}/{rest}" for top, _, rest in (name.partition("/") for name in _files()) if top in folders
+    }
+    found = {name for name in zipfile.ZipFile(wheel).namelist() if ".dist-info/" not in name}
+    assert found == expected
     assert wheel.stat().st_size < 4_000_000
+
+
+@pytest.mark.more
+def test_an_installed_wheel_works(wheel, tmp_path):
     site = tmp_path / "site"
     install = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--target", site, wheel]
     subprocess.run(install, check=True, capture_output=True)
@@ -49,11 +93,10 @@ from importlib.resources import files
 from transformers import AutoModelForCausalLM, AutoTokenizer
 model = AutoModelForCausalLM.from_pretrained(str(files("peft_onelayer") / "demo_model"))
 AutoTokenizer.from_pretrained(str(files("peft_onelayer") / "demo_model"))
-profiles = len(list((files("peft_onelayer") / "profiles").iterdir()))
-card = (files("peft_onelayer.model_cards") / "adapter.md").is_file()
 for name in peft_onelayer.__all__:
     getattr(peft_onelayer, name)
-print(peft_onelayer.__file__, onelayer_cli.__file__, model.num_parameters(), profiles, card)
+print(peft_onelayer.__file__, onelayer_cli.__file__, model.num_parameters(), peft_onelayer.__version__)
 """
     found = python(code, PYTHONPATH=str(site)).split()
-    assert found == [f"{site}/peft_onelayer/__init__.py", f"{site}/onelayer_cli/__init__.py", "519168", "7", "True"]
+    assert found[:2] == [f"{site}/peft_onelayer/__init__.py", f"{site}/onelayer_cli/__init__.py"]
+    assert found[2:] == ["519168", version("peft-onelayer")]

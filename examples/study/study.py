@@ -3,10 +3,9 @@
 Ground truth are full sweeps (truth.py) of pretrained bases and of bases with one damaged block (bases.py). Every method
 ranks the blocks of every case; the table says how well the ranking and its choice do, and what it cost. Parts:
 
-    bases     build the models                                    (hours on 2 cores with the next three)
+    bases     build the models                                    (hours on 2 cores with the next two)
     truth     sweep every case
     rank      let every method rank every case
-    choices   train the choices of several blocks
     table     write RESULTS.md and curve.png from the results     (seconds; the results are in the repository)
 
 The results are truth.jsonl and rankings.jsonl, which are only added to: run the same command again to go on after a
@@ -30,10 +29,9 @@ from jsonl import append_record, find_records, read_records
 from short_runs import rank_by_short_runs
 from table import PAGE, RANKINGS, write_results
 from transformers import AutoModelForCausalLM, AutoTokenizer
-from truth import CORRELATED, UNDAMAGED, VIOLATING, Cell, measure, measure_choice
+from truth import CORRELATED, UNDAMAGED, VIOLATING, Cell, measure
 
 from peft_onelayer.probe.probe import probe_layers
-from peft_onelayer.records.ranking import LayerRanking
 from peft_onelayer.rl.recipe import demo_recipe
 from peft_onelayer.tasks import load_task
 
@@ -42,7 +40,7 @@ TRAINING_STEPS = 150  # of the demo's recipe, 24 prompts x 8: the run that costs
 SEEDS = (0, 1, 2, 3, 4)  # of the races at the default budget; the first for all else
 DEFAULT = 0.25  # the budget
 CURVE = (0.05, 0.1, 0.5, 1.0)  # beside the default
-PARTS = ("bases", "truth", "rank", "choices", "table")
+PARTS = ("bases", "truth", "rank", "table")
 STAGES = ("default", "diagnostics", "curve", "short")
 QUICK = ("short6-arithmetic-grpo", "quiet0-arithmetic-grpo", "norms4-arithmetic-grpo")
 
@@ -89,15 +87,6 @@ def _rank(base: Path, task_name: str, method: str, budget: float | None, seed: i
     ).to_dict()
 
 
-def train_choices(cell: Cell, bases: Path, out: Path, workers: int | None) -> None:
-    """Measure every choice of several blocks that a ranking of the case made."""
-    for found in find_records(read_records(out / RANKINGS), case=cell.name):
-        if found["method"] != "diagnostics":
-            ranking = LayerRanking.from_dict(found["record"], RANKINGS)
-            if len(ranking.choice) > 1 and ranking.choice_learning_rate is not None:
-                measure_choice(cell, ranking.choice, ranking.choice_learning_rate, bases, out, workers)
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--part", nargs="+", choices=PARTS, help="default: all")
@@ -128,9 +117,6 @@ def main() -> None:
             for cell in cells:
                 if cell.algorithm == "grpo":
                     rank(cell, options.bases, out, stage)
-    if "choices" in parts:
-        for cell in cells:
-            train_choices(cell, options.bases, out, options.workers)
     if "table" in parts:
         every = cells if options.quick else [*UNDAMAGED, *VIOLATING, *CORRELATED]
         write_results(every, out, PAGE if out == HERE / "results" else None)

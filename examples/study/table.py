@@ -2,9 +2,8 @@
 
 A case is one base with one task. Its truth is S_k, the mean held-out score after training block k. Of the block that a
 method picks, `recovery` is (S_pick - S_base) / (S_best - S_base), which is C(pick) / C(best); `tied` says whether it is
-the best or the paired 95 % interval of the difference from it holds 0. A method that picks nothing is scored on the
-blocks of its choice, trained together at the rate that goes with it (truth.py): their gain over that of the best block,
-and the interval of the difference from it.
+the best or the paired 95 % interval of the difference from it holds 0. A method that picks nothing is scored on its
+choice, several blocks, whose truth when trained together was not measured: by the mean over the blocks trained alone.
 """
 
 from __future__ import annotations
@@ -28,7 +27,7 @@ DRAWS = 10_000
 ORDER = ("random", "depth", "profile", "one", "short", "race", "auto")  # first words of the methods' names
 DEFAULT = "auto, budget 25 %"
 RANKINGS = "rankings.jsonl"
-PAGE = Path(__file__).parents[2] / "README.md"  # has the table, between two marks
+PAGE = Path(__file__).parents[2] / "docs" / "choosing-a-block.md"  # has the table, between two marks
 
 
 @dataclass(frozen=True)
@@ -38,7 +37,7 @@ class Trial:
     case: str
     spearman: float | None
     recovery: float
-    tied: bool
+    tied: float  # 1 or 0; of several blocks, their mean
     share: float
     seconds: float
 
@@ -62,24 +61,20 @@ class Case:
     def damaged(self) -> bool:
         return self.cell in VIOLATING
 
-    def of_choice(self, ranking: LayerRanking) -> tuple[float, bool]:
-        """Recovery of what a ranking would train, and whether it is the best or tied with it."""
-        layers, rate = ranking.choice, ranking.choice_learning_rate
-        if len(layers) == 1:
-            return self.of_block(layers[0])
-        measured = None if rate is None else truth.choice(self.cell, layers, rate, self.out)
-        if measured is None:
-            raise SystemExit(f"blocks {layers} of {self.cell.name} were not trained; run --part choices")
-        return measured["gain"][0] / measured["best_gain"][0], measured["tied"]
+    def of_choice(self, ranking: LayerRanking) -> tuple[float, float]:
+        """Recovery of what a ranking would train, and whether it is the best or tied with it: means over its blocks."""
+        of_blocks = [self.of_block(layer) for layer in ranking.choice]
+        recovery, tied = (float(np.mean(values)) for values in zip(*of_blocks, strict=True))
+        return recovery, tied
 
-    def of_block(self, layer: int) -> tuple[float, bool]:
+    def of_block(self, layer: int) -> tuple[float, float]:
         gains = [gain or 0.0 for gain in self.truth.scores]
-        return gains[layer] / max(gains), layer in self.truth.tied
+        return gains[layer] / max(gains), float(layer in self.truth.tied)
 
     def trial(
         self,
         scores: Sequence[float | None],
-        outcome: tuple[float, bool],
+        outcome: tuple[float, float],
         share: float = 0.0,
         seconds: float = 0.0,
     ) -> Trial:
@@ -191,8 +186,8 @@ damaged cases. Toy models of half a million parameters: evidence about the metho
 Truth: a full sweep, 100 steps of 16 prompts x 8 completions a block, 512 held-out problems x 4 samples. Shares of cost
 are of the demo's run, 150 steps of 24 x 8, which has 2.25 times the tokens of one of the truth's. `recovery` is
 C(pick) / C(best); `best or tied` counts picks whose paired 95 % interval of the difference from the best holds 0;
-a method that picks nothing counts by its choice, the five middle blocks trained together (README.md). In brackets: 95 %
-bootstrap intervals over cases."""
+a method that picks nothing counts by its choice, the five middle blocks: by the mean of the five each trained alone,
+since their training together was not measured. In brackets: 95 % bootstrap intervals over cases."""
 
 TABLE_HEAD = """| method | Spearman | recovery, mean | worst | best or tied | share of a run, mean (most) | seconds |
 |---|---|---|---|---|---|---|"""
@@ -200,7 +195,7 @@ TABLE_HEAD = """| method | Spearman | recovery, mean | worst | best or tied | sh
 
 def _row(name: str, trials: list[list[Trial]], cases: int) -> str:
     """One line: means over the trials of a case, then over cases."""
-    recovery, tied = _by_case(trials, lambda t: t.recovery), _by_case(trials, lambda t: float(t.tied))
+    recovery, tied = _by_case(trials, lambda t: t.recovery), _by_case(trials, lambda t: t.tied)
     rho = [
         float(np.mean([t.spearman or 0.0 for t in of_case]))
         for of_case in trials
@@ -257,7 +252,7 @@ def _targets(cases: Sequence[Case], found: Sequence[dict[str, list[Trial]]]) -> 
         every = [t for of_case in trials for t in of_case]
         figures = [("mean recovery", 0.95 if damaged else 0.98, float(np.mean(recovery)))]
         if damaged:
-            figures.append(("best or tied", 0.80, float(np.mean(_by_case(trials, lambda t: float(t.tied))))))
+            figures.append(("best or tied", 0.80, float(np.mean(_by_case(trials, lambda t: t.tied)))))
         else:
             figures.append(("worst recovery", 0.95, min(t.recovery for t in every)))
         lines += [

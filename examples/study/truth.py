@@ -2,13 +2,10 @@
 
 truth.jsonl has one record a line, {"case", "what", "seeds", "record"}, of these kinds ("what"):
 
-    learning_rates    by block: the demo's, lowered where its first update would move the policy too far
+    learning_rates    by block: the demo's, lowered where the first update would move the policy too far
     profile           layer_profile.json of the sweep, of each seed alone and of all together
-    choice            blocks that a ranking without a pick names, trained together, against the best block
 
-The record of a choice is {"layers", "learning_rate", "best_block", "gain", "best_gain", "tied"}. Gains are pairs: the
-mean over problems and seeds, and its standard error; both are of runs on one copy of the base. What is there is kept,
-so that a killed study goes on where it was.
+What is there is kept, so that a killed study goes on where it was.
 """
 
 from __future__ import annotations
@@ -21,21 +18,16 @@ from typing import Any
 
 from bases import DAMAGED
 from jsonl import append_record, find_records, read_records
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from peft_onelayer.probe.batch import graded_batch
 from peft_onelayer.probe.updates import Candidate, trained_candidate, update
 from peft_onelayer.records.ranking import LayerRanking
 from peft_onelayer.rl.recipe import demo_config
 from peft_onelayer.rollouts.sampling import sample_rollouts
-from peft_onelayer.statistics import Z_95
-from peft_onelayer.sweep.engines import load_engine
-from peft_onelayer.sweep.metric import gain
-from peft_onelayer.sweep.plan import plan_sweep, with_learning_rate
 from peft_onelayer.sweep.run_layer import Row, RunSpec
 from peft_onelayer.sweep.settings import SweepSettings
-from peft_onelayer.sweep.store import RowStore
-from peft_onelayer.sweep.sweep import ROWS, collect_rows, sweep_layers
+from peft_onelayer.sweep.sweep import sweep_layers
 from peft_onelayer.tasks import load_task
 
 STEPS, PROMPTS = 100, 16  # of one run: 100 steps of 16 prompts x 8 completions
@@ -116,69 +108,30 @@ def measure(cell: Cell, bases: Path, out: Path, workers: int | None = None) -> N
             keep(out, cell, "profile", seeds, swept.to_dict())
 
 
-def measure_choice(
-    cell: Cell, layers: Sequence[int], rate: float, bases: Path, out: Path, workers: int | None = None
-) -> None:
-    """Train a choice of several blocks together, and the best block alone, with each of the cell's seeds."""
-    truth = profile(cell, out, cell.seeds)
-    if choice(cell, layers, rate, out) or truth is None:
-        return
-    best = truth.order[0]
-    plan = plan_sweep(settings(cell, bases, learning_rates(cell, bases, out)))
-    of_choice = [with_learning_rate(replace(spec, layer=list(layers)), rate) for spec in plan.blocks[best]]
-    folder = sweep_folder(cell, out)
-    store = RowStore(folder / ROWS)
-    with store.writing():
-        rows = collect_rows(
-            [plan.base, *plan.blocks[best], *of_choice],
-            store=store,
-            run=lambda specs: load_engine("local")(specs, folder=folder, workers=workers),
-        )
-    base = rows[plan.base.digest()]["scores"]
-    best_scores, scores = ([rows[s.digest()]["scores"] for s in specs] for specs in (plan.blocks[best], of_choice))
-    behind, error = gain(best_scores, scores)
-    record = {
-        "layers": list(layers),
-        "learning_rate": rate,
-        "best_block": best,
-        "gain": gain(scores, base),
-        "best_gain": gain(best_scores, base),
-        "tied": behind <= Z_95 * (error or 0.0),
-    }
-    keep(out, cell, "choice", cell.seeds, record)
-
-
-def choice(cell: Cell, layers: Sequence[int], rate: float, out: Path) -> dict[str, Any] | None:
-    """What was measured of a choice of several blocks, if it was."""
-    found = [record["record"] for record in find_records(known(out), case=cell.name, what="choice")]
-    return next((r for r in found if r["layers"] == list(layers) and r["learning_rate"] == rate), None)
-
-
 def learning_rates(cell: Cell, bases: Path, out: Path) -> dict[int, float]:
     """The rate of each block, measured where it is not known."""
     if not find_records(known(out), case=cell.name, what="learning_rates"):
-        rates = _measured_rates(str(bases / cell.base), cell.task, demo_config(STEPS)["learning_rate"])
-        keep(out, cell, "learning_rates", None, {str(k): rate for k, rate in rates.items()})
+        model = str(bases / cell.base)
+        blocks = range(AutoConfig.from_pretrained(model).num_hidden_layers)
+        keep(out, cell, "learning_rates", None, {str(k): _measured_rate(model, cell.task, k) for k in blocks})
     record = find_records(known(out), case=cell.name, what="learning_rates")[-1]["record"]
     return {int(k): rate for k, rate in record.items()}
+
+
+def _measured_rate(model: str, task_name: str, layer: int) -> float:
+    """The demo's learning rate, lowered where a first update of the block would move the policy too far."""
+    base, tokenizer = AutoModelForCausalLM.from_pretrained(model), AutoTokenizer.from_pretrained(model)
+    task, rate = load_task(task_name), float(demo_config(STEPS)["learning_rate"])
+    groups = sample_rollouts(base, tokenizer, task, task.rows("train", 128, 1), samples=8, seed=1)
+    batch = graded_batch(groups, tokenizer.pad_token_id, base.device)
+    assert batch is not None
+    candidate = Candidate(layer, rate)
+    with trained_candidate(base, candidate) as trained:
+        update(trained, candidate, batch, steps=1, size=len(batch), micro_batch=len(batch))
+    return min(rate, candidate.learning_rate)
 
 
 def sweep_folder(cell: Cell, out: Path) -> Path:
     folder = out / "sweeps" / cell.name
     folder.parent.mkdir(parents=True, exist_ok=True)
     return folder
-
-
-def _measured_rates(model: str, task_name: str, rate: float) -> dict[int, float]:
-    base, tokenizer = AutoModelForCausalLM.from_pretrained(model), AutoTokenizer.from_pretrained(model)
-    task = load_task(task_name)
-    groups = sample_rollouts(base, tokenizer, task, task.rows("train", 128, 1), samples=8, seed=1)
-    batch = graded_batch(groups, tokenizer.pad_token_id, base.device)
-    assert batch is not None
-    rates = {}
-    for layer in range(base.config.num_hidden_layers):
-        candidate = Candidate(layer, rate)
-        with trained_candidate(base, candidate) as trained:
-            update(trained, candidate, batch, steps=1, size=len(batch), micro_batch=len(batch))
-        rates[layer] = min(rate, candidate.learning_rate)
-    return rates

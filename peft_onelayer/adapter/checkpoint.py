@@ -16,6 +16,7 @@ from huggingface_hub.constants import SAFETENSORS_INDEX_FILE, SAFETENSORS_SINGLE
 from peft_onelayer.records.files import CONFIG, read_fields
 from peft_onelayer.records.locate import OTHER_FORMATS
 from peft_onelayer.records.text import one_line
+from peft_onelayer.seams import check
 
 from .stored import DTYPES, StoredTensor, read_header
 
@@ -116,6 +117,7 @@ class Checkpoint:
     @functools.cached_property
     def model(self) -> nn.Module | None:
         """The model without weights (on the meta device), or None if it is not one of transformers' own classes."""
+        check(__name__)
         import torch
         import transformers
         from transformers.initialization import meta_device_safe_creation_ops, no_init_weights
@@ -136,6 +138,7 @@ class Checkpoint:
     def stored_as(self) -> dict[str, str]:
         """Name in the files, by name in the loaded model; without the tensors that transformers makes from several
         stored ones or by rearranging one (fused experts, transposed weights)."""
+        check(__name__)
         from transformers.conversion_mapping import get_model_conversion_mapping
         from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
 

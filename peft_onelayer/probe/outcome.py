@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from statistics import NormalDist
+from dataclasses import replace
+from statistics import NormalDist, fmean
 
 import numpy as np
 
@@ -93,7 +94,7 @@ def make_ranking(
         return [found.get(k) for k in range(num_layers)]
 
     rates = {k: min(c.learning_rate, learning_rate) for k, c in candidates.items()}
-    return LayerRanking(
+    ranking = LayerRanking(
         model=model,
         revision=revision,
         num_layers=num_layers,
@@ -113,6 +114,19 @@ def make_ranking(
             str(k): [[n, gain, math.sqrt(variance)] for n, gain, variance in values] for k, values in of_block.items()
         },
     )
+    if ranking.pick is not None:
+        return ranking
+    return replace(ranking, rate_together=min(learning_rate, rate_together(candidates, ranking.choice)))
+
+
+def rate_together(candidates: Mapping[int, Candidate], layers: Sequence[int]) -> float:
+    """The learning rate at which a step of all these blocks together moves the policy no further than one block may.
+
+    Steps of several blocks add up, at most as if all moved it in one direction. A block that did not run is taken for
+    the mean of those that did.
+    """
+    among = [c for k, c in candidates.items() if k in layers] or list(candidates.values())
+    return 1 / len(layers) / fmean(1 / c.learning_rate for c in among)
 
 
 def _position(measured: Measured, layer: int) -> list[int]:

@@ -14,8 +14,8 @@ from typing import Any
 import torch
 from peft import PeftModel, get_peft_model
 from transformers import PreTrainedModel
-from trl.trainer.utils import selective_log_softmax
 
+from peft_onelayer.seams import check
 from peft_onelayer.tuner import SingleLayerConfig, find_decoder_stack
 
 from .batch import Batch
@@ -185,6 +185,9 @@ def most_tokens(candidate: Candidate, batch: Batch, steps: int, size: int) -> in
 
 def log_probabilities(model: PreTrainedModel | PeftModel, batch: Batch, temperature: float = 1.0) -> torch.Tensor:
     """(B, T) float32: of each token behind the prompt, given those before it."""
+    check(__name__)
+    from trl.trainer.utils import selective_log_softmax
+
     with starting_at(batch.start) if batch.start else nullcontext():
         logits = _logits(model, batch)
     return selective_log_softmax(logits / temperature, batch.input_ids[:, -batch.generated.shape[1] :])

@@ -15,6 +15,7 @@ from .fields import Record, read
 from .text import printable
 
 FORMATS = ("onelayer-ranking-1", "onelayer-sweep-1", "onelayer-profile-1")  # of a probe, of a sweep, published
+OPTIONAL_PARTS = ("sweep", "source", "rate_together")  # fields that files have only where they say something
 NO_COST: dict[str, float] = {"tokens_generated": 0, "tokens_trained": 0, "seconds": 0.0, "share": 0.0}
 
 
@@ -92,6 +93,8 @@ class LayerRanking(Record):
         fallback: why there is no race where one was asked for.
         sweep: of a sweep, and of a published profile.
         source: of a published profile, the paper.
+        rate_together: of a race without a pick, the learning rate for the blocks of `choice`: lower than
+            `learning_rate` where a step of all of them together would move the policy too far.
     """
 
     FORMAT: ClassVar[str] = FORMATS[0]
@@ -116,6 +119,7 @@ class LayerRanking(Record):
     fallback: str | None = None
     sweep: Sweep | None = None
     source: str | None = None
+    rate_together: float | None = None
 
     @property
     def measured(self) -> bool:
@@ -138,12 +142,16 @@ class LayerRanking(Record):
     @property
     def choice_learning_rate(self) -> float | None:
         """The learning rate that `choice` is to be trained with."""
-        own = None if self.pick is None or not self.learning_rates else self.learning_rates[self.pick]
+        if self.pick is None:
+            own = self.rate_together
+        else:
+            own = self.learning_rates[self.pick] if self.learning_rates else None
         return self.learning_rate if own is None else own
 
     def to_dict(self) -> dict[str, Any]:
         """The JSON object: the fields of `sweep` stand beside the others."""
-        own = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in ("sweep", "source")}
+        own = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in OPTIONAL_PARTS}
+        own |= {} if self.rate_together is None else {"rate_together": self.rate_together}
         if self.sweep is None:
             return {"format": self.FORMAT, **own}
         measured = {f.name: getattr(self.sweep, f.name) for f in fields(Sweep)}

@@ -14,6 +14,8 @@ from accelerate.utils import extract_model_from_parallel
 from peft import PeftModel
 from transformers import TrainerCallback
 
+from peft_onelayer.seams import check
+
 
 def _pairs(model: PeftModel, source: str, target: str) -> list[tuple[torch.nn.Parameter, torch.nn.Parameter]]:
     """The parameters of two adapters, side by side. An adapter may be named like a module ("mlp", "layers")."""
@@ -81,6 +83,10 @@ class EMATeacherMixin:
     accelerator: Any
     teacher_model: Any
     add_callback: Any
+
+    def __init_subclass__(cls) -> None:
+        check(__name__)
+        super().__init_subclass__()
 
     def _use_peft_ema_teacher_adapter(self) -> bool:
         # trl.experimental.sdpo.sdpo_trainer asks this where it chooses the teacher's weights.

@@ -10,6 +10,8 @@ from typing import Any
 
 import torch
 
+from peft_onelayer.seams import check
+
 PER_SEQUENCE = ("grpo", "sapo")  # a mean over the tokens of each sequence, then over sequences
 PER_MICRO_BATCH = ("bnpo",)  # a mean over the tokens of one process's micro-batch
 PER_BATCH = ("dapo", "cispo", "vespo")  # a sum, divided by the tokens of the batch over all processes
@@ -44,6 +46,10 @@ class TopEntropyMixin:
     accelerator: Any
     loss_type: str
     top_entropy_quantile: float
+
+    def __init_subclass__(cls) -> None:
+        check(__name__)
+        super().__init_subclass__()
 
     def __init__(self, *args: Any, **options: Any) -> None:
         super().__init__(*args, **options)

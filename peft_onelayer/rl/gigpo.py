@@ -18,9 +18,14 @@ import torch
 from accelerate.utils import gather_object
 from trl import GRPOConfig, GRPOTrainer
 
+from peft_onelayer.seams import check
+
 from .advantages import NORMALIZATIONS, anchor_groups, check_trajectories, gigpo_advantages, step_advantages
 
 __all__ = ["GiGPOConfig", "GiGPOTrainer", "gigpo_advantages"]
+
+
+check(__name__)
 
 
 @dataclass

@@ -17,6 +17,7 @@ import torch
 from peft import PeftModel
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase, TrainerState
 
+from peft_onelayer.seams import check
 from peft_onelayer.tasks import Task
 
 Messages = list[dict[str, Any]]
@@ -173,6 +174,7 @@ class _Player:
 
     def _prepare_tools(self) -> None:
         """Make the tokenizer able to write tool results and to read tool calls, the way `GRPOTrainer.__init__` does."""
+        check(__name__)
         from trl.chat_template_utils import (
             add_response_schema,
             get_training_chat_template,

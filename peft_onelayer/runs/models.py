@@ -21,11 +21,11 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
-from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from peft_onelayer.records.files import CONFIG, WEIGHTS
 from peft_onelayer.records.locate import is_local
 from peft_onelayer.records.text import one_line
+from peft_onelayer.seams import check
 
 SMALL = 10_000_000  # parameters; below, a second thread gains nothing and on a busy machine costs a factor of ten
 
@@ -122,6 +122,9 @@ def _source(name: str) -> str:
 
 def _checked_config(source: str, revision: str | None) -> PretrainedConfig:
     """The configuration of a model that is a causal language model."""
+    check(__name__)
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
     config = AutoConfig.from_pretrained(source, revision=revision)
     causal = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(config.model_type)
     accepted = (causal,) if isinstance(causal, str) else tuple(causal or ())

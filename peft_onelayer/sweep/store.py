@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import fcntl
 import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+
+from filelock import FileLock, Timeout
 
 from peft_onelayer.records.files import write_whole
 
@@ -27,12 +28,11 @@ class RowStore:
             ValueError: another process writes to it.
         """
         self.folder.mkdir(parents=True, exist_ok=True)
-        # The system drops the lock with the process, however that ends.
-        with (self.folder / ".lock").open("w") as lock:
-            try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                raise ValueError(f"another sweep is writing to {self.folder.parent}; wait for it to end") from None
+        try:  # the system drops the lock with the process, however that ends
+            lock = FileLock(self.folder / ".lock").acquire(blocking=False)
+        except Timeout:
+            raise ValueError(f"another sweep is writing to {self.folder.parent}; wait for it to end") from None
+        with lock:
             for left in self.folder.glob(".*.partial-*"):  # by a kill
                 left.unlink()
             yield

@@ -4,6 +4,11 @@
 """
 
 import peft  # noqa: F401  (waits for a thread that is importing it)
+
+from peft_onelayer.seams import check
+
+check(__name__)  # before the modules below fail at importing what they need
+
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_PREFIX_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING
 
 from peft_onelayer.layers import resolve_layers

@@ -1,8 +1,9 @@
 """Refuses, at the first step, training that cannot change the adapter: silence there would cost a whole run.
 
-A frozen adapter is found in the first forward pass. An optimizer that holds parameters of a wrapped model is checked
-once, in a hook that torch calls before every optimizer's step: whether one of the parameters trains, and whether a
-gradient reaches them. An optimizer that holds none of them may well belong to something else.
+A frozen adapter is found in the first forward pass, where the pass shows it. An optimizer is checked once, in a hook
+that torch calls before every optimizer's step: whether one of a wrapped model's parameters that it holds trains, and
+whether a gradient reaches them. An optimizer of other parameters belongs to something else. One without any parameters
+is a trainer's that found nothing to train, if an adapter makes training passes that no optimizer trains.
 """
 
 from __future__ import annotations
@@ -20,6 +21,8 @@ from .stack import text_config
 
 _watched: weakref.WeakSet[nn.Module] = weakref.WeakSet()  # models that carry adapters
 _checked: weakref.WeakSet[Optimizer] = weakref.WeakSet()
+_passed: weakref.WeakSet[nn.Module] = weakref.WeakSet()  # made a training pass with an adapter in effect
+_trained: weakref.WeakSet[nn.Module] = weakref.WeakSet()  # a checked optimizer holds what they train
 
 
 def watch(model: nn.Module) -> None:
@@ -31,6 +34,16 @@ def watch(model: nn.Module) -> None:
 @functools.cache
 def _register_hook() -> None:
     register_optimizer_step_pre_hook(_before_step)
+
+
+def note_training_pass(model: nn.Module) -> None:
+    """Remember a model that makes a training pass with an adapter in effect, until an optimizer trains it."""
+    if model not in _passed and model not in _trained and _in_effect(model):
+        _passed.add(model)
+
+
+def _in_effect(model: nn.Module) -> list[SingleLayerLayer]:
+    return [m for m in model.modules() if isinstance(m, SingleLayerLayer) and m._in_effect()]
 
 
 def refuse_frozen_adapter(model: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
@@ -50,8 +63,7 @@ def refuse_frozen_adapter(model: nn.Module, args: tuple, kwargs: dict[str, Any])
     ends_here = text_config(model) is not None and (
         kwargs.get("labels") is not None or model.get_output_embeddings() is not None  # type: ignore[operator]
     )
-    in_effect = [m for m in model.modules() if isinstance(m, SingleLayerLayer) and m._in_effect()]
-    if ends_here and in_effect:
+    if ends_here and (in_effect := _in_effect(model)):
         raise RuntimeError(
             f"the adapter {', '.join(in_effect[0].active_adapters)} is frozen and nothing else in the model trains: "
             "load it with is_trainable=True, or call eval() if no training is meant."
@@ -62,6 +74,11 @@ def _before_step(optimizer: Optimizer, args: tuple, kwargs: dict[str, Any]) -> N
     if optimizer in _checked:
         return
     held = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
+    if not held and any(model not in _trained for model in _passed):
+        raise RuntimeError(
+            "the optimizer holds no parameters, though a model makes training passes with its adapter: the adapter was "
+            "frozen when the optimizer was made. To train it, load it with is_trainable=True."
+        )
     for model in list(_watched):
         mine = [parameter for parameter in model.parameters() if id(parameter) in held]
         if not mine or not any(isinstance(module, SingleLayerLayer) for module in model.modules()):
@@ -79,4 +96,5 @@ def _before_step(optimizer: Optimizer, args: tuple, kwargs: dict[str, Any]) -> N
                 f"no gradient has reached any of the {len(trained)} trained parameters of this model: the loss does "
                 "not depend on the trained block, or its adapter is merged or switched off."
             )
+        _trained.add(model)
     _checked.add(optimizer)

@@ -28,7 +28,7 @@ from peft.utils.constants import SEQ_CLS_HEAD_NAMES
 from torch import nn
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from .first_step import refuse_frozen_adapter
+from .first_step import note_training_pass, refuse_frozen_adapter
 from .layer import SingleLayerLayer
 from .sharding import refuse_unmerging_in_forward
 from .stack import DecoderStack, text_config
@@ -80,6 +80,8 @@ class GraphCut:
     def _enter(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
         if module.training and torch.is_grad_enabled():
             _unmerge_what_trains(module)
+            if self.model is not None:
+                note_training_pass(self.model)
             self._take_over_checkpointing(module)
         # A plain module embeds nothing: whatever it is given may be what the caller wants gradients for.
         given = [kwargs.get("inputs_embeds")] if self.embeds else [*args, *kwargs.values()]

@@ -16,6 +16,8 @@ import torch
 from torch import nn
 from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
 
+from peft_onelayer.seams import check
+
 
 def refuse_silent_wrap(base_layer: nn.Module, masters: Iterable[Any]) -> None:
     """Raise RuntimeError if the base layer would compute with its own parameters whatever is put in their place."""
@@ -92,6 +94,7 @@ def gathered(parameters: Iterable[Any], write: bool = False) -> Iterator[None]:
     if not partitioned:
         yield
         return
+    check(__name__)
     import deepspeed
 
     with deepspeed.zero.GatheredParameters(partitioned, modifier_rank=0 if write else None):

@@ -8,7 +8,7 @@ import torch
 from peft import AutoPeftModelForCausalLM, PeftConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
-from tuner.helpers import CASE_IDS, CASES, base_weights, logits, masters, move, same, train, wrap
+from tuner.helpers import CASES, base_weights, logits, masters, move, same, train, wrap
 
 from models import build, build_architecture
 from peft_onelayer import SingleLayerConfig
@@ -51,8 +51,10 @@ def published(tmp_path):
 
 @pytest.mark.parametrize(
     ("family", "dtype", "share"),
-    [*((*case, 0.1) for case in CASES), *((*case, 1.0) for case in CASES[:3])],
-    ids=[*CASE_IDS, *(f"{name}-every-entry" for name in CASE_IDS[:3])],
+    [
+        *(pytest.param(*case.values, 0.1, id=case.id, marks=case.marks) for case in CASES),
+        *(pytest.param(*case.values, 1.0, id=f"{case.id}-every-entry", marks=case.marks) for case in CASES[:3]),
+    ],
 )
 def test_every_way_to_load_gives_the_same_bits(tmp_path, family, dtype, share):
     build(family, dtype=dtype).save_pretrained(tmp_path / "base")

@@ -49,7 +49,10 @@ def tensors_of(*blocks) -> set[str]:
     return {n for n in names if not blocks or (n.split(".")[2:3] and n.split(".")[2] in map(str, blocks))}
 
 
-@pytest.mark.parametrize("algorithm", ["grpo", "dr_grpo"])
+GRPO_OR_DR_GRPO = ["grpo", pytest.param("dr_grpo", marks=pytest.mark.more)]
+
+
+@pytest.mark.parametrize("algorithm", GRPO_OR_DR_GRPO)
 def test_it_trains_the_block_and_records_the_run(train, algorithm):
     run, folder = train(*ON_BLOCK_5, "--steps", "3", "--algorithm", algorithm)
     assert changed_tensors(folder) == tensors_of(5)
@@ -125,7 +128,7 @@ def test_a_resumed_run_equals_an_uninterrupted_one(train, onelayer, tmp_path, si
     assert resumed["results"]["tokens_generated"] == whole["results"]["tokens_generated"]
 
 
-@pytest.mark.parametrize("algorithm", ["grpo", "dr_grpo"])
+@pytest.mark.parametrize("algorithm", GRPO_OR_DR_GRPO)
 def test_full_trains_everything(train, algorithm):
     arguments = ["train", BASE, "--task", "arithmetic", "--full", "--steps", "2", *SMALL, "--set", "learning_rate=3e-4"]
     run, folder = train(*arguments, "--algorithm", algorithm)
@@ -134,7 +137,7 @@ def test_full_trains_everything(train, algorithm):
     assert not list(folder.glob("*.bin"))
 
 
-@pytest.mark.parametrize(("layer", "blocks"), [("-1", [11]), ("3-4", [3, 4]), ("mid-5", [3, 4, 5, 6, 7])])
+@pytest.mark.parametrize(("layer", "blocks"), [("-1,3-4", [3, 4, 11]), ("mid-5", [3, 4, 5, 6, 7])])
 def test_layers_as_the_tuner_takes_them(train, layer, blocks):
     run, folder = train("train", BASE, "--task", "sort", "--layer", layer, "--steps", "1", *FAST)
     assert run["layers"] == blocks and changed_tensors(folder) == tensors_of(*blocks)

@@ -110,8 +110,15 @@ def test_help_and_version(onelayer):
         assert code == 0 and lines == [] and out.startswith("Usage: onelayer")
 
 
-@pytest.mark.parametrize(("signum", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
-@pytest.mark.parametrize("stage", ["ranking the blocks", "training block 5"])
+@pytest.mark.parametrize(
+    ("signum", "code", "stage"),
+    [
+        (signal.SIGINT, 130, "training block 5"),
+        pytest.param(signal.SIGTERM, 143, "training block 5", marks=pytest.mark.more),
+        pytest.param(signal.SIGINT, 130, "ranking the blocks", marks=pytest.mark.more),
+        pytest.param(signal.SIGTERM, 143, "ranking the blocks", marks=pytest.mark.more),
+    ],
+)
 def test_interrupted_in_the_middle(tmp_path, signum, code, stage):
     layer = "auto" if "ranking" in stage else "5"
     command = [sys.executable, "-m", "onelayer_cli.main", "demo", "--layer", layer]

@@ -1,4 +1,4 @@
-"""Run by torchrun on two processes: training under DistributedDataParallel. The first process saves what it found."""
+"""Run on two processes: training under DistributedDataParallel. The first process saves what it found."""
 
 import sys
 from pathlib import Path
@@ -7,6 +7,7 @@ import torch
 import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
+from distributed.launch import end
 from distributed.runs import copies, fresh, gradients, train
 from distributed.test_ddp import CASES, OPTIMIZERS
 
@@ -18,30 +19,27 @@ def lower_block_kept_no_graph(model) -> list[bool]:
     return seen
 
 
+def outcome(checkpointing: str, optimizer: str, options: dict, accumulate: int) -> dict:
+    rank, world = dist.get_rank(), dist.get_world_size()
+    model = fresh(checkpointing=checkpointing)
+    cut = lower_block_kept_no_graph(model.get_base_model())
+    ddp = DistributedDataParallel(model, **options)
+    optimizer_class, settings = OPTIMIZERS[optimizer]
+    losses = train(model, optimizer_class, forward=ddp, rank=rank, world=world, accumulate=accumulate, **settings)
+    total = torch.stack(losses)
+    dist.all_reduce(total)
+    everywhere = [None] * world
+    dist.all_gather_object(everywhere, copies(model))
+    return {"losses": total / world, "weights": everywhere, "gradients": gradients(model), "cut": cut}
+
+
 def main(folder: Path) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo")
-    rank, world = dist.get_rank(), dist.get_world_size()
-    results = {}
-    for name, (checkpointing, optimizer, options, accumulate) in CASES.items():
-        model = fresh(checkpointing=checkpointing)
-        cut = lower_block_kept_no_graph(model.get_base_model())
-        ddp = DistributedDataParallel(model, **options)
-        optimizer_class, settings = OPTIMIZERS[optimizer]
-        losses = train(model, optimizer_class, forward=ddp, rank=rank, world=world, accumulate=accumulate, **settings)
-        total = torch.stack(losses)
-        dist.all_reduce(total)
-        everywhere = [None] * world
-        dist.all_gather_object(everywhere, copies(model))
-        results[name] = {
-            "losses": total / world,
-            "weights": everywhere,
-            "gradients": gradients(model),
-            "cut": cut,
-        }
-    if rank == 0:
+    results = {name: outcome(*case) for name, case in CASES.items()}
+    if dist.get_rank() == 0:
         torch.save(results, folder / "ddp.pt")
-    dist.destroy_process_group()
+    end()
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Run by torchrun on two processes: FSDP2 (`fully_shard`), FSDP1, and what of them is refused.
+"""Run on two processes: FSDP2 (`fully_shard`), FSDP1, and what of them is refused.
 
 The first process saves what it found. Accelerate ignores FSDP on CPU, so `fully_shard` is called directly, and
 accelerate's own preparation (`fsdp2_prepare_model`) with a stand-in for the accelerator.
@@ -21,6 +21,7 @@ from torch.distributed.fsdp import CPUOffloadPolicy, FullyShardedDataParallel, M
 from torch.distributed.fsdp.wrap import ModuleWrapPolicy
 from tuner.helpers import base_name, move, tuner_layers, wrap
 
+from distributed.launch import end
 from distributed.runs import fresh, train
 from distributed.test_fsdp import DTYPES, FSDP1, INSIDE, POLICIES, TRAINING
 from models import build, token_batch
@@ -191,7 +192,7 @@ def main(folder: Path) -> None:
     }
     if dist.get_rank() == 0:
         torch.save(results, folder / "fsdp.pt")
-    dist.destroy_process_group()
+    end()
 
 
 if __name__ == "__main__":

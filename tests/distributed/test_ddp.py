@@ -12,7 +12,7 @@ import pytest
 import torch
 from tuner.helpers import same
 
-from distributed.launch import torchrun
+from distributed.launch import run_on_two
 from distributed.runs import STEPS, copies, distance, fresh, gradients, train
 
 OPTIMIZERS = {"sgd": (torch.optim.SGD, {"lr": 0.1}), "adamw": (torch.optim.AdamW, {"lr": 1e-3})}
@@ -34,7 +34,7 @@ CASES = {
 @pytest.fixture(scope="module")
 def results(tmp_path_factory):
     folder = tmp_path_factory.mktemp("ddp")
-    torchrun(Path(__file__).with_name("ddp_worker.py"), folder)
+    run_on_two(Path(__file__).with_name("ddp_worker.py"), folder)
     return torch.load(folder / "ddp.pt")
 
 

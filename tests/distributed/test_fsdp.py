@@ -8,7 +8,7 @@ from peft import PeftModel
 from safetensors.torch import load_file
 from tuner.helpers import base_weights, logits, move, same, wrap
 
-from distributed.launch import torchrun
+from distributed.launch import run_on_two
 from distributed.runs import copies, distance, fresh, train
 from models import build
 
@@ -35,7 +35,7 @@ FSDP1 = {
 @pytest.fixture(scope="module")
 def results(tmp_path_factory):
     folder = tmp_path_factory.mktemp("fsdp")
-    torchrun(Path(__file__).with_name("fsdp_worker.py"), folder)
+    run_on_two(Path(__file__).with_name("fsdp_worker.py"), folder)
     return torch.load(folder / "fsdp.pt")
 
 

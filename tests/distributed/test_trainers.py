@@ -8,7 +8,7 @@ from peft import PeftModel
 from safetensors.torch import load_file
 from tuner.helpers import masters, same
 
-from distributed.launch import torchrun
+from distributed.launch import run_on_two
 from models import build
 
 ADAPTER_FILES = {"adapter_config.json", "adapter_model.safetensors"}
@@ -17,7 +17,7 @@ ADAPTER_FILES = {"adapter_config.json", "adapter_model.safetensors"}
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("trainers")
-    torchrun(Path(__file__).with_name("trainer_worker.py"), folder)
+    run_on_two(Path(__file__).with_name("trainer_worker.py"), folder)
     return folder
 
 

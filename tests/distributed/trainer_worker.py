@@ -1,4 +1,4 @@
-"""Run by torchrun on two processes: transformers' Trainer and TRL's SFT and GRPO trainers with a SingleLayerConfig.
+"""Run on two processes: transformers' Trainer and TRL's SFT and GRPO trainers with a SingleLayerConfig.
 
 Each process is given an output folder of its own, so that what a process other than the first writes is seen.
 """
@@ -15,6 +15,7 @@ from transformers import AutoTokenizer, Trainer, TrainingArguments
 from trl import GRPOConfig, GRPOTrainer, SFTConfig, SFTTrainer
 from tuner.helpers import base_weights, same, wrap
 
+from distributed.launch import end
 from distributed.runs import LAYER, copies
 from models import build, token_batch
 from peft_onelayer import SingleLayerConfig
@@ -54,27 +55,29 @@ def make_trainer(kind: str, folder: Path):
     return GRPOTrainer(build(), reward, arguments, data, processing_class=TOKENIZER, peft_config=config)
 
 
+def outcome(kind: str, folder: Path) -> dict:
+    mine = folder / kind / f"process-{os.environ['RANK']}"
+    trainer = make_trainer(kind, mine)
+    model = trainer.accelerator.unwrap_model(trainer.model)
+    before, base = copies(model), base_weights(model)
+    trainer.train()
+    trainer.save_model(str(mine / "adapter"))
+    everywhere = [None] * dist.get_world_size()
+    dist.all_gather_object(everywhere, copies(model))
+    return {
+        "wrapper": type(trainer.model_wrapped).__name__,
+        "before": before,
+        "weights": everywhere,
+        "base_unchanged": same(base_weights(model), base),
+    }
+
+
 def main(folder: Path) -> None:
     torch.set_num_threads(1)
-    results = {}
-    for kind in ("trainer", "sft", "grpo"):
-        mine = folder / kind / f"process-{os.environ['RANK']}"
-        trainer = make_trainer(kind, mine)
-        model = trainer.accelerator.unwrap_model(trainer.model)
-        before, base = copies(model), base_weights(model)
-        trainer.train()
-        trainer.save_model(str(mine / "adapter"))
-        everywhere = [None] * dist.get_world_size()
-        dist.all_gather_object(everywhere, copies(model))
-        results[kind] = {
-            "wrapper": type(trainer.model_wrapped).__name__,
-            "before": before,
-            "weights": everywhere,
-            "base_unchanged": same(base_weights(model), base),
-        }
+    results = {kind: outcome(kind, folder) for kind in ("trainer", "sft", "grpo")}
     if dist.get_rank() == 0:
         torch.save(results, folder / "trainers.pt")
-    dist.destroy_process_group()
+    end()
 
 
 if __name__ == "__main__":

@@ -32,7 +32,8 @@ def peft_tests():
 def pytest_terminal_summary(terminalreporter):
     counts: defaultdict[str, Counter] = defaultdict(Counter)
     for outcome in ("passed", "failed", "error"):
-        for report in terminalreporter.stats.get(outcome, []):
+        reports = (r for r in terminalreporter.stats.get(outcome, []) if isinstance(r, pytest.TestReport))
+        for report in reports:  # a file that cannot be imported is an error too
             family, _, deselected = dict(report.user_properties).get("peft_suite", "").partition(" ")
             if family:
                 counts[family][deselected if deselected and outcome == "passed" else outcome] += 1

@@ -9,14 +9,16 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from peft_onelayer.probe.outcome import measured_rounds
+from peft_onelayer.probe.batch import graded_batch
+from peft_onelayer.probe.outcome import measured_rounds, rate_together
 from peft_onelayer.probe.probe import probe_layers
 from peft_onelayer.probe.race import BudgetError, NothingToLearnError, _Race, race, stream_seed
 from peft_onelayer.probe.settings import DEFAULT_SETTINGS
-from peft_onelayer.probe.updates import Candidate
+from peft_onelayer.probe.updates import Candidate, trained_candidate, update
 from peft_onelayer.records.ranking import LayerRanking
 from peft_onelayer.rl.recipe import LEARNING_RATE, Recipe, demo_recipe, make_recipe
 from peft_onelayer.rl.training import completions_per_step, train_layer
+from peft_onelayer.rollouts.sampling import sample_rollouts
 from peft_onelayer.tasks import Task, load_task
 
 ARITHMETIC = load_task("arithmetic")
@@ -145,7 +147,10 @@ def test_rewards_that_teach_nothing():
 def test_nothing_is_picked_where_nothing_can_be_learnt():
     ranking = demo_race(luck(), budget=0.1)
     assert ranking.pick is None and ranking.choice == [3, 4, 5, 6, 7]  # mid-5
-    assert ranking.choice_learning_rate == ranking.learning_rate == 3e-3
+    lowest = min(rate for rate in ranking.learning_rates[3:8] if rate is not None)
+    assert (
+        lowest / 5 <= ranking.choice_learning_rate == ranking.rate_together < 3e-3 / 4
+    )  # five blocks move it together
     assert len(ranking.tied) > 6
 
 
@@ -225,6 +230,41 @@ def test_few_prompts_leave_no_combination_of_gains_without_noise():
     assert np.linalg.eigvalsh(only.covariance)[0] > 0.1 * min(variances)
     gains = np.array([candidates[k].gains[0] for k in range(8)])
     assert np.linalg.eigvalsh(np.cov(gains) / 8)[0] < 1e-6 * min(variances)  # as the prompts alone would have it
+
+
+def test_the_rate_of_several_blocks_trained_together():
+    """Their steps add up; blocks that did not run are like the mean of those that did."""
+    candidates = {1: Candidate(1, 2e-3), 2: Candidate(2, 2e-3), 5: Candidate(5, 1e-3)}
+    assert rate_together(candidates, [1, 2]) == pytest.approx(1e-3)
+    assert rate_together(candidates, [2, 5]) == pytest.approx(1 / (1 / 2e-3 + 1 / 1e-3))
+    assert rate_together(candidates, [1, 2, 3, 4]) == pytest.approx(2e-3 / 4)
+    assert rate_together(candidates, [5]) == pytest.approx(1e-3)
+    assert rate_together(candidates, [3, 4]) == pytest.approx(1 / 2 / ((1 / 2e-3 + 1 / 2e-3 + 1 / 1e-3) / 3))
+
+
+def test_a_step_of_five_blocks_at_their_rate_moves_the_policy_no_further_than_one():
+    """The rates of the five blocks alone, and then one step of all at once."""
+    model, tokenizer = demo_model.load()
+    rows = ARITHMETIC.rows("train", 64, 1)
+    batch = graded_batch(sample_rollouts(model, tokenizer, ARITHMETIC, rows, samples=8, seed=1), 0, model.device)
+    layers = [3, 4, 5, 6, 7]
+    candidates = {k: Candidate(k, 3e-3) for k in layers}
+    together = Candidate(layers, 0.0)
+
+    def step(candidate):
+        with trained_candidate(model, candidate) as trained:
+            update(trained, candidate, batch, steps=1, size=len(batch), micro_batch=len(batch))
+
+    for candidate in candidates.values():
+        step(candidate)
+    given = together.learning_rate = rate_together(candidates, layers)
+    step(together)
+    assert together.learning_rate >= given  # not scaled down: the KL is below its upper bound
+    too_far = together.learning_rate = 3e-3
+    together.optimizer = None
+    together.weights = None
+    step(together)
+    assert together.learning_rate < too_far / 2
 
 
 def test_streams_of_random_numbers_do_not_collide():

@@ -217,14 +217,14 @@ def train(base, rows, tmp_path, name: str, layers: int | None = BLOCK, **setting
     return dict(trained.named_parameters())
 
 
-SHOWN = ("grpo", "dr_grpo", "dapo", "rloo", "online_dpo", "dpo", "kto", "cpo", "orpo", "tpo", "sft")
+SHOWN = ("grpo", "dapo", "rloo", "online_dpo", "dpo", "kto", "sft")
 SETTINGS = {"sdft": {"distillation_topk": "8"}}  # of the 18 tokens that the demo model knows
 
 
 @pytest.mark.parametrize(
     "name",
     [
-        pytest.param(name, marks=[] if name in SHOWN else [pytest.mark.slow])
+        pytest.param(name, marks=[] if name in SHOWN else [pytest.mark.more])
         for name in names()
         if not ALGORITHMS[name].needs_environment
     ],
@@ -237,7 +237,7 @@ def test_the_block_is_trained_and_nothing_else(base, rows, tmp_path, name):
     assert changed == {parameter for parameter in before if parameter.startswith(f"model.layers.{BLOCK}.")}
 
 
-@pytest.mark.parametrize("name", ["grpo", "dpo"])
+@pytest.mark.parametrize("name", ["grpo", pytest.param("dpo", marks=pytest.mark.more)])
 def test_the_same_seed_gives_the_same_weights(base, rows, tmp_path, name):
     one, two = (train(base, rows, tmp_path / str(i), name) for i in range(2))
     assert all(torch.equal(one[parameter], two[parameter]) for parameter in one)
@@ -245,7 +245,7 @@ def test_the_same_seed_gives_the_same_weights(base, rows, tmp_path, name):
     assert not all(torch.equal(one[parameter], other[parameter]) for parameter in one)
 
 
-@pytest.mark.parametrize("name", ["grpo", "dr_grpo"])
+@pytest.mark.parametrize("name", ["grpo", pytest.param("dr_grpo", marks=pytest.mark.more)])
 def test_everything_is_trained_where_no_layer_is_named(base, rows, tmp_path, name):
     trained = train(base, rows, tmp_path, name, layers=None)
     assert not any(torch.equal(trained[name], parameter) for name, parameter in base[0].named_parameters())

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from distributed.launch import torchrun
+from distributed.launch import run_on_two
 from test_entropy import make, make_inputs, reference
 from test_gigpo_trainer import expected, rollouts
 from tuner.helpers import same
@@ -13,7 +13,7 @@ from tuner.helpers import same
 @pytest.fixture(scope="module")
 def found(tmp_path_factory):
     folder = tmp_path_factory.mktemp("two")
-    torchrun(Path(__file__).with_name("two_processes.py"), folder)
+    run_on_two(Path(__file__).with_name("two_processes.py"), folder)
     return [torch.load(folder / f"{rank}.pt", weights_only=False) for rank in (0, 1)]
 
 

@@ -1,8 +1,6 @@
 import dataclasses
 import json
 import math
-import subprocess
-import sys
 
 import demo_model
 import pytest
@@ -161,15 +159,3 @@ def test_tokens_are_counted_without_the_padding_behind_them(base):
     lengths = [len(completion) for completion in reward.completions]
     assert min(lengths) <= 4 and max(lengths) == 8
     assert evaluation.tokens_generated == sum(min(length + 1, 8) for length in lengths)  # and the ".", if it fits
-
-
-def test_importing_the_tasks_loads_neither_trl_nor_datasets():
-    code = """
-import sys
-import peft_onelayer.tasks.arithmetic, peft_onelayer.tasks.sort
-print('peft_onelayer.rollouts.evaluation' in sys.modules)
-import peft_onelayer.rollouts.evaluation
-print(sorted({'trl', 'datasets'} & set(sys.modules)))
-"""
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert done.stdout.split() == ["False", "[]"]

@@ -1,7 +1,6 @@
 """Local workers: rows as they are done, processes that die, runs that raise, and nothing left running."""
 
 import os
-import time
 from collections import Counter
 from contextlib import closing
 
@@ -76,12 +75,11 @@ def running(marker):
 
 
 def test_closing_it_ends_the_workers(tmp_path):
-    todo = [*specs([0]), *specs([1, 2], sleep=60.0)]
+    todo = [*specs([0]), *specs([1, 2], sleep=3600.0)]
     with closing(run(todo, folder=tmp_path, workers=2, run_row=fake_runs.run)) as rows:
         next(rows)
         assert len(running(str(tmp_path))) == 2
-        start = time.monotonic()
-    assert running(str(tmp_path)) == [] and time.monotonic() - start < 30
+    assert running(str(tmp_path)) == []
 
 
 def test_one_worker_per_visible_gpu(monkeypatch):

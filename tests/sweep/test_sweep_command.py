@@ -54,7 +54,7 @@ def test_it_prints_the_contributions_and_writes_the_profile(sweep, tmp_path):
         (["--engine", "slurp"], "engine 'slurp' is not known; expected one of local, ray, slurm"),
         (["--early-stop"], "--early-stop is done by Ray Tune; use it with --engine ray"),
         (["--slurm", "slurm_partition=gpu"], "--slurm sets parameters of --engine slurm"),
-        (["--seeds", "0,x"], "--seeds takes numbers separated by commas, got '0,x'"),
+        (["--seeds", "0,x"], "--seeds takes whole numbers separated by commas, got '0,x'"),
         (["--seeds", "1,1"], "seeds must be one or more different numbers"),
         (["--layers", "0,99"], "layer='0,99' is out of range: the model has 12"),
         (["--layers", "5,5"], "layer='5,5' names a layer twice"),

@@ -1,7 +1,7 @@
 """Trains against stand-ins of servers, in a process of its own, because TRL looks for vLLM when it is imported.
 
-Usage: python trl_server_run.py FOLDER, with the tokenizer in FOLDER. Writes FOLDER/outcomes.json: for each of
-`SERVER_CELLS` the outcome of each way, or the traceback of a defect.
+Usage: python trl_server_run.py FOLDER TRAINER ..., with the tokenizer in FOLDER. Writes FOLDER/outcomes.json: for those
+of `SERVER_CELLS` the outcome of each way, or the traceback of a defect.
 """
 
 from __future__ import annotations
@@ -51,12 +51,12 @@ def train(cell: Cell, way: str, folder: Path) -> str:
     return run(cell, {}, way, torch.float32, tokenizer, folder / way / cell.name, examine, **options)
 
 
-def main(folder: Path) -> None:
+def main(folder: Path, names: list[str]) -> None:
     torch.set_num_threads(1)
     torch.cuda.get_device_name = lambda device: "cpu"  # all that the asynchronous trainers want a GPU for
     outcomes: dict[str, dict[str, str]] = {}
     for cell in SERVER_CELLS:
-        for way in WAYS:
+        for way in WAYS if cell.name in names else ():
             try:
                 outcome = train(cell, way, folder)
             except Exception:
@@ -66,4 +66,4 @@ def main(folder: Path) -> None:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    main(Path(sys.argv[1]), sys.argv[2:])

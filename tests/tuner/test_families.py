@@ -1,6 +1,7 @@
 """Every decoder family of transformers: what trains, its gradients, the graph cut, files, merging, generation.
 
-The default run takes the families below; `slow` takes every causal language model that transformers maps.
+The default run takes the families of `SHOWN`, `more` the others below; `slow` takes every causal language model that
+transformers maps.
 """
 
 import copy
@@ -28,6 +29,11 @@ EXPERTS = "afmoe deepseek_v2 deepseek_v3 gpt_oss mixtral olmoe qwen2_moe qwen3_m
 LINEAR_ATTENTION = "falcon_h1 falcon_mamba jamba mamba mamba2 qwen3_5_text qwen3_next recurrent_gemma"
 ODD = "bart bert ctrl deepseek_v32 inkling2_text xlnet"
 FAMILIES = f"{DENSE} {EXPERTS} {LINEAR_ATTENTION} {ODD}".split()
+# One of each kind of block: fused and transposed weights, parallel branches, shared inputs, experts, states, others.
+SHOWN = "bloom ctrl deepseek_v3 falcon gemma3_text gemma4_text gpt2 gpt_neox gpt_oss llama mamba2 mixtral phi3"
+SHOWN += " qwen3 qwen3_moe qwen3_next xlnet"
+SHOWN_TWICE = ["gpt_oss", "qwen3", "qwen3_next"]  # with several blocks too
+LAYERS = {"middle": "middle", "first and last": [0, -1]}
 
 # Parameters that get no gradient in full fine-tuning either, by the end of their names.
 INDEXER = r"\.indexer\."  # chooses tokens by a top-k, which has no gradient; its own loss is not in transformers
@@ -204,8 +210,16 @@ def of_family(family: str, layer: int | str | list[int], **config) -> Case:
     return Case(build_architecture(family, **config), layer, without_gradient, hookable=hookable)
 
 
-@pytest.mark.parametrize("layer", ["middle", [0, -1]], ids=["middle", "first and last"])
-@pytest.mark.parametrize("family", FAMILIES)
+def choices(names, shown, shown_twice):
+    """Each name with one block and with two; `more`, but for those of `shown` with one, of `shown_twice` with both."""
+    for name in names:
+        for layer_id, layer in LAYERS.items():
+            by_default = name in (shown_twice if layer_id == "first and last" else shown)
+            marks = [] if by_default else [pytest.mark.more]
+            yield pytest.param(name, layer, id=f"{name}-{layer_id}", marks=marks)
+
+
+@pytest.mark.parametrize(("family", "layer"), list(choices(FAMILIES, SHOWN.split(), SHOWN_TWICE)))
 def test_family(tmp_path, family, layer):
     check(of_family(family, layer), tmp_path)
 
@@ -217,8 +231,9 @@ def test_every_family(tmp_path, family, layer):
     check(of_family(family, layer), tmp_path)
 
 
-@pytest.mark.parametrize("layer", ["middle", [0, -1]], ids=["middle", "first and last"])
-@pytest.mark.parametrize("model_type", MULTIMODAL)
+@pytest.mark.parametrize(
+    ("model_type", "layer"), list(choices(MULTIMODAL, ["gemma3", "llama4", "llava", "qwen3_5"], []))
+)
 def test_the_text_stack_of_a_multimodal_model(tmp_path, model_type, layer):
     inputs = {"token_type_ids": torch.zeros_like(token_batch())} if model_type in ("gemma3", "paligemma") else {}
     check(Case(build_multimodal(model_type), layer, inputs=inputs), tmp_path)
@@ -244,16 +259,20 @@ def encoder_decoder(name: str, encoder: int = 4, decoder: int = 4) -> nn.Module:
     return build_architecture(name, transformers.AutoModelForSeq2SeqLM, **sizes)
 
 
-@pytest.mark.parametrize("layer", ["middle", [0, -1]], ids=["middle", "first and last"])
-@pytest.mark.parametrize(
-    ("name", "pattern"),
-    [(n, f"{side}.{end}") for n, end in (("t5", "block"), ("bart", "layers")) for side in ("encoder", "decoder")],
-)
-def test_either_stack_of_an_encoder_decoder_model(tmp_path, name, pattern, layer):
+SIDES = {
+    f"{name}-{side}": (name, f"{side}.{end}")
+    for name, end in (("t5", "block"), ("bart", "layers"))
+    for side in ("encoder", "decoder")
+}
+
+
+@pytest.mark.parametrize(("side", "layer"), list(choices(SIDES, SIDES, [])))
+def test_either_stack_of_an_encoder_decoder_model(tmp_path, side, layer):
+    name, pattern = SIDES[side]
     check(Case(encoder_decoder(name), layer, pattern=pattern, task_type="SEQ_2_SEQ_LM"), tmp_path)
 
 
-@pytest.mark.parametrize("stack", ["L_module.layers", "H_module.layers"])
+@pytest.mark.parametrize("stack", ["L_module.layers", pytest.param("H_module.layers", marks=pytest.mark.more)])
 def test_a_stack_that_runs_several_times_per_pass(tmp_path, stack):
     for layer in (0, 2):
         case = Case(build_architecture("hrm_text"), layer, pattern=stack)

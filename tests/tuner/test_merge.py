@@ -7,7 +7,7 @@ import torch
 
 from models import build, token_batch
 from peft_onelayer import SingleLayerConfig
-from tuner.helpers import CASE_IDS, CASES, DTYPES, base_weights, logits, masters, move, same, tuner_layers, wrap
+from tuner.helpers import CASES, DTYPES, base_weights, logits, masters, move, same, tuner_layers, wrap
 
 pytestmark = pytest.mark.filterwarnings("ignore:Already following adapters were merged", "ignore:.*Unmerging the model")
 PEFT_NAN = "NaNs detected in the merged weights. The adapter {} seems to be broken"
@@ -37,7 +37,7 @@ def summed(model, base: dict[str, torch.Tensor], *adapters: str) -> dict[str, to
     return result
 
 
-@pytest.mark.parametrize(("family", "dtype"), CASES, ids=CASE_IDS)
+@pytest.mark.parametrize(("family", "dtype"), CASES)
 def test_merge_and_unmerge_bit_for_bit(family, dtype):
     model = wrap(build(family, dtype=dtype), layer=-2)
     base, untouched, tuned = base_weights(model), logits(model), move(model)

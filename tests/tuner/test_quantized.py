@@ -123,8 +123,15 @@ def test_trainer_and_checkpointing(load, tmp_path):
     assert not any(torch.equal(p, start[n]) for n, p in masters(model).items())
 
 
-@pytest.mark.parametrize("trained_before", [False, True])
-@pytest.mark.parametrize("trainer", ["SFT", "GRPO"])
+@pytest.mark.parametrize(
+    ("trainer", "trained_before"),
+    [
+        ("SFT", True),
+        pytest.param("SFT", False, marks=pytest.mark.more),
+        pytest.param("GRPO", True, marks=pytest.mark.more),
+        ("GRPO", False),
+    ],
+)
 def test_trl_and_resuming(load, kind, tmp_path, tokenizer, trainer, trained_before):
     """TRL casts what trains to bfloat16 on bitsandbytes bases, also before it loads a checkpoint: the masters are
     float32 again from then on, and a resumed run equals the whole one."""

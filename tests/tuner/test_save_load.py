@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM
 
 from models import build
 from peft_onelayer import SingleLayerConfig
-from tuner.helpers import CASE_IDS, CASES, base_weights, logits, masters, move, same, train, wrap
+from tuner.helpers import CASES, base_weights, logits, masters, move, same, train, wrap
 
 WEIGHTS = "adapter_model.safetensors"
 
@@ -20,7 +20,7 @@ def tensors(model, adapter: str = "default") -> dict[str, torch.Tensor]:
     return {name: p.detach() for name, p in masters(model, adapter).items()}
 
 
-@pytest.mark.parametrize(("family", "dtype"), CASES, ids=CASE_IDS)
+@pytest.mark.parametrize(("family", "dtype"), CASES)
 def test_every_way_to_load_gives_the_same_bits(tmp_path, family, dtype):
     build(family, dtype=dtype).save_pretrained(tmp_path / "base")
 

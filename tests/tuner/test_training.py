@@ -9,7 +9,7 @@ from peft import get_peft_model
 from models import FAMILIES, block_parameters, build, token_batch
 from peft_onelayer import SingleLayerConfig
 from peft_onelayer.tuner import resolve_layers
-from tuner.helpers import CASE_IDS, CASES, DTYPES, base_weights, masters, same, train, wrap
+from tuner.helpers import CASES, DTYPES, base_weights, masters, same, train, wrap
 
 CHECKPOINTING = [None, False, True]  # off, use_reentrant=False, use_reentrant=True
 CHECKPOINTING_IDS = ["plain", "non_reentrant", "reentrant"]
@@ -51,7 +51,7 @@ def assert_gradients_equal(model, reference):
 
 
 @pytest.mark.parametrize("use_reentrant", CHECKPOINTING, ids=CHECKPOINTING_IDS)
-@pytest.mark.parametrize(("family", "dtype"), CASES, ids=CASE_IDS)
+@pytest.mark.parametrize(("family", "dtype"), CASES)
 def test_gradients_equal_full_fine_tuning_bit_for_bit(family, dtype, use_reentrant):
     base = build(family, dtype=dtype)
     for layer in (0, "middle", -1, "mid-2"):

@@ -41,7 +41,7 @@ def run(
         run_row: a function that a new process can import.
     """
     devices = visible_devices()
-    count = min(workers or len(devices) or len(os.sched_getaffinity(0)), len(specs))
+    count = min(workers or len(devices) or cores(), len(specs))
     if not specs:
         return
     logs = folder / "logs"
@@ -84,6 +84,11 @@ def run(
             worker.close()
     if failures:
         raise RunsFailedError(failures)
+
+
+def cores() -> int:
+    """How many this process may use; outside of Linux, how many there are."""
+    return len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1
 
 
 def visible_devices() -> list[str]:
