@@ -57,7 +57,7 @@ def test_it_prints_the_contributions_and_writes_the_profile(sweep, tmp_path):
         (["--seeds", "0,x"], "--seeds takes whole numbers separated by commas, got '0,x'"),
         (["--seeds", "1,1"], "seeds must be one or more different numbers"),
         (["--layers", "0,99"], "layer='0,99' is out of range: the model has 12"),
-        (["--layers", "5,5"], "layer='5,5' names a layer twice"),
+        (["--layers", "5,5"], "layer='5,5' names a block twice"),
         (["--layers", "0;5"], "layer='0;5' is not understood"),
         (["--seeds", ""], "seeds must be one or more different numbers from 0, got []"),
         (["--seeds", "-1"], "seeds must be one or more different numbers from 0, got [-1]"),
