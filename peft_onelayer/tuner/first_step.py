@@ -3,7 +3,8 @@
 A frozen adapter is found in the first forward pass, where the pass shows it. An optimizer is checked once, in a hook
 that torch calls before every optimizer's step: whether one of a wrapped model's parameters that it holds trains, and
 whether a gradient reaches them. An optimizer of other parameters belongs to something else. One without any parameters
-is a trainer's that found nothing to train, if an adapter makes training passes that no optimizer trains.
+is a trainer's that found nothing to train, if a model makes training passes and either all of it is frozen or still no
+optimizer trains it when that one steps again (TRL's reference passes switch a frozen adapter to training).
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from .stack import text_config
 
 _watched: weakref.WeakSet[nn.Module] = weakref.WeakSet()  # models that carry adapters
 _checked: weakref.WeakSet[Optimizer] = weakref.WeakSet()
+_empty: weakref.WeakSet[Optimizer] = weakref.WeakSet()  # have stepped without parameters
 _passed: weakref.WeakSet[nn.Module] = weakref.WeakSet()  # made a training pass with an adapter in effect
 _trained: weakref.WeakSet[nn.Module] = weakref.WeakSet()  # a checked optimizer holds what they train
 
@@ -46,6 +48,10 @@ def _in_effect(model: nn.Module) -> list[SingleLayerLayer]:
     return [m for m in model.modules() if isinstance(m, SingleLayerLayer) and m._in_effect()]
 
 
+def _trains(model: nn.Module) -> bool:
+    return any(parameter.requires_grad for parameter in model.parameters())
+
+
 def refuse_frozen_adapter(model: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
     """Forward pre-hook: a training pass through an adapter in effect, with nothing in the model to train.
 
@@ -56,7 +62,7 @@ def refuse_frozen_adapter(model: nn.Module, args: tuple, kwargs: dict[str, Any])
     """
     if not model.training or not torch.is_grad_enabled() or kwargs.get("output_hidden_states"):
         return
-    if any(parameter.requires_grad for parameter in model.parameters()):
+    if _trains(model):
         return
     if any(isinstance(value, torch.Tensor) and value.requires_grad for value in (*args, *kwargs.values())):
         return
@@ -74,11 +80,15 @@ def _before_step(optimizer: Optimizer, args: tuple, kwargs: dict[str, Any]) -> N
     if optimizer in _checked:
         return
     held = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
-    if not held and any(model not in _trained for model in _passed):
-        raise RuntimeError(
-            "the optimizer holds no parameters, though a model makes training passes with its adapter: the adapter was "
-            "frozen when the optimizer was made. To train it, load it with is_trainable=True."
-        )
+    if not held:
+        if any(optimizer in _empty or not _trains(model) for model in _passed - _trained):
+            raise RuntimeError(
+                "the optimizer holds no parameters, and no other trains the model that makes training passes with its "
+                "adapter: the adapter was frozen when the optimizer was made. To train it, load it with "
+                "is_trainable=True."
+            )
+        _empty.add(optimizer)
+        return
     for model in list(_watched):
         mine = [parameter for parameter in model.parameters() if id(parameter) in held]
         if not mine or not any(isinstance(module, SingleLayerLayer) for module in model.modules()):

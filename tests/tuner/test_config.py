@@ -170,6 +170,15 @@ def test_wrapping_changes_nothing_in_the_callers_config(tmp_path, wrapping):
     assert config == before and owns[1].modules_to_save == ["lm_head"]
 
 
+@pytest.mark.parametrize("is_trainable", [False, True])
+def test_a_config_given_to_from_pretrained_takes_the_place_of_the_files(tmp_path, is_trainable):
+    wrap(layer=-1).save_pretrained(tmp_path)
+    config = SingleLayerConfig(layer=3, master_dtype="base")
+    own = PeftModel.from_pretrained(build(), tmp_path, is_trainable=is_trainable, config=config).peft_config["default"]
+    assert (own.layer, own.layer_indices, own.master_dtype, own.inference_mode) == (3, [3], "base", not is_trainable)
+    assert config.layer_indices is None
+
+
 def test_a_models_own_config_makes_a_second_adapter_like_the_first():
     """As TRL makes its reference adapter."""
     model = wrap(layer="mid-2", target_modules="mlp", modules_to_save=["lm_head"])

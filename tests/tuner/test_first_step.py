@@ -142,12 +142,11 @@ def test_an_optimizer_of_nothing_is_left_alone():
     """It may belong to something else, or to a kind of parameter that this block has none of."""
     model = wrap()
     matrices = [p for p in trainable(model) if p.ndim == 2]
-    nothing = torch.optim.SGD([{"params": []}, {"params": [], "weight_decay": 0.0}], lr=0.1)
-    nothing.step()
     before = [p.detach().clone() for p in matrices]
-    optimizer = torch.optim.SGD(matrices, lr=0.1)
-    step(model, nothing)
-    optimizer.step()
+    nothing, optimizer = (torch.optim.SGD([{"params": given}], lr=0.1) for given in ([], matrices))
+    for _ in range(2):
+        step(model, nothing)
+        optimizer.step()
     assert not any(torch.equal(p, start) for p, start in zip(matrices, before, strict=True))
 
 
@@ -160,6 +159,28 @@ def test_a_frozen_adapter_is_refused_where_the_loss_has_a_gradient_all_the_same(
     model.enable_input_require_grads()
     with pytest.raises(RuntimeError, match="default is frozen"):
         step(model, torch.optim.SGD([{"params": []}], lr=0.1))
+
+
+def test_an_optimizer_of_nothing_is_refused_beside_a_model_that_is_all_frozen():
+    """The model's blocks are run without the model itself, so the pass does not show what becomes of its output."""
+    model = wrap()
+    model.set_requires_grad("default", False)
+    decoder, optimizer = model.get_decoder().train(), torch.optim.SGD([{"params": []}], lr=0.1)
+    (decoder(token_batch()).last_hidden_state.sum() * nn.Parameter(torch.ones(()))).backward()
+    with pytest.raises(RuntimeError, match=r"holds no parameters.*adapter was frozen.*is_trainable=True"):
+        optimizer.step()
+
+
+def test_an_optimizer_made_of_a_frozen_adapter_is_refused_once_it_has_trained_nothing():
+    model = wrap()
+    model.set_requires_grad("default", False)
+    optimizer = torch.optim.SGD([{"params": trainable(model)}], lr=0.1)
+    model.set_adapter("default")  # as TRL does after a pass with the reference adapter
+    step(model, optimizer)
+    with pytest.raises(RuntimeError, match=r"holds no parameters.*adapter was frozen.*is_trainable=True"):
+        step(model, optimizer)
+    torch.optim.SGD(trainable(model), lr=0.1).step()
+    step(model, optimizer)
 
 
 def test_a_checked_model_and_optimizer_are_not_kept_alive():
