@@ -22,7 +22,7 @@ IMPORTS = {  # in this order in one process: what each loads in addition, of HEA
     "peft_onelayer.rl.EMATeacherMixin": ["torch", "peft", "transformers", "numpy", "huggingface_hub"],
     "import peft_onelayer.rollouts.evaluation": ["peft_onelayer.rollouts.evaluation"],
     "import peft; assert peft.PEFT_TYPE_TO_TUNER_MAPPING['SINGLE_LAYER'].__name__ == 'SingleLayerModel'": [],
-    "peft_onelayer.probe_layers": ["trl", "datasets"],
+    "peft_onelayer.probe_layers": ["datasets"],
 }
 
 

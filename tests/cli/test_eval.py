@@ -213,7 +213,7 @@ def test_another_base_of_the_same_shape_is_named(onelayer, adapters, tmp_path):
         ("broken", "is not JSON"),
         ("unknown", "does not load"),
         ("wide", "has shape (32, 32)"),
-        ("shallow", "4 layers"),
+        ("shallow", "4 blocks"),
         ("deep", "weights that"),
         ("partial", "missing adapter keys"),
     ],
