@@ -19,7 +19,9 @@ import numpy as np
 @functools.cache
 def fitted() -> tuple[float, float]:
     """Centre and width of the bump, both in relative depth k / (L - 1)."""
-    profiles = [json.loads(path.read_text()) for path in (files("peft_onelayer") / "profiles").iterdir()]
+    profiles = [
+        json.loads(path.read_text(encoding="utf-8")) for path in (files("peft_onelayer") / "profiles").iterdir()
+    ]
     centre = statistics.fmean(_best_depth(profile["contribution"]) for profile in profiles)
     whole = next(profile["contribution"] for profile in profiles if not profile["partial"])
     depths = np.linspace(0, 1, len(whole))

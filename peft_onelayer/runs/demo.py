@@ -29,6 +29,7 @@ from peft_onelayer.records.files import (
     write_whole,
 )
 from peft_onelayer.records.ranking import LayerRanking
+from peft_onelayer.records.text import name_blocks
 from peft_onelayer.report.plots import plot_ranking, plot_rewards
 from peft_onelayer.rl.recipe import demo_config
 from peft_onelayer.tasks import load_task
@@ -36,7 +37,6 @@ from peft_onelayer.tasks import load_task
 from .evaluation import evaluate
 from .models import check_model_name
 from .progress import Progress
-from .ranking import blocks_in_words
 from .settings import STEPS, EvaluationSettings, TrainingSettings
 from .training import Run, train
 
@@ -238,7 +238,7 @@ def _verdict(layers: list[int], sampled: dict[str, float]) -> str:
     """What the sampled accuracy, which GRPO optimises, says; a gain counts beyond three standard errors."""
     difference, error = sampled["difference"], sampled["standard_error"]
     change = f"{100 * difference:+.1f} points of sampled accuracy, standard error {100 * error:.1f}"
-    where = blocks_in_words(layers)
+    where = name_blocks(layers)
     if difference > 3 * error:
         return f"RL on {where} helped: {change}."
     if difference < -3 * error:
@@ -249,7 +249,7 @@ def _verdict(layers: list[int], sampled: dict[str, float]) -> str:
 def _write_plots(run: Run, record: DemoRecord, folder: Path) -> None:
     if (path := run.folder / PROFILE).exists():
         plot_ranking(_ranking(path), folder / "ranking.png", f"what each block gained in the race, {record.task}")
-    title = f"GRPO on {blocks_in_words(record.layers)} of {record.num_layers}, {record.task}"
+    title = f"GRPO on {name_blocks(record.layers)} of {record.num_layers}, {record.task}"
     plot_rewards(record.rewards, folder / "reward.png", title)
 
 

@@ -8,6 +8,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from peft_onelayer.probe.probe import probe_layers
 from peft_onelayer.records.ranking import LayerRanking
+from peft_onelayer.records.text import name_blocks
 from peft_onelayer.tasks import Task
 
 from .progress import Progress
@@ -27,14 +28,6 @@ def rank_blocks(
             on_candidate=lambda number, layer, spent: update(round(100 * spent), f"round {number + 1}: block {layer}"),
             **options,
         )
-
-
-def blocks_in_words(layers: list[int]) -> str:
-    """
-    >>> blocks_in_words([7]), blocks_in_words([3, 4])
-    ('block 7', 'blocks 3, 4')
-    """
-    return f"block{'s' * (len(layers) > 1)} {', '.join(map(str, layers))}"
 
 
 def describe(ranking: LayerRanking) -> list[str]:
@@ -62,7 +55,7 @@ def describe(ranking: LayerRanking) -> list[str]:
         f"through the model and {cost['seconds']:.0f} s: {cost['share']:.0%} of the tokens of the training run"
     )
     if ranking.pick is None:
-        instead = blocks_in_words(ranking.choice)
+        instead = name_blocks(ranking.choice)
         return [f"no block gained beyond noise (most: block {best}, {gain}), so the choice is {instead}", spent]
     lines = [f"block {best} gains {gain}, {tie}"]
     if ranking.expected is not None:

@@ -21,6 +21,7 @@ from peft_onelayer.probe.race import NothingToLearnError
 from peft_onelayer.records.files import CARD, CONFIG, PROFILE, WEIGHTS, file_digest, read_fields, read_text
 from peft_onelayer.records.ranking import LayerRanking
 from peft_onelayer.records.run import DataSource, RunRecord, RunResults, RunSettings, differences
+from peft_onelayer.records.text import name_blocks
 from peft_onelayer.rl.algorithms import Algorithm, load_algorithm
 from peft_onelayer.rl.preferences import OfflineData, load_preferences, pairs_from_rollouts
 from peft_onelayer.rl.recipe import Recipe, make_recipe, refuse_fields
@@ -33,7 +34,7 @@ from .describe import describe_config, describe_machine, describe_model, is_main
 from .folder import RunFolder
 from .models import check_model_name, load_causal_lm, to_device, without_progress_bars
 from .progress import Progress
-from .ranking import blocks_in_words, describe, rank_blocks
+from .ranking import describe, rank_blocks
 from .settings import STEPS, TRAINING_OPTIONS, TrainingSettings
 
 SAMPLES_PER_PAIR = 8
@@ -228,7 +229,7 @@ class _Training:
                 self.progress.note(f"nothing to rank by: {error}")
                 depth = len(find_decoder_stack(base).blocks)
                 middle = resolve_layers("mid-5" if depth >= 5 else "middle", depth)
-                return replace(record, layers=middle, why=f"nothing to rank by, so {blocks_in_words(middle)}: {error}")
+                return replace(record, layers=middle, why=f"nothing to rank by, so {name_blocks(middle)}: {error}")
             ranking = _of_first_process(ranking)
             self.folder.write(PROFILE, ranking.to_json())
         rate = ranking.choice_learning_rate
@@ -284,7 +285,7 @@ class _Training:
         if folder.previous and checkpoint:
             self.progress.note(f"going on from {checkpoint.name}")
             record = replace(record, resumed_from=[*(folder.previous.resumed_from or []), checkpoint.name])
-        what = "all blocks" if layers is None else blocks_in_words(layers)
+        what = "all blocks" if layers is None else name_blocks(layers)
         kind = "reward" if self.algorithm.online else "loss"
         with folder.publishing() as published, tempfile.TemporaryDirectory() as scratch:
             with self.progress.bar(f"training {what}", steps) as update:

@@ -41,7 +41,7 @@ class RowStore:
         """The row of `spec`; None where there is none, or a damaged one."""
         digest = spec.digest()
         try:
-            row = json.loads((self.folder / f"{digest}.json").read_text())
+            row = json.loads((self.folder / f"{digest}.json").read_text(encoding="utf-8"))
         except (FileNotFoundError, ValueError):
             return None
         complete = isinstance(row, dict) and row.get("format") == FORMAT and row.get("digest") == digest

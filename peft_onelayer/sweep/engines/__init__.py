@@ -20,6 +20,7 @@ import traceback
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
+from peft_onelayer.records.text import one_line
 from peft_onelayer.sweep.run_layer import Row, RunSpec
 
 Answer = dict[str, Any]  # {"row": ...}, or {"error": an exception in one line}
@@ -68,6 +69,6 @@ def attempt(run_row: Callable[..., Row], spec: RunSpec, *arguments: Any) -> Answ
         return {"row": run_row(spec, *arguments)}
     except Exception as error:
         traceback.print_exc()
-        message = " ".join(str(error).split())
+        message = one_line(error, limit=2000)
         # the message of a ValueError speaks for itself
-        return {"error": message if isinstance(error, ValueError) and message else f"{type(error).__name__}: {message}"}
+        return {"error": message if isinstance(error, ValueError) else f"{type(error).__name__}: {message}"}

@@ -19,6 +19,7 @@ import ray
 from ray import tune
 from ray.tune.schedulers import ASHAScheduler
 
+from peft_onelayer.records.text import one_line
 from peft_onelayer.sweep.run_layer import FORMAT, Row, RunSpec, run_layer
 
 from . import TRIES, Answer, RunsFailedError, attempt
@@ -91,7 +92,7 @@ def _tasks(
             try:
                 answer = ray.get(done)
             except ray.exceptions.RayError as error:
-                answer = {"error": f"lost {TRIES} times: {' '.join(str(error).split())[:300]}"}
+                answer = {"error": f"lost {TRIES} times: {one_line(error)}"}
             yield spec, answer
     finally:
         for reference in running:

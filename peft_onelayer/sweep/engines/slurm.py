@@ -13,6 +13,7 @@ from typing import Any
 
 import submitit
 
+from peft_onelayer.records.text import one_line
 from peft_onelayer.sweep.run_layer import Row, RunSpec, run_layer
 
 from . import TRIES, Answer, RunsFailedError, attempt
@@ -47,7 +48,7 @@ def run(
         executor = submitit.AutoExecutor(folder / "slurm", cluster=cluster)
         executor.update_parameters(**settings)
     except (RuntimeError, ValueError, NameError, TypeError, AssertionError) as error:  # as submitit refuses
-        raise ValueError(f"submitit refused {cluster} with {settings}: {' '.join(str(error).split())}") from error
+        raise ValueError(f"submitit refused {cluster} with {settings}: {one_line(error)}") from error
     todo = deque((spec, 1) for spec in specs)
     running: dict[submitit.Job, tuple[RunSpec, int]] = {}
     failures = []
