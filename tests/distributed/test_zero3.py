@@ -44,9 +44,10 @@ def partition(parameter, whole=None):
 
 @pytest.fixture(autouse=True)
 def deepspeed(monkeypatch):
-    module = types.ModuleType("deepspeed")
-    module.zero = types.SimpleNamespace(GatheredParameters=GatheredParameters)
+    module, zero = types.ModuleType("deepspeed"), types.ModuleType("deepspeed.zero")
+    module.zero, zero.GatheredParameters = zero, GatheredParameters
     monkeypatch.setitem(sys.modules, "deepspeed", module)
+    monkeypatch.setitem(sys.modules, "deepspeed.zero", zero)
 
 
 @pytest.fixture
