@@ -476,7 +476,7 @@ def test_a_program_that_passes_leaves_no_process_either(marker):
 
 def load_sandbox_alone():
     # in processes that tests start, without the package, whose import takes seconds
-    return f"import sys; sys.path.insert(0, {str(Path(sandbox.__file__).parent)!r}); import sandbox, sandbox_child\n"
+    return f"import sys; sys.path.insert(0, {str(Path(sandbox.__file__).parents[1])!r}); import sandbox, sandbox.child\n"
 
 
 def test_the_sandbox_ends_with_the_process_that_wanted_it(marker):
@@ -520,7 +520,7 @@ def wait_until(condition):
 
 def without_namespaces(script):
     """Run a script in a process whose kernel refuses unshare(), as in a container that forbids it."""
-    script = load_sandbox_alone() + "sandbox_child.deny_system_calls(['unshare'])\n" + script
+    script = load_sandbox_alone() + "sandbox.child.deny_system_calls(['unshare'])\n" + script
     return subprocess.run([sys.executable, "-W", "always", "-c", script], capture_output=True, text=True, timeout=120)
 
 
