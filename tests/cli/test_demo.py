@@ -20,7 +20,10 @@ def run(folder, *arguments):
 
 @pytest.fixture(
     scope="module",
-    params=[["--layer", "5", "--steps", "50"], pytest.param([], marks=pytest.mark.more)],
+    params=[
+        pytest.param(["--layer", "5", "--steps", "50"], marks=pytest.mark.more),
+        pytest.param([], marks=pytest.mark.more),
+    ],
     ids=["short", "whole"],
 )
 def default_run(tmp_path_factory, request):

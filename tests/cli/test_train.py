@@ -89,6 +89,7 @@ def test_the_command_of_run_json_repeats_the_run(train, onelayer, tmp_path):
     assert other["results"]["sha256"] != run["results"]["sha256"]
 
 
+@pytest.mark.more
 @pytest.mark.parametrize("signum", [signal.SIGKILL, pytest.param(signal.SIGINT, marks=pytest.mark.slow)])
 def test_a_resumed_run_equals_an_uninterrupted_one(train, onelayer, tmp_path, signum):
     arguments = [*ON_BLOCK_5, "--steps", "20"]

@@ -13,6 +13,7 @@ EXAMPLES = Path(__file__).parents[2] / "examples" / "distributed"
 CONFIGS = {"ddp": "MULTI_GPU", "fsdp2": "FSDP", "zero2": "DEEPSPEED", "zero3": "DEEPSPEED"}
 
 
+@pytest.mark.more
 def test_the_script_trains_on_two_processes(tmp_path):
     output = torchrun(EXAMPLES / "train_grpo.py", "--cpu", "--steps", "2", "--out", tmp_path / "adapter")
     assert output.count("2 processes trained the adapter") == 1

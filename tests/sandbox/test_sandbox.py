@@ -476,7 +476,9 @@ def test_a_program_that_passes_leaves_no_process_either(marker):
 
 def load_sandbox_alone():
     # in processes that tests start, without the package, whose import takes seconds
-    return f"import sys; sys.path.insert(0, {str(Path(sandbox.__file__).parents[1])!r}); import sandbox, sandbox.child\n"
+    return (
+        f"import sys; sys.path.insert(0, {str(Path(sandbox.__file__).parents[1])!r}); import sandbox, sandbox.child\n"
+    )
 
 
 def test_the_sandbox_ends_with_the_process_that_wanted_it(marker):

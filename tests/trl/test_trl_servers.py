@@ -14,12 +14,11 @@ HERE = Path(__file__).parent
 
 
 # The asynchronous trainers start one process more each.
+@pytest.mark.more
 @pytest.mark.parametrize(
     "names",
-    [
-        pytest.param(["AsyncGRPOTrainer", "ServerDistillationTrainer", "IWOPDTrainer"], id="AsyncGRPO and synchronous"),
-        pytest.param(["AsyncDistillationTrainer"], id="AsyncDistillationTrainer", marks=pytest.mark.more),
-    ],
+    [["AsyncGRPOTrainer", "ServerDistillationTrainer", "IWOPDTrainer"], ["AsyncDistillationTrainer"]],
+    ids=["AsyncGRPO and synchronous", "AsyncDistillationTrainer"],
 )
 def test_trainers_with_a_server(tmp_path, chat_tokenizer, record, names):
     chat_tokenizer.save_pretrained(tmp_path)

@@ -68,7 +68,8 @@ def test_a_training_step_is_one_graph(architecture, use_reentrant):
         assert same(ours, plain)
 
 
-@pytest.mark.parametrize("in_short", [True, pytest.param(False, marks=pytest.mark.more)])
+@pytest.mark.more
+@pytest.mark.parametrize("in_short", [True, False])
 @torch.no_grad()
 def test_inference_follows_what_is_in_effect(in_short):
     model = wrap(build(num_layers=2, dtype=torch.bfloat16), layer=1)

@@ -30,7 +30,9 @@ def storages(model) -> list[int]:
     ("family", "layers"),
     [
         pytest.param("qwen3", (2, 2), marks=pytest.mark.more),
-        ("gpt_oss", (1, [0, 3])),  # fused experts, and attention with parameters of its own beside its children
+        pytest.param(
+            "gpt_oss", (1, [0, 3]), marks=pytest.mark.more
+        ),  # fused experts, and attention with parameters of its own beside its children
         *(pytest.param(name, (1, [0, 3]), marks=pytest.mark.slow) for name in ("qwen3", "gemma3_text", "qwen3_moe")),
         *(pytest.param(name, (2, 2), marks=pytest.mark.slow) for name in ("gpt_oss", "qwen3_moe", "gpt2")),
     ],
