@@ -50,7 +50,7 @@ CORE = [
     "tests/hub/test_pull.py",
     "tests/sweep/test_local_engine.py",
 ]
-TESTING = ["aiohttp", "build", "packaging", "pytest", "setuptools>=77"]
+TESTING = ["aiohttp", "build", "packaging>=24.2", "pytest", "setuptools>=77"]
 SHOWN = ("torch", "transformers", "peft", "trl", "huggingface-hub", "numpy")
 
 
