@@ -9,8 +9,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import transformers
 from datasets import Dataset
+from packaging.version import Version
 from peft import PeftModel, get_peft_model
+from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, PrinterCallback, TrainerCallback, TrainingArguments
 
 from peft_onelayer.tasks import Task
@@ -110,6 +113,8 @@ def train_rows(
         **arguments,
     )
     trainer.remove_callback(PrinterCallback)  # it prints every log to stdout
+    if resume_from is not None:
+        refuse_incomplete_resume(trainer.model)
     trainer.train(resume_from_checkpoint=str(resume_from) if resume_from else None)
     trained = trainer.accelerator.unwrap_model(trainer.model)
     if layers is None:
@@ -125,6 +130,16 @@ def train_rows(
         tokens_generated=_tokens_generated(logs, config),
         tokens_trained=int(trainer.state.num_input_tokens_seen),
     )
+
+
+def refuse_incomplete_resume(model: nn.Module) -> None:
+    """Raise ValueError if transformers would not load all of the model's adapters from a checkpoint."""
+    adapters = list(getattr(model, "peft_config", {}))
+    if len(adapters) > 1 and Version(transformers.__version__) < Version("5.23.0.dev0"):
+        raise ValueError(
+            f"transformers {transformers.__version__} cannot resume a run with the adapters {', '.join(adapters)}: it "
+            "would load all but the trained one; install transformers 5.23 or later."
+        )
 
 
 def completions_per_step(config: TrainingArguments) -> int:

@@ -5,6 +5,8 @@ import shutil
 
 import pytest
 import torch
+import transformers
+from packaging.version import Version
 from peft import AutoPeftModelForCausalLM, PeftConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
@@ -195,11 +197,10 @@ def test_another_base_is_refused_by_name_of_what_differs(published, wrong, entra
 
 
 def test_a_quantized_base_is_named_as_such(published):
-    from torchao.quantization import Int8WeightOnlyConfig, quantize_
-
+    quantization = pytest.importorskip("torchao.quantization")
     folder, base, _ = published
     model = AutoModelForCausalLM.from_pretrained(base)
-    quantize_(model.model.layers[2], Int8WeightOnlyConfig(version=2))
+    quantization.quantize_(model.model.layers[2], quantization.Int8WeightOnlyConfig(version=2))
     with pytest.raises(ValueError, match=r"not the base that .*: it is quantized \(Int8Tensor"):
         PeftModel.from_pretrained(model, folder)
 
@@ -314,9 +315,10 @@ def test_trained_heads_stay_as_they_are(tmp_path):
     assert not any("lm_head" in name for name in encoding.tensors)
     loaded = PeftModel.from_pretrained(build(dtype=BF16), tmp_path / "sparse")
     assert torch.equal(logits(loaded), logits(model))
-    through_transformers = build(dtype=BF16)
-    through_transformers.load_adapter(tmp_path / "sparse")
-    assert torch.equal(logits(through_transformers), logits(model))
+    if Version(transformers.__version__) >= Version("5.18.0.dev0"):  # its own load_adapter left heads out before
+        through_transformers = build(dtype=BF16)
+        through_transformers.load_adapter(tmp_path / "sparse")
+        assert torch.equal(logits(through_transformers), logits(model))
     reader = open_adapter(tmp_path / "sparse")
     assert torch.equal(reader.tensor("lm_head.weight"), head)
 

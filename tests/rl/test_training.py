@@ -3,8 +3,12 @@ import copy
 import demo_model
 import pytest
 import torch
+from peft import get_peft_model
 
-from peft_onelayer.rl.training import train_layer
+from models import build
+from peft_onelayer import SingleLayerConfig
+from peft_onelayer.rl import training
+from peft_onelayer.rl.training import refuse_incomplete_resume, train_layer
 from peft_onelayer.tasks import load_task
 
 
@@ -47,3 +51,14 @@ def test_it_prints_nothing_on_stdout(base, capfd):
     model, tokenizer = base
     train_layer(copy.deepcopy(model), tokenizer, load_task("sort"), [0], steps=1, seed=1)
     assert capfd.readouterr().out == ""
+
+
+def test_a_run_that_would_be_resumed_in_part_is_refused(monkeypatch):
+    model = get_peft_model(build(), SingleLayerConfig(layer=1))
+    monkeypatch.setattr(training.transformers, "__version__", "5.22.2")
+    refuse_incomplete_resume(model)
+    model.add_adapter("ref", SingleLayerConfig(layer=1))
+    with pytest.raises(ValueError, match=r"transformers 5\.22\.2 cannot resume a run with the adapters default, ref: "):
+        refuse_incomplete_resume(model)
+    monkeypatch.setattr(training.transformers, "__version__", "5.23.0")
+    refuse_incomplete_resume(model)

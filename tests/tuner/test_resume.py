@@ -5,7 +5,9 @@ import random
 import numpy as np
 import pytest
 import torch
+import transformers
 from datasets import Dataset
+from packaging.version import Version
 from peft import get_peft_model
 from safetensors.torch import load_file
 from transformers import Trainer, TrainingArguments
@@ -125,7 +127,13 @@ class Rollouts:
 PROMPTS = ["one", "two", "three", "four"]
 
 
-@pytest.mark.parametrize("beta", [0.0, 0.05])
+# Before transformers 5.23 a checkpoint's "default" adapter is not loaded where there is a second one.
+SECOND_ADAPTER = pytest.mark.skipif(
+    Version(transformers.__version__) < Version("5.23.0.dev0"), reason="resuming loads the second adapter only"
+)
+
+
+@pytest.mark.parametrize("beta", [0.0, pytest.param(0.05, marks=SECOND_ADAPTER)])
 @pytest.mark.parametrize("trained_before", [False, True])
 def test_grpo(tmp_path, tokenizer, beta, trained_before):
     from trl import GRPOConfig, GRPOTrainer
@@ -156,7 +164,7 @@ def test_grpo(tmp_path, tokenizer, beta, trained_before):
         assert same(*({n: p.detach() for n, p in masters(t.model, "ref").items()} for t in (resumed, whole)))
 
 
-@pytest.mark.parametrize("name", ["SFT", "DPO"])
+@pytest.mark.parametrize("name", ["SFT", pytest.param("DPO", marks=SECOND_ADAPTER)])
 def test_sft_and_dpo(tmp_path, tokenizer, name):
     import trl
 
