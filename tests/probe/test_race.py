@@ -87,7 +87,10 @@ def test_the_same_seed_gives_the_same_ranking(default):
     }
 
 
-@pytest.mark.parametrize(("budget", "steps"), [(0.05, 150), (0.1, 150), (0.2, 60)])
+@pytest.mark.parametrize(
+    ("budget", "steps"),
+    [(0.05, 150), *(pytest.param(*case, marks=pytest.mark.more) for case in ((0.1, 150), (0.2, 60)))],
+)
 def test_it_spends_no_more_than_its_budget(budget, steps):
     ranking = demo_race(load_task("sort"), steps, budget=budget, layers=[1, 5, 9])
     assert 0 < ranking.cost["share"] <= budget
