@@ -217,7 +217,7 @@ def load(argument: str = "", *, unsafe: bool = False) -> Task:
         return humaneval_reward(*args, **kwargs, unsafe=unsafe)
 
     name = f"humaneval:{argument}" if argument else "humaneval"
-    return Task(name, rows, reward, MAX_COMPLETION_TOKENS, data=problems.data)
+    return Task(name, rows, reward, MAX_COMPLETION_TOKENS, data=problems.data, train_size=problems.train_size)
 
 
 def _check_tests(row: dict[str, Any]) -> None:

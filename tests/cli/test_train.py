@@ -167,7 +167,9 @@ def test_auto_with_nothing_to_learn_from_takes_mid_5(train, tmp_path):
     (tmp_path / "prompts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     data = ["--dataset", tmp_path / "prompts.jsonl", "--reward", f"{tmp_path / 'hard.py'}:reward"]
     run, _ = train("train", BASE, *data, "--steps", "8", *FAST, "--set", "max_completion_length=5")
-    assert run["layers"] == [3, 4, 5, 6, 7] and "nothing to rank by, so blocks 3, 4, 5, 6, 7: " in run["why"]
+    assert run["layers"] == [3, 4, 5, 6, 7]
+    assert "nothing to rank by, so blocks 3, 4, 5, 6, 7 at the learning rate 0.0006, the run's over" in run["why"]
+    assert run["settings"]["config"]["learning_rate"] == 3e-3 / 5  # the steps of five blocks add up
 
 
 @pytest.mark.parametrize("algorithm", ["dpo", "kto"])
