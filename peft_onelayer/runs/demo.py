@@ -189,7 +189,8 @@ def _record(run: Run, evaluation: EvaluationRecord, task: str, progress: Progres
     progress.note("reloading the adapter in a fresh process ...")
     here = fingerprint(model, token_ids)
     try:
-        there = fingerprint_in_fresh_process(run.folder, token_ids)
+        trust = bool(record.settings.trust_remote_code)
+        there = fingerprint_in_fresh_process(run.folder, token_ids, trust_remote_code=trust)
     except RuntimeError as error:
         raise ValueError(str(error)) from error
     if here != there:
