@@ -84,7 +84,7 @@ class RunSpec:
 
         >>> spec = RunSpec("Qwen/Qwen3-1.7B-Base", "gsm8k", 10, "grpo", 100, 0, {"learning_rate": 5e-6})
         >>> spec.digest()[:8], spec.digest() == RunSpec.from_dict(json.loads(json.dumps(asdict(spec)))).digest()
-        ('1948ddc4', True)
+        ('0047035b', True)
         """
         identity = asdict(self)
         if self.model_digests:

@@ -90,6 +90,8 @@ def test_the_digest_is_of_all_that_decides_the_outcome(tmp_path):
         "chat": True,
         "task_data": {"file": "0"},
         "unsafe": True,
+        "sampling": {"temperature": 0.5},
+        "trust_remote_code": True,
     }
     assert changes.keys() | {"model"} == asdict(spec).keys()
     digests = {replace(spec, **{name: value}).digest() for name, value in changes.items()}
