@@ -75,6 +75,17 @@ def test_what_is_given_goes_before_the_run(run):
     assert not any("sampled as in the run" in note for note in told.notes)
 
 
+def test_prompts_are_chat_messages_as_in_the_run(model, tmp_path):
+    settings = TrainingSettings(
+        model=model, out=tmp_path / "run", task="arithmetic", layer=5, steps=1, chat=False, config=SMALL
+    )
+    run = train(settings)
+    record = evaluate(EvaluationSettings(model=str(run.folder), **MEASURED))
+    assert record.chat is False and record.results["greedy"].base.mean > 0.1
+    asked = evaluate(EvaluationSettings(model=str(run.folder), chat=True, **MEASURED))
+    assert asked.chat is True and asked.results["greedy"].base.mean == 0.0  # it thinks
+
+
 def test_the_runs_limit_is_not_that_of_another_task(run):
     record = evaluate(EvaluationSettings(model=str(run.folder), **MEASURED | {"task": "sort", "problems": 2}))
     assert record.max_completion_tokens != 6 and record.temperature == 0.6
