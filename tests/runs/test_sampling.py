@@ -125,6 +125,19 @@ def test_a_damaged_run_json_is_named(run, tmp_path, change, message):
         evaluate(EvaluationSettings(model=str(tmp_path), **MEASURED))
 
 
+def test_what_only_vllm_understands_can_be_left_out(run, tmp_path):
+    for file in run.folder.iterdir():
+        if file.is_file():
+            (tmp_path / file.name).write_bytes(file.read_bytes())
+    record = json.loads((tmp_path / "run.json").read_text())
+    record["settings"]["config"] |= {"use_vllm": True, "generation_kwargs": {"logit_biases": {}}}
+    (tmp_path / "run.json").write_text(json.dumps(record))
+    given = {"model": str(tmp_path), **MEASURED, "problems": 2}
+    with pytest.raises(ValueError, match=r"logit_biases.* evaluate with --sampling generation_kwargs=\{\}"):
+        evaluate(EvaluationSettings(**given))
+    assert evaluate(EvaluationSettings(**given, sampling={"generation_kwargs": {}})).temperature == 0.6
+
+
 def test_a_ranking_samples_as_the_run_to_come(model):
     """Thinking, the base earns nothing, and there is nothing to rank by."""
     settings = ProbeSettings(model=model, task="arithmetic", budget=0.002, config=SMALL | QUIET, steps=4000)
