@@ -36,6 +36,7 @@ class Task:
         max_completion_tokens: where a completion is cut by default.
         environment_factory: makes one environment per rollout, as TRL's `environment_factory`; None without turns.
         data: what identifies the data for a repetition of the run: versions, revisions, digests.
+        train_size: rows of the train split; None where they are drawn without end, or it is not known.
     """
 
     name: str
@@ -44,6 +45,7 @@ class Task:
     max_completion_tokens: int
     environment_factory: Callable[[], Any] | None = None
     data: Mapping[str, str] = field(default_factory=dict)
+    train_size: int | None = None
 
 
 def load_task(name: str, *, unsafe: bool = False) -> Task:
