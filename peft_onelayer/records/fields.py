@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
 import types
 import typing
@@ -101,7 +102,7 @@ def read(kind: type[T] | Any, value: Any, where: str, name: str = "") -> Any:
     if dataclasses.is_dataclass(kind):
         return _read_dataclass(kind, value, where, name)
     origin, arguments = typing.get_origin(kind) or kind, typing.get_args(kind)
-    wrong = ValueError(f"{where}: {name} is {printable(value, 60)}, expected {_describe(kind)}")
+    wrong = ValueError(f"{where}: {printable(name)} is {printable(value, 60)}, expected {_describe(kind)}")
     if origin is Any:
         return value
     if origin in (Union, types.UnionType):
@@ -123,15 +124,16 @@ def read(kind: type[T] | Any, value: Any, where: str, name: str = "") -> Any:
 
 def _read_dataclass(kind: type[T], value: Any, where: str, name: str) -> T:
     if not isinstance(value, dict):
-        raise ValueError(f"{where}: {name} is {printable(value, 60)}, expected an object")
+        raise ValueError(f"{where}: {printable(name)} is {printable(value, 60)}, expected an object")
     prefix, hints = f"{name}." if name else "", typing.get_type_hints(kind)
     fields = {field.name: field for field in dataclasses.fields(kind)}  # type: ignore[arg-type]
     if unknown := sorted(value.keys() - fields.keys()):
-        raise ValueError(f"{where}: {prefix}{printable(unknown[0], 60)} is not known; expected {', '.join(fields)}")
+        known = ", ".join(itertools.islice(fields, 8)) + (", ..." if len(fields) > 8 else "")
+        raise ValueError(f"{where}: {printable(prefix)}{printable(unknown[0], 60)} is not known; expected {known}")
     for field in fields.values():
         required = field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
         if required and field.name not in value:
-            raise ValueError(f"{where}: {prefix}{field.name} is missing, expected {_describe(hints[field.name])}")
+            raise ValueError(f"{where}: {printable(prefix)}{field.name} is missing, expected {_describe(hints[field.name])}")
     return kind(**{key: read(hints[key], item, where, prefix + key) for key, item in value.items()})
 
 

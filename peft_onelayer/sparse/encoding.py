@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from peft_onelayer.records.text import printable
 
+from .base import ALLOW
 from .digest import config_digest, dtype_name, tensor_digest
 from .names import base_name, split_key
 
@@ -215,13 +216,9 @@ class SparseEncoding:
             for field, what in (("name", "name"), ("revision", "commit"), ("config", "configuration"))
             if found and self.base.get(field) and found.get(field) and self.base[field] != found[field]
         ]
-        allow = (
-            " To take it all the same, pass allow_other_base=True to PeftModel.from_pretrained or "
-            "SingleLayerConfig.from_pretrained, or --allow-other-base on the command line."
-        )
         return ValueError(
             f"this is not the base that the adapter was trained on ({made or 'unnamed'}): {problem}"
-            f"{'; ' + ', '.join(differ) if differ else ''}.{allow if way_out else ''}"
+            f"{'; ' + ', '.join(differ) if differ else ''}.{' ' + ALLOW if way_out else ''}"
         )
 
 

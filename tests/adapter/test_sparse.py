@@ -163,7 +163,7 @@ def other_commit(base):
 WRONG = {
     "weights": (other_weights, r"its model\.layers\.2\.mlp\.up_proj\.weight holds other weights"),
     "name": (other_commit, r"other weights; name .*base there and somebody/other here\."),
-    "config": (lambda base: build(dtype=BF16, rope_theta=3.0, seed=1), r"configuration \w+ there and \w+ here"),
+    "config": (lambda base: build(dtype=BF16, rope_theta=3.0, seed=1), r"\d+ tensor\(s\) differ, model\.embed_tokens\.weight \(other w"),
     "float32": (
         lambda base: AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32),
         r"is float32 and was bfloat16 in training; load it with dtype='bfloat16'",
@@ -172,9 +172,9 @@ WRONG = {
         lambda base: AutoModelForCausalLM.from_pretrained(base, dtype=torch.float16),
         r"is float16 and was bfloat16 in training",
     ),
-    "shape": (lambda base: build(dtype=BF16, intermediate_size=64), r"mlp\.\w+\.weight has shape \[\d+, \d+\], not"),
+    "shape": (lambda base: build(dtype=BF16, intermediate_size=64), r"mlp\.\w+\.weight \(shape \[\d+, \d+\], not"),
     "depth": (lambda base: build(dtype=BF16, num_layers=6), "made for a model of 4 blocks and this one has 6"),
-    "family": (lambda base: build("Llama", dtype=BF16), r"differ in 2 tensor\(s\), for example .*k_norm"),
+    "family": (lambda base: build("Llama", dtype=BF16), r"\d+ tensor\(s\) differ, "),
 }
 ENTRANCES = {
     "from_pretrained": lambda base, folder: PeftModel.from_pretrained(base, folder),
@@ -239,11 +239,9 @@ def test_a_sparse_file_is_not_taken_for_a_dense_one(published):
     edit(folder, lambda config: config.pop("encoding"))
     with pytest.raises(ValueError, match=r"which adapter_config\.json does not record"):
         open_adapter(folder)
-    for name in ("from_pretrained", "load_adapter"):
+    for entrance in ENTRANCES.values():
         with pytest.raises(ValueError, match="the file is sparse"):
-            ENTRANCES[name](AutoModelForCausalLM.from_pretrained(base), folder)
-    report = AutoModelForCausalLM.from_pretrained(base).load_adapter(folder)  # transformers decodes on our word alone
-    assert report.missing_keys and report.unexpected_keys
+            entrance(AutoModelForCausalLM.from_pretrained(base), folder)
 
 
 def test_a_file_cannot_allow_another_base(published):
