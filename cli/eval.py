@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from ._errors import user_error
-from ._options import Chat, Dataset, Json, Revision, Reward, TaskName, Unsafe
+from ._options import AllowOtherBase, Chat, Dataset, Json, Revision, Reward, TaskName, Unsafe
 from ._output import TerminalProgress, command_line, print_json, print_line, print_table, status
 
 if TYPE_CHECKING:
@@ -36,6 +36,7 @@ def evaluate(
     chat: Chat = None,
     revision: Revision = None,
     unsafe: Unsafe = False,
+    allow_other_base: AllowOtherBase = False,
     out: Annotated[
         Path | None, typer.Option(help="JSON file for the figures and every problem's score.", show_default=False)
     ] = None,
@@ -65,6 +66,7 @@ def evaluate(
                 chat=chat,
                 revision=revision,
                 unsafe=unsafe,
+                allow_other_base=allow_other_base,
                 out=out,
             ),
             command=command_line(),

@@ -7,7 +7,7 @@ transformers, so that a damaged one is refused at once.
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from fnmatch import fnmatch
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -109,29 +109,43 @@ class Checkpoint:
 
     @functools.cached_property
     def entries(self) -> dict[str, Entries]:
-        """The sampled entries of the floating-point tensors, by their names in the loaded model, tied ones under each of
-        their names."""
+        """The sampled entries of the floating-point tensors, by their names in the loaded model; of tied ones under
+        each of their names."""
         found = {
             name: Entries(place.entries_at(positions(place.entries)), place.shape)
             for name, place in ((name, self.places[stored]) for name, stored in self.stored_as.items())
             if place.is_floating_point
         }
         if self.model is not None:
-            tied = self.model.all_tied_weights_keys
+            tied: dict[str, str] = self.model.all_tied_weights_keys  # type: ignore[assignment]
             found |= {name: found[source] for name, source in tied.items() if source in found and name not in found}
         return found
+
+    def record(self, trained: Collection[str], modules_to_save: Collection[str] = ()) -> BaseRecord:
+        """What an adapter of the tensors `trained` records of this base."""
+        parts = [f".{module}." for module in modules_to_save]
+        known = {
+            name: entries.sampled
+            for name, entries in self.entries.items()
+            if not any(part in f".{name}" for part in parts)
+        }
+        block = {name: known[name] for name in trained}
+        rest = {name: sample for name, sample in known.items() if name not in block}
+        return BaseRecord(block, rest)
 
     def compare(self, record: BaseRecord, changed: Mapping[str, Entries] | None = None) -> Comparison:
         """Compare the checkpoint with what is recorded of a base; `changed` has the entries of tensors that adapters
         have changed before."""
-        model: Any = self.model
-        unavailable, embeddings = {}, set()
+        from peft_onelayer.tuner.base import embedding_names
+
+        model = self.model
+        unavailable: dict[str, str] = {}
+        embeddings: set[str] = set()
         if model is not None:
-            modules = [model.get_input_embeddings(), model.get_output_embeddings()]
-            names = {id(p): name for name, p in model.named_parameters(remove_duplicate=False)}
-            embeddings = {names[id(m.weight)] for m in modules if m is not None and id(m.weight) in names}
+            embeddings = embedding_names(model)
+            names = {name for name, _ in model.named_parameters(remove_duplicate=False)}
             converted = "stored in a form that transformers converts"
-            unavailable = {name: converted for name in record.tensors if name in names.values()}
+            unavailable = {name: converted for name in record.tensors if name in names}
         found = self.entries | dict(changed or {})
         unavailable = {name: why for name, why in unavailable.items() if name not in found}
         comparison = compare(record.tensors, found, unavailable, embeddings)

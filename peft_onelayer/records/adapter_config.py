@@ -50,5 +50,5 @@ def check_adapter_config(config: Mapping[str, Any], where: str) -> None:
                 raise ValueError(f"{where}: {name} has {len(text):,} characters, expected at most {limit:,}")
 
 
-LIMITS = {name: 1000 for name in ("target_modules", "layer", "layers_pattern", "modules_to_save", "saved_embeddings")}
+LIMITS = dict.fromkeys(("target_modules", "layer", "layers_pattern", "modules_to_save", "saved_embeddings"), 1000)
 LIMITS |= {"base_model_name_or_path": 4096, "revision": 200, "task_type": 100, "peft_version": 200}

@@ -133,7 +133,9 @@ def _read_dataclass(kind: type[T], value: Any, where: str, name: str) -> T:
     for field in fields.values():
         required = field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
         if required and field.name not in value:
-            raise ValueError(f"{where}: {printable(prefix)}{field.name} is missing, expected {_describe(hints[field.name])}")
+            raise ValueError(
+                f"{where}: {printable(prefix)}{field.name} is missing, expected {_describe(hints[field.name])}"
+            )
     return kind(**{key: read(hints[key], item, where, prefix + key) for key, item in value.items()})
 
 

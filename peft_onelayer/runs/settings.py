@@ -90,6 +90,7 @@ class EvaluationSettings(Source):
         temperature: of sampling, above 0.
         max_completion_tokens: where a completion is cut; None for the task's own.
         batch_size: completions at a time, on which the samples depend.
+        allow_other_base: evaluate an adapter of our method on a base that it was not trained on.
         out: JSON file for the figures and every problem's score.
     """
 
@@ -101,6 +102,7 @@ class EvaluationSettings(Source):
     temperature: float = 1.0
     max_completion_tokens: int | None = None
     batch_size: int = 64
+    allow_other_base: bool = False
     out: str | Path | None = None
 
 

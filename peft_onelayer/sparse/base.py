@@ -28,12 +28,7 @@ FORMAT = "onelayer-base-1"
 RUNS, RUN = 64, 64
 WIDTHS = {"bfloat16": 16, "float16": 16, "float32": 32, "float64": 64}
 NARROW = ("bfloat16", "float16")
-ALLOW = (
-    "To take it all the same, pass allow_other_base=True to PeftModel.from_pretrained or "
-    "SingleLayerConfig.from_pretrained, or --allow-other-base on the command line."
-)
-# In a transformers configuration: which blocks of which base were trained and merged before, first to last.
-STAGES = "onelayer_stages"
+OTHER_WEIGHTS = "holds other weights"
 
 
 @dataclass(frozen=True)
@@ -109,6 +104,11 @@ class BaseRecord:
             "stages": [vars(stage) for stage in self.stages],
         }
 
+    def fits(self, shapes: Mapping[str, tuple[int, ...]]) -> bool:
+        """Whether a base with tensors of these shapes has the block's. One that has not is refused when the adapter is
+        read, and that message is plainer."""
+        return all(name in shapes and shapes[name] == sample.shape for name, sample in self.block.items())
+
     @classmethod
     def from_json(cls, fields: Any) -> BaseRecord:
         """Check and take the field `trained_on` of adapter_config.json.
@@ -134,7 +134,7 @@ class BaseRecord:
         if not parts[0] or parts[0].keys() & parts[1].keys():
             raise ValueError("adapter_config.json: trained_on.block is empty or repeated in trained_on.rest.")
         stages = read(list[Stage], fields.get("stages", []), "adapter_config.json", "trained_on.stages")
-        return cls(*parts, stages)
+        return cls(parts[0], parts[1], stages)
 
 
 @dataclass(frozen=True)
@@ -213,7 +213,8 @@ def compare(
         unavailable: the others at hand, with the reason.
         embeddings: names of tensors that may have been resized since.
     """
-    other, unchecked = {}, {}
+    other: dict[str, str] = {}
+    unchecked: dict[str, str] = {}
     for name, sample in recorded.items():
         entries = found.get(name)
         if entries is None:
@@ -221,28 +222,62 @@ def compare(
         elif entries.shape != sample.shape:
             resized = name in embeddings and entries.shape[1:] == sample.shape[1:]
             sizes = f"shape {list(entries.shape)}, not {list(sample.shape)}"
-            (unchecked if resized else other)[name] = f"resized: {sizes}" if resized else sizes
+            (unchecked if resized else other)[name] = f"resized: {sizes}" if resized else f"has {sizes}"
         elif (same := entries.equals(sample)) is None:
             unchecked[name] = f"{dtype_name(entries.values)} here and {sample.dtype} in training"
         elif not same:
-            other[name] = "other weights"
+            other[name] = OTHER_WEIGHTS
     new = (found.keys() | unavailable.keys()) - recorded.keys()
-    return Comparison(other, unchecked | {name: "not in the base of the training" for name in sorted(new)})
+    return Comparison(other, unchecked | dict.fromkeys(sorted(new), "not in the base of the training"))
 
 
 def in_words(names: Mapping[str, str]) -> str:
     """The first few of `names` with what is said of them, and how many more there are."""
-    shown = [f"{printable(name, 80)} ({reason})" for name, reason in itertools.islice(names.items(), 3)]
-    return ", ".join(shown) + (f" and {len(names) - len(shown)} more" if len(names) > len(shown) else "")
+    few = dict(itertools.islice(names.items(), 3))
+    if len(set(few.values())) == 1:
+        shown = ", ".join(printable(name, 60) for name in few)
+        reason = f" ({printable(next(iter(few.values())), 80)})"
+    else:
+        shown, reason = ", ".join(f"{printable(name, 60)} ({printable(why, 60)})" for name, why in few.items()), ""
+    return shown + (f" and {len(names) - len(few)} more" if len(names) > len(few) else "") + reason
 
 
-def other_base(made: str, comparison: Comparison, stages: Iterable[Stage] = (), hint: str = "") -> ValueError:
-    """The error for another base; `made` names the recorded one."""
-    before = name_stages(stages)
-    trained = f", with {before} merged" if before else ""
+def what_differs(other: Mapping[str, str]) -> str:
+    """The tensors of another base in words: the first with what differs, a few more by name, and how many there are."""
+    (first, what), *more = sorted(other.items(), key=lambda item: item[1] == OTHER_WEIGHTS)
+    names = [printable(name, 60) for name, _ in more[:2]]
+    rest = (
+        f", and {len(more)} more tensor(s) differ ({', '.join(names)}{', ...' if len(more) > 2 else ''})"
+        if more
+        else ""
+    )
+    return f"its {printable(first, 80)} {what}{rest}"
+
+
+def other_base(
+    problem: str, recorded: Mapping[str, Any], found: Mapping[str, Any] | None = None, way_out: bool = True
+) -> ValueError:
+    """The error for a base that is not the one the adapter was trained on; names all that is known to differ.
+
+    Args:
+        problem: what differs, as `what_differs` says it.
+        recorded: what is known of the recorded base, as `describe_base` says it.
+        found: the same of the base at hand.
+        way_out: whether `allow_other_base` helps.
+    """
+    made = " at ".join(printable(recorded[field]) for field in ("name", "revision") if recorded.get(field))
+    differ = [
+        f"{what} {printable(recorded[field])} there and {printable(found[field])} here"
+        for field, what in (("name", "name"), ("revision", "commit"), ("config", "configuration"))
+        if found and recorded.get(field) and found.get(field) and recorded[field] != found[field]
+    ]
+    allow = (
+        " To take it all the same, pass allow_other_base=True to PeftModel.from_pretrained or "
+        "SingleLayerConfig.from_pretrained, or --allow-other-base on the command line."
+    )
     return ValueError(
-        f"this is not the base that the adapter was trained on ({printable(made, 80) or 'unnamed'}{trained}): "
-        f"{len(comparison.other)} tensor(s) differ, {in_words(comparison.other)}{hint}. {ALLOW}"
+        f"this is not the base that the adapter was trained on ({made or 'unnamed'}): {problem}"
+        f"{'; ' + ', '.join(differ) if differ else ''}.{allow if way_out else ''}"
     )
 
 
@@ -262,17 +297,5 @@ def not_compared(comparison: Comparison) -> str:
     )
 
 
-def read_stages(config: Any) -> list[Stage]:
-    """What a model's transformers configuration, or None, says of blocks merged before.
-
-    Raises:
-        ValueError: no such thing.
-    """
-    found = config.get(STAGES) if isinstance(config, Mapping) else getattr(config, STAGES, None)
-    return read(list[Stage], found or [], "config.json", STAGES)
-
-
 def _kinds(dtype: str) -> list[str]:
     return [dtype, *(kind for kind in NARROW if kind != dtype)]
-
-

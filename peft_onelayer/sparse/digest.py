@@ -12,7 +12,6 @@ if TYPE_CHECKING:
 # Not part of what a model computes: where it was loaded from, by which version, in which dtype (tensors have one), and
 # what TRL and tokenizers set on a model in training.
 NOT_ARCHITECTURE = {"_name_or_path", "transformers_version", "dtype", "torch_dtype", "architectures", "use_cache"}
-NOT_ARCHITECTURE |= {"onelayer_stages"}  # what was merged before, see base.py
 NOT_ARCHITECTURE |= {f"{kind}_token_id" for kind in ("bos", "eos", "pad", "sep", "decoder_start")}
 
 

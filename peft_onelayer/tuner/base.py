@@ -17,19 +17,20 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 
 from peft_onelayer.sparse.base import (
-    STAGES,
     WIDTHS,
     BaseRecord,
     Comparison,
     Entries,
     Stage,
     compare,
+    name_stages,
     not_compared,
     other_base,
     positions,
-    read_stages,
+    what_differs,
 )
 from peft_onelayer.sparse.digest import dtype_name
+from peft_onelayer.sparse.encoding import SparseEncoding, describe_base
 from peft_onelayer.sparse.names import base_name
 
 from .config import SingleLayerConfig
@@ -37,6 +38,7 @@ from .quantized import is_quantized
 from .sharding import gathered
 from .weights import AdapterWeights
 
+STAGES = "_onelayer_stages"  # attribute of a base in memory: the `Stage`s that were merged into it
 # What wrappers put into the names of a base's tensors.
 _WRAPPERS = re.compile(r"(^|\.)(?:_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module|original_module)(?=\.)")
 
@@ -57,24 +59,39 @@ def identify_base(model: nn.Module, config: SingleLayerConfig, trained: Collecti
     """
     found, unavailable = base_entries(model, config.modules_to_save or [])
     old = None if config.trained_on is None or config.base_is_recorded else BaseRecord.from_json(config.trained_on)
-    if old is not None and not config.allow_other_base:
-        comparison = compare(old.tensors, found, unavailable, embedding_names(model))
-        if config.encoding is not None:  # its own digests, of every entry, say more of the block
-            other = {name: what for name, what in comparison.other.items() if name not in old.block}
-            unchecked = {name: why for name, why in comparison.unchecked.items() if name not in old.block}
-            comparison = Comparison(other, unchecked)
-        if comparison.other:
-            made = " at ".join(filter(None, (config.base_model_name_or_path, config.revision)))
-            raise other_base(made, comparison, old.stages)
-        if message := not_compared(comparison):
-            warnings.warn(message, stacklevel=2)
+    shapes = {name: entries.shape for name, entries in found.items()}
+    shapes |= {name: old.block[name].shape for name in unavailable if old is not None and name in old.block}
+    if old is not None and not config.allow_other_base and old.fits(shapes):
+        _check_base(model, config, old, compare(old.tensors, found, unavailable, embedding_names(model)))
     known = {name: entries.sampled for name, entries in found.items()}
     if old is not None and not config.allow_other_base:  # what cannot be read here stays as it was recorded
         known = {name: s for name, s in old.tensors.items() if name in unavailable} | known
     block = {name: sample for name, sample in known.items() if name.rpartition(".")[0] in trained}
     rest = {name: sample for name, sample in known.items() if name not in block}
-    record = BaseRecord(block, rest, read_stages(getattr(model, "config", None)))
+    record = BaseRecord(block, rest, vars(model).get(STAGES, []))
     config.trained_on, config.base_is_recorded = (record.to_json() if block else None), True
+
+
+def _check_base(model: Any, config: SingleLayerConfig, old: BaseRecord, comparison: Comparison) -> None:
+    recorded: dict[str, Any] = {"name": config.base_model_name_or_path, "revision": config.revision}
+    if config.encoding is not None:  # its own digests, of every entry, say more of the block
+        other = {name: what for name, what in comparison.other.items() if name not in old.block}
+        unchecked = {name: why for name, why in comparison.unchecked.items() if name not in old.block}
+        comparison, recorded = Comparison(other, unchecked), SparseEncoding.from_json(config.encoding).base
+    if comparison.other:
+        problem = what_differs(comparison.other)
+        if old.stages:
+            problem += f"; it was trained after {name_stages(old.stages)}"
+        raise other_base(problem, recorded, describe_model(model))
+    if message := not_compared(comparison):
+        warnings.warn(message, stacklevel=2)
+
+
+def describe_model(model: Any) -> dict[str, Any]:
+    """What is known of a base in memory, as `describe_base` says it."""
+    config = getattr(model, "config", None)
+    known = config if hasattr(config, "to_diff_dict") else None
+    return describe_base(known, getattr(config, "_name_or_path", None), getattr(config, "_commit_hash", None), 0)
 
 
 def base_entries(model: nn.Module, left_out: Iterable[str] = ()) -> tuple[dict[str, Entries], dict[str, str]]:
@@ -133,19 +150,15 @@ def embedding_names(model: Any) -> set[str]:
 
 
 def record_stage(model: nn.Module, blocks: Iterable[int]) -> None:
-    """Note in the configuration of `model`, which `save_pretrained` writes, that trained blocks were merged into it."""
-    config: Any = getattr(model, "config", None)
-    blocks = sorted(set(blocks))
-    if config is None or not hasattr(config, "to_diff_dict") or not blocks:
-        return
-    stage = Stage(getattr(model, "name_or_path", None) or None, getattr(config, "_commit_hash", None), blocks)
-    setattr(config, STAGES, [*(getattr(config, STAGES, None) or []), vars(stage)])
+    """Note on `model` that trained blocks were merged into it in memory, so that its name is no longer what it was."""
+    name = getattr(model, "name_or_path", None) or None
+    stage = Stage(name, getattr(getattr(model, "config", None), "_commit_hash", None), sorted(set(blocks)))
+    vars(model)[STAGES] = [*vars(model).get(STAGES, []), stage]
 
 
 def is_renamed(model: nn.Module) -> bool:
     """Whether the name of `model` is that of a base into which blocks were merged since, and so names another model."""
-    stages = read_stages(getattr(model, "config", None))
-    return bool(stages) and stages[-1].base == (getattr(model, "name_or_path", None) or None)
+    return bool(vars(model).get(STAGES))
 
 
 def _base_tensors(model: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
@@ -181,7 +194,7 @@ def _to_cpu(tensors: dict[int, torch.Tensor]) -> dict[int, torch.Tensor]:
     groups: dict[tuple[torch.device, torch.dtype], list[int]] = {}
     for key, tensor in tensors.items():
         groups.setdefault((tensor.device, tensor.dtype), []).append(key)
-    moved = {}
+    moved: dict[int, torch.Tensor] = {}
     for keys in groups.values():
         together = torch.cat([tensors[key] for key in keys]).cpu()
         moved |= dict(zip(keys, together.split([tensors[key].numel() for key in keys]), strict=True))

@@ -74,8 +74,8 @@ class SingleLayerConfig(PeftConfig):
     `model.load_adapter(folder, peft_config=config)`.
 
     Raises:
-        ValueError: `layer` missing or malformed, `master_dtype` unknown, or a field of another type. Whether `layer` is in range is checked
-            against the model when it is wrapped.
+        ValueError: `layer` missing or malformed, `master_dtype` unknown, or a field of another type. Whether `layer`
+            is in range is checked against the model when it is wrapped.
     """
 
     layer: int | str | list[int] | None = field(default=None, metadata={"help": "The block(s) to train."})
@@ -137,7 +137,7 @@ class SingleLayerConfig(PeftConfig):
         fields = super().to_dict() | {"encoding": None}
         del fields["allow_other_base"], fields["base_is_recorded"]
         stages = (self.trained_on or {}).get("stages")
-        if stages and stages[-1]["base"] == fields["base_model_name_or_path"]:
+        if stages and stages[-1].get("base") == fields["base_model_name_or_path"]:
             fields |= {"base_model_name_or_path": None, "revision": None}
         return fields
 
@@ -153,7 +153,7 @@ class SingleLayerConfig(PeftConfig):
 
 
 def saved_whole(name: str, modules_to_save: list[str] | None) -> bool:
-    """Whether a tensor of an adapter's file, by its name in the base, is one of `modules_to_save`. Where the module is an
-    embedding that is saved too, PEFT also writes what its wrapper holds, under names of the wrapper's."""
+    """Whether a tensor of an adapter's file, by its name in the base, is one of `modules_to_save`. Where the module is
+    an embedding that is saved too, PEFT also writes what its wrapper holds, under names of the wrapper's."""
     wrapped = any(part in f".{name}." for part in (".original_module.", ".modules_to_save."))
     return not wrapped and any(f".{module}." in f".{name}" for module in modules_to_save or [])

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 
-import regex  # has a limit of time, which `re` lacks
+import regex  # type: ignore[import-untyped]  # has a limit of time, which `re` lacks
 from torch import nn
 
 from peft_onelayer.records.text import one_line, printable
@@ -61,9 +61,10 @@ def target_names(stack: DecoderStack, indices: list[int], config: SingleLayerCon
         for target in [targets] if isinstance(targets, str) else targets:
             found = [(prefix, path) for prefix, path in modules if matches(target, path, whole, prefix)]
             if not found:
+                known = ", ".join(dict.fromkeys(path for _, path in modules))
                 raise ValueError(
                     f"target_modules entry {printable(target)!r} matches nothing in block "
-                    f"{', '.join(map(str, indices))}; its modules are {', '.join(dict.fromkeys(path for _, path in modules))}."
+                    f"{', '.join(map(str, indices))}; its modules are {known}."
                 )
             chosen += found
     saved_whole = [f".{name}." for name in config.modules_to_save or []]
@@ -122,6 +123,4 @@ def _matches_whole(pattern: str, name: str) -> bool:
         ) from None
     except regex.error as error:
         problem = one_line(error, 100)
-        raise ValueError(
-            f"target_modules {printable(pattern, 80)!r} is no regular expression: {problem}."
-        ) from None
+        raise ValueError(f"target_modules {printable(pattern, 80)!r} is no regular expression: {problem}.") from None
