@@ -285,6 +285,8 @@ def _other_base(adapter: AdapterFile, checkpoint: Checkpoint) -> str | None:
     if adapter.sparse is not None:
         return None  # it carries digests of the base's tensors, which are checked when they are read
     name, commit = adapter.config.get("base_model_name_or_path"), adapter.config.get("revision")
+    if name and adapter.trained_on is not None and Path(name).is_dir():
+        return None  # compared already
     hub_id, hub_commit = hub_identity(checkpoint.folder)
     if name and Path(name).is_dir():
         import torch

@@ -53,7 +53,7 @@ class Sampled:
     Attributes:
         dtype: one of `WIDTHS`.
         shape: of the whole tensor.
-        digests: of the sampled entries by the dtype that they were rounded to: `dtype`, and each of `NARROW`.
+        digests: of the sampled entries by the dtype that they were rounded to: `dtype`, and the narrower ones.
     """
 
     dtype: str
@@ -67,7 +67,7 @@ class Sampled:
     @classmethod
     def from_json(cls, text: str) -> Sampled | None:
         """None for another text than `to_json` gives."""
-        match = re.fullmatch(r"(\w{7,8}) (scalar|\d{1,15}(?:x\d{1,15}){0,7})((?: [0-9a-f]{16}){2,3})", text)
+        match = re.fullmatch(r"(\w{7,8}) (scalar|\d{1,15}(?:x\d{1,15}){0,7})((?: [0-9a-f]{16}){2,4})", text)
         if match is None or match[1] not in WIDTHS:
             return None
         kinds, digests = _kinds(match[1]), match[3].split()
@@ -166,7 +166,7 @@ class Entries:
         """Whether these are the recorded entries, as far as the two dtypes go; None where they do not tell.
 
         A wider dtype is rounded to the recorded one, and a narrower one is compared with the recorded entries rounded
-        to it. bfloat16 and float16 cannot tell a base apart that was rounded to each of them on its own.
+        to it. Of bfloat16 and float16 only equal ones tell: a base may have been rounded to each of them on its own.
         """
         here, there = dtype_name(self.values), recorded.dtype
         if here == there or WIDTHS[here] > WIDTHS[there]:
@@ -215,6 +215,8 @@ def compare(
     """
     other: dict[str, str] = {}
     unchecked: dict[str, str] = {}
+    undecided: dict[str, str] = {}
+    telling = 0  # tensors that are equal although bfloat16 here was float16 there, or the other way round
     for name, sample in recorded.items():
         entries = found.get(name)
         if entries is None:
@@ -224,9 +226,15 @@ def compare(
             sizes = f"shape {list(entries.shape)}, not {list(sample.shape)}"
             (unchecked if resized else other)[name] = f"resized: {sizes}" if resized else f"has {sizes}"
         elif (same := entries.equals(sample)) is None:
-            unchecked[name] = f"{dtype_name(entries.values)} here and {sample.dtype} in training"
+            undecided[name] = f"{dtype_name(entries.values)} here and {sample.dtype} in training"
         elif not same:
             other[name] = OTHER_WEIGHTS
+        elif dtype_name(entries.values) != sample.dtype and WIDTHS[dtype_name(entries.values)] == WIDTHS[sample.dtype]:
+            telling += bool((entries.values != entries.values[:1]).any())
+    if telling > len(undecided):  # so one was made from the other, and all tensors would be equal
+        other |= dict.fromkeys(undecided, OTHER_WEIGHTS)
+    else:
+        unchecked |= undecided
     new = (found.keys() | unavailable.keys()) - recorded.keys()
     return Comparison(other, unchecked | dict.fromkeys(sorted(new), "not in the base of the training"))
 
@@ -298,4 +306,5 @@ def not_compared(comparison: Comparison) -> str:
 
 
 def _kinds(dtype: str) -> list[str]:
-    return [dtype, *(kind for kind in NARROW if kind != dtype)]
+    narrower = ["float32", *NARROW] if dtype == "float64" else NARROW
+    return [dtype, *(kind for kind in narrower if kind != dtype)]
