@@ -228,7 +228,9 @@ def check_base(
         return {}
     unchecked: dict[str, str] = {}
     if adapter.trained_on is not None:
-        comparison = checkpoint.compare(adapter.trained_on, changed)
+        comparison = checkpoint.compare(adapter.trained_on, changed).without(
+            adapter.config.get("saved_embeddings") or []
+        )
         there = adapter.trained_on.tensors
         independent = {
             name

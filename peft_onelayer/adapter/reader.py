@@ -179,6 +179,12 @@ def _check_contents(file: AdapterFile) -> None:
         values = file.stored_parts(name)["" if record is None else "values"]
         if not values.is_floating_point and "ulps" not in file.keys[name]:
             raise ValueError(f"{where} holds {printable(name)} as {values.dtype}, which is no floating-point weight.")
+        if record is not None and (
+            any(len(part.shape) != 1 for part in file.stored_parts(name).values())
+            or DTYPES[values.dtype] != record.dtype
+            or values.entries > math.prod(record.shape)
+        ):
+            raise ValueError(f"{where} holds values of {printable(name)} that {CONFIG} does not record: it is damaged.")
         shape = list(values.shape if record is None else record.shape)
         if file.trained_on is not None and shape != list(file.trained_on.block[name].shape):
             raise ValueError(

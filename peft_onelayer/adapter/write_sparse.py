@@ -109,10 +109,8 @@ def _compare(file: AdapterFile, record: BaseRecord, base: Any) -> tuple[Comparis
         here = checkpoint.record([name for name in record.block if name in checkpoint.entries], whole)
     if not record.fits(shapes):  # said when the tensors are read
         return Comparison({}, {}), here
-    guarded = record.block if file.sparse is not None else {}
-    other = {name: what for name, what in comparison.other.items() if name not in guarded}
-    unchecked = {name: why for name, why in comparison.unchecked.items() if name not in record.block}
-    return Comparison(other, unchecked), here
+    comparison = comparison.without(file.config.get("saved_embeddings") or [])  # the adapter holds them itself
+    return comparison if file.sparse is None else comparison.without(record.block), here
 
 
 def _open_base(base: Any, config: dict[str, Any]) -> tuple[Callable[[str], torch.Tensor], dict[str, Any]]:

@@ -189,6 +189,11 @@ class Comparison:
     other: dict[str, str]
     unchecked: dict[str, str]
 
+    def without(self, names: Collection[str]) -> Comparison:
+        """The same, of all tensors but these."""
+        other = {name: what for name, what in self.other.items() if name not in names}
+        return Comparison(other, {name: why for name, why in self.unchecked.items() if name not in names})
+
 
 @functools.lru_cache(maxsize=256)
 def positions(entries: int) -> list[int]:

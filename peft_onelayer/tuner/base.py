@@ -74,10 +74,9 @@ def identify_base(model: nn.Module, config: SingleLayerConfig, trained: Collecti
 
 def _check_base(model: Any, config: SingleLayerConfig, old: BaseRecord, comparison: Comparison) -> None:
     recorded: dict[str, Any] = {"name": config.base_model_name_or_path, "revision": config.revision}
+    comparison = comparison.without(config.saved_embeddings or [])  # the file holds them itself
     if config.encoding is not None:  # its own digests, of every entry, say more of the block
-        other = {name: what for name, what in comparison.other.items() if name not in old.block}
-        unchecked = {name: why for name, why in comparison.unchecked.items() if name not in old.block}
-        comparison, recorded = Comparison(other, unchecked), SparseEncoding.from_json(config.encoding).base
+        comparison, recorded = comparison.without(old.block), SparseEncoding.from_json(config.encoding).base
     if comparison.other:
         problem = what_differs(comparison.other)
         if old.stages:

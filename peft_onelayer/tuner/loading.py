@@ -131,7 +131,8 @@ def _vocabulary_was_resized(model: Any) -> bool:
     if not name or not hasattr(config, "vocab_size"):
         return False
     try:
-        before = type(config).from_pretrained(name, revision=config._commit_hash, local_files_only=True)
+        commit = getattr(config, "_commit_hash", None)
+        before = type(config).from_pretrained(name, revision=commit, local_files_only=True)
     except (OSError, ValueError):
         return False
     return before.vocab_size != config.vocab_size

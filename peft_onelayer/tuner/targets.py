@@ -15,6 +15,9 @@ from .quantized import unsupported_quantization
 from .stack import DecoderStack
 
 SECONDS = 0.5  # a regular expression may take for one name
+GROUPS = 40
+# Recursion, flags and the like; and braces other than `x{9}`, `x{1,9}`, `x{1,}` behind a single character or class.
+UNBOUNDED = re.compile(r"\(\?(?![:!=]|<[!=])|(?<=[)}])\{|\{(?!\d{1,2}(,\d{0,2})?\})")
 
 
 def check_blocks(model: nn.Module, stack: DecoderStack, indices: list[int], config: SingleLayerConfig) -> None:
@@ -110,10 +113,16 @@ def _matches_whole(pattern: str, name: str) -> bool:
     """`re.fullmatch`, for an expression that may come from a stranger.
 
     Raises:
-        ValueError: no regular expression, or one that takes more than `SECONDS` on one name.
+        ValueError: no regular expression, one that takes more than `SECONDS` on one name, or one whose compiled form
+            might not fit into memory.
     """
     if is_name(pattern):
         return re.fullmatch(pattern, name) is not None
+    if pattern.count("(") > GROUPS or UNBOUNDED.search(pattern):
+        raise ValueError(
+            f"target_modules {printable(pattern, 80)!r} has more than {GROUPS} groups, a group of a special kind, or a "
+            "repetition in braces of a group or of 100 and more; give a list of names."
+        )
     try:
         return regex.fullmatch(pattern, name, timeout=SECONDS) is not None
     except TimeoutError:

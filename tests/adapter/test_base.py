@@ -135,7 +135,7 @@ def test_a_stage_trained_on_a_merged_folder(chain, tmp_path):
     merge_into_checkpoint(root / "base", stages, tmp_path / "out")
     got, want = load(tmp_path / "out").state_dict(), third.merge_and_unload().state_dict()
     assert all(torch.equal(got[name], want[name]) for name in want)
-    with pytest.raises(ValueError, match="is not the base|neither on the result"):
+    with pytest.raises(ValueError, match=r"is not the base|neither on the result"):
         merge_into_checkpoint(root / "base", [root / "first", tmp_path / "third"], tmp_path / "no")
 
 
@@ -161,9 +161,9 @@ SAME = {
 }
 
 
-@pytest.mark.parametrize("dtype", [BF16, torch.float32])
+@pytest.mark.parametrize("dtype", [BF16, pytest.param(torch.float32, marks=pytest.mark.more)], ids=str)
 @pytest.mark.parametrize("way", SAME)
-@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("tied", [True, pytest.param(False, marks=pytest.mark.more)])
 def test_the_same_base_is_never_refused(tmp_path, way, dtype, tied, recwarn):
     build(dtype=dtype, tie_word_embeddings=tied).save_pretrained(tmp_path / "base")
     train(load(tmp_path / "base"), 1).save_pretrained(tmp_path / "adapter")
@@ -198,7 +198,9 @@ def test_what_cannot_be_compared_is_named(tmp_path):
         PeftModel.from_pretrained(resized, tmp_path / "adapter")
     meta = load(tmp_path / "base")
     meta.lm_head.to("meta")
-    with pytest.warns(UserWarning, match=r"1 tensor\(s\) could not .*lm_head\.weight \(on the meta device or offloaded"):
+    with pytest.warns(
+        UserWarning, match=r"1 tensor\(s\) could not .*lm_head\.weight \(on the meta device or offloaded"
+    ):
         PeftModel.from_pretrained(meta, tmp_path / "adapter")
     more = load(tmp_path / "base")
     more.model.norm.bias = torch.nn.Parameter(torch.zeros(32))
@@ -296,11 +298,18 @@ def test_a_record_is_read_back_exactly():
     assert BaseRecord.from_json(json.loads(json.dumps(record.to_json()))) == record
     assert compare(record.tensors, entries, {}).other == {}
     text = samples["a"].to_json()
-    for wrong in ("", text[:-1], text + "0", text.replace("float32", "floot32"), text.replace("2x3", "2x-3"), "x" * 10**6):
+    for wrong in (
+        "",
+        text[:-1],
+        text + "0",
+        text.replace("float32", "floot32"),
+        text.replace("2x3", "2x-3"),
+        "x" * 10**6,
+    ):
         assert Sampled.from_json(wrong) is None
     fields = record.to_json()
     for change in ({"format": "x"}, {"block": {}}, {"block": 3}, {"rest": {"a": text}}, {"rest": {"b": 3}}):
-        with pytest.raises(ValueError, match="trained_on|record of its base"):
+        with pytest.raises(ValueError, match=r"trained_on|record of its base"):
             BaseRecord.from_json(fields | change)
     with pytest.raises(ValueError, match=r"trained_on\.stages\[0\]"):
         BaseRecord.from_json(fields | {"stages": [{"base": 3, "revision": None, "blocks": []}]})
