@@ -42,7 +42,7 @@ def print_table(title: str, header: Sequence[str], rows: Sequence[Sequence[str]]
     """A table of plain text on stdout; all columns but the first are aligned right."""
     table = Table(title=Text(plain(title)), title_justify="left", title_style="bold", show_header=any(header))
     for i, name in enumerate(header):
-        table.add_column(name, justify="right" if i else "left", no_wrap=True)
+        table.add_column(Text(plain(name)), justify="right" if i else "left", no_wrap=True)
     for row in rows:
         table.add_row(*(Text(plain(cell)) for cell in row))
     console = Console(highlight=False)

@@ -195,7 +195,6 @@ class Comparison:
         return Comparison(other, {name: why for name, why in self.unchecked.items() if name not in names})
 
 
-@functools.lru_cache(maxsize=256)
 def positions(entries: int) -> list[int]:
     """Which of a tensor's entries, counted row by row, are sampled; ascending."""
     if entries <= RUNS * RUN:

@@ -6,6 +6,7 @@ be sharded later.
 
 from __future__ import annotations
 
+import functools
 import re
 import warnings
 from collections.abc import Collection, Iterable, Iterator
@@ -182,10 +183,15 @@ def _unreadable(tensor: torch.Tensor) -> str | None:
 
 
 def _sample(tensor: torch.Tensor) -> torch.Tensor:
-    chosen = torch.tensor(positions(tensor.numel()), dtype=torch.long, device="cpu").to(tensor.device)
+    chosen = _chosen(tensor.numel()).to(tensor.device)
     if tensor.is_contiguous():
         return tensor.view(-1)[chosen]
     return tensor[torch.unravel_index(chosen, tensor.shape)]
+
+
+@functools.lru_cache(maxsize=64)  # a model has few sizes
+def _chosen(entries: int) -> torch.Tensor:
+    return torch.tensor(positions(entries), dtype=torch.long, device="cpu")
 
 
 def _to_cpu(tensors: dict[int, torch.Tensor]) -> dict[int, torch.Tensor]:
