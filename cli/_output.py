@@ -82,7 +82,7 @@ class Bar:
         self.task = self.progress.add_task(plain(description), total=total, detail="")
 
     def update(self, completed: int, detail: str = "") -> None:
-        self.progress.update(self.task, completed=completed, detail=detail)
+        self.progress.update(self.task, completed=completed, detail=plain(detail))
 
 
 @contextmanager
