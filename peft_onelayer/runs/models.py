@@ -195,8 +195,9 @@ def load_adapter(base: PreTrainedModel, folder: Path, allow_other_base: bool = F
         lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
         # load_state_dict lists every tensor below a heading
         reason = lines[1] if lines[0].startswith("Error(s) in loading") and len(lines) > 1 else str(error)
+        limit = 1000 if isinstance(error, ValueError) else 300  # ours says at its end what to do
         raise ValueError(
-            f"the adapter in {folder} does not load on {base.name_or_path}: {one_line(reason) or type(error).__name__}"
+            f"the adapter in {folder} does not load on {base.name_or_path}: {one_line(reason, limit)}"
         ) from error
     if unexpected:
         raise ValueError(

@@ -279,13 +279,13 @@ def other_base(
     """
     made = " at ".join(printable(recorded[field]) for field in ("name", "revision") if recorded.get(field))
     differ = [
-        f"{what} {printable(recorded[field])} there and {printable(found[field])} here"
-        for field, what in (("name", "name"), ("revision", "commit"), ("config", "configuration"))
+        f"{what} {printable(recorded[field], limit)} there and {printable(found[field], limit)} here"
+        for field, what, limit in (("name", "name", 200), ("revision", "commit", 40), ("config", "configuration", 12))
         if found and recorded.get(field) and found.get(field) and recorded[field] != found[field]
     ]
     allow = (
-        " To take it all the same, pass allow_other_base=True to PeftModel.from_pretrained or "
-        "SingleLayerConfig.from_pretrained, or --allow-other-base on the command line."
+        " To take it all the same: allow_other_base=True in PeftModel.from_pretrained or "
+        "SingleLayerConfig.from_pretrained, or --allow-other-base."
     )
     return ValueError(
         f"this is not the base that the adapter was trained on ({made or 'unnamed'}): {problem}"

@@ -4,12 +4,12 @@ import json
 import sys
 
 import pytest
+from run_records import RECORD
 
 from peft_onelayer.records.adapter_config import AdapterConfig, check_adapter_config
 from peft_onelayer.records.files import parse_fields
 from peft_onelayer.records.run import RunRecord
 from peft_onelayer.records.text import BITS, DEPTH, LENGTH
-from run_records import RECORD
 
 
 def deep(levels):
