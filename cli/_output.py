@@ -11,11 +11,14 @@ from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 from rich.console import Console
-from rich.markup import escape
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
+from rich.text import Text
 
+from peft_onelayer.records.text import printable
 from peft_onelayer.runs import progress
+
+LINE = 4000  # characters of a printed line
 
 # The first of the processes that torchrun or accelerate started, or the only one, speaks.
 err = Console(stderr=True, highlight=False, quiet=os.environ.get("RANK", "0") != "0")
@@ -28,7 +31,7 @@ def note(message: str) -> None:
 
 def status(message: str) -> AbstractContextManager[object]:
     """Shows `message` on a terminal while the block runs, and leaves nothing behind."""
-    return err.status(message)
+    return err.status(Text(plain(message)))
 
 
 def print_json(data: Any) -> None:
@@ -37,11 +40,11 @@ def print_json(data: Any) -> None:
 
 def print_table(title: str, header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
     """A table of plain text on stdout; all columns but the first are aligned right."""
-    table = Table(title=escape(plain(title)), title_justify="left", title_style="bold", show_header=any(header))
+    table = Table(title=Text(plain(title)), title_justify="left", title_style="bold", show_header=any(header))
     for i, name in enumerate(header):
-        table.add_column(name, justify="right" if i else "left", no_wrap=True)
+        table.add_column(Text(plain(name)), justify="right" if i else "left", no_wrap=True)
     for row in rows:
-        table.add_row(*(escape(plain(cell)) for cell in row))
+        table.add_row(*(Text(plain(cell)) for cell in row))
     console = Console(highlight=False)
     if not console.is_terminal:
         console.width = 1000  # of which it takes what it needs: a reader in a pipe wants whole names
@@ -59,8 +62,8 @@ def print_line(message: str = "") -> None:
 
 
 def plain(text: str) -> str:
-    """Without what could steer the terminal: names and records may come from a stranger."""
-    return "".join(c if c.isprintable() or c == "\n" else "?" for c in text)
+    """One line without what could steer the terminal, and not endless: names and records may come from a stranger."""
+    return printable(text, LINE)
 
 
 class Bar:
@@ -68,18 +71,18 @@ class Bar:
 
     def __init__(self, description: str, total: int) -> None:
         self.progress = Progress(
-            TextColumn("{task.description:<24}"),
+            TextColumn("{task.description:<24}", markup=False),
             BarColumn(),
             TextColumn("{task.completed:.0f}/{task.total:.0f}"),
             TimeElapsedColumn(),
-            TextColumn("{task.fields[detail]}"),
+            TextColumn("{task.fields[detail]}", markup=False),
             console=err,
             disable=not err.is_terminal,
         )
-        self.task = self.progress.add_task(description, total=total, detail="")
+        self.task = self.progress.add_task(plain(description), total=total, detail="")
 
     def update(self, completed: int, detail: str = "") -> None:
-        self.progress.update(self.task, completed=completed, detail=detail)
+        self.progress.update(self.task, completed=completed, detail=plain(detail))
 
 
 @contextmanager

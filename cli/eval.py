@@ -8,7 +8,18 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from ._errors import user_error
-from ._options import Chat, Dataset, Json, Revision, Reward, Sampling, TaskName, TrustRemoteCode, Unsafe
+from ._options import (
+    AllowOtherBase,
+    Chat,
+    Dataset,
+    Json,
+    Revision,
+    Reward,
+    Sampling,
+    TaskName,
+    TrustRemoteCode,
+    Unsafe,
+)
 from ._output import TerminalProgress, command_line, print_json, print_line, print_table, status
 
 if TYPE_CHECKING:
@@ -44,6 +55,7 @@ def evaluate(
     revision: Revision = None,
     trust_remote_code: TrustRemoteCode = False,
     unsafe: Unsafe = False,
+    allow_other_base: AllowOtherBase = False,
     out: Annotated[
         Path | None, typer.Option(help="JSON file for the figures and every problem's score.", show_default=False)
     ] = None,
@@ -76,6 +88,7 @@ def evaluate(
                 revision=revision,
                 trust_remote_code=trust_remote_code,
                 unsafe=unsafe,
+                allow_other_base=allow_other_base,
                 out=out,
             ),
             command=command_line(),

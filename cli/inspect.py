@@ -10,7 +10,8 @@ from typing import Annotated
 
 import typer
 
-from peft_onelayer.records.text import name_blocks
+from peft_onelayer.records.text import name_blocks, printable
+from peft_onelayer.sparse.base import in_words
 
 from ._errors import user_error
 from ._hub import quiet_hub
@@ -64,5 +65,12 @@ def inspect(
     print_line(f"norm of the change: {'unknown without --base' if found.change is None else f'{found.change:.4g}'}")
     commit = f" at {found.base['revision']}" if found.base["revision"] else ""
     print_line(f"base: {found.base['name'] or 'not recorded'}{commit}")
+    if found.stages:
+        print_line(f"trained after: {found.stages}")
+    if found.beside:
+        shown = ", ".join(found.beside[:5]) + (f" and {len(found.beside) - 5} more" if len(found.beside) > 5 else "")
+        print_line(f"also holds: {shown}")
+    if found.unchecked:
+        print_line(f"not compared with the base: {in_words(found.unchecked)}")
     for name, value in found.provenance.items():
-        print_line(f"{name}: {value if isinstance(value, str) else json.dumps(value)}")
+        print_line(f"{name}: {printable(value if isinstance(value, str) else json.dumps(value), 500)}")

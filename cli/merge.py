@@ -12,6 +12,7 @@ from typing import Annotated
 import typer
 
 from peft_onelayer.records.text import name_blocks
+from peft_onelayer.sparse.base import in_words
 
 from ._errors import user_error
 from ._hub import quiet_hub
@@ -21,7 +22,9 @@ from ._output import Bar, note, print_json, print_line, progress_bar, status
 
 def merge(
     base: Annotated[str, typer.Argument(help="Base model: a folder or a Hub id.")],
-    adapters: Annotated[list[str], typer.Argument(metavar="ADAPTER...", help="One or several: folders or Hub ids.")],
+    adapters: Annotated[
+        list[str], typer.Argument(metavar="ADAPTER...", help="Folders or Hub ids; stages in their order.")
+    ],
     out: Annotated[Path, typer.Argument(help="New folder for the merged model.")],
     revision: Revision = None,
     allow_other_base: AllowOtherBase = False,
@@ -45,6 +48,8 @@ def merge(
             )
     if merged.left_out:
         note(f"left out, because they hold the base's unchanged weights: {', '.join(merged.left_out)}")
+    if merged.unchecked:
+        note(f"{len(merged.unchecked)} tensor(s) of {base} could not be compared: {in_words(merged.unchecked)}")
     if as_json:
         print_json(merged.to_json())
         return

@@ -98,7 +98,7 @@ def _indices(part: Part, layer: Layers, num_layers: int) -> Sequence[int]:
         return [part]
     kind, first, last = part
     if kind == "range":
-        return range(first, last + 1)
+        return range(first, last + 1) if last < num_layers else [last]  # out of range, which one of them shows
     if first == 0:
         return [num_layers // 2]
     if first > num_layers:

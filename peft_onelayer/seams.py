@@ -123,6 +123,17 @@ SEAMS: dict[str, tuple[Seam, ...]] = {
         Seam("peft.utils.constants:INCLUDE_LINEAR_LAYERS_SHORTHAND", "target_modules"),
         Seam("peft.utils.constants:SEQ_CLS_HEAD_NAMES", "the graph cut"),
         Seam("peft.utils.other:AuxiliaryTrainingWrapper", "modules_to_save"),
+        Seam(
+            "peft.utils.other:AuxiliaryTrainingWrapper.adapter_state_dict_load_map",
+            "to load modules_to_save",
+            ("adapter_name",),
+        ),
+        Seam(
+            "peft.peft_model:PeftModel.save_pretrained",
+            "to note which embeddings were saved",
+            says=("safe_save_file(", "peft_config.save_pretrained(output_dir, auto_mapping_dict="),
+        ),
+        Seam("peft.config:PeftConfigMixin.save_pretrained", "to note which embeddings were saved", ("save_directory",)),
         Seam("peft.utils.integrations:get_bnb_param_type", "quantized bases", ("param",)),
         Seam("peft.utils.integrations:dequantize_bnb_weight", "quantized bases", ("weight", "state")),
         Seam(
@@ -168,6 +179,11 @@ SEAMS: dict[str, tuple[Seam, ...]] = {
         Seam("transformers.core_model_loading:WeightConverter", "names of stored tensors"),
         Seam("transformers.core_model_loading:WeightRenaming", "names of stored tensors"),
         Seam("transformers.initialization:no_init_weights", "a model without weights"),
+        Seam(
+            "transformers.modeling_utils:PreTrainedModel.post_init",
+            "names of tied tensors",
+            says=("self.all_tied_weights_keys = ",),
+        ),
         Seam("transformers.initialization:meta_device_safe_creation_ops", "a model without weights"),
     ),
     "peft_onelayer.runs.models": (

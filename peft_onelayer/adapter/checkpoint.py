@@ -7,6 +7,7 @@ transformers, so that a damaged one is refused at once.
 from __future__ import annotations
 
 import functools
+from collections.abc import Collection, Mapping
 from fnmatch import fnmatch
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,8 +18,9 @@ from peft_onelayer.records.files import CONFIG, read_fields
 from peft_onelayer.records.locate import OTHER_FORMATS
 from peft_onelayer.records.text import one_line
 from peft_onelayer.seams import check
+from peft_onelayer.sparse.base import BaseRecord, Comparison, Entries, compare, positions
 
-from .stored import DTYPES, StoredTensor, read_header
+from .stored import StoredTensor, read_header
 
 if TYPE_CHECKING:
     import torch
@@ -99,20 +101,56 @@ class Checkpoint:
         Raises:
             ValueError: not of floating point: quantized or packed.
         """
-        import torch
-
         place = self.places[name]
         if not place.is_floating_point:
             raise ValueError(f"{name} is stored as {place.dtype} in {self.folder}, which is no floating-point weight.")
         with place.path.open("rb") as file:
-            file.seek(place.start)
-            data = bytearray(place.bytes)
-            if file.readinto(data) != len(data):
-                raise ValueError(f"{place.path} is truncated.")
-        dtype = getattr(torch, DTYPES[place.dtype])
-        return (
-            torch.frombuffer(data, dtype=dtype).reshape(place.shape) if data else torch.empty(place.shape, dtype=dtype)
-        )
+            return place.read(file)
+
+    @functools.cached_property
+    def entries(self) -> dict[str, Entries]:
+        """The sampled entries of the floating-point tensors, by their names in the loaded model; of tied ones under
+        each of their names."""
+        found = {
+            name: Entries(place.entries_at(positions(place.entries)), place.shape)
+            for name, place in ((name, self.places[stored]) for name, stored in self.stored_as.items())
+            if place.is_floating_point
+        }
+        if self.model is not None:
+            tied: dict[str, str] = self.model.all_tied_weights_keys  # type: ignore[assignment]
+            found |= {name: found[source] for name, source in tied.items() if source in found and name not in found}
+        return found
+
+    def record(self, trained: Collection[str], modules_to_save: Collection[str] = ()) -> BaseRecord:
+        """What an adapter of the tensors `trained` records of this base."""
+        parts = [f".{module}." for module in modules_to_save]
+        known = {
+            name: entries.sampled
+            for name, entries in self.entries.items()
+            if not any(part in f".{name}" for part in parts)
+        }
+        block = {name: known[name] for name in trained}
+        rest = {name: sample for name, sample in known.items() if name not in block}
+        return BaseRecord(block, rest)
+
+    def compare(self, record: BaseRecord, changed: Mapping[str, Entries] | None = None) -> Comparison:
+        """Compare the checkpoint with what is recorded of a base; `changed` has the entries of tensors that adapters
+        have changed before."""
+        from peft_onelayer.tuner.base import embedding_names
+
+        model = self.model
+        unavailable: dict[str, str] = {}
+        embeddings: set[str] = set()
+        if model is not None:
+            embeddings = embedding_names(model)
+            names = {name for name, _ in model.named_parameters(remove_duplicate=False)}
+            converted = "stored in a form that transformers converts"
+            unavailable = {name: converted for name in record.tensors if name in names}
+        found = self.entries | dict(changed or {})
+        unavailable = {name: why for name, why in unavailable.items() if name not in found}
+        comparison = compare(record.tensors, found, unavailable, embeddings)
+        new = "not in the base of the training"  # what a checkpoint holds beside: heads that were not loaded, buffers
+        return Comparison(comparison.other, {name: why for name, why in comparison.unchecked.items() if why != new})
 
     @functools.cached_property
     def model(self) -> nn.Module | None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import warnings
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -17,6 +18,7 @@ from transformers.pytorch_utils import Conv1D
 
 from peft_onelayer.records.files import CONFIG, WEIGHTS, staged_directory
 from peft_onelayer.records.locate import adapter_folder, base_folder, hub_identity
+from peft_onelayer.sparse.base import Comparison, not_compared
 from peft_onelayer.sparse.names import TRAINED
 from peft_onelayer.sparse.tensor import changed_entries
 
@@ -129,10 +131,15 @@ def export_adapter(
         if not chosen:
             raise ValueError(f"{file.folder} does not name its base model; give it.")
         checkpoint = Checkpoint(base_folder(chosen, file.config.get("revision") if chosen == recorded else None))
-        check_base(file, checkpoint, allow_other_base)
+        if unchecked := check_base(file, checkpoint, allow_other_base):
+            warnings.warn(not_compared(Comparison({}, unchecked)), stacklevel=2)
         if allow_other_base and chosen != recorded:
             hub_id, commit = hub_identity(checkpoint.folder)
-            named = {"base_model_name_or_path": hub_id or str(checkpoint.folder), "revision": commit}
+            named: dict[str, Any] = {"base_model_name_or_path": hub_id or str(checkpoint.folder), "revision": commit}
+            if file.trained_on is not None:
+                record = checkpoint.record(file.trained_on.block, file.config.get("modules_to_save") or [])
+                named["trained_on"] = record.to_json()
+                file = replace(file, trained_on=record)
             file = replace(file, config=file.config | named)
     if format == "sparse":
         assert checkpoint is not None

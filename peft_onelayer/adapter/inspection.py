@@ -6,7 +6,7 @@ Without the base only files' headers are read, and torch is not imported; with t
 from __future__ import annotations
 
 import math
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -15,6 +15,7 @@ from peft_onelayer.records.files import PROFILE, RUN, WEIGHTS
 from peft_onelayer.records.locate import adapter_folder, base_folder
 from peft_onelayer.records.ranking import LayerRanking
 from peft_onelayer.records.run import RunRecord
+from peft_onelayer.sparse.base import name_stages
 
 from .checkpoint import Checkpoint
 from .merge import check_base, effective_tensor
@@ -70,6 +71,9 @@ class Inspection:
         base: name, Hub commit and, of a sparse adapter, `config_digest` of the base as the adapter records them.
         provenance: what adapter_config.json, run.json and layer_profile.json say of its making; what they do not say
             is missing.
+        beside: names of the tensors that the file holds beside the block's: those of `modules_to_save`, and embeddings.
+        stages: which blocks of which base were trained and merged before; "" where none were or nothing is recorded.
+        unchecked: of the base given, the tensors that could not be compared with the record, by name, with the reason.
     """
 
     folder: Path
@@ -83,6 +87,9 @@ class Inspection:
     change: float | None
     base: dict[str, Any]
     provenance: dict[str, Any]
+    beside: list[str] = field(default_factory=list)
+    stages: str = ""
+    unchecked: dict[str, str] = field(default_factory=dict)
 
     def to_json(self) -> dict[str, Any]:
         return {"format": "onelayer-inspect-1", **asdict(self), "folder": str(self.folder)}
@@ -104,11 +111,11 @@ def inspect_adapter(
             than `base`.
     """
     file = open_adapter(adapter_folder(adapter, revision))
-    checkpoint = None
+    checkpoint, unchecked = None, {}
     if base is not None:
         recorded = file.config.get("base_model_name_or_path")
         checkpoint = Checkpoint(base_folder(base, file.config.get("revision") if str(base) == recorded else None))
-        check_base(file, checkpoint, allow_other_base)
+        unchecked = check_base(file, checkpoint, allow_other_base)
     tensors = [_tensor(file, name, checkpoint, allow_other_base) for name in file.names]
     entries = sum(math.prod(t.shape) for t in tensors)
     counts, norms = [t.changed for t in tensors], [t.change for t in tensors]
@@ -128,6 +135,9 @@ def inspect_adapter(
             "config": None if file.sparse is None else file.sparse.base.get("config"),
         },
         provenance=_provenance(file),
+        beside=[name for name in file.names if not file.is_trained(name)],
+        stages="" if file.trained_on is None else name_stages(file.trained_on.stages),
+        unchecked=unchecked,
     )
 
 

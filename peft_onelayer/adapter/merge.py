@@ -9,13 +9,15 @@ from __future__ import annotations
 
 import shutil
 import sys
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from peft_onelayer.records.files import TargetError, check_folder, staged_directory
 from peft_onelayer.records.locate import adapter_folder, base_folder, hub_identity
+from peft_onelayer.records.text import name_blocks
+from peft_onelayer.sparse.base import OTHER_WEIGHTS, Entries, other_base, positions, what_differs
 
 from .checkpoint import MODEL_CONFIG, Checkpoint
 from .reader import AdapterFile, open_adapter
@@ -40,6 +42,7 @@ class Merged:
         left_out: files of the base that hold its unchanged weights in other formats, which OUT must not.
         bytes: size of all that was written.
         reflinked: whether the copies share their storage with the base until one of them changes.
+        unchecked: the base's tensors that could not be compared with the adapters' records, by name, with the reason.
     """
 
     folder: Path
@@ -50,6 +53,7 @@ class Merged:
     left_out: list[str]
     bytes: int
     reflinked: bool
+    unchecked: dict[str, str] = field(default_factory=dict)
 
     def to_json(self) -> dict[str, Any]:
         return {"format": "onelayer-merge-1", **asdict(self), "folder": str(self.folder), "base": str(self.base)}
@@ -69,9 +73,13 @@ def merge_into_checkpoint(
     Each trained tensor becomes the adapter's value rounded to the base's dtype, as `merge_and_unload` rounds it. `out`
     appears complete or not at all.
 
+    Several adapters are merged in their order. Each was trained on `base`, or on what the ones before it give: stages,
+    one block after another. Their records of the base tell which, so a missing stage or another order is an error.
+
     Args:
         base: a folder, or a Hub id.
-        adapters: one or several folders or Hub ids; several must not train the same tensors.
+        adapters: one or several folders or Hub ids, the first stage first; two that train the same tensors must be
+            stages.
         out: a folder that does not exist yet, or an empty one.
         revision: branch, tag or commit of a Hub id; default, the commit that the adapter was trained on.
         allow_other_base: merge although the adapter was trained on another base of the same shapes.
@@ -79,7 +87,8 @@ def merge_into_checkpoint(
 
     Raises:
         ValueError: the base is incomplete, quantized or not stored as transformers loads it; an adapter is damaged or
-            made for another base; two adapters train the same tensor.
+            made for another base; two adapters train the same tensor and are no stages; a stage is missing or stands
+            at the wrong place.
         TargetError: `out` may not be used, by `check_folder`.
         OSError: the disk is full.
     """
@@ -94,16 +103,7 @@ def merge_into_checkpoint(
     for folder in (checkpoint.folder, *(file.folder for file in files)):
         if folder.resolve() in Path(out).resolve().parents:
             raise TargetError(f"{out} is inside {folder}, which stays as it is; choose an output folder outside of it.")
-    sources: dict[str, AdapterFile] = {}
-    for file in files:
-        check_base(file, checkpoint, allow_other_base)
-        for name in file.names:
-            if name in sources:
-                raise ValueError(
-                    f"{sources[name].folder} and {file.folder} both train {name}; merge adapters of different blocks, "
-                    "or load both with PEFT and use merge_and_unload(adapter_names=[...])."
-                )
-            sources[name] = file
+    sources, unchecked = check_stages(files, checkpoint, allow_other_base)
     by_shard: dict[str, list[str]] = {shard: [] for shard in checkpoint.shards}
     for name in sources:
         by_shard[checkpoint.places[checkpoint.stored_as[name]].path.name].append(name)
@@ -135,12 +135,68 @@ def merge_into_checkpoint(
         left_out=left_out,
         bytes=total,
         reflinked=reflinked,
+        unchecked=unchecked,
     )
 
 
-def check_base(adapter: AdapterFile, checkpoint: Checkpoint, allow_other_base: bool = False) -> None:
-    """Raise ValueError unless the adapter's tensors all have a place in the checkpoint, and, as far as it can be known,
-    it is the one that they were trained on."""
+def check_stages(
+    adapters: Sequence[AdapterFile], checkpoint: Checkpoint, allow_other_base: bool = False
+) -> tuple[dict[str, list[AdapterFile]], dict[str, str]]:
+    """Check that each adapter was trained on the checkpoint or on what the adapters before it make of it.
+
+    Returns:
+        By tensor the adapters that change it, in their order; and names of the tensors outside the trained blocks that
+        could not be compared with what an adapter records, with the reason.
+
+    Raises:
+        ValueError: as `check_base`; two adapters train the same tensor and are no stages.
+    """
+    sources: dict[str, list[AdapterFile]] = {}
+    changed: dict[str, Entries] = {}
+    unchecked: dict[str, str] = {}
+    for place, adapter in enumerate(adapters):
+        later = adapters[place + 1 :]
+        unchecked |= check_base(adapter, checkpoint, allow_other_base, changed, later)
+        for name in adapter.names:
+            record = None if adapter.trained_on is None else adapter.trained_on.block.get(name)
+            if name in sources and not (record and changed[name].equals(record)):
+                raise ValueError(
+                    f"{sources[name][-1].folder} and {adapter.folder} both train {name}, neither on the result of the "
+                    "other; merge adapters of different blocks, or load both with PEFT and use "
+                    "merge_and_unload(adapter_names=[...])."
+                )
+            sources.setdefault(name, []).append(adapter)
+        if later:  # what the next ones may have been trained on
+            for name in adapter.names:
+                value = _value(checkpoint, name, sources[name], allow_other_base)
+                changed[name] = Entries(value.flatten()[positions(value.numel())], tuple(value.shape))
+    return sources, unchecked
+
+
+def check_base(
+    adapter: AdapterFile,
+    checkpoint: Checkpoint,
+    allow_other_base: bool = False,
+    changed: Mapping[str, Entries] | None = None,
+    later: Sequence[AdapterFile] = (),
+) -> dict[str, str]:
+    """Check that the adapter's tensors all have a place in the checkpoint, and that it is, as far as can be known, the
+    one that they were trained on.
+
+    Args:
+        adapter: an adapter.
+        checkpoint: a base.
+        allow_other_base: leave the second check out.
+        changed: sampled entries of the tensors that earlier adapters change, by name: the adapter was trained on the
+            checkpoint with them or without.
+        later: the adapters after it, for the message.
+
+    Returns:
+        Names of the tensors outside the trained block that could not be compared, with the reason.
+
+    Raises:
+        ValueError: another base.
+    """
     from peft_onelayer.tuner import find_decoder_stack
 
     where, depth = f"the adapter in {adapter.folder}", adapter.config["num_layers"]
@@ -168,10 +224,62 @@ def check_base(adapter: AdapterFile, checkpoint: Checkpoint, allow_other_base: b
         place = checkpoint.places[checkpoint.stored_as[name]]
         if not place.is_floating_point:
             raise ValueError(f"{checkpoint.folder} stores {name} as {place.dtype}, which is no floating-point weight.")
-    if not allow_other_base and (difference := _other_base(adapter, checkpoint)):
+    if allow_other_base:
+        return {}
+    unchecked: dict[str, str] = {}
+    if adapter.trained_on is not None:
+        comparison = checkpoint.compare(adapter.trained_on, changed).without(
+            adapter.config.get("saved_embeddings") or []
+        )
+        there = adapter.trained_on.tensors
+        independent = {
+            name
+            for name in comparison.other
+            if name in (changed or {}) and name in checkpoint.entries and checkpoint.entries[name].equals(there[name])
+        }
+        other = {name: what for name, what in comparison.other.items() if name not in independent}
+        if adapter.sparse is not None:  # its own digests, of every entry, are compared when it is read
+            other = {
+                name: what
+                for name, what in other.items()
+                if name not in adapter.sparse.tensors or what != OTHER_WEIGHTS
+            }
+        if other:
+            recorded = {
+                "name": adapter.config.get("base_model_name_or_path"),
+                "revision": adapter.config.get("revision"),
+            }
+            raise other_base(f"{what_differs(other)}{_missing_stage(adapter, other, later)}", recorded)
+        unchecked = {n: why for n, why in comparison.unchecked.items() if n not in adapter.trained_on.block}
+    if difference := _other_base(adapter, checkpoint):
         raise ValueError(
             f"{where} was trained on {difference}; if the shapes fit, --allow-other-base takes it all the same."
         )
+    return unchecked
+
+
+def _missing_stage(adapter: AdapterFile, other: Collection[str], later: Sequence[AdapterFile]) -> str:
+    """What to say where the tensors that differ are those of a few blocks: that these were trained before."""
+    blocks = {_block(name, adapter) for name in other}
+    if None in blocks or len(blocks) >= adapter.config["num_layers"]:
+        return ""
+    named = name_blocks(block for block in blocks if block is not None)
+    given = [file.folder for file in later if blocks & set(file.layers)]
+    if given:
+        return f"; it was trained after {named}: give {given[0]} before {adapter.folder}"
+    return f"; if {named} was trained before, give that adapter too, before {adapter.folder}"
+
+
+def _block(name: str, adapter: AdapterFile) -> int | None:
+    """The index of the block that the tensor `name` of the base belongs to; None outside the stack of blocks."""
+    numbers = {str(layer) for layer in adapter.layers}
+    for trained in filter(adapter.is_trained, adapter.names):
+        parts = trained.split(".")
+        depth = next((i for i, part in enumerate(parts) if part in numbers), len(parts))
+        own = name.split(".")
+        if own[:depth] == parts[:depth] and len(own) > depth and own[depth].isdecimal():
+            return int(own[depth])
+    return None
 
 
 def _other_base(adapter: AdapterFile, checkpoint: Checkpoint) -> str | None:
@@ -179,6 +287,8 @@ def _other_base(adapter: AdapterFile, checkpoint: Checkpoint) -> str | None:
     if adapter.sparse is not None:
         return None  # it carries digests of the base's tensors, which are checked when they are read
     name, commit = adapter.config.get("base_model_name_or_path"), adapter.config.get("revision")
+    if name and adapter.trained_on is not None and Path(name).is_dir():
+        return None  # compared already
     hub_id, hub_commit = hub_identity(checkpoint.folder)
     if name and Path(name).is_dir():
         import torch
@@ -219,20 +329,29 @@ def effective_tensor(
     return adapter.tensor(name, trained_on, allow_other_base).to(base.dtype)
 
 
-def _replace(checkpoint: Checkpoint, copy: Path, sources: dict[str, AdapterFile], allow_other_base: bool) -> None:
+def _replace(checkpoint: Checkpoint, copy: Path, sources: dict[str, list[AdapterFile]], allow_other_base: bool) -> None:
     """Write the adapters' tensors over the base's in `copy`, a copy of a safetensors file of `checkpoint`."""
     import torch
 
     with copy.open("r+b") as file:
-        for name, adapter in sources.items():
-            place = checkpoint.places[checkpoint.stored_as[name]]
-            if adapter.sparse is not None:
-                base = checkpoint.read(checkpoint.stored_as[name])
-            else:
-                base = torch.empty(place.shape, dtype=getattr(torch, DTYPES[place.dtype]), device="meta")
-            value = effective_tensor(adapter, name, base, allow_other_base)
-            file.seek(place.start)
+        for name, adapters in sources.items():
+            value = _value(checkpoint, name, adapters, allow_other_base)
+            file.seek(checkpoint.places[checkpoint.stored_as[name]].start)
             file.write(value.contiguous().flatten().view(torch.uint8).numpy().data)
+
+
+def _value(checkpoint: Checkpoint, name: str, adapters: Sequence[AdapterFile], allow_other_base: bool) -> torch.Tensor:
+    """What the adapters, one after another, make of the checkpoint's tensor `name`."""
+    import torch
+
+    place = checkpoint.places[checkpoint.stored_as[name]]
+    if adapters[0].sparse is not None:
+        value = checkpoint.read(checkpoint.stored_as[name])
+    else:
+        value = torch.empty(place.shape, dtype=getattr(torch, DTYPES[place.dtype]), device="meta")
+    for adapter in adapters:
+        value = effective_tensor(adapter, name, value, allow_other_base)
+    return value
 
 
 def _clone(source: Path, target: Path) -> bool:

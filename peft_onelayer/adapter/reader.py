@@ -12,10 +12,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from safetensors import SafetensorError, safe_open
-
+from peft_onelayer.records.adapter_config import check_adapter_config
 from peft_onelayer.records.files import CONFIG, WEIGHTS, read_fields
 from peft_onelayer.records.text import one_line, printable
+from peft_onelayer.sparse.base import BaseRecord
 from peft_onelayer.sparse.encoding import SparseEncoding
 from peft_onelayer.sparse.names import TRAINED, base_name, split_key
 
@@ -39,6 +39,7 @@ class AdapterFile:
         keys: for each of them the keys in the file, by the suffix of a part of the encoding; {"": key} for a plain one.
         stored: where each of these keys' tensors lies in the file.
         sparse: what adapter_config.json records of a sparse adapter; None for a dense one.
+        trained_on: what it records of the base; None for an adapter of before this was recorded.
     """
 
     folder: Path
@@ -48,6 +49,7 @@ class AdapterFile:
     keys: dict[str, dict[str, str]]
     stored: dict[str, StoredTensor]
     sparse: SparseEncoding | None
+    trained_on: BaseRecord | None
 
     @property
     def encoding(self) -> str:
@@ -71,9 +73,9 @@ class AdapterFile:
         path = self.folder / WEIGHTS
         check_plain_file(path)
         try:
-            with safe_open(path, framework="pt") as file:
-                return {suffix: file.get_tensor(key) for suffix, key in self.keys[name].items()}
-        except (SafetensorError, OSError) as error:
+            with path.open("rb") as file:
+                return {suffix: self.stored[key].read(file) for suffix, key in self.keys[name].items()}
+        except (ValueError, OSError) as error:
             raise ValueError(f"{path} has been damaged since it was opened: {one_line(error)}") from None
 
     def tensor(self, name: str, base: torch.Tensor | None = None, allow_other_base: bool = False) -> torch.Tensor:
@@ -135,6 +137,7 @@ def open_adapter(folder: Path | str) -> AdapterFile:
         keys[base_name(key)] = {"": key}
     if not keys:
         raise ValueError(f"{folder / WEIGHTS} holds no tensors.")
+    trained_on = None if config.get("trained_on") is None else BaseRecord.from_json(config["trained_on"])
     layers = sorted(config["layer_indices"])
     numbers = {str(layer) for layer in layers}
     for name, group in keys.items():
@@ -146,7 +149,48 @@ def open_adapter(folder: Path | str) -> AdapterFile:
             raise ValueError(
                 f"{folder} holds {printable(name)}, which is in none of its blocks {printable(str(layers))}."
             )
-    return AdapterFile(folder, config, layers, sorted(keys), keys, stored, sparse)
+    file = AdapterFile(folder, config, layers, sorted(keys), keys, stored, sparse, trained_on)
+    _check_contents(file)
+    return file
+
+
+def _check_contents(file: AdapterFile) -> None:
+    """Raise ValueError unless the file holds what the configuration says, as far as that goes without the base: the
+    recorded tensors of the block in their shapes, those of `modules_to_save`, and `saved_embeddings`."""
+    where = file.folder / WEIGHTS
+    whole = [f".{module}." for module in file.config.get("modules_to_save") or []]
+    embeddings = set(file.config.get("saved_embeddings") or [])
+    trained = {name for name in file.names if file.is_trained(name)}
+    for name in set(file.names) - trained - embeddings:
+        if not any(part in f".{name}" for part in whole):
+            raise ValueError(
+                f"{where} holds {printable(name)}, which is no part of the trained block and which {CONFIG} does not "
+                "name, neither in modules_to_save nor in saved_embeddings."
+            )
+    missing = embeddings - set(file.names)
+    if file.trained_on is not None:
+        missing |= file.trained_on.block.keys() - trained
+        if extra := sorted(trained - file.trained_on.block.keys()):
+            raise ValueError(f"{where} holds {printable(extra[0])}, which {CONFIG} does not record as trained.")
+    if missing:
+        raise ValueError(f"{where} lacks {printable(min(missing))}, which {CONFIG} says it holds: it is incomplete.")
+    for name in trained:
+        record = file.sparse.tensors[name] if file.sparse is not None else None
+        values = file.stored_parts(name)["" if record is None else "values"]
+        if not values.is_floating_point and "ulps" not in file.keys[name]:
+            raise ValueError(f"{where} holds {printable(name)} as {values.dtype}, which is no floating-point weight.")
+        if record is not None and (
+            any(len(part.shape) != 1 for part in file.stored_parts(name).values())
+            or DTYPES[values.dtype] != record.dtype
+            or values.entries > math.prod(record.shape)
+        ):
+            raise ValueError(f"{where} holds values of {printable(name)} that {CONFIG} does not record: it is damaged.")
+        shape = list(values.shape if record is None else record.shape)
+        if file.trained_on is not None and shape != list(file.trained_on.block[name].shape):
+            raise ValueError(
+                f"{where} holds {printable(name)} in shape {shape}, and {CONFIG} records "
+                f"{list(file.trained_on.block[name].shape)}."
+            )
 
 
 def read_config(folder: Path) -> dict[str, Any]:
@@ -163,9 +207,7 @@ def read_config(folder: Path) -> dict[str, Any]:
     if config.get("peft_type") != "SINGLE_LAYER":
         kind = printable(config.get("peft_type"), 40)
         raise ValueError(f"{path} describes no single-layer adapter: its peft_type is {kind!r}.")
-    for name in ("base_model_name_or_path", "revision"):
-        if not isinstance(config.get(name), str | None):
-            raise ValueError(f"{path}: {name} is {printable(config[name], 60)}, expected text or null.")
+    check_adapter_config(config, str(path))
     layers, depth = config.get("layer_indices"), config.get("num_layers")
     if type(depth) is not int or depth >= 2**31 or not isinstance(layers, list) or not layers:
         raise ValueError(f"{path} lacks layer_indices or num_layers; it was not saved from a trained model.")

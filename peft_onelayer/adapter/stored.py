@@ -7,13 +7,18 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING, BinaryIO
 
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
 from peft_onelayer.records.text import one_line
+
+if TYPE_CHECKING:
+    import torch
 
 # torch's names of the dtypes that an adapter may have, by safetensors' names
 DTYPES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
@@ -61,6 +66,32 @@ class StoredTensor:
     def is_floating_point(self) -> bool:
         """Whether it holds floating-point numbers of 16 to 64 bits."""
         return self.dtype in FLOATS
+
+    def read(self, file: BinaryIO) -> torch.Tensor:
+        """The tensor, in its own dtype, from `path` opened for reading.
+
+        Raises:
+            ValueError: a file that has become shorter since its header was read.
+        """
+        import torch
+
+        file.seek(self.start)
+        data = bytearray(self.bytes)
+        if file.readinto(data) != len(data):  # type: ignore[attr-defined]
+            raise ValueError(f"{self.path} is truncated.")
+        dtype = getattr(torch, DTYPES[self.dtype])
+        if not data:
+            return torch.empty(self.shape, dtype=dtype)
+        return torch.frombuffer(data, dtype=dtype).reshape(self.shape)
+
+    def entries_at(self, positions: Sequence[int]) -> torch.Tensor:
+        """Some of its floating-point entries, counted row by row, in its own dtype, without reading the others."""
+        import torch
+
+        width = FLOATS[self.dtype][0]
+        every = np.memmap(self.path, width, "r", self.start, (self.entries,)) if self.entries else np.empty(0, width)
+        dtype = getattr(torch, DTYPES[self.dtype])
+        return torch.from_numpy(every[list(positions)].view("<i" + width[2:])).view(dtype)
 
     def is_finite(self) -> bool:
         """Whether it holds neither NaN nor Inf.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -15,9 +16,11 @@ from torch import nn
 
 from peft_onelayer.records.files import CONFIG, WEIGHTS, staged_directory
 from peft_onelayer.records.locate import ADAPTER_FILES, hub_identity
+from peft_onelayer.sparse.base import BaseRecord, Comparison, compare, not_compared, other_base, what_differs
 from peft_onelayer.sparse.digest import dtype_name
 from peft_onelayer.sparse.encoding import DTYPES, SparseEncoding, describe_base, encode
 from peft_onelayer.sparse.names import TRAINED, base_name
+from peft_onelayer.tuner.base import base_entries, embedding_names
 
 from .checkpoint import Checkpoint
 from .reader import AdapterFile, open_adapter
@@ -51,6 +54,16 @@ def write_sparse(
     """
     file = adapter if isinstance(adapter, AdapterFile) else open_adapter(adapter)
     tensor_of, identity = _open_base(base, file.config)
+    record = file.trained_on
+    if record is not None:
+        comparison, here = _compare(file, record, base)
+        if allow_other_base:
+            record = here
+        elif comparison.other:
+            known = {"name": file.config.get("base_model_name_or_path"), "revision": file.config.get("revision")}
+            raise other_base(what_differs(comparison.other), known)
+        elif message := not_compared(comparison):
+            warnings.warn(message, stacklevel=2)
     # A head or embeddings beside the block stay as they are.
     beside = {
         key: file.tensor(name) for name in file.names if not file.is_trained(name) for key in file.keys[name].values()
@@ -67,12 +80,37 @@ def write_sparse(
     with staged_directory(Path(out)) as staging:
         save_file(beside | state, staging / WEIGHTS, metadata={"format": "pt"})
         config = {**file.config, "encoding": encoding.to_json()}
+        if record is not None:
+            config["trained_on"] = record.to_json()
         (staging / CONFIG).write_text(json.dumps(config, indent=2, sort_keys=True), encoding="utf-8")
         for extra in ADAPTER_FILES:
             source = file.folder / extra
             if extra not in (CONFIG, WEIGHTS) and source.is_file() and not source.is_symlink():
                 shutil.copyfile(source, staging / extra)
     return encoding
+
+
+def _compare(file: AdapterFile, record: BaseRecord, base: Any) -> tuple[Comparison, BaseRecord]:
+    """How `base` compares with the record of an adapter, and the adapter's record if it had been trained on `base`.
+    What a sparse adapter's own digests guard is left out of the comparison."""
+    whole = file.config.get("modules_to_save") or []
+    if isinstance(base, nn.Module):
+        found, unavailable = base_entries(base, whole)
+        comparison = compare(record.tensors, found, unavailable, embedding_names(base))
+        known = {name: entries.sampled for name, entries in found.items()}
+        block = {name: known.get(name, sample) for name, sample in record.block.items()}
+        rest = {name: sample for name, sample in known.items() if name not in block}
+        here = BaseRecord(block, rest, record.stages)
+        shapes = {name: entries.shape for name, entries in found.items()}
+    else:
+        checkpoint = Checkpoint(Path(base))
+        comparison = checkpoint.compare(record)
+        shapes = {name: entries.shape for name, entries in checkpoint.entries.items()}
+        here = checkpoint.record([name for name in record.block if name in checkpoint.entries], whole)
+    if not record.fits(shapes):  # said when the tensors are read
+        return Comparison({}, {}), here
+    comparison = comparison.without(file.config.get("saved_embeddings") or [])  # the adapter holds them itself
+    return comparison if file.sparse is None else comparison.without(record.block), here
 
 
 def _open_base(base: Any, config: dict[str, Any]) -> tuple[Callable[[str], torch.Tensor], dict[str, Any]]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
 import types
 import typing
@@ -101,14 +102,13 @@ def read(kind: type[T] | Any, value: Any, where: str, name: str = "") -> Any:
     if dataclasses.is_dataclass(kind):
         return _read_dataclass(kind, value, where, name)
     origin, arguments = typing.get_origin(kind) or kind, typing.get_args(kind)
-    wrong = ValueError(f"{where}: {name} is {printable(value, 60)}, expected {_describe(kind)}")
     if origin is Any:
         return value
     if origin in (Union, types.UnionType):
-        return _read_union(arguments, value, where, name, wrong)
+        return _read_union(kind, value, where, name)
     if origin is Literal:
         if value not in arguments:
-            raise wrong
+            raise _wrong(kind, value, where, name)
         return value
     if origin is list and isinstance(value, list):
         items = enumerate(value)
@@ -117,25 +117,34 @@ def read(kind: type[T] | Any, value: Any, where: str, name: str = "") -> Any:
         return {key: read(arguments[1], item, where, f"{name}.{key}") for key, item in value.items()}
     accepted = (int, float) if origin is float else (origin,)
     if origin in (list, dict) or not isinstance(value, accepted) or (isinstance(value, bool) and origin is not bool):
-        raise wrong
+        raise _wrong(kind, value, where, name)
     return value
 
 
 def _read_dataclass(kind: type[T], value: Any, where: str, name: str) -> T:
     if not isinstance(value, dict):
-        raise ValueError(f"{where}: {name} is {printable(value, 60)}, expected an object")
+        raise ValueError(f"{where}: {printable(name)} is {printable(value, 60)}, expected an object")
     prefix, hints = f"{name}." if name else "", typing.get_type_hints(kind)
     fields = {field.name: field for field in dataclasses.fields(kind)}  # type: ignore[arg-type]
     if unknown := sorted(value.keys() - fields.keys()):
-        raise ValueError(f"{where}: {prefix}{printable(unknown[0], 60)} is not known; expected {', '.join(fields)}")
+        known = ", ".join(itertools.islice(fields, 8)) + (", ..." if len(fields) > 8 else "")
+        raise ValueError(f"{where}: {printable(prefix)}{printable(unknown[0], 60)} is not known; expected {known}")
     for field in fields.values():
         required = field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
         if required and field.name not in value:
-            raise ValueError(f"{where}: {prefix}{field.name} is missing, expected {_describe(hints[field.name])}")
+            raise ValueError(
+                f"{where}: {printable(prefix)}{field.name} is missing, expected {_describe(hints[field.name])}"
+            )
     return kind(**{key: read(hints[key], item, where, prefix + key) for key, item in value.items()})
 
 
-def _read_union(kinds: tuple[Any, ...], value: Any, where: str, name: str, wrong: ValueError) -> Any:
+def _wrong(kind: Any, value: Any, where: str, name: str) -> ValueError:
+    # Made where it is raised: kept in a variable, it and its traceback would be a cycle that keeps the callers' models.
+    return ValueError(f"{where}: {printable(name)} is {printable(value, 60)}, expected {_describe(kind)}")
+
+
+def _read_union(union: Any, value: Any, where: str, name: str) -> Any:
+    kinds = typing.get_args(union)
     for kind in kinds:
         # An object or a list can only be meant as the one option of that kind, whose own error says more.
         if (isinstance(value, dict) and (kind is dict or dataclasses.is_dataclass(kind))) or (
@@ -147,7 +156,7 @@ def _read_union(kinds: tuple[Any, ...], value: Any, where: str, name: str, wrong
             return read(kind, value, where, name)
         except ValueError:
             continue
-    raise wrong
+    raise _wrong(union, value, where, name)
 
 
 def _describe(kind: Any) -> str:

@@ -16,7 +16,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from .text import one_line
+from .text import check_limits, one_line
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 RUN, EVALUATION, PROFILE, CARD = "run.json", "eval.json", "layer_profile.json", "README.md"
@@ -154,7 +154,7 @@ def parse_fields(text: str, where: str) -> dict[str, Any]:
     """The fields of a JSON text that holds one object; `where` names it in the error.
 
     Raises:
-        ValueError: in one line: not JSON, or no object.
+        ValueError: in one line: not JSON, no object, or beyond the limits of `check_limits`.
     """
     try:
         fields = json.loads(text)
@@ -162,6 +162,7 @@ def parse_fields(text: str, where: str) -> dict[str, Any]:
         raise ValueError(f"{where} is not JSON: {one_line(error)}") from None
     if not isinstance(fields, dict):
         raise ValueError(f"{where} holds no fields: expected a JSON object.")
+    check_limits(fields, where)
     return fields
 
 

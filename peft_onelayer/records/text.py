@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any
 
+DEPTH, LENGTH, BITS = 64, 1_000_000, 128  # of JSON values; see `check_limits`
+
 
 def one_line(error: BaseException | str, limit: int = 300) -> str:
     """What an error says, in one line without control characters; the name of its type where it says nothing.
@@ -23,6 +25,27 @@ def printable(value: Any, limit: int = 200) -> str:
     """
     text = str(value) if isinstance(value, (str, int, float)) or value is None else type(value).__name__
     return "".join(c if c.isprintable() else "?" for c in text[:limit])
+
+
+def check_limits(value: Any, where: str) -> None:
+    """Raise ValueError for parsed JSON that no file of ours holds: nested deeper than `DEPTH`, an integer of more than
+    `BITS` bits, or a text or a name of more than `LENGTH` characters. `where` names the file."""
+    level, depth = [value], 0
+    while level:
+        depth += 1
+        if depth > DEPTH:
+            raise ValueError(f"{where} is nested more than {DEPTH} deep.")
+        below: list[Any] = []
+        for item in level:
+            if isinstance(item, dict):
+                below += [*item, *item.values()]
+            elif isinstance(item, list):
+                below += item
+            elif isinstance(item, str) and len(item) > LENGTH:
+                raise ValueError(f"{where} holds a text of {len(item):,} characters, expected at most {LENGTH:,}.")
+            elif isinstance(item, int) and item.bit_length() > BITS:
+                raise ValueError(f"{where} holds an integer of {item.bit_length()} bits, expected at most {BITS}.")
+        level = below
 
 
 def name_blocks(layers: Iterable[int]) -> str:

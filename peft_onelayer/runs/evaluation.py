@@ -175,7 +175,7 @@ class _Evaluation:
         trained_on = self.adapter_config.get("base_model_name_or_path")
         if trained_on and trained_on != self.base.name_or_path:
             self.progress.note(f"the adapter was trained on {trained_on}; compared here with {self.model}")
-        adapted = load_adapter(self.base, self.folder)
+        adapted = load_adapter(self.base, self.folder, self.settings.allow_other_base)
         after = self._measure(adapted, tokenizer, "adapter")
         if self.adapter_config.get("peft_type") == SingleLayerPeftType.SINGLE_LAYER.value:
             with adapted.disable_adapter():

@@ -23,7 +23,8 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from peft_onelayer.records.files import CONFIG, WEIGHTS
+from peft_onelayer.adapter.reader import open_adapter
+from peft_onelayer.records.files import CONFIG, WEIGHTS, read_fields
 from peft_onelayer.records.locate import is_local
 from peft_onelayer.records.text import one_line
 from peft_onelayer.seams import check
@@ -190,8 +191,11 @@ def check_adapter_folder(folder: Path, name: str) -> None:
             raise ValueError(f"{name} holds no {file}, so it is not an adapter that can be loaded{hint}")
 
 
-def load_adapter(base: PreTrainedModel, folder: Path) -> PeftModel:
+def load_adapter(base: PreTrainedModel, folder: Path, allow_other_base: bool = False) -> PeftModel:
     """Wrap `base` with the adapter of any PEFT type saved in `folder`, in eval mode.
+
+    Args:
+        allow_other_base: take a base that an adapter of our method was not trained on.
 
     Raises:
         ValueError: in one line: not an adapter, damaged, or made for a model of other shapes.
@@ -199,15 +203,20 @@ def load_adapter(base: PreTrainedModel, folder: Path) -> PeftModel:
     try:
         with warnings.catch_warnings():
             warnings.filterwarnings("error", message="(?s).*Found missing adapter keys", category=UserWarning)
-            model = PeftModel.from_pretrained(base, str(folder))
+            options = {}
+            if read_fields(folder / CONFIG).get("peft_type") == "SINGLE_LAYER":
+                open_adapter(folder)  # reads every field, and names what is wrong
+                options = {"allow_other_base": allow_other_base}
+            model = PeftModel.from_pretrained(base, str(folder), **options)
             # from_pretrained says nothing of weights without a place: those of a deeper model, for example.
             unexpected = model.load_adapter(str(folder), "default").unexpected_keys
     except (OSError, ValueError, KeyError, TypeError, RuntimeError, UserWarning, SafetensorError) as error:
         lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
         # load_state_dict lists every tensor below a heading
         reason = lines[1] if lines[0].startswith("Error(s) in loading") and len(lines) > 1 else str(error)
+        limit = 1000 if isinstance(error, ValueError) else 300  # ours says at its end what to do
         raise ValueError(
-            f"the adapter in {folder} does not load on {base.name_or_path}: {one_line(reason) or type(error).__name__}"
+            f"the adapter in {folder} does not load on {base.name_or_path}: {one_line(reason, limit)}"
         ) from error
     if unexpected:
         raise ValueError(

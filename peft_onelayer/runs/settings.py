@@ -106,6 +106,7 @@ class EvaluationSettings(Source):
         max_completion_tokens: where a completion is cut; None for the run's, or the task's own.
         sampling: values by field of `Sampling`, over those of the run that made the adapter or the model.
         batch_size: completions at a time, on which the samples depend.
+        allow_other_base: evaluate an adapter of our method on a base that it was not trained on.
         out: JSON file for the figures and every problem's score.
     """
 
@@ -118,6 +119,7 @@ class EvaluationSettings(Source):
     max_completion_tokens: int | None = None
     sampling: Mapping[str, Any] = field(default_factory=dict)
     batch_size: int = 64
+    allow_other_base: bool = False
     out: str | Path | None = None
 
 

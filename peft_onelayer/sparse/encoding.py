@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from peft_onelayer.records.text import printable
 
+from .base import other_base
 from .digest import config_digest, dtype_name, tensor_digest
 from .names import base_name, split_key
 
@@ -209,20 +210,7 @@ class SparseEncoding:
 
     def other_base(self, problem: str, found: Mapping[str, Any] | None = None, way_out: bool = True) -> ValueError:
         """The error for a base that is not the one the adapter was trained on; names all that is known to differ."""
-        made = " at ".join(printable(self.base[field]) for field in ("name", "revision") if self.base.get(field))
-        differ = [
-            f"{what} {printable(self.base[field])} there and {printable(found[field])} here"
-            for field, what in (("name", "name"), ("revision", "commit"), ("config", "configuration"))
-            if found and self.base.get(field) and found.get(field) and self.base[field] != found[field]
-        ]
-        allow = (
-            " To take it all the same, pass allow_other_base=True to PeftModel.from_pretrained or "
-            "SingleLayerConfig.from_pretrained, or --allow-other-base on the command line."
-        )
-        return ValueError(
-            f"this is not the base that the adapter was trained on ({made or 'unnamed'}): {problem}"
-            f"{'; ' + ', '.join(differ) if differ else ''}.{allow if way_out else ''}"
-        )
+        return other_base(problem, self.base, found, way_out)
 
 
 def describe_base(config: Any, name: str | None, revision: str | None, num_layers: int) -> dict[str, Any]:

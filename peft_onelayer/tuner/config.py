@@ -4,11 +4,17 @@ from __future__ import annotations
 
 import enum
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from peft.config import PeftConfig
+from safetensors import safe_open
 
 from peft_onelayer.layers import parse_layers, plain_indices
+from peft_onelayer.records.adapter_config import check_adapter_config
+from peft_onelayer.records.files import WEIGHTS
+from peft_onelayer.records.text import printable
+from peft_onelayer.sparse.names import TRAINED, base_name
 
 
 class SingleLayerPeftType(str, enum.Enum):  # noqa: UP042  PEFT parses str(), which StrEnum changes
@@ -50,19 +56,26 @@ class SingleLayerConfig(PeftConfig):
             Of an adapter stored in the sparse encoding: its format, the counts of changes and the digests that guard
             it (peft_onelayer/sparse/SPECIFICATION.md). Read from adapter_config.json; what PEFT saves is dense, so it
             is never written.
+        trained_on (`dict`, *optional*):
+            Samples of all tensors of the base, which guard the adapter against another one
+            (peft_onelayer/sparse/base.py). Set by wrapping, saved, and read back.
+        saved_embeddings (`list[str]`, *optional*):
+            Names of the embeddings' tensors that the adapter's file also holds, as `save_pretrained` writes them where
+            the vocabulary was resized or `save_embedding_layers=True`. Set by saving and read back; a file that holds
+            other tensors is refused.
 
     Wrapping a model copies the configuration, so one object serves several models; the model's own, with what was
     resolved, is `model.peft_config["default"]`.
 
-    `PeftModel.from_pretrained(base, folder, allow_other_base=True)` loads a sparse adapter on a base of the same shapes
-    that is not the one it was trained on. Where PEFT and transformers read the configuration themselves, hand it to
+    `PeftModel.from_pretrained(base, folder, allow_other_base=True)` loads an adapter on a base of the same shapes that
+    is not the one it was trained on. Where PEFT and transformers read the configuration themselves, hand it to
     them: `config = SingleLayerConfig.from_pretrained(folder, allow_other_base=True)`, then
     `peft_model.add_adapter(name, config)` before `peft_model.load_adapter(folder, name)`, or transformers'
     `model.load_adapter(folder, peft_config=config)`.
 
     Raises:
-        ValueError: `layer` missing or malformed, or `master_dtype` unknown. Whether `layer` is in range is checked
-            against the model when it is wrapped.
+        ValueError: `layer` missing or malformed, `master_dtype` unknown, or a field of another type. Whether `layer`
+            is in range is checked against the model when it is wrapped.
     """
 
     layer: int | str | list[int] | None = field(default=None, metadata={"help": "The block(s) to train."})
@@ -84,7 +97,14 @@ class SingleLayerConfig(PeftConfig):
     encoding: dict | None = field(
         default=None, repr=False, metadata={"help": "The sparse encoding; read from the file."}
     )
+    trained_on: dict | None = field(
+        default=None, repr=False, metadata={"help": "What the base is known by; set by wrapping."}
+    )
+    saved_embeddings: list[str] | None = field(
+        default=None, metadata={"help": "Embeddings that the file also holds; set by saving."}
+    )
     allow_other_base: bool = field(default=False, init=False, repr=False)  # no argument: a file must not set it
+    base_is_recorded: bool = field(default=False, init=False, repr=False)  # `trained_on` is of the model at hand
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -99,7 +119,10 @@ class SingleLayerConfig(PeftConfig):
         if self.target_modules is not None and not self.target_modules:
             raise ValueError("target_modules is empty; leave it out to train the whole block.")
         if self.master_dtype not in ("float32", "base"):
-            raise ValueError(f'master_dtype={self.master_dtype!r} is not known; expected "float32" or "base".')
+            raise ValueError(
+                f'master_dtype={printable(self.master_dtype, 60)!r} is not known; expected "float32" or "base".'
+            )
+        check_adapter_config(vars(self), "SingleLayerConfig")
 
     @classmethod
     def from_pretrained(cls, *args: Any, allow_other_base: bool = False, **kwargs: Any) -> SingleLayerConfig:
@@ -109,7 +132,28 @@ class SingleLayerConfig(PeftConfig):
         return config
 
     def to_dict(self) -> dict[str, Any]:
-        """The fields as they are saved beside dense weights."""
+        """The fields as they are saved beside dense weights. A base into which blocks were merged in memory has no
+        name: that of the model before would name another base."""
         fields = super().to_dict() | {"encoding": None}
-        del fields["allow_other_base"]
+        del fields["allow_other_base"], fields["base_is_recorded"]
+        stages = (self.trained_on or {}).get("stages")
+        if stages and stages[-1].get("base") == fields["base_model_name_or_path"]:
+            fields |= {"base_model_name_or_path": None, "revision": None}
         return fields
+
+    def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
+        """See `PeftConfig.save_pretrained`, which PEFT calls when the weights are in `save_directory`: notes which
+        embeddings are among them."""
+        weights = Path(save_directory) / WEIGHTS
+        if weights.is_file():
+            with safe_open(weights, framework="np") as file:
+                beside = [base_name(key) for key in file.keys() if TRAINED not in key]  # noqa: SIM118  it is no dict
+            self.saved_embeddings = sorted(n for n in beside if not saved_whole(n, self.modules_to_save)) or None
+        super().save_pretrained(save_directory, **kwargs)
+
+
+def saved_whole(name: str, modules_to_save: list[str] | None) -> bool:
+    """Whether a tensor of an adapter's file, by its name in the base, is one of `modules_to_save`. Where the module is
+    an embedding that is saved too, PEFT also writes what its wrapper holds, under names of the wrapper's."""
+    wrapped = any(part in f".{name}." for part in (".original_module.", ".modules_to_save."))
+    return not wrapped and any(f".{module}." in f".{name}" for module in modules_to_save or [])

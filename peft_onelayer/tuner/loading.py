@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -19,6 +19,8 @@ from safetensors.torch import load_file
 from torch import nn
 
 from peft_onelayer.records.text import printable
+from peft_onelayer.sparse.base import WIDTHS
+from peft_onelayer.sparse.digest import dtype_name
 from peft_onelayer.sparse.encoding import SparseEncoding, describe_base
 from peft_onelayer.sparse.names import base_name, split_key
 
@@ -39,7 +41,7 @@ def loadable_state_dict(
     them instead of copying.
 
     Raises:
-        ValueError: tensors missing or left over, a wrong shape, NaN or Inf; for a sparse adapter another base.
+        ValueError: tensors missing or left over, a wrong shape or dtype, NaN or Inf; for a sparse adapter another base.
     """
     state_dict = _restore_sparse(model, config, adapter_name, state_dict)
     modules = dict(model.named_modules())
@@ -54,32 +56,86 @@ def loadable_state_dict(
     }
     full_names = {_file_key(BaseTuner._remove_adapter_name_from_key(name, adapter_name)): name for name in masters}
     remapped = {full_names.get(_file_key(key), key): tensor for key, tensor in state_dict.items()}
-    # What else PEFT saves: `modules_to_save`, and embeddings that were resized.
-    getters: list[Any] = [getattr(model, f"get_{kind}_embeddings", None) for kind in ("input", "output")]
-    embeddings = [getter() for getter in getters if getter is not None]
-    others = tuple(
-        _file_key(f"{name}.")
-        for name, module in modules.items()
-        if isinstance(module, AuxiliaryTrainingWrapper) or any(module is e for e in embeddings)
-    )
-    given = {key for key in remapped if key in masters or not _file_key(key).startswith(others)}
+    if len(remapped) < len(state_dict):
+        raise ValueError(f"the adapter holds {len(state_dict) - len(remapped)} tensor(s) twice: it is damaged.")
+    known = model.state_dict().keys()
+    beside = _saved_beside(model, config, adapter_name, remapped)
+    given = remapped.keys() - beside.keys()
     for what, names in (("lacks", masters.keys() - given), ("has unknown", given - masters.keys())):
         if names:
             raise ValueError(
                 f"the adapter {what} {len(names)} tensor(s), for example {printable(min(names))}: "
-                "it was made for another base model or is incomplete."
+                "it was made for another base model, is incomplete, or holds what its configuration does not say."
             )
-    for name, master in masters.items():
+    for name, parameter in (masters | beside).items():
         tensor = remapped[name]
-        if tensor.shape != master.shape:
+        if tensor.shape != parameter.shape:
             raise ValueError(
-                f"the adapter's {name} has shape {tuple(tensor.shape)} and the model's {tuple(master.shape)}: "
-                "it was made for another base model."
+                f"the adapter's {printable(name)} has shape {tuple(tensor.shape)} and the model's "
+                f"{tuple(parameter.shape)}: it was made for another base model."
             )
+        if not tensor.is_floating_point() and not parameter.is_floating_point():
+            continue  # a counter of a module that is saved whole
+        if dtype_name(tensor) not in WIDTHS:
+            raise ValueError(f"the adapter's {printable(name)} holds {dtype_name(tensor)}, which no adapter has.")
         if not torch.isfinite(tensor).all():
-            raise ValueError(f"the adapter's {name} holds NaN or Inf.")
-        remapped[name] = tensor.to(master.dtype)
-    return remapped
+            raise ValueError(f"the adapter's {printable(name)} holds NaN or Inf.")
+        if name in masters:
+            remapped[name] = tensor.to(parameter.dtype)
+    # a head of `modules_to_save` that is an embedding too was written once more, under a name that no parameter has
+    return {name: tensor for name, tensor in remapped.items() if ".modules_to_save." not in name or name in known}
+
+
+def _saved_beside(
+    model: Any, config: SingleLayerConfig, adapter_name: str, keys: Iterable[str]
+) -> dict[str, torch.Tensor]:
+    """The model's tensors beside the masters that an adapter's file may hold, by its keys: those of `modules_to_save`,
+    and the embeddings that PEFT saves: as the configuration says, or because the vocabulary was resized.
+
+    Raises:
+        ValueError: an embedding that the configuration names is not in the file.
+    """
+    modules = dict(model.named_modules())
+    allowed: dict[str, torch.Tensor] = {}
+    for path, module in modules.items():
+        if isinstance(module, AuxiliaryTrainingWrapper):
+            for stored, loaded in module.adapter_state_dict_load_map(adapter_name).items():
+                tensor = module.state_dict()[loaded]
+                allowed |= {_file_key(f"{path}.{key}"): tensor for key in (stored, loaded)}
+    getters: list[Any] = [getattr(model, f"get_{kind}_embeddings", None) for kind in ("input", "output")]
+    embeddings = [getter() for getter in getters if getter is not None]
+    named = {
+        _file_key(BaseTuner._remove_adapter_name_from_key(f"{path}.{name}", adapter_name)): tensor
+        for path, module in modules.items()
+        if any(module is embedding for embedding in embeddings)
+        for name, tensor in module.named_parameters()
+    }
+    given = {_file_key(key): key for key in keys}
+    saved = set(config.saved_embeddings or [])
+    if missing := sorted(saved - given.keys() - allowed.keys()):
+        raise ValueError(
+            f"the adapter lacks {printable(missing[0])}, which its configuration names in saved_embeddings: it is "
+            "incomplete."
+        )
+    if named.keys() & given.keys() - saved - allowed.keys() and _vocabulary_was_resized(model):
+        saved |= named.keys()
+    allowed |= {name: tensor for name, tensor in named.items() if name in saved and name not in allowed}
+    return {given[name]: tensor for name, tensor in allowed.items() if name in given}
+
+
+def _vocabulary_was_resized(model: Any) -> bool:
+    """Whether the model's vocabulary has another size than in the configuration it was loaded from, as far as that is
+    on this machine: then PEFT saves the embeddings without being asked, and a run that resumes loads them."""
+    config: Any = getattr(model, "config", None)
+    name = getattr(config, "_name_or_path", None)
+    if not name or not hasattr(config, "vocab_size"):
+        return False
+    try:
+        commit = getattr(config, "_commit_hash", None)
+        before = type(config).from_pretrained(name, revision=commit, local_files_only=True)
+    except (OSError, ValueError):
+        return False
+    return before.vocab_size != config.vocab_size
 
 
 def _restore_sparse(

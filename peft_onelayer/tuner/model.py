@@ -21,6 +21,7 @@ from transformers.pytorch_utils import Conv1D
 from peft_onelayer.layers import resolve_layers
 from peft_onelayer.records.text import printable
 
+from .base import identify_base, is_renamed, record_stage
 from .config import SingleLayerConfig
 from .first_step import watch
 from .graph_cut import GraphCut, installed_graph_cut, installed_graph_cuts
@@ -29,7 +30,7 @@ from .loading import intercept_transformers, loadable_state_dict, stop_intercept
 from .merging import MergingTuner
 from .mixed_batch import row_adapters
 from .stack import find_decoder_stack
-from .targets import check_blocks, target_names, targetable
+from .targets import check_blocks, is_name, target_names, targetable
 
 # The modules that PeftModelForTokenClassification and PeftModelForQuestionAnswering add to `modules_to_save` of the
 # config they were given, after the model has been wrapped.
@@ -98,8 +99,7 @@ class SingleLayerModel(MergingTuner):
             config.modules_to_save = list(dict.fromkeys(config.modules_to_save))
         super().inject_adapter(model, adapter_name, *args, **kwargs)
         stop_intercepting(self.model)
-        if config.encoding is not None:
-            intercept_transformers(self.model, adapter_name)
+        intercept_transformers(self.model, adapter_name)
 
     def _prepare_adapter_config(self, peft_config: SingleLayerConfig, model_config: dict) -> SingleLayerConfig:
         """Resolve `layer` against the model and refuse what cannot be trained, before anything is changed."""
@@ -126,7 +126,12 @@ class SingleLayerModel(MergingTuner):
                 path for _, path, module in targetable(stack, indices) if isinstance(module, (nn.Linear, Conv1D))
             ]
         self._targets = target_names(stack, indices, peft_config)
-        if peft_config.revision is None:
+        if isinstance(peft_config.target_modules, str) and not is_name(peft_config.target_modules):
+            peft_config.target_modules = sorted(self._targets)  # what is saved holds names, no expression to be matched
+        identify_base(model, peft_config, self._targets)
+        if is_renamed(model):
+            peft_config.base_model_name_or_path = peft_config.revision = None
+        elif peft_config.revision is None:
             peft_config.revision = commit_hash(model)
         return peft_config
 
@@ -263,6 +268,8 @@ class SingleLayerModel(MergingTuner):
             layer_indices=None,
             num_layers=None,
             encoding=None,
+            trained_on=None,
+            saved_embeddings=None,
         )
         self.inject_adapter(self.model, adapter_name)
         for layer in layers.values():
@@ -278,8 +285,18 @@ class SingleLayerModel(MergingTuner):
         with row_adapters(self, names, args, kwargs):
             yield
 
-    def _unload_and_optionally_merge(self, *args: Any, **kwargs: Any) -> nn.Module:
-        model = super()._unload_and_optionally_merge(*args, **kwargs)
+    def _unload_and_optionally_merge(
+        self,
+        merge: bool = True,
+        progressbar: bool = False,
+        safe_merge: bool = False,
+        adapter_names: list[str] | None = None,
+    ) -> nn.Module:
+        merged = [name for module in self._mergeable() for name in module.merged_adapters]
+        model = super()._unload_and_optionally_merge(merge, progressbar, safe_merge, adapter_names)
+        if merge:
+            names = {*merged, *(self.active_adapters if adapter_names is None else adapter_names)}
+            record_stage(model, (index for name in names for index in self.peft_config[name].layer_indices))
         for cut in installed_graph_cuts(model):
             cut.remove()
         return model

@@ -4,12 +4,20 @@ from __future__ import annotations
 
 import re
 
+import regex  # type: ignore[import-untyped]  # has a limit of time, which `re` lacks
 from torch import nn
+
+from peft_onelayer.records.text import one_line, printable
 
 from .config import SingleLayerConfig
 from .layer import SingleLayerLayer
 from .quantized import unsupported_quantization
 from .stack import DecoderStack
+
+SECONDS = 0.5  # a regular expression may take for one name
+GROUPS = 40
+# Recursion, flags and the like; and braces other than `x{9}`, `x{1,9}`, `x{1,}` behind a single character or class.
+UNBOUNDED = re.compile(r"\(\?(?![:!=]|<[!=])|(?<=[)}])\{|\{(?!\d{1,2}(,\d{0,2})?\})")
 
 
 def check_blocks(model: nn.Module, stack: DecoderStack, indices: list[int], config: SingleLayerConfig) -> None:
@@ -56,14 +64,15 @@ def target_names(stack: DecoderStack, indices: list[int], config: SingleLayerCon
         for target in [targets] if isinstance(targets, str) else targets:
             found = [(prefix, path) for prefix, path in modules if matches(target, path, whole, prefix)]
             if not found:
+                known = ", ".join(dict.fromkeys(path for _, path in modules))
                 raise ValueError(
-                    f"target_modules entry {target!r} matches nothing in block {', '.join(map(str, indices))}; "
-                    f"its modules are {', '.join(dict.fromkeys(path for _, path in modules))}."
+                    f"target_modules entry {printable(target)!r} matches nothing in block "
+                    f"{', '.join(map(str, indices))}; its modules are {known}."
                 )
             chosen += found
-    saved_whole = [re.compile(rf"(^|.*\.){name}($|\..*)") for name in config.modules_to_save or []]
+    saved_whole = [f".{name}." for name in config.modules_to_save or []]
     names = {prefix + path for prefix, path in chosen}
-    return {name for name in names if not any(pattern.match(name) for pattern in saved_whole)}
+    return {name for name in names if not any(part in f".{name}." for part in saved_whole)}
 
 
 def targetable(stack: DecoderStack, indices: list[int]) -> list[tuple[str, str, nn.Module]]:
@@ -90,6 +99,37 @@ def matches(target: str, path: str, whole: bool, prefix: str) -> bool:
     for candidate in (".".join(parts[: i + 1]) for i in range(len(parts))):
         if candidate == target or f"{prefix}{candidate}".endswith(f".{target}") or prefix + candidate == target:
             return True
-        if whole and (re.fullmatch(target, candidate) or re.fullmatch(target, prefix + candidate)):
+        if whole and (_matches_whole(target, candidate) or _matches_whole(target, prefix + candidate)):
             return True
     return False
+
+
+def is_name(target: str) -> bool:
+    """Whether an entry of `target_modules` is a module's name, and not a regular expression."""
+    return re.fullmatch(r"[\w.]+", target) is not None
+
+
+def _matches_whole(pattern: str, name: str) -> bool:
+    """`re.fullmatch`, for an expression that may come from a stranger.
+
+    Raises:
+        ValueError: no regular expression, one that takes more than `SECONDS` on one name, or one whose compiled form
+            might not fit into memory.
+    """
+    if is_name(pattern):
+        return re.fullmatch(pattern, name) is not None
+    if pattern.count("(") > GROUPS or UNBOUNDED.search(pattern):
+        raise ValueError(
+            f"target_modules {printable(pattern, 80)!r} has more than {GROUPS} groups, a group of a special kind, or a "
+            "repetition in braces of a group or of 100 and more; give a list of names."
+        )
+    try:
+        return regex.fullmatch(pattern, name, timeout=SECONDS) is not None
+    except TimeoutError:
+        raise ValueError(
+            f"target_modules {printable(pattern, 80)!r} takes more than {SECONDS} s to be matched with {name}; "
+            "give a list of names."
+        ) from None
+    except regex.error as error:
+        problem = one_line(error, 100)
+        raise ValueError(f"target_modules {printable(pattern, 80)!r} is no regular expression: {problem}.") from None

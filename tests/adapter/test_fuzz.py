@@ -400,3 +400,157 @@ def test_peft_loads_mutated_folders_exactly_or_not_at_all(tmp_path, original):
 @pytest.mark.slow
 def test_peft_and_two_thousand_mutated_folders(tmp_path, original):
     through_peft(tmp_path, original, 2_000, first=20_000)
+
+
+# Structure-aware mutants: a file of the right form, one or two of whose values are of another type, size or name.
+
+DEEP = {"a": 1}
+for _ in range(900):
+    DEEP = {"a": DEEP}
+TYPES = [3, 2.5, -1, True, None, "text", "", [], {}, ["a"], {"a": 1}, [[["a"]]], [None], {"a": None}, 10**300, 2**64]
+SIZES_OF_TEXT = [
+    "x" * 10**7,
+    "\n" * 50,
+    "a\nb: forged\n\u202egnp",
+    "\x1b[2J",
+    "[/b]",
+    "a[/b]",
+    "\ud800",
+    "\x00",
+    "y" * 5000,
+]
+HOSTILE_VALUES = [*TYPES, *SIZES_OF_TEXT, float("nan"), float("inf"), DEEP, nested(900), nested(70), [0] * 10**5]
+HOSTILE_VALUES += ["(a|a|l|l)*" * 20 + "!", "a{999999999}", "0-9999999999999", "../../secret", ["../x"], "/etc/passwd"]
+FOREIGN = ["lm_head.weight", "model.embed_tokens.weight", "model.norm.weight", "model.layers.0.mlp.up_proj.weight"]
+FOREIGN += ["model.layers.1.mlp.up_proj.base_layer.weight", "lm_head.modules_to_save.default.weight", "x", "", "a\nb"]
+
+
+def nodes(value):
+    """Every object and list within `value`, itself included."""
+    found, left = [], [value]
+    while left:
+        item = left.pop()
+        if isinstance(item, (dict, list)) and item:
+            found.append(item)
+            left += item.values() if isinstance(item, dict) else item
+    return found
+
+
+def change_json(path, rng):
+    """Exchange, remove, add, rename or nest one or two values of a JSON file, at any depth."""
+    root = json.loads(path.read_text())
+    for _ in range(rng.choice([1, 1, 1, 2])):
+        node = root if rng.random() < 0.5 else rng.choice(nodes(root) or [root])
+        keys = list(node) if isinstance(node, dict) else list(range(len(node)))
+        key, what = rng.choice(keys), rng.randrange(8)
+        if what == 0:
+            del node[key]
+        elif what == 1 and isinstance(node, dict):
+            node[rng.choice(["new", "", "a\nb", "x" * 10**6, "__class__", "encoding", "layer"])] = node.pop(key)
+        elif what == 2:
+            node[key] = rng.choice([[node[key]], {"a": node[key]}])
+        else:
+            node[key] = rng.choice(HOSTILE_VALUES)
+        if not root:
+            break
+    path.write_text(json.dumps(root))
+
+
+def change_header(path, rng):
+    """A header of right form: foreign names of right shape, other dtypes, shapes, lengths, offsets that overlap."""
+    state = load_file(path)
+    what = rng.randrange(6)
+    name = rng.choice(FOREIGN)
+    if what < 3:  # well-formed, with a tensor that the configuration does not name
+        shapes = {"lm_head.weight": (64, 64), "model.embed_tokens.weight": (64, 64), "model.norm.weight": (64,)}
+        shape = rng.choice([shapes.get(name, (96, 64)), (3,), ()])
+        key = rng.choice(["base_model.model.", "base_model.model.", "", "base_model."]) + name
+        state[key] = torch.zeros(shape, dtype=rng.choice([torch.float32, torch.bfloat16, torch.float8_e4m3fn]))
+        save_file(state, path)
+        return
+    data = path.read_bytes()
+    length = struct.unpack("<Q", data[:8])[0]
+    fields = json.loads(data[8 : 8 + length])
+    key = rng.choice([key for key in fields if key != "__metadata__"])
+    entry = fields[key]
+    if what == 3:
+        entry[rng.choice(["dtype", "shape", "data_offsets", "more"])] = rng.choice(HOSTILE_VALUES)
+    elif what == 4:
+        start, end = entry["data_offsets"]
+        entry["data_offsets"] = rng.choice([[start - 1, end - 1], [start + 1, end], [0, end - start], [end, start]])
+    else:
+        fields[rng.choice(["__metadata__", key])] = rng.choice(HOSTILE_VALUES)
+    text = json.dumps(fields).encode()
+    text += b" " * (-len(text) % 8)
+    said = rng.choice([len(text)] * 6 + [len(text) + 8, 2**40, 0])
+    path.write_bytes(struct.pack("<Q", said) + text + data[8 + length :])
+
+
+def structured(tmp_path, original, count, first=0):
+    """Open `count` mutants in every way; prints how many were refused and how many loaded, by the file that was changed
+    and the way."""
+    from peft_onelayer.records.files import RUN
+    from peft_onelayer.runs.models import load_adapter
+
+    folder, base, weights, tuned = original
+    record = (Path(__file__).parents[1] / "records" / "old" / "train" / "run.json").read_text()
+    results: Counter = Counter()
+    slowest, longest = 0.0, 0
+    target = tmp_path / "a"
+
+    def through_peft_in_one_line():
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            return {n: p.detach().bfloat16() for n, p in masters(load_adapter(copy.deepcopy(base), target)).items()}
+
+    ways = {
+        "read": lambda: read_all(target, weights),
+        "inspect": lambda: inspect_adapter(target) and None,
+        "peft": through_peft_in_one_line,
+    }
+    for seed in range(first, first + count):
+        rng = random.Random(seed)
+        target.mkdir()
+        sparse = rng.random() < 0.5
+        for name in (CONFIG, WEIGHTS):
+            (target / name).write_bytes(((folder if sparse else folder.parent / "dense") / name).read_bytes())
+        (target / RUN).write_text(record)
+        changed = rng.choice([CONFIG, CONFIG, RUN, WEIGHTS])
+        (change_header if changed == WEIGHTS else change_json)(target / changed, rng)
+        for way, enter in ways.items():
+            start = time.perf_counter()
+            try:
+                with bounded_memory(2**30):
+                    loaded = enter()
+            except ValueError as error:
+                message = str(error)
+                assert message.isprintable() and 0 < len(message) < 500, (seed, changed, way, message[:1000])
+                results[changed, way, "refused"] += 1
+                longest = max(longest, len(message))
+            else:
+                results[changed, way, "loaded"] += 1
+                assert loaded is None or loaded.keys() == tuned.keys(), (seed, changed, way)
+                assert loaded is None or all(
+                    torch.equal(loaded[n].bfloat16().view(torch.int16), tuned[n].view(torch.int16)) for n in tuned
+                ), (seed, changed, way)
+            took = time.perf_counter() - start
+            assert took < 5, (seed, changed, way, took)
+            slowest = max(slowest, took)
+        remove(target)
+    for (changed, way, result), number in sorted(results.items()):
+        print(f"{changed:28} {way:8} {result:8} {number:6}")
+    print(f"slowest: {slowest:.2f} s, longest message: {longest} characters")
+    assert sum(results.values()) == len(ways) * count
+    assert {key[0] for key in results} == {CONFIG, RUN, WEIGHTS} and {key[2] for key in results} == {
+        "refused",
+        "loaded",
+    }
+
+
+def test_structured_mutants_are_refused_in_one_line_or_load_exactly(tmp_path, original):
+    structured(tmp_path, original, 30)
+
+
+@pytest.mark.slow
+def test_two_thousand_structured_mutants(tmp_path, original):
+    structured(tmp_path, original, 2_000, first=50_000)

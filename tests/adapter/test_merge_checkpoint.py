@@ -106,7 +106,9 @@ def test_several_adapters_and_sparse_ones(sharded, tmp_path):
     assert contents(tmp_path / "with_sparse") == contents(tmp_path / "both")
     # and one after the other
     merge_into_checkpoint(base, adapters[0], tmp_path / "first")
-    merge_into_checkpoint(tmp_path / "first", adapters[1], tmp_path / "second")
+    with pytest.raises(ValueError, match=r"is not the base .* if block 1 was trained before, give that adapter too"):
+        merge_into_checkpoint(tmp_path / "first", adapters[1], tmp_path / "second")
+    merge_into_checkpoint(tmp_path / "first", adapters[1], tmp_path / "second", allow_other_base=True)
     assert contents(tmp_path / "second") == contents(tmp_path / "both")
     with pytest.raises(ValueError, match=r"both train model\.layers\.1\."):
         merge_into_checkpoint(base, [adapters[0], adapters[0]], tmp_path / "out")

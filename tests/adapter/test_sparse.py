@@ -239,11 +239,9 @@ def test_a_sparse_file_is_not_taken_for_a_dense_one(published):
     edit(folder, lambda config: config.pop("encoding"))
     with pytest.raises(ValueError, match=r"which adapter_config\.json does not record"):
         open_adapter(folder)
-    for name in ("from_pretrained", "load_adapter"):
+    for entrance in ENTRANCES.values():
         with pytest.raises(ValueError, match="the file is sparse"):
-            ENTRANCES[name](AutoModelForCausalLM.from_pretrained(base), folder)
-    report = AutoModelForCausalLM.from_pretrained(base).load_adapter(folder)  # transformers decodes on our word alone
-    assert report.missing_keys and report.unexpected_keys
+            entrance(AutoModelForCausalLM.from_pretrained(base), folder)
 
 
 def test_a_file_cannot_allow_another_base(published):
