@@ -17,6 +17,7 @@ import torch
 from torch import nn
 from torch.optim.optimizer import Optimizer, register_optimizer_step_pre_hook
 
+from .instance import all_parameters
 from .layer import SingleLayerLayer
 from .stack import text_config
 
@@ -49,7 +50,7 @@ def _in_effect(model: nn.Module) -> list[SingleLayerLayer]:
 
 
 def _trains(model: nn.Module) -> bool:
-    return any(parameter.requires_grad for parameter in model.parameters())
+    return any(parameter.requires_grad for parameter in all_parameters(model))
 
 
 def refuse_frozen_adapter(model: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:

@@ -25,7 +25,6 @@ from peft_onelayer.sparse.names import base_name, split_key
 from .config import SingleLayerConfig
 from .layer import SingleLayerLayer
 from .quantized import is_quantized
-from .weights import MasterParameters
 
 LOADER = "_load_pretrained_model"  # transformers: PreTrainedModel.load_adapter calls it on the instance
 
@@ -44,13 +43,13 @@ def loadable_state_dict(
     state_dict = _restore_sparse(model, config, adapter_name, state_dict)
     modules = dict(model.named_modules())
     for module in modules.values():  # TRL narrows the masters of a quantized model before a checkpoint is loaded
-        if isinstance(module, MasterParameters):
+        if isinstance(module, SingleLayerLayer):
             module.widen()
     masters = {
         f"{name}.single_layer_params.{adapter_name}.{key}": parameter
         for name, module in modules.items()
         if isinstance(module, SingleLayerLayer) and adapter_name in module.single_layer_params
-        for key, parameter in module.single_layer_params[adapter_name].items()
+        for key, parameter in module.masters(adapter_name).items()
     }
     full_names = {_file_key(BaseTuner._remove_adapter_name_from_key(name, adapter_name)): name for name in masters}
     remapped = {full_names.get(_file_key(key), key): tensor for key, tensor in state_dict.items()}
@@ -129,7 +128,7 @@ def _restore_sparse(
                 raise ValueError(f"the base's {name} is on the meta device; load the base's weights first.")
             yield base
 
-    shapes = {name: layer.single_layer_params[adapter_name][key].shape for name, (layer, key) in layers.items()}
+    shapes = {name: layer.masters(adapter_name)[key].shape for name, (layer, key) in layers.items()}
     restored = encoding.decode(state_dict, shapes, base_tensor, config.allow_other_base, found)
     if not config.allow_other_base and (difference := encoding.other_config(found)):
         warnings.warn(difference, stacklevel=2)

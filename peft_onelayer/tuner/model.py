@@ -181,7 +181,7 @@ class SingleLayerModel(MergingTuner):
         config = self.peft_config[adapter_name]
         layers = _layers_with(self, [adapter_name]).values()
         for layer in layers:
-            masters = layer.single_layer_params[adapter_name]
+            masters = layer.masters(adapter_name)
             narrowed = any(base.dtype != masters[n].dtype for n, base in layer._base_weights().items())
             if narrowed and config.master_dtype == "float32" and not config.inference_mode:
                 warnings.warn(

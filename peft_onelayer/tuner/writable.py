@@ -1,0 +1,77 @@
+"""Weights in effect that are a copy of the masters (rounded to the base's dtype): writing to them writes the masters.
+
+Code of the plain model initialises or edits `module.weight` in place. On a copy that would have no effect.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils._pytree import tree_leaves, tree_map
+
+# What these get or set is the parameter's, not its values'.
+_TENSOR: Any = torch.Tensor
+OF_THE_PARAMETER = (
+    _TENSOR.requires_grad.__set__,
+    _TENSOR.requires_grad_,
+    _TENSOR.grad.__get__,
+    _TENSOR.grad.__set__,
+    _TENSOR.register_hook,
+)
+SETS_DATA = _TENSOR.data.__set__
+
+
+class WritableCopy(torch.Tensor):
+    """A copy of a master weight. In-place operations on it, its views and its `.data` reach the master."""
+
+    whole: WritableCopy  # what a view is of
+    master: nn.Parameter
+    write: Callable[[torch.Tensor], None]
+
+    @classmethod
+    def of(cls, copy: torch.Tensor, master: nn.Parameter, write: Callable[[torch.Tensor], None]) -> WritableCopy:
+        """`copy`, with `write` called with all of it when some of it has been written."""
+        made = copy.as_subclass(cls)
+        made.whole, made.master, made.write = made, master, write
+        return made
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: tuple = (), kwargs: dict[str, Any] | None = None) -> Any:
+        kwargs = kwargs or {}
+        copies = [value for value in tree_leaves((args, kwargs)) if isinstance(value, WritableCopy)]
+        with torch._C.DisableTorchFunctionSubclass():
+            if func in OF_THE_PARAMETER:
+                return func(*(value.whole.master if isinstance(value, WritableCopy) else value for value in args))
+            if func is SETS_DATA:
+                func(*args)
+                args[0].whole.write(_plain(args[0]))
+                return None
+            result = func(*tree_map(_plain, args), **tree_map(_plain, kwargs))
+            if _writes(func.__name__) or "out" in kwargs:
+                for whole in {id(copy.whole): copy.whole for copy in copies}.values():
+                    whole.write(_plain(whole))
+            return tree_map(lambda value: _as_view(value, copies), result)
+
+
+def _plain(value: Any) -> Any:
+    return value.as_subclass(torch.Tensor) if isinstance(value, WritableCopy) else value
+
+
+def _writes(name: str) -> bool:
+    """Whether a function of this name may write: `mul_`, `__iadd__`, `__setitem__`; never too few."""
+    return (name.endswith("_") and not name.endswith("__")) or name.startswith(("__i", "__set"))
+
+
+def _as_view(value: Any, copies: list[WritableCopy]) -> Any:
+    """`value`, as a part of the copy that it shares its memory with, if any."""
+    if type(value) is not torch.Tensor:
+        return value
+    for copy in copies:
+        if value.untyped_storage()._cdata == copy.untyped_storage()._cdata:
+            view = value.as_subclass(WritableCopy)
+            view.whole = copy.whole
+            return view
+    return value
