@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+import types
 from typing import Any
 
 import torch
@@ -38,7 +39,7 @@ def all_parameters(module: nn.Module) -> list[nn.Parameter]:
 def rebound(value: Any, module: nn.Module, other: nn.Module) -> Any:
     """`value`, an attribute of `module`, as `other` would have it: a bound method or a partial is made anew."""
     if inspect.ismethod(value) and value.__self__ is module:
-        return value.__func__.__get__(other)
+        return types.MethodType(value.__func__, other)
     if isinstance(value, functools.partial) and any(arg is module for arg in value.args):
         args = [other if arg is module else arg for arg in value.args]
         return functools.partial(rebound(value.func, module, other), *args, **value.keywords)

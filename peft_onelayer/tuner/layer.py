@@ -98,9 +98,11 @@ class SingleLayerLayer(MergeableWeights):
             for name, weight in weights.items()
         }
 
-    def _write(self, name: str, value: Any) -> None:
-        """Set what is in effect for the base layer's own parameter `name`. Where its rounded copy has not changed, a
-        master keeps its value.
+    def _write(self, name: str, value: Any, everywhere: bool = True) -> None:
+        """Set what is in effect for the base layer's own parameter `name`.
+
+        Args:
+            everywhere: else a master keeps its value where `value` is what it is rounded to.
 
         Raises:
             ValueError: no tensor of the parameter's shape.
@@ -123,7 +125,10 @@ class SingleLayerLayer(MergeableWeights):
         with torch.no_grad():
             value = value.detach().to(target.device)
             shown = target.to(base.dtype) if base.is_floating_point() else target
-            target.copy_(torch.where(value.to(shown.dtype) == shown, target, value.to(target.dtype)))
+            same = value.to(shown.dtype) == shown
+            if value.dtype != shown.dtype or not same.all():
+                value = value.to(target.dtype)
+                target.copy_(value if everywhere else torch.where(same, target, value))
 
     def _in_effect(self) -> bool:
         on_module = any(name in self.single_layer_params for name in self._adapters_in_effect())

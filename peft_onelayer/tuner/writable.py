@@ -27,15 +27,15 @@ SETS_DATA = _TENSOR.data.__set__
 class WritableCopy(torch.Tensor):
     """A copy of a master weight. In-place operations on it, its views and its `.data` reach the master."""
 
-    whole: WritableCopy  # what a view is of
+    whole: WritableCopy | None  # what a view is of
     master: nn.Parameter
-    write: Callable[[torch.Tensor], None]
+    write: Callable[[torch.Tensor, bool], None]
 
     @classmethod
-    def of(cls, copy: torch.Tensor, master: nn.Parameter, write: Callable[[torch.Tensor], None]) -> WritableCopy:
-        """`copy`, with `write` called with all of it when some of it has been written."""
+    def of(cls, copy: torch.Tensor, master: nn.Parameter, write: Callable[[torch.Tensor, bool], None]) -> WritableCopy:
+        """`copy`; `write` is called with all of it, and whether all of it may have been written, after every write."""
         made = copy.as_subclass(cls)
-        made.whole, made.master, made.write = made, master, write
+        made.whole, made.master, made.write = None, master, write
         return made
 
     @classmethod
@@ -44,16 +44,23 @@ class WritableCopy(torch.Tensor):
         copies = [value for value in tree_leaves((args, kwargs)) if isinstance(value, WritableCopy)]
         with torch._C.DisableTorchFunctionSubclass():
             if func in OF_THE_PARAMETER:
-                return func(*(value.whole.master if isinstance(value, WritableCopy) else value for value in args))
-            if func is SETS_DATA:
+                return func(*map(_parameter, args))
+            if func == SETS_DATA:
                 func(*args)
-                args[0].whole.write(_plain(args[0]))
+                args[0].write(_plain(args[0]), True)
                 return None
             result = func(*tree_map(_plain, args), **tree_map(_plain, kwargs))
             if _writes(func.__name__) or "out" in kwargs:
-                for whole in {id(copy.whole): copy.whole for copy in copies}.values():
-                    whole.write(_plain(whole))
+                for copy in copies:
+                    whole = copy if copy.whole is None else copy.whole
+                    whole.write(_plain(whole), copy.numel() == whole.numel())
             return tree_map(lambda value: _as_view(value, copies), result)
+
+
+def _parameter(value: Any) -> Any:
+    if not isinstance(value, WritableCopy):
+        return value
+    return value.master if value.whole is None else value.whole.master
 
 
 def _plain(value: Any) -> Any:
@@ -72,6 +79,6 @@ def _as_view(value: Any, copies: list[WritableCopy]) -> Any:
     for copy in copies:
         if value.untyped_storage()._cdata == copy.untyped_storage()._cdata:
             view = value.as_subclass(WritableCopy)
-            view.whole = copy.whole
+            view.whole = copy if copy.whole is None else copy.whole
             return view
     return value
