@@ -57,6 +57,10 @@ class AdapterWeights(nn.Module, BaseTunerLayer):
         super().__init__()
         self.base_layer = base_layer
         self.single_layer_params = nn.ModuleDict({})
+        if next(base_layer.children(), None) is not None:
+            # As in the plain model, what the module has itself comes before its children: gradients are clipped by a
+            # sum over all parameters, whose last bit depends on their order.
+            self._modules["base_layer"] = self._modules.pop("base_layer")
         self.master_dtypes: dict[str, torch.dtype | None] = {}  # the least that an adapter has; None: the base's
         self.merged_adapters: list[str] = []
         self._unmerged: dict[str, torch.Tensor] = {}  # W_0 while merged, to restore it bit for bit

@@ -47,7 +47,8 @@ class WritableCopy(torch.Tensor):
                 return func(*map(_parameter, args))
             if func == SETS_DATA:
                 func(*args)
-                args[0].write(_plain(args[0]), True)
+                if args[0].whole is None:
+                    args[0].write(_plain(args[0]), True)
                 return None
             result = func(*tree_map(_plain, args), **tree_map(_plain, kwargs))
             if _writes(func.__name__) or "out" in kwargs:
