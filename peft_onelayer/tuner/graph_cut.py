@@ -19,6 +19,7 @@ from __future__ import annotations
 import functools
 import inspect
 import threading
+import uuid
 import warnings
 import weakref
 from collections.abc import Iterable, Iterator
@@ -30,11 +31,11 @@ from peft.utils.constants import SEQ_CLS_HEAD_NAMES
 from torch import nn
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from .first_step import note_training_pass, refuse_frozen_adapter
 from .instance import all_parameters
 from .layer import SingleLayerLayer
 from .sharding import refuse_unmerging_in_forward
 from .stack import DecoderStack, text_config
+from .steps import note_training_pass, refuse_frozen_adapter, watch
 
 HEAD_NAMES = {*SEQ_CLS_HEAD_NAMES, "lm_head", "embed_out", "qa_outputs", "v_head"}  # modules that run after the blocks
 
@@ -57,6 +58,8 @@ class GraphCut:
     def __init__(self, model: nn.Module, stack: DecoderStack) -> None:
         self._model = weakref.ref(model)
         self.stack_name = stack.name
+        self.origin = uuid.uuid4().hex  # a copy of the model has the same
+        watch(model, self.origin)
         self.embeds = text_config(model) is not None  # a plain module is given what enters the blocks
         self.passes: dict[int, _Pass] = {}  # the latest one of each thread
         self.handles = [
@@ -78,6 +81,8 @@ class GraphCut:
     def __setstate__(self, state: dict[str, Any]) -> None:
         model = state["_model"]
         vars(self).update(state, _model=(lambda: None) if model is None else weakref.ref(model))
+        if model is not None:
+            watch(model, self.origin)
 
     def remove(self) -> None:
         for handle in self.handles:
@@ -91,7 +96,7 @@ class GraphCut:
         if module.training and torch.is_grad_enabled():
             _unmerge_what_trains(module)
             if self.model is not None:
-                note_training_pass(self.model)
+                note_training_pass(self.model, self.stack_name)
             self._take_over_checkpointing(module)
         # A plain module embeds nothing: whatever it is given may be what the caller wants gradients for.
         given = [kwargs.get("inputs_embeds")] if self.embeds else [*args, *kwargs.values()]

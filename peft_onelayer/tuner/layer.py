@@ -14,6 +14,7 @@ from __future__ import annotations
 import functools
 import inspect
 import threading
+import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -244,6 +245,18 @@ class SingleLayerLayer(MergeableWeights):
 
     def __repr__(self) -> str:
         return "single_layer." + super().__repr__()
+
+
+_tuned: weakref.WeakKeyDictionary[nn.Module, tuple[int, list[SingleLayerLayer]]] = weakref.WeakKeyDictionary()
+
+
+def tuned_layers(model: nn.Module) -> list[SingleLayerLayer]:
+    """The wrapped modules in `model`."""
+    made, layers = _tuned.get(model, (-1, []))
+    if made != SingleLayerLayer.made:
+        layers = [module for module in model.modules() if isinstance(module, SingleLayerLayer)]
+        _tuned[model] = SingleLayerLayer.made, layers
+    return layers
 
 
 class _Method(nn.Module):

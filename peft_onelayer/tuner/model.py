@@ -22,7 +22,6 @@ from peft_onelayer.layers import resolve_layers
 from peft_onelayer.records.text import printable
 
 from .config import SingleLayerConfig
-from .first_step import watch
 from .graph_cut import GraphCut, installed_graph_cut, installed_graph_cuts
 from .layer import SingleLayerLayer
 from .loading import intercept_transformers, loadable_state_dict, stop_intercepting
@@ -30,6 +29,7 @@ from .merging import MergingTuner
 from .mixed_batch import row_adapters
 from .stack import find_decoder_stack
 from .targets import check_blocks, target_names, targetable
+from .weights import AdapterWeights
 
 # The modules that PeftModelForTokenClassification and PeftModelForQuestionAnswering add to `modules_to_save` of the
 # config they were given, after the model has been wrapped.
@@ -141,7 +141,6 @@ class SingleLayerModel(MergingTuner):
         stack = find_decoder_stack(model, peft_config.layers_pattern)
         if installed_graph_cut(stack) is None:
             GraphCut(model, stack)
-        watch(model)
 
     def _create_and_replace(
         self,
@@ -280,6 +279,7 @@ class SingleLayerModel(MergingTuner):
 
     def _unload_and_optionally_merge(self, *args: Any, **kwargs: Any) -> nn.Module:
         model = super()._unload_and_optionally_merge(*args, **kwargs)
+        AdapterWeights.made += 1  # there are fewer now
         for cut in installed_graph_cuts(model):
             cut.remove()
         return model

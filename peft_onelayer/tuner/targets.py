@@ -6,6 +6,7 @@ import re
 
 from torch import nn
 
+from .buffers import running_statistics
 from .config import SingleLayerConfig
 from .layer import SingleLayerLayer
 from .quantized import unsupported_quantization
@@ -24,6 +25,11 @@ def check_blocks(model: nn.Module, stack: DecoderStack, indices: list[int], conf
             raise ValueError(
                 f"block {index} ({type(block).__name__}) owns parameters directly ({', '.join(direct)}), which "
                 "cannot be wrapped; name the parts to train with target_modules."
+            )
+        if (module := running_statistics(block)) is not None:
+            raise ValueError(
+                f"{prefix}{module} keeps running statistics, which training changes and which are no parameters, so an "
+                "adapter could neither save them nor switch them off; train a block without such a module."
             )
         for name, tensor in (*block.named_parameters(), *block.named_buffers()):
             if unsupported_quantization(name, tensor):

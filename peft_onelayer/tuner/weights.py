@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import weakref
 from contextlib import AbstractContextManager
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
@@ -39,6 +40,10 @@ def stand_in(base_layer: nn.Module, masters: dict[str, nn.Parameter]) -> nn.Modu
     return module.train(base_layer.training)
 
 
+# All masters there are, by their identities: an optimizer may hold some that no model has any more.
+adapter_parameters: weakref.WeakValueDictionary[int, nn.Parameter] = weakref.WeakValueDictionary()
+
+
 class AdapterWeights(nn.Module, BaseTunerLayer):
     """Keeps `base_layer` and the adapters' copies of its own parameters; says which weights a choice of adapters gives.
 
@@ -50,6 +55,7 @@ class AdapterWeights(nn.Module, BaseTunerLayer):
     other_param_names = ("master_dtypes",)
     base_layer: Any  # an nn.Module
     single_layer_params: Any  # an nn.ModuleDict of stand-ins by adapter name
+    made: ClassVar[int] = 0  # how many there have been: it tells when to look for them anew
     active_adapters: Any  # BaseTunerLayer's list of names
     set_adapter: Any  # BaseTunerLayer's method
 
@@ -65,6 +71,7 @@ class AdapterWeights(nn.Module, BaseTunerLayer):
         self.merged_adapters: list[str] = []
         self._unmerged: dict[str, torch.Tensor] = {}  # W_0 while merged, to restore it bit for bit
         self._active_adapter = adapter_name
+        AdapterWeights.made += 1
         self.update_layer(adapter_name, config)
 
     def update_layer(self, adapter_name: str, config: SingleLayerConfig) -> None:
@@ -81,6 +88,7 @@ class AdapterWeights(nn.Module, BaseTunerLayer):
                 masters[name] = nn.Parameter(master)
         self.master_dtypes[adapter_name] = master_dtype
         self.single_layer_params[adapter_name] = stand_in(self.base_layer, masters)
+        adapter_parameters.update({id(p): p for p in self.masters(adapter_name).values()})
         self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
 
     def _own(self) -> list[tuple[str, nn.Parameter]]:
