@@ -36,6 +36,7 @@ from .layer import SingleLayerLayer
 from .sharding import refuse_unmerging_in_forward
 from .stack import DecoderStack, text_config
 from .steps import note_training_pass, refuse_frozen_adapter, watch
+from .threads import RunningPasses
 
 HEAD_NAMES = {*SEQ_CLS_HEAD_NAMES, "lm_head", "embed_out", "qa_outputs", "v_head"}  # modules that run after the blocks
 
@@ -62,8 +63,11 @@ class GraphCut:
         watch(model, self.origin)
         self.embeds = text_config(model) is not None  # a plain module is given what enters the blocks
         self.passes: dict[int, _Pass] = {}  # the latest one of each thread
+        self.running = RunningPasses()
         self.handles = [
             model.register_forward_pre_hook(refuse_frozen_adapter, with_kwargs=True),
+            model.register_forward_pre_hook(self.running.begin, with_kwargs=True),
+            model.register_forward_hook(self.running.end, with_kwargs=True, always_call=True),
             _entry(model, stack).register_forward_pre_hook(self._enter, with_kwargs=True),
         ]
         for block in stack.blocks:

@@ -62,11 +62,10 @@ def call_with(module: nn.Module, method: str, weights: dict[str, torch.Tensor], 
         weights: one for each of `own_parameters(module)`; a method that assigns a parameter puts it here.
     """
     own = vars(module)
-    names = {id(parameter): name for name, parameter in own_parameters(module).items()}
     instance = object.__new__(type(module))
     state = vars(instance)
     state.update({name: rebound(value, module, instance) for name, value in own.items()})
-    state["_parameters"] = {name: weights.get(names.get(id(p), "")) for name, p in module._parameters.items()}
+    state["_parameters"] = {name: weights.get(name) for name in module._parameters}
     if "_former_parameters" in own:
         state.update(weights)
     if isinstance(module, RNNBase):

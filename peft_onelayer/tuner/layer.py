@@ -42,6 +42,7 @@ class SingleLayerLayer(MergeableWeights):
 
     def __init__(self, base_layer: nn.Module, adapter_name: str, config: SingleLayerConfig) -> None:
         super().__init__(base_layer, adapter_name, config)
+        self.switched_off_by: int | None = None  # a thread
         self.rows_of_threads: dict[int, list[str]] = {}  # see `row_adapters`, by the thread's identity
         self.exchanging: dict[str, int] = {}  # see `_alone`
         self._frozen_while_disabled: list[str] = []
@@ -224,18 +225,28 @@ class SingleLayerLayer(MergeableWeights):
 
     def set_adapter(self, adapter_names: str | list[str], inference_mode: bool = False) -> None:
         """See `BaseTunerLayer.set_adapter`; it decides anew what trains, also while the adapters are switched off."""
+        before = self.active_adapters
         super().set_adapter(adapter_names, inference_mode)
         self._frozen_while_disabled = []
+        if before != self.active_adapters:
+            self._count_switch()
 
     def enable_adapters(self, enabled: bool) -> None:
         """Switch the adapters on or off. PEFT's own lets a frozen active adapter train once it is on again."""
         frozen = self._frozen_while_disabled
         if not enabled and not self.disable_adapters:
             frozen = [n for n in self.active_adapters if not self.trains(n)]
+        if enabled == self.disable_adapters:
+            self._count_switch()
+            self.switched_off_by = None if enabled else threading.get_ident()
         super().enable_adapters(enabled)
         if enabled:
             self.set_requires_grad(frozen, False)
         self._frozen_while_disabled = [] if enabled else frozen
+
+    def _count_switch(self) -> None:
+        mine = threading.get_ident()
+        self.switches[mine] = self.switches.get(mine, 0) + 1
 
     def trains(self, adapter_name: str) -> bool:
         """Whether the adapter is on this module and has parameters that require gradients."""

@@ -7,7 +7,7 @@ import dataclasses
 import math
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -29,6 +29,7 @@ from .merging import MergingTuner
 from .mixed_batch import row_adapters
 from .stack import find_decoder_stack
 from .targets import check_blocks, target_names, targetable
+from .threads import no_switch_by_others
 from .weights import AdapterWeights
 
 # The modules that PeftModelForTokenClassification and PeftModelForQuestionAnswering add to `modules_to_save` of the
@@ -271,10 +272,8 @@ class SingleLayerModel(MergingTuner):
     def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
         """PEFT's seam for `adapter_names`, around a forward pass or `generate` (`PeftModel` has the same name)."""
         names = kwargs.pop("adapter_names", None)
-        if names is None:
-            yield
-            return
-        with row_adapters(self, names, args, kwargs):
+        rows = nullcontext() if names is None else row_adapters(self, names, args, kwargs)
+        with rows, no_switch_by_others(self.model):
             yield
 
     def _unload_and_optionally_merge(self, *args: Any, **kwargs: Any) -> nn.Module:

@@ -70,6 +70,7 @@ class AdapterWeights(nn.Module, BaseTunerLayer):
         self.master_dtypes: dict[str, torch.dtype | None] = {}  # the least that an adapter has; None: the base's
         self.merged_adapters: list[str] = []
         self._unmerged: dict[str, torch.Tensor] = {}  # W_0 while merged, to restore it bit for bit
+        self.switches: dict[int, int] = {}  # how often each thread has switched adapters on or off, or chosen others
         self._active_adapter = adapter_name
         AdapterWeights.made += 1
         self.update_layer(adapter_name, config)
