@@ -41,7 +41,7 @@ class RunningPasses:
             if owner in others:
                 raise RuntimeError(
                     "another thread has switched the model's adapters off and runs it, so this thread would get the "
-                    "base's output too; in place of disable_adapter() pass adapter_names= with '__base__', for one call."
+                    "base's output too; instead of disable_adapter() pass adapter_names= with '__base__' in a call."
                 )
             if owner == mine:
                 for thread in others:
