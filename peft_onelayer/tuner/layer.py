@@ -100,24 +100,33 @@ class SingleLayerLayer(MergeableWeights):
             for name, weight in weights.items()
         }
 
-    def _write(self, name: str, value: Any, everywhere: bool = True) -> None:
+    def in_effect(self) -> Any:
+        """The module that owns the weights in effect: the base layer, or the one adapter's.
+
+        Raises:
+            RuntimeError: several adapters are in effect.
+        """
+        if not self._in_effect():
+            return self.base_layer
+        names = [name for name in self._adapters_in_effect() if name in self.single_layer_params]
+        if len(names) > 1:
+            raise RuntimeError(
+                f"the adapters {', '.join(names)} are in effect together, so it is not clear whose weights are meant; "
+                "make one of them active with set_adapter, or write to single_layer_params."
+            )
+        return self.single_layer_params[names[0]]
+
+    def _write(self, name: str, value: Any, where: torch.Tensor | None = None) -> None:
         """Set what is in effect for the base layer's own parameter `name`.
 
         Args:
-            everywhere: else a master keeps its value where `value` is what it is rounded to.
+            where: the entries to set, True or False, of the parameter's shape; None: all.
 
         Raises:
             ValueError: no tensor of the parameter's shape.
             RuntimeError: several adapters are in effect.
         """
-        base = dict(self._own())[name]
-        names = [n for n in self._adapters_in_effect() if n in self.single_layer_params] if self._in_effect() else []
-        if len(names) > 1:
-            raise RuntimeError(
-                f"the adapters {', '.join(names)} are in effect together, so it is not clear whose {name} is "
-                "meant; make one of them active with set_adapter, or write to single_layer_params."
-            )
-        target = self.masters(names[0])[name] if names else base
+        base, target = dict(self._own())[name], own_parameters(self.in_effect())[name]
         if not isinstance(value, torch.Tensor) or value.shape != target.shape:
             given = f"shape {tuple(value.shape)}" if isinstance(value, torch.Tensor) else type(value).__name__
             raise ValueError(
@@ -130,7 +139,7 @@ class SingleLayerLayer(MergeableWeights):
             same = value.to(shown.dtype) == shown
             if value.dtype != shown.dtype or not same.all():
                 value = value.to(target.dtype)
-                target.copy_(value if everywhere else torch.where(same, target, value))
+                target.copy_(value if where is None else torch.where(where, value, target))
 
     def _in_effect(self) -> bool:
         on_module = any(name in self.single_layer_params for name in self._adapters_in_effect())

@@ -20,7 +20,7 @@ from torch import nn
 
 from peft_onelayer.records.text import printable
 from peft_onelayer.sparse.encoding import SparseEncoding, describe_base
-from peft_onelayer.sparse.names import base_name, split_key
+from peft_onelayer.sparse.names import base_name, split_key, unwrapped
 
 from .config import SingleLayerConfig
 from .layer import SingleLayerLayer
@@ -161,6 +161,6 @@ def _load_pretrained_model(adapter_name: str, *, model: Any, **kwargs: Any) -> A
 
 
 def _file_key(name: str) -> str:
-    """A tensor's name apart from what depends on how the model is wrapped: PEFT's prefix, and the `base_layer` that
-    the wrapper of a composite module puts before its children."""
-    return name.removeprefix("base_model.model.").replace(".base_layer.", ".")
+    """A tensor's name apart from what depends on how the model is wrapped: PEFT's prefix, the names of torch.compile
+    and of data parallelism, and the `base_layer` that the wrapper of a composite module puts before its children."""
+    return unwrapped(name).removeprefix("base_model.model.").removeprefix("module.").replace(".base_layer.", ".")

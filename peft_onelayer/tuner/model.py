@@ -13,13 +13,16 @@ from typing import Any
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.constants import INCLUDE_LINEAR_LAYERS_SHORTHAND as ALL_LINEAR
+from peft.utils.other import AuxiliaryTrainingWrapper
 from peft.utils.peft_types import TaskType
 from torch import nn
+from torch.nn.parallel import DistributedDataParallel
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from peft_onelayer.layers import resolve_layers
 from peft_onelayer.records.text import printable
+from peft_onelayer.sparse.names import unwrapped
 
 from .config import SingleLayerConfig
 from .graph_cut import GraphCut, installed_graph_cut, installed_graph_cuts
@@ -124,7 +127,9 @@ class SingleLayerModel(MergingTuner):
         targets = peft_config.target_modules
         if isinstance(targets, str) and targets.lower() == ALL_LINEAR:  # PEFT would name those of the whole model
             peft_config.target_modules = [
-                path for _, path, module in targetable(stack, indices) if isinstance(module, (nn.Linear, Conv1D))
+                unwrapped(path)
+                for _, path, module in targetable(stack, indices)
+                if isinstance(module, (nn.Linear, Conv1D))
             ]
         self._targets = target_names(stack, indices, peft_config)
         if peft_config.revision is None:
@@ -194,6 +199,10 @@ class SingleLayerModel(MergingTuner):
         for layer in layers:
             layer.to_base_dtype(adapter_name)
 
+    def _init_weights(self, module: nn.Module) -> None:
+        """transformers' own, which goes by a module's class; of a wrapped module it initialises what is in effect."""
+        self.model._init_weights(module.in_effect() if isinstance(module, SingleLayerLayer) else module)
+
     def enable_input_require_grads(self) -> None:
         """As transformers' own, which hooks the embeddings so that their output requires gradients, with a hook that
         does nothing under torch.compile: it would break the graph, which is cut below the block anyway."""
@@ -253,7 +262,7 @@ class SingleLayerModel(MergingTuner):
         layers = _layers_with(self.model, adapters)
         parts = None  # all of every block, or by their full names what at least one of the adapters has
         if any(config.target_modules is not None for config in configs):
-            parts = [name.replace(".base_layer", "") for name in layers]
+            parts = [unwrapped(name.replace(".base_layer", "")) for name in layers]
         self.peft_config[adapter_name] = dataclasses.replace(
             configs[0],
             layer=sorted({index for config in configs for index in config.layer_indices}),
@@ -299,7 +308,15 @@ class SingleLayerModel(MergingTuner):
                 "nothing. It was not trained, or its updates were too small.",
                 stacklevel=2,
             )
-        return super()._get_adapter_state_dict(model, config, adapter_name, *args, **kwargs)
+        for name, module in model.named_modules():
+            if isinstance(module, AuxiliaryTrainingWrapper) and name != unwrapped(name):
+                raise ValueError(
+                    f"{unwrapped(name)} of modules_to_save lies inside a module that torch.compile has wrapped, so PEFT "
+                    "would save it under a name that does not load; wrap the model first and compile the PeftModel."
+                )
+        state = super()._get_adapter_state_dict(model, config, adapter_name, *args, **kwargs)
+        parallel = any(isinstance(module, (nn.DataParallel, DistributedDataParallel)) for module in model.modules())
+        return {_name_of_the_plain_model(key, parallel): tensor for key, tensor in state.items()}
 
     @classmethod
     def _remap_adapter_state_dict_for_load(
@@ -317,6 +334,12 @@ def _layers_with(model: nn.Module, adapters: list[str]) -> dict[str, SingleLayer
         for name, module in model.named_modules()
         if isinstance(module, SingleLayerLayer) and any(adapter in module.single_layer_params for adapter in adapters)
     }
+
+
+def _name_of_the_plain_model(key: str, parallel: bool) -> str:
+    """A key as it is saved, also of a model of which torch.compile or data parallelism has wrapped a part."""
+    key = unwrapped(key)
+    return key.replace("base_model.model.module.", "base_model.model.", 1) if parallel else key
 
 
 def _with_heads(config: SingleLayerConfig) -> SingleLayerConfig:

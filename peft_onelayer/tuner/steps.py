@@ -199,10 +199,7 @@ def _refuse_lost_parameters(given: list[nn.Parameter]) -> None:
 
 def _refuse_frozen_parameters(holding: _Holding) -> None:
     mine = holding.parameters
-    if any(parameter.requires_grad for parameter in mine):
-        return
-    # Two adapters that train in turns may be switched between the backward pass and the step.
-    if holding.steps and any(parameter.grad is not None and parameter.grad.any() for parameter in mine):
+    if any(parameter.requires_grad for parameter in mine) or (holding.steps and _switched_before_step(holding)):
         return
     raise RuntimeError(
         f"the optimizer holds {len(mine)} parameters of this model, and all of them are frozen: it was made before the "
@@ -234,7 +231,7 @@ def _refuse_training_a_copy(model: nn.Module, known: _Model, holding: _Holding) 
 
 def _refuse_training_another_adapter(model: nn.Module, holding: _Holding) -> None:
     """An adapter in effect that trains, gets gradients and is in no optimizer, where this optimizer trains another."""
-    if not holding.trained_adapter:
+    if not holding.trained_adapter or _switched_before_step(holding):
         return
     held = {id(p) for holdings in list(_held.values()) if model in holdings for p in holdings[model].parameters}
     for name, ids in _trained_in_effect(model, with_gradient=True).items():
@@ -244,6 +241,12 @@ def _refuse_training_another_adapter(model: nn.Module, holding: _Holding) -> Non
                 "made for the adapter before. Make an optimizer from the parameters that require gradients, or freeze "
                 f"{name} with set_requires_grad."
             )
+
+
+def _switched_before_step(holding: _Holding) -> bool:
+    """Whether adapters that train in turns were switched between a backward pass and its step."""
+    frozen = [parameter for parameter in holding.parameters if not parameter.requires_grad]
+    return any(parameter.grad is not None and bool(parameter.grad.any()) for parameter in frozen)
 
 
 def _trained_in_effect(model: nn.Module, with_gradient: bool = False) -> dict[str, set[int]]:

@@ -6,6 +6,8 @@ import re
 
 from torch import nn
 
+from peft_onelayer.sparse.names import unwrapped
+
 from .buffers import running_statistics
 from .config import SingleLayerConfig
 from .layer import SingleLayerLayer
@@ -41,7 +43,7 @@ def check_blocks(model: nn.Module, stack: DecoderStack, indices: list[int], conf
         for name, parameter in block.named_parameters():
             if "single_layer_params" in name:
                 continue
-            others = [n for n in everywhere[id(parameter)] if n != prefix + name]
+            others = [n for n in everywhere[id(parameter)] if unwrapped(n) != unwrapped(prefix + name)]
             if others:
                 raise ValueError(
                     f"{prefix}{name} is shared with {others[0]}; training one block of a model whose blocks share "
@@ -60,7 +62,9 @@ def target_names(stack: DecoderStack, indices: list[int], config: SingleLayerCon
     if targets is not None:
         chosen, whole = [], isinstance(targets, str)
         for target in [targets] if isinstance(targets, str) else targets:
-            found = [(prefix, path) for prefix, path in modules if matches(target, path, whole, prefix)]
+            found = [
+                (prefix, path) for prefix, path in modules if matches(target, unwrapped(path), whole, unwrapped(prefix))
+            ]
             if not found:
                 raise ValueError(
                     f"target_modules entry {target!r} matches nothing in block {', '.join(map(str, indices))}; "

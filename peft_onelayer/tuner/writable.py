@@ -29,11 +29,11 @@ class WritableCopy(torch.Tensor):
 
     whole: WritableCopy | None  # what a view is of
     master: nn.Parameter
-    write: Callable[[torch.Tensor, bool], None]
+    write: Callable[[torch.Tensor, torch.Tensor | None], None]
 
     @classmethod
-    def of(cls, copy: torch.Tensor, master: nn.Parameter, write: Callable[[torch.Tensor, bool], None]) -> WritableCopy:
-        """`copy`; `write` is called with all of it, and whether all of it may have been written, after every write."""
+    def of(cls, copy: torch.Tensor, master: nn.Parameter, write: Callable) -> WritableCopy:
+        """`copy`; after every write `write` is called with all of it, and a mask of what may have been written."""
         made = copy.as_subclass(cls)
         made.whole, made.master, made.write = None, master, write
         return made
@@ -48,13 +48,13 @@ class WritableCopy(torch.Tensor):
             if func == SETS_DATA:
                 func(*args)
                 if args[0].whole is None:
-                    args[0].write(_plain(args[0]), True)
+                    args[0].write(_plain(args[0]), None)
                 return None
             result = func(*tree_map(_plain, args), **tree_map(_plain, kwargs))
             if _writes(func.__name__) or "out" in kwargs:
                 for copy in copies:
                     whole = copy if copy.whole is None else copy.whole
-                    whole.write(_plain(whole), copy.numel() == whole.numel())
+                    whole.write(_plain(whole), _entries_of(copy, whole))
             return tree_map(lambda value: _as_view(value, copies), result)
 
 
@@ -71,6 +71,16 @@ def _plain(value: Any) -> Any:
 def _writes(name: str) -> bool:
     """Whether a function of this name may write: `mul_`, `__iadd__`, `__setitem__`; never too few."""
     return (name.endswith("_") and not name.endswith("__")) or name.startswith(("__i", "__set"))
+
+
+def _entries_of(view: torch.Tensor, whole: torch.Tensor) -> torch.Tensor | None:
+    """Which entries of `whole` its view has, as a mask; None for all."""
+    if view.numel() == whole.numel():
+        return None
+    entries = whole.untyped_storage().nbytes() // whole.element_size()
+    mask = torch.zeros(entries, dtype=torch.bool, device=whole.device)
+    mask.as_strided(view.shape, view.stride(), view.storage_offset()).fill_(True)
+    return mask.as_strided(whole.shape, whole.stride(), whole.storage_offset())
 
 
 def _as_view(value: Any, copies: list[WritableCopy]) -> Any:
