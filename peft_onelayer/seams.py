@@ -111,7 +111,7 @@ SEAMS: dict[str, tuple[Seam, ...]] = {
         Seam(_TUNER + "_replace_module", "to unload", ("parent", "child_name", "new_module", "child"), True),
         Seam(_TUNER + "_cast_adapter_dtype", "float32 masters", ("adapter_name", "autocast_adapter_dtype"), True),
         Seam(_TUNER + "_unload_and_optionally_merge", "to merge", _UNLOAD, True),
-        Seam(_TUNER + "_get_adapter_state_dict", "to save", ("model", "config", "adapter_name")),
+        Seam(_TUNER + "_get_adapter_state_dict", "to save", ("model", "config", "adapter_name", "state_dict")),
         Seam(_TUNER + "_remap_adapter_state_dict_for_load", "to load, the sparse encoding too", _REMAP, True),
         Seam(_TUNER + "_remove_adapter_name_from_key", "to load", ("key", "adapter_name")),
         Seam(_LAYER + "set_adapter", "several adapters", ("adapter_names", "inference_mode"), True),

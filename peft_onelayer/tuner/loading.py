@@ -41,7 +41,7 @@ def loadable_state_dict(
         ValueError: tensors missing or left over, a wrong shape, NaN or Inf; for a sparse adapter another base.
     """
     state_dict = _restore_sparse(model, config, adapter_name, state_dict)
-    modules = dict(model.named_modules())
+    modules = {name.replace("_checkpoint_wrapped_module.", ""): module for name, module in model.named_modules()}
     for module in modules.values():  # TRL narrows the masters of a quantized model before a checkpoint is loaded
         if isinstance(module, SingleLayerLayer):
             module.widen()

@@ -294,7 +294,13 @@ class SingleLayerModel(MergingTuner):
 
     @classmethod
     def _get_adapter_state_dict(
-        cls, model: nn.Module, config: Any, adapter_name: str, *args: Any, **kwargs: Any
+        cls,
+        model: nn.Module,
+        config: Any,
+        adapter_name: str,
+        state_dict: dict[str, torch.Tensor],
+        *args: Any,
+        **kwargs: Any,
     ) -> dict[str, torch.Tensor]:
         """What is saved. See `BaseTuner._get_adapter_state_dict`; warns of an adapter that changes nothing."""
         tuned = [
@@ -311,12 +317,21 @@ class SingleLayerModel(MergingTuner):
         for name, module in model.named_modules():
             if isinstance(module, AuxiliaryTrainingWrapper) and name != unwrapped(name):
                 raise ValueError(
-                    f"{unwrapped(name)} of modules_to_save lies inside a module that torch.compile has wrapped, so PEFT "
+                    f"{unwrapped(name)} of modules_to_save lies inside a module that torch.compile has wrapped: PEFT "
                     "would save it under a name that does not load; wrap the model first and compile the PeftModel."
                 )
-        state = super()._get_adapter_state_dict(model, config, adapter_name, *args, **kwargs)
+        # PEFT's own selects by the names of modules, of which a checkpoint wrapper's are not those of the state dict.
+        prefixes = tuple(
+            unwrapped(f"{name}.single_layer_params.{adapter_name}.")
+            for name, module in model.named_modules()
+            if isinstance(module, SingleLayerLayer)
+        )
         parallel = any(isinstance(module, (nn.DataParallel, DistributedDataParallel)) for module in model.modules())
-        return {_name_of_the_plain_model(key, parallel): tensor for key, tensor in state.items()}
+        return {
+            _name_of_the_plain_model(key, parallel): tensor
+            for key, tensor in state_dict.items()
+            if unwrapped(key).startswith(prefixes)
+        }
 
     @classmethod
     def _remap_adapter_state_dict_for_load(
