@@ -152,7 +152,20 @@ SEAMS: dict[str, tuple[Seam, ...]] = {
             says=("_forward_pre_hooks", "_load_state_dict_post_hooks"),
         ),
         Seam("torch.utils.hooks:RemovableHandle.__init__", "copies of a model", says=("self.hooks_dict_ref",)),
-        Seam("torch.optim.optimizer:register_optimizer_step_pre_hook", "the checks at the first step"),
+        Seam("torch.optim.optimizer:register_optimizer_step_pre_hook", "the checks at each step"),
+        Seam(
+            "torch.nn:Module._replicate_for_data_parallel",
+            "replicas of nn.DataParallel",
+            says=("replica._parameters = {}",),
+        ),
+        Seam("torch.nn.parallel.replicate:replicate", "replicas of nn.DataParallel", says=("_former_parameters[key]",)),
+        Seam("torch.nn.modules.rnn:RNNBase", "a recurrent module's list of its parameters"),
+        Seam("torch._C:DisableTorchFunctionSubclass", "writes to rounded weights"),
+        Seam(
+            "transformers.modeling_utils:PreTrainedModel._init_weights",
+            "the initialisation of a wrapped module",
+            ("module",),
+        ),
         Seam("torch.distributed.fsdp:FSDPModule", "FSDP2"),
         Seam(
             "torch.distributed.fsdp._fully_shard._fsdp_param:FSDPParam.__init__",
