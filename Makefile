@@ -43,6 +43,7 @@ bench: $(READY)
 	$(BIN)/python examples/benchmarks/import_time.py
 	$(BIN)/python examples/benchmarks/graph_cut.py
 	$(BIN)/python examples/benchmarks/race_prefix.py
+	$(BIN)/python examples/benchmarks/threads.py
 
 # Trains every trainer of TRL and writes what came out into docs/trainers.md.
 trl-table: $(READY)

@@ -33,7 +33,7 @@ CORE = [
     "tests/tuner/test_precision.py",
     "tests/tuner/test_adapters.py",
     "tests/tuner/test_resume.py",
-    "tests/tuner/test_first_step.py",
+    "tests/tuner/test_steps.py",
     "tests/tuner/test_freed.py",
     "tests/sparse",
     "tests/records",

@@ -7,13 +7,25 @@ POSITIONS = ("indices", "gaps", "bitmap")
 PARTS = (*POSITIONS, "values", "ulps")
 
 
+WRAPPERS = ("_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module")  # what torch calls a wrapped module
+
+
+def unwrapped(name: str) -> str:
+    """A name without what torch.compile and torch's wrappers add to it.
+
+    >>> unwrapped("_orig_mod.model.layers.5._orig_mod.mlp")
+    'model.layers.5.mlp'
+    """
+    return ".".join(part for part in name.split(".") if part not in WRAPPERS)
+
+
 def base_name(key: str) -> str:
     """The name in the base model of what an adapter file or a wrapped model calls `key`.
 
     >>> base_name("base_model.model.model.layers.5.mlp.down_proj.single_layer_params.weight")
     'model.layers.5.mlp.down_proj.weight'
     """
-    key = key.removeprefix("base_model.model.").replace(".base_layer.", ".")
+    key = unwrapped(key).removeprefix("base_model.model.").replace(".base_layer.", ".")
     return key.replace(TRAINED, ".")
 
 

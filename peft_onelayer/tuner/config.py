@@ -124,6 +124,15 @@ class SingleLayerConfig(PeftConfig):
             )
         check_adapter_config(vars(self), "SingleLayerConfig")
 
+    @property
+    def trainable_token_indices(self) -> None:
+        """A field of `LoraConfig` that TRL reads where it has added tokens; there is none here."""
+        raise AttributeError(
+            "SingleLayerConfig has no trainable_token_indices: chat_template_path adds tokens, whose embeddings are "
+            "outside of the block and would not be trained; add the tokens and train them first, or give a tokenizer "
+            "that has its chat template."
+        )
+
     @classmethod
     def from_pretrained(cls, *args: Any, allow_other_base: bool = False, **kwargs: Any) -> SingleLayerConfig:
         """See `PeftConfig.from_pretrained`, to which `PeftModel.from_pretrained` hands its keyword arguments."""

@@ -18,9 +18,12 @@ from __future__ import annotations
 
 import functools
 import inspect
+import threading
+import uuid
 import warnings
 import weakref
 from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -28,12 +31,22 @@ from peft.utils.constants import SEQ_CLS_HEAD_NAMES
 from torch import nn
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from .first_step import note_training_pass, refuse_frozen_adapter
+from .instance import all_parameters
 from .layer import SingleLayerLayer
 from .sharding import refuse_unmerging_in_forward
 from .stack import DecoderStack, text_config
+from .steps import note_training_pass, refuse_frozen_adapter, watch
+from .threads import RunningPasses
 
 HEAD_NAMES = {*SEQ_CLS_HEAD_NAMES, "lm_head", "embed_out", "qa_outputs", "v_head"}  # modules that run after the blocks
+
+
+@dataclass
+class _Pass:
+    """One thread's pass through the blocks; HRM and ALBERT run the same ones several times."""
+
+    caller_wants_input_gradients: bool
+    nothing_trained_yet: bool = True
 
 
 class GraphCut:
@@ -46,11 +59,15 @@ class GraphCut:
     def __init__(self, model: nn.Module, stack: DecoderStack) -> None:
         self._model = weakref.ref(model)
         self.stack_name = stack.name
+        self.origin = uuid.uuid4().hex  # a copy of the model has the same
+        watch(model, self.origin)
         self.embeds = text_config(model) is not None  # a plain module is given what enters the blocks
-        self.caller_wants_input_gradients = False
-        self.nothing_trained_yet = False  # in this pass: HRM and ALBERT run the same blocks several times
+        self.passes: dict[int, _Pass] = {}  # the latest one of each thread
+        self.running = RunningPasses()
         self.handles = [
             model.register_forward_pre_hook(refuse_frozen_adapter, with_kwargs=True),
+            model.register_forward_pre_hook(self.running.begin, with_kwargs=True),
+            model.register_forward_hook(self.running.end, with_kwargs=True, always_call=True),
             _entry(model, stack).register_forward_pre_hook(self._enter, with_kwargs=True),
         ]
         for block in stack.blocks:
@@ -63,39 +80,40 @@ class GraphCut:
 
     def __getstate__(self) -> dict[str, Any]:
         living = [handle for handle in self.handles if handle.hooks_dict_ref() is not None]  # others cannot be copied
-        return {**vars(self), "_model": self.model, "handles": living}
+        return {**vars(self), "_model": self.model, "handles": living, "passes": {}}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         model = state["_model"]
         vars(self).update(state, _model=(lambda: None) if model is None else weakref.ref(model))
+        if model is not None:
+            watch(model, self.origin)
 
     def remove(self) -> None:
         for handle in self.handles:
             handle.remove()
         modules: Iterable[Any] = self.model.modules() if self.model is not None else ()
         for module in modules:
-            if _is_taken_over(module):
+            if _is_taken_over(vars(module).get("_gradient_checkpointing_func")):
                 module._gradient_checkpointing_func = module._gradient_checkpointing_func.args[0]
 
     def _enter(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
         if module.training and torch.is_grad_enabled():
             _unmerge_what_trains(module)
             if self.model is not None:
-                note_training_pass(self.model)
+                note_training_pass(self.model, self.stack_name)
             self._take_over_checkpointing(module)
         # A plain module embeds nothing: whatever it is given may be what the caller wants gradients for.
         given = [kwargs.get("inputs_embeds")] if self.embeds else [*args, *kwargs.values()]
-        self.caller_wants_input_gradients = any(map(_needs_gradient, given))
-        self.nothing_trained_yet = True
+        self.passes[_thread()] = _Pass(any(map(_needs_gradient, given)))
 
     def _take_over_checkpointing(self, module: nn.Module) -> None:
         """Have the checkpointed blocks inside `module` call `_checkpoint` in place of what transformers gave them."""
         blocks: Iterable[Any] = module.modules()
         for block in blocks:
-            if _checkpoints(block) and not _is_taken_over(block) and self in installed_graph_cuts(block):
-                block._gradient_checkpointing_func = functools.partial(
-                    self._checkpoint, block._gradient_checkpointing_func
-                )
+            if _checkpoints(block) and self in installed_graph_cuts(block):
+                checkpoint = block._gradient_checkpointing_func  # read once: another thread may be here too
+                if not _is_taken_over(checkpoint):
+                    block._gradient_checkpointing_func = functools.partial(self._checkpoint, checkpoint)
 
     def _before_block(self, block: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict] | None:
         return None if _checkpoints(block) else self._cut(block, args, kwargs)
@@ -107,7 +125,7 @@ class GraphCut:
         args, kwargs = self._cut(block, args, run.keywords)
         run = functools.partial(run.func, *run.args, **kwargs)
         if torch.is_grad_enabled() and not any(map(_needs_gradient, args)):
-            if not any(map(_needs_gradient, (*kwargs.values(), *block.parameters()))):
+            if not any(map(_needs_gradient, (*kwargs.values(), *all_parameters(block)))):
                 return run(*args)
             if args and checkpoint.keywords.get("use_reentrant", True) and not torch.compiler.is_compiling():
                 args = (args[0].detach().requires_grad_(), *args[1:])  # compiled, both kinds are the same
@@ -115,18 +133,19 @@ class GraphCut:
 
     def _cut(self, block: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
         """What a block is given, detached up to the first trained one."""
-        if not torch.is_grad_enabled() or not self.nothing_trained_yet:
+        run = self.passes.get(_thread())
+        if not torch.is_grad_enabled() or run is None or not run.nothing_trained_yet:
             return args, kwargs
         # Every tensor: some models hand the embeddings to later blocks too (Gemma 3n's per-layer inputs).
-        if any(map(_needs_gradient, (*args, *kwargs.values()))) and self._cut_is_free():
+        if any(map(_needs_gradient, (*args, *kwargs.values()))) and self._cut_is_free(run):
             args, kwargs = tuple(map(_detached, args)), {name: _detached(value) for name, value in kwargs.items()}
-        self.nothing_trained_yet = not any(p.requires_grad for p in block.parameters())
+        run.nothing_trained_yet = not any(p.requires_grad for p in all_parameters(block))
         return args, kwargs
 
-    def _cut_is_free(self) -> bool:
+    def _cut_is_free(self, run: _Pass) -> bool:
         """Whether nothing that feeds the first block needs a gradient while an adapter trains."""
         model = self.model
-        if model is None or self.caller_wants_input_gradients:
+        if model is None or run.caller_wants_input_gradients:
             return False
         blocks = model.get_submodule(self.stack_name)
         if any(p.requires_grad for p in _parameters_before(blocks, model)):
@@ -171,9 +190,13 @@ def _checkpoints(module: nn.Module) -> bool:
     return isinstance(module, GradientCheckpointingLayer) and module.gradient_checkpointing and module.training
 
 
-def _is_taken_over(module: nn.Module) -> bool:
-    function = getattr(vars(module).get("_gradient_checkpointing_func"), "func", None)
-    return getattr(function, "__func__", None) is GraphCut._checkpoint
+def _is_taken_over(checkpoint: Any) -> bool:
+    return getattr(getattr(checkpoint, "func", None), "__func__", None) is GraphCut._checkpoint
+
+
+def _thread() -> int:
+    """The thread's identity; a compiled graph has no use for it."""
+    return 0 if torch.compiler.is_compiling() else threading.get_ident()
 
 
 def _needs_gradient(value: Any) -> bool:

@@ -13,17 +13,24 @@ from __future__ import annotations
 
 import functools
 import inspect
+import threading
+import weakref
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import nn
+from torch.distributed.tensor import DTensor
 from torch.func import functional_call
 
 from . import mixed_batch
 from .config import SingleLayerConfig
+from .instance import call_with, can_be_copied, own_parameters
 from .merging import MergeableWeights
 from .quantized import is_bitsandbytes
 from .sharding import is_partitioned, refuse_silent_wrap, refuse_unmerging_in_forward
+from .writable import WritableCopy
 
 
 class SingleLayerLayer(MergeableWeights):
@@ -35,7 +42,9 @@ class SingleLayerLayer(MergeableWeights):
 
     def __init__(self, base_layer: nn.Module, adapter_name: str, config: SingleLayerConfig) -> None:
         super().__init__(base_layer, adapter_name, config)
-        self.row_adapters: list[str] | None = None  # the adapter of each row of a mixed batch
+        self.switched_off_by: int | None = None  # a thread
+        self.rows_of_threads: dict[int, list[str]] = {}  # see `row_adapters`, by the thread's identity
+        self.exchanging: dict[str, int] = {}  # see `_alone`
         self._frozen_while_disabled: list[str] = []
 
     def __getattr__(self, name: str) -> Any:
@@ -50,12 +59,15 @@ class SingleLayerLayer(MergeableWeights):
         value = getattr(self.base_layer, name)
         if inspect.ismethod(value) and value.__self__ is self.base_layer:  # e.g. Gemma 3n calls `altup.predict(...)`
             return functools.partial(self._run, name)
-        return self._active_weights()[name] if name in self._active_names() else value
+        return self._read(name) if isinstance(value, torch.Tensor) else value
 
     def __setattr__(self, name: str, value: Any) -> None:
-        """What model code keeps on a module (RecurrentGemma sets `rg_lru.recurrent_states`) is the base layer's."""
+        """What model code keeps on a module (RecurrentGemma sets `rg_lru.recurrent_states`) is the base layer's, and a
+        parameter is set where it is in effect."""
         base = self.__dict__.get("_modules", {}).get("base_layer")
-        if base is not None and name in base.__dict__ and name not in self.__dict__ and not name.startswith("_"):
+        if base is not None and name in own_parameters(base):
+            self._write(name, value)
+        elif base is not None and name in base.__dict__ and name not in self.__dict__ and not name.startswith("_"):
             setattr(base, name, value)
         else:
             super().__setattr__(name, value)
@@ -63,19 +75,87 @@ class SingleLayerLayer(MergeableWeights):
     # Some model code reads `module.weight` instead of calling the module: it must see the weights in effect.
     @property
     def weight(self) -> torch.Tensor:
-        return self._active_weights().get("weight", self.base_layer.weight)
+        return self._read("weight")
 
     @property
     def bias(self) -> torch.Tensor | None:
-        return self._active_weights().get("bias", self.base_layer.bias)
+        return self._read("bias")
 
-    def _active_names(self) -> set[str]:
-        """The names that `_active_weights` replaces, without rounding any weight."""
-        return {name for name, _ in self._own()} if self._in_effect() else set()
+    def _read(self, name: str) -> Any:
+        """An own parameter of the base layer, or the weight in effect for it, which can be written."""
+        if not self._in_effect() or name not in dict(self._own()):
+            return getattr(self.base_layer, name)
+        return self._writable(self._active_weights())[name]
+
+    def _writable(self, weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """The weights in effect such that what is written to them reaches the masters."""
+        if torch.compiler.is_compiling():
+            return weights
+        names = [name for name in self._adapters_in_effect() if name in self.single_layer_params]
+        masters = self.masters(names[0])
+        return {
+            name: weight
+            if weight is masters[name] or isinstance(weight, DTensor)
+            else WritableCopy.of(weight, masters[name], functools.partial(self._write, name))
+            for name, weight in weights.items()
+        }
+
+    def in_effect(self) -> Any:
+        """The module that owns the weights in effect: the base layer, or the one adapter's.
+
+        Raises:
+            RuntimeError: several adapters are in effect.
+        """
+        if not self._in_effect():
+            return self.base_layer
+        names = [name for name in self._adapters_in_effect() if name in self.single_layer_params]
+        if len(names) > 1:
+            raise RuntimeError(
+                f"the adapters {', '.join(names)} are in effect together, so it is not clear whose weights are meant; "
+                "make one of them active with set_adapter, or write to single_layer_params."
+            )
+        return self.single_layer_params[names[0]]
+
+    def _write(self, name: str, value: Any, where: torch.Tensor | None = None) -> None:
+        """Set what is in effect for the base layer's own parameter `name`.
+
+        Args:
+            where: the entries to set, True or False, of the parameter's shape; None: all.
+
+        Raises:
+            ValueError: no tensor of the parameter's shape.
+            RuntimeError: several adapters are in effect.
+        """
+        base, target = dict(self._own())[name], own_parameters(self.in_effect())[name]
+        if not isinstance(value, torch.Tensor) or value.shape != target.shape:
+            given = f"shape {tuple(value.shape)}" if isinstance(value, torch.Tensor) else type(value).__name__
+            raise ValueError(
+                f"the {name} of a trained {type(self.base_layer).__name__} has shape {tuple(target.shape)}; "
+                f"{given} was given."
+            )
+        with torch.no_grad():
+            value = value.detach().to(target.device)
+            shown = target.to(base.dtype) if base.is_floating_point() else target
+            same = value.to(shown.dtype) == shown
+            if value.dtype != shown.dtype or not same.all():
+                value = value.to(target.dtype)
+                target.copy_(value if where is None else torch.where(where, value, target))
 
     def _in_effect(self) -> bool:
         on_module = any(name in self.single_layer_params for name in self._adapters_in_effect())
         return on_module and not self.disable_adapters and not self.merged
+
+    @property
+    def row_adapters(self) -> list[str] | None:
+        """The adapter of each row of this thread's mixed batch."""
+        return self.rows_of_threads.get(threading.get_ident()) if self.rows_of_threads else None
+
+    @row_adapters.setter
+    def row_adapters(self, names: list[str] | None) -> None:
+        if names is None:
+            self.rows_of_threads.pop(threading.get_ident(), None)
+        else:
+            self.rows_of_threads[threading.get_ident()] = names
 
     def _adapters_in_effect(self) -> list[str]:
         """The active adapters, or in a mixed batch the one that all of the module's rows take."""
@@ -95,28 +175,57 @@ class SingleLayerLayer(MergeableWeights):
         if self.disable_adapters and self.merged:
             refuse_unmerging_in_forward(self.base_layer)
             self.unmerge()
-        if self._in_effect():
-            refuse_silent_wrap(self.base_layer, self.single_layer_params.values())
-        for masters in self.single_layer_params.values():
-            masters.widen()  # TRL assigns bfloat16 to the `.data` of what trains when other parts are quantized
-        weights = self._active_weights()
-        if not weights:
+        if not self._in_effect():
             return getattr(self.base_layer, method)(*args, **kwargs)
-        if any(p.is_meta for p in self.base_layer.parameters(recurse=False)):
+        own = self._own()
+        refuse_silent_wrap(self.base_layer, dict(own), list(self.single_layer_params.values()))
+        self.widen()  # TRL assigns bfloat16 to the `.data` of what trains when other parts are quantized
+        weights = self._active_weights()
+        if any(parameter.is_meta for _, parameter in own):
             raise RuntimeError(
                 "the trained block's base weights are on the meta device (offloaded to CPU or disk, or never loaded): "
                 "its adapter would have no effect; keep that block on the device with device_map, or load the weights."
             )
         if is_bitsandbytes(self.base_layer):
             return self._dense_linear(weights, *args)
-        if method == "__call__" and any(is_partitioned(parameter) for _, parameter in self._own()):
+        if method == "__call__" and any(is_partitioned(parameter) for _, parameter in own):
             # DeepSpeed plans ahead from the modules called and takes it for an error if the same modules want other
             # parameters, as they would with the adapter off (TRL's reference): leave the base layer's hook out.
             method = "forward"
+        if torch.compiler.is_compiling():
+            return self._exchange(method, weights, args, kwargs)
+        if not can_be_copied(self.base_layer):
+            with self._alone():
+                return self._exchange(method, weights, args, kwargs)
+        given = weights if method in ("__call__", "forward") else self._writable(weights)
+        left = dict(given)
+        result = call_with(self.base_layer, method, left, args, kwargs)
+        for name, weight in given.items():
+            if left[name] is not weight:  # the method has assigned a parameter
+                self._write(name, left[name])
+        return result
+
+    def _exchange(self, method: str, weights: dict[str, torch.Tensor], args: tuple, kwargs: dict[str, Any]) -> Any:
+        """Call a method of the base layer while `weights` stand in place of its parameters: what torch.compile traces,
+        and what a `forward` that somebody gave to this one module sees. Other threads would see them too."""
         if method == "__call__":
             return functional_call(self.base_layer, weights, args, kwargs)
         weights = {f"module.{name}": weight for name, weight in weights.items()}
         return functional_call(_Method(self.base_layer, method), weights, args, kwargs)
+
+    @contextmanager
+    def _alone(self) -> Iterator[None]:
+        """Raise RuntimeError if another thread is in here."""
+        mine = threading.get_ident()
+        if self.exchanging.setdefault("thread", mine) != mine:
+            raise RuntimeError(
+                f"a forward of its own was given to one {type(self.base_layer).__name__} of the trained block, and so "
+                "two threads cannot run the model at the same time; run it in one thread, or merge the adapter."
+            )
+        try:
+            yield
+        finally:
+            self.exchanging.clear()
 
     def _dense_linear(self, weights: dict[str, torch.Tensor], x: torch.Tensor) -> torch.Tensor:
         """(..., in_features) -> (..., out_features), in the dtype of `x`."""
@@ -125,27 +234,49 @@ class SingleLayerLayer(MergeableWeights):
 
     def set_adapter(self, adapter_names: str | list[str], inference_mode: bool = False) -> None:
         """See `BaseTunerLayer.set_adapter`; it decides anew what trains, also while the adapters are switched off."""
+        before = self.active_adapters
         super().set_adapter(adapter_names, inference_mode)
         self._frozen_while_disabled = []
+        if before != self.active_adapters:
+            self._count_switch()
 
     def enable_adapters(self, enabled: bool) -> None:
         """Switch the adapters on or off. PEFT's own lets a frozen active adapter train once it is on again."""
         frozen = self._frozen_while_disabled
         if not enabled and not self.disable_adapters:
             frozen = [n for n in self.active_adapters if not self.trains(n)]
+        if enabled == self.disable_adapters:
+            self._count_switch()
+            self.switched_off_by = None if enabled else threading.get_ident()
         super().enable_adapters(enabled)
         if enabled:
             self.set_requires_grad(frozen, False)
         self._frozen_while_disabled = [] if enabled else frozen
 
+    def _count_switch(self) -> None:
+        mine = threading.get_ident()
+        self.switches[mine] = self.switches.get(mine, 0) + 1
+
     def trains(self, adapter_name: str) -> bool:
         """Whether the adapter is on this module and has parameters that require gradients."""
         return adapter_name in self.single_layer_params and any(
-            parameter.requires_grad for parameter in self.single_layer_params[adapter_name].parameters()
+            parameter.requires_grad for parameter in self.masters(adapter_name).values()
         )
 
     def __repr__(self) -> str:
         return "single_layer." + super().__repr__()
+
+
+_tuned: weakref.WeakKeyDictionary[nn.Module, tuple[int, list[SingleLayerLayer]]] = weakref.WeakKeyDictionary()
+
+
+def tuned_layers(model: nn.Module) -> list[SingleLayerLayer]:
+    """The wrapped modules in `model`."""
+    made, layers = _tuned.get(model, (-1, []))
+    if made != SingleLayerLayer.made:
+        layers = [module for module in model.modules() if isinstance(module, SingleLayerLayer)]
+        _tuned[model] = SingleLayerLayer.made, layers
+    return layers
 
 
 class _Method(nn.Module):

@@ -22,12 +22,11 @@ from peft_onelayer.records.text import printable
 from peft_onelayer.sparse.base import WIDTHS
 from peft_onelayer.sparse.digest import dtype_name
 from peft_onelayer.sparse.encoding import SparseEncoding, describe_base
-from peft_onelayer.sparse.names import base_name, split_key
+from peft_onelayer.sparse.names import base_name, split_key, unwrapped
 
 from .config import SingleLayerConfig
 from .layer import SingleLayerLayer
 from .quantized import is_quantized
-from .weights import MasterParameters
 
 LOADER = "_load_pretrained_model"  # transformers: PreTrainedModel.load_adapter calls it on the instance
 
@@ -44,15 +43,15 @@ def loadable_state_dict(
         ValueError: tensors missing or left over, a wrong shape or dtype, NaN or Inf; for a sparse adapter another base.
     """
     state_dict = _restore_sparse(model, config, adapter_name, state_dict)
-    modules = dict(model.named_modules())
+    modules = {name.replace("_checkpoint_wrapped_module.", ""): module for name, module in model.named_modules()}
     for module in modules.values():  # TRL narrows the masters of a quantized model before a checkpoint is loaded
-        if isinstance(module, MasterParameters):
+        if isinstance(module, SingleLayerLayer):
             module.widen()
     masters = {
         f"{name}.single_layer_params.{adapter_name}.{key}": parameter
         for name, module in modules.items()
         if isinstance(module, SingleLayerLayer) and adapter_name in module.single_layer_params
-        for key, parameter in module.single_layer_params[adapter_name].items()
+        for key, parameter in module.masters(adapter_name).items()
     }
     full_names = {_file_key(BaseTuner._remove_adapter_name_from_key(name, adapter_name)): name for name in masters}
     remapped = {full_names.get(_file_key(key), key): tensor for key, tensor in state_dict.items()}
@@ -185,7 +184,7 @@ def _restore_sparse(
                 raise ValueError(f"the base's {name} is on the meta device; load the base's weights first.")
             yield base
 
-    shapes = {name: layer.single_layer_params[adapter_name][key].shape for name, (layer, key) in layers.items()}
+    shapes = {name: layer.masters(adapter_name)[key].shape for name, (layer, key) in layers.items()}
     restored = encoding.decode(state_dict, shapes, base_tensor, config.allow_other_base, found)
     if not config.allow_other_base and (difference := encoding.other_config(found)):
         warnings.warn(difference, stacklevel=2)
@@ -218,6 +217,6 @@ def _load_pretrained_model(adapter_name: str, *, model: Any, **kwargs: Any) -> A
 
 
 def _file_key(name: str) -> str:
-    """A tensor's name apart from what depends on how the model is wrapped: PEFT's prefix, and the `base_layer` that
-    the wrapper of a composite module puts before its children."""
-    return name.removeprefix("base_model.model.").replace(".base_layer.", ".")
+    """A tensor's name apart from what depends on how the model is wrapped: PEFT's prefix, the names of torch.compile
+    and of data parallelism, and the `base_layer` that the wrapper of a composite module puts before its children."""
+    return unwrapped(name).removeprefix("base_model.model.").removeprefix("module.").replace(".base_layer.", ".")

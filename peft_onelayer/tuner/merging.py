@@ -37,7 +37,7 @@ class MergeableWeights(AdapterWeights):
         self.refuse_merging()
         if safe_merge:
             self.check_mergeable(together)
-        refuse_silent_wrap(self.base_layer, self.single_layer_params.values())
+        refuse_silent_wrap(self.base_layer, dict(self._own()), list(self.single_layer_params.values()))
         with torch.no_grad(), self._gathered(write=True):
             weights, own = self._weights_of(together), dict(self._own())
             if not self.merged:
@@ -48,12 +48,13 @@ class MergeableWeights(AdapterWeights):
 
     def unmerge(self) -> None:
         """Restore the base's weights bit for bit; does nothing if nothing is merged."""
-        if not self._unmerged:  # filled before the first write, so that an interrupted merge is undone too
+        unmerged = self._unmerged  # another thread that runs with the adapters off may be restoring it too
+        if not unmerged:  # filled before the first write, so that an interrupted merge is undone too
             return
         with torch.no_grad(), self._gathered(write=True):
             for name, parameter in self._own():
-                if name in self._unmerged:
-                    _set_data(parameter, self._unmerged[name])
+                if name in unmerged:
+                    _set_data(parameter, unmerged[name])
         self._unmerged = {}
         self.merged_adapters = []
 

@@ -7,6 +7,7 @@ else runs once for all rows.
 from __future__ import annotations
 
 import copy
+import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
@@ -50,8 +51,10 @@ def row_adapters(tuner: BaseTuner, names: list[str], args: tuple, kwargs: dict[s
             f"{', '.join(tuner.peft_config)}, and {BASE} stands for none."
         )
 
+    thread = threading.get_ident()  # other threads run the same modules, and with them the hooks
+
     def check_length(rows: int | None) -> None:
-        if rows not in (None, len(names)):
+        if threading.get_ident() == thread and rows not in (None, len(names)):
             raise ValueError(
                 "Length of `adapter_names` should be the same as the number of inputs, but got "
                 f"{len(names)} names for a batch of {rows} rows."
@@ -70,7 +73,10 @@ def row_adapters(tuner: BaseTuner, names: list[str], args: tuple, kwargs: dict[s
         if isinstance(module, AuxiliaryTrainingWrapper):
             handles.append(
                 module.register_forward_pre_hook(
-                    lambda _, args, kwargs: (args, {**kwargs, "adapter_names": list(names)}), with_kwargs=True
+                    lambda _, args, kwargs: (
+                        (args, {**kwargs, "adapter_names": list(names)}) if threading.get_ident() == thread else None
+                    ),
+                    with_kwargs=True,
                 )
             )
     try:

@@ -7,23 +7,25 @@ import dataclasses
 import math
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.constants import INCLUDE_LINEAR_LAYERS_SHORTHAND as ALL_LINEAR
+from peft.utils.other import AuxiliaryTrainingWrapper
 from peft.utils.peft_types import TaskType
 from torch import nn
+from torch.nn.parallel import DistributedDataParallel
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from peft_onelayer.layers import resolve_layers
 from peft_onelayer.records.text import printable
+from peft_onelayer.sparse.names import unwrapped
 
 from .base import identify_base, is_renamed, record_stage
 from .config import SingleLayerConfig
-from .first_step import watch
 from .graph_cut import GraphCut, installed_graph_cut, installed_graph_cuts
 from .layer import SingleLayerLayer
 from .loading import intercept_transformers, loadable_state_dict, stop_intercepting
@@ -31,6 +33,8 @@ from .merging import MergingTuner
 from .mixed_batch import row_adapters
 from .stack import find_decoder_stack
 from .targets import check_blocks, is_name, target_names, targetable
+from .threads import no_switch_by_others
+from .weights import AdapterWeights
 
 # The modules that PeftModelForTokenClassification and PeftModelForQuestionAnswering add to `modules_to_save` of the
 # config they were given, after the model has been wrapped.
@@ -123,7 +127,9 @@ class SingleLayerModel(MergingTuner):
         targets = peft_config.target_modules
         if isinstance(targets, str) and targets.lower() == ALL_LINEAR:  # PEFT would name those of the whole model
             peft_config.target_modules = [
-                path for _, path, module in targetable(stack, indices) if isinstance(module, (nn.Linear, Conv1D))
+                unwrapped(path)
+                for _, path, module in targetable(stack, indices)
+                if isinstance(module, (nn.Linear, Conv1D))
             ]
         self._targets = target_names(stack, indices, peft_config)
         if isinstance(peft_config.target_modules, str) and not is_name(peft_config.target_modules):
@@ -146,7 +152,6 @@ class SingleLayerModel(MergingTuner):
         stack = find_decoder_stack(model, peft_config.layers_pattern)
         if installed_graph_cut(stack) is None:
             GraphCut(model, stack)
-        watch(model)
 
     def _create_and_replace(
         self,
@@ -186,7 +191,7 @@ class SingleLayerModel(MergingTuner):
         config = self.peft_config[adapter_name]
         layers = _layers_with(self, [adapter_name]).values()
         for layer in layers:
-            masters = layer.single_layer_params[adapter_name]
+            masters = layer.masters(adapter_name)
             narrowed = any(base.dtype != masters[n].dtype for n, base in layer._base_weights().items())
             if narrowed and config.master_dtype == "float32" and not config.inference_mode:
                 warnings.warn(
@@ -198,6 +203,10 @@ class SingleLayerModel(MergingTuner):
                 break
         for layer in layers:
             layer.to_base_dtype(adapter_name)
+
+    def _init_weights(self, module: nn.Module) -> None:
+        """transformers' own, which goes by a module's class; of a wrapped module it initialises what is in effect."""
+        self.model._init_weights(module.in_effect() if isinstance(module, SingleLayerLayer) else module)
 
     def enable_input_require_grads(self) -> None:
         """As transformers' own, which hooks the embeddings so that their output requires gradients, with a hook that
@@ -258,7 +267,7 @@ class SingleLayerModel(MergingTuner):
         layers = _layers_with(self.model, adapters)
         parts = None  # all of every block, or by their full names what at least one of the adapters has
         if any(config.target_modules is not None for config in configs):
-            parts = [name.replace(".base_layer", "") for name in layers]
+            parts = [unwrapped(name.replace(".base_layer", "")) for name in layers]
         self.peft_config[adapter_name] = dataclasses.replace(
             configs[0],
             layer=sorted({index for config in configs for index in config.layer_indices}),
@@ -279,10 +288,8 @@ class SingleLayerModel(MergingTuner):
     def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
         """PEFT's seam for `adapter_names`, around a forward pass or `generate` (`PeftModel` has the same name)."""
         names = kwargs.pop("adapter_names", None)
-        if names is None:
-            yield
-            return
-        with row_adapters(self, names, args, kwargs):
+        rows = nullcontext() if names is None else row_adapters(self, names, args, kwargs)
+        with rows, no_switch_by_others(self.model):
             yield
 
     def _unload_and_optionally_merge(
@@ -297,13 +304,20 @@ class SingleLayerModel(MergingTuner):
         if merge:
             names = {*merged, *(self.active_adapters if adapter_names is None else adapter_names)}
             record_stage(model, (index for name in names for index in self.peft_config[name].layer_indices))
+        AdapterWeights.made += 1  # there are fewer now
         for cut in installed_graph_cuts(model):
             cut.remove()
         return model
 
     @classmethod
     def _get_adapter_state_dict(
-        cls, model: nn.Module, config: Any, adapter_name: str, *args: Any, **kwargs: Any
+        cls,
+        model: nn.Module,
+        config: Any,
+        adapter_name: str,
+        state_dict: dict[str, torch.Tensor],
+        *args: Any,
+        **kwargs: Any,
     ) -> dict[str, torch.Tensor]:
         """What is saved. See `BaseTuner._get_adapter_state_dict`; warns of an adapter that changes nothing."""
         tuned = [
@@ -317,7 +331,24 @@ class SingleLayerModel(MergingTuner):
                 "nothing. It was not trained, or its updates were too small.",
                 stacklevel=2,
             )
-        return super()._get_adapter_state_dict(model, config, adapter_name, *args, **kwargs)
+        for name, module in model.named_modules():
+            if isinstance(module, AuxiliaryTrainingWrapper) and name != unwrapped(name):
+                raise ValueError(
+                    f"{unwrapped(name)} of modules_to_save lies inside a module that torch.compile has wrapped: PEFT "
+                    "would save it under a name that does not load; wrap the model first and compile the PeftModel."
+                )
+        # PEFT's own selects by the names of modules, of which a checkpoint wrapper's are not those of the state dict.
+        prefixes = tuple(
+            unwrapped(f"{name}.single_layer_params.{adapter_name}.")
+            for name, module in model.named_modules()
+            if isinstance(module, SingleLayerLayer)
+        )
+        parallel = any(isinstance(module, (nn.DataParallel, DistributedDataParallel)) for module in model.modules())
+        return {
+            _name_of_the_plain_model(key, parallel): tensor
+            for key, tensor in state_dict.items()
+            if unwrapped(key).startswith(prefixes)
+        }
 
     @classmethod
     def _remap_adapter_state_dict_for_load(
@@ -335,6 +366,12 @@ def _layers_with(model: nn.Module, adapters: list[str]) -> dict[str, SingleLayer
         for name, module in model.named_modules()
         if isinstance(module, SingleLayerLayer) and any(adapter in module.single_layer_params for adapter in adapters)
     }
+
+
+def _name_of_the_plain_model(key: str, parallel: bool) -> str:
+    """A key as it is saved, also of a model of which torch.compile or data parallelism has wrapped a part."""
+    key = unwrapped(key)
+    return key.replace("base_model.model.module.", "base_model.model.", 1) if parallel else key
 
 
 def _with_heads(config: SingleLayerConfig) -> SingleLayerConfig:

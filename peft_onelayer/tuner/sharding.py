@@ -19,20 +19,31 @@ from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
 from peft_onelayer.seams import check
 
 
-def refuse_silent_wrap(base_layer: nn.Module, masters: Iterable[Any]) -> None:
-    """Raise RuntimeError if the base layer would compute with its own parameters whatever is put in their place."""
-    masters = list(masters)
-    if any(isinstance(module, (FSDPModule, FullyShardedDataParallel)) for module in (base_layer, *masters)):
+def refuse_silent_wrap(base_layer: nn.Module, own: dict[str, Any], adapters: list[nn.Module]) -> None:
+    """Raise RuntimeError if the base layer would compute with its own parameters whatever is put in their place.
+
+    Args:
+        own: the base layer's own parameters.
+        adapters: the modules that hold the masters, one for each adapter.
+    """
+    what = type(base_layer).__name__
+    if any(isinstance(module, (FSDPModule, FullyShardedDataParallel)) for module in (base_layer, *adapters)):
         raise RuntimeError(
-            f"FSDP is applied inside the trained block, to a part of the wrapped {type(base_layer).__name__}: its own "
+            f"FSDP is applied inside the trained block, to a part of the wrapped {what}: its own "
             "weights would come back in the forward pass and the adapter have no effect; apply fully_shard to whole "
             "blocks (FSDP2; with accelerate fsdp_version: 2)."
         )
-    # FSDP1 leaves plain tensors instead, as attributes that also hide what functional_call puts in `_parameters`.
-    taken = any(n not in base_layer._parameters or n in vars(base_layer) for m in masters for n in m)
-    if taken or any(getattr(p, "_fsdp_flattened", False) for p in base_layer.parameters(recurse=False)):
+    if any(type(module).__module__.startswith("torch.ao.") for module in (base_layer, *adapters)):
         raise RuntimeError(
-            f"the wrapped {type(base_layer).__name__} has lost its parameters: FSDP1 (FullyShardedDataParallel) "
+            f"torch.ao.quantization has put a {what} of its own into the trained block, whose packed weights the "
+            "adapter cannot take the place of; call merge_and_unload() first and quantize what it returns."
+        )
+    # FSDP1 leaves plain tensors instead, as attributes that also hide what is put in `_parameters`.
+    masters = {name for adapter in adapters for name, master in adapter._parameters.items() if master is not None}
+    taken = "_former_parameters" not in vars(base_layer) and any(n not in own or n in vars(base_layer) for n in masters)
+    if taken or any(getattr(parameter, "_fsdp_flattened", False) for parameter in own.values()):
+        raise RuntimeError(
+            f"the wrapped {what} has lost its parameters: FSDP1 (FullyShardedDataParallel) "
             "flattens them, and the adapter would have no effect; use FSDP2 (fully_shard; with accelerate "
             "fsdp_version: 2)."
         )

@@ -8,7 +8,9 @@ import regex  # type: ignore[import-untyped]  # has a limit of time, which `re` 
 from torch import nn
 
 from peft_onelayer.records.text import one_line, printable
+from peft_onelayer.sparse.names import unwrapped
 
+from .buffers import running_statistics
 from .config import SingleLayerConfig
 from .layer import SingleLayerLayer
 from .quantized import unsupported_quantization
@@ -33,6 +35,11 @@ def check_blocks(model: nn.Module, stack: DecoderStack, indices: list[int], conf
                 f"block {index} ({type(block).__name__}) owns parameters directly ({', '.join(direct)}), which "
                 "cannot be wrapped; name the parts to train with target_modules."
             )
+        if (module := running_statistics(block)) is not None:
+            raise ValueError(
+                f"{prefix}{module} keeps running statistics, which training changes and which are no parameters, so an "
+                "adapter could neither save them nor switch them off; train a block without such a module."
+            )
         for name, tensor in (*block.named_parameters(), *block.named_buffers()):
             if unsupported_quantization(name, tensor):
                 raise ValueError(
@@ -43,7 +50,7 @@ def check_blocks(model: nn.Module, stack: DecoderStack, indices: list[int], conf
         for name, parameter in block.named_parameters():
             if "single_layer_params" in name:
                 continue
-            others = [n for n in everywhere[id(parameter)] if n != prefix + name]
+            others = [n for n in everywhere[id(parameter)] if unwrapped(n) != unwrapped(prefix + name)]
             if others:
                 raise ValueError(
                     f"{prefix}{name} is shared with {others[0]}; training one block of a model whose blocks share "
@@ -62,7 +69,9 @@ def target_names(stack: DecoderStack, indices: list[int], config: SingleLayerCon
     if targets is not None:
         chosen, whole = [], isinstance(targets, str)
         for target in [targets] if isinstance(targets, str) else targets:
-            found = [(prefix, path) for prefix, path in modules if matches(target, path, whole, prefix)]
+            found = [
+                (prefix, path) for prefix, path in modules if matches(target, unwrapped(path), whole, unwrapped(prefix))
+            ]
             if not found:
                 known = ", ".join(dict.fromkeys(path for _, path in modules))
                 raise ValueError(

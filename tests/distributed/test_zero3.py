@@ -105,7 +105,7 @@ def test_merge_and_unmerge(partitioned, gathered_by_caller):
 
 def test_safe_merge_reads_the_whole_masters(partitioned):
     model, _ = partitioned
-    master = tuner_layers(model)[0].single_layer_params["default"]["weight"]
+    master = tuner_layers(model)[0].single_layer_params["default"].weight
     master.whole[0] = float("nan")
     with pytest.raises(ValueError, match="NaNs detected"):
         model.merge_adapter(safe_merge=True)

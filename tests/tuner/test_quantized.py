@@ -96,7 +96,7 @@ def test_the_forward_pass_uses_the_master_weights(load, family):
     logits(model)
     assert len(seen) == 7
     for layer, x, out in seen:
-        own = {name: p.to(x.dtype) for name, p in layer.single_layer_params["default"].items()}
+        own = {name: p.to(x.dtype) for name, p in layer.masters("default").items()}
         assert torch.equal(out, nn.functional.linear(x, own["weight"], own.get("bias")))
 
 
