@@ -52,6 +52,7 @@ def model_card(
         peft_export: the subfolder with the form that loads without this package, if there is one.
         local_base: whether the base's name is that of a folder, so that the Hub knows no model by it.
     """
+    run = run and run.cleaned()
     base = _Base.of(config, run, local_base)
     template = Template((files("peft_onelayer.model_cards") / "adapter.md").read_text(encoding="utf-8"))
     full = config is None

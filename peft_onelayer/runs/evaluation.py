@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import time
+from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ from peft import PeftModel
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from peft_onelayer.records.evaluation import EvaluationRecord, Figures, Measured, MeasuredAdapter
-from peft_onelayer.records.files import CONFIG, WEIGHTS, check_file, file_digest, read_fields, write_whole
+from peft_onelayer.records.files import CONFIG, WEIGHTS, check_file, file_digest, output, read_fields, write_whole
 from peft_onelayer.records.locate import adapter_folder
 from peft_onelayer.records.run import DataSource
 from peft_onelayer.rollouts.evaluation import Evaluation, paired_difference
@@ -57,7 +58,8 @@ def evaluate(
         ValueError: in one line: settings that cannot work, a model, adapter or data that are not there or do not fit
             (`TargetError` for `settings.out`).
     """
-    with without_progress_bars():
+    out = nullcontext() if settings.out is None else output(Path(settings.out))
+    with out, without_progress_bars():
         return _Evaluation(settings, command, progress or Progress()).run()
 
 
