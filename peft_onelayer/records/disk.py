@@ -12,8 +12,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-# safetensors and hf_xet raise errors of their own with the system's text, torch one without.
-_SAID = re.compile(r"No space left on device|Disk quota exceeded|File too large(?= \(os error)")
+# safetensors and hf_xet raise errors of their own with the system's text as Rust writes it, torch one without.
 _TORCH = re.compile(r"PytorchStreamWriter failed|inline_container\.cc")
 ROOM = 2**16  # bytes; with less a disk is full
 
@@ -23,12 +22,12 @@ class DiskFullError(OSError):
 
     Attributes:
         place: the folder that is full.
-        why: what the system says of it.
     """
 
-    def __init__(self, place: Path, why: str, kept: str) -> None:
-        super().__init__(f"there is no room in {place} ({why}): {kept}; free some space and try again.")
-        self.place, self.why = place, why
+    def __init__(self, place: Path, number: int, kept: str) -> None:
+        said = os.strerror(number)
+        super().__init__(f"there is no room in {place} ({said}): {kept}; free some space and try again.")
+        self.place, self.errno = place, number
 
 
 @contextmanager
@@ -48,19 +47,20 @@ def disk_errors(target: Path, kept: str) -> Iterator[None]:
         raise DiskFullError(*found, kept) from error
 
 
-def _find(error: BaseException | None, target: Path) -> tuple[Path, str] | None:
-    """Which folder is full, and what the system says; None where the error is another one."""
+def _find(error: BaseException | None, target: Path) -> tuple[Path, int] | None:
+    """Which folder is full, and the system's number for it; None where the error is another one."""
     while error is not None:
         if isinstance(error, DiskFullError):
-            return error.place, error.why
+            return error.place, error.errno or errno.ENOSPC
         if isinstance(error, OSError) and error.errno in FULL:
             name = error.filename2 or error.filename
             place = Path(os.fsdecode(name)).parent if isinstance(name, str | bytes) else _full_one(target)
-            return place, os.strerror(error.errno)
-        if found := _SAID.search(str(error)):
-            return _full_one(target), found[0]
+            return place, error.errno
+        for number in FULL:
+            if f"{os.strerror(number)} (os error {number})" in str(error):
+                return _full_one(target), number
         if isinstance(error, RuntimeError) and _TORCH.search(str(error)):
-            return _full_one(target), os.strerror(errno.ENOSPC)
+            return _full_one(target), errno.ENOSPC
         error = error.__cause__ or error.__context__
     return None
 

@@ -100,8 +100,8 @@ def without_secrets(value: Any) -> Any:
     """A copy of JSON data, or a text, in which secrets are removed: tokens, keys and passwords by their form, by the
     name of the field they are given to, and the Hub token that is in use.
 
-    >>> without_secrets({"hub_token": "abc", "url": "https://me:pw@h.co", "command": "onelayer train m --set token=abc"})
-    {'hub_token': '<removed>', 'url': 'https://<removed>@h.co', 'command': "onelayer train m --set 'token=<removed>'"}
+    >>> without_secrets({"hub_token": "abc", "url": "https://me:pw@h.co", "command": "x --set token=abc"})
+    {'hub_token': '<removed>', 'url': 'https://<removed>@h.co', 'command': "x --set 'token=<removed>'"}
     """
     return _clean(value, _secrets_of)
 
