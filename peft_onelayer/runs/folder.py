@@ -49,7 +49,7 @@ class RunFolder:
         if state and not resume:
             raise ValueError(f"{path} holds an unfinished run; continue it with --resume or choose a new folder.")
         if not resume:
-            check_folder(path)
+            check_folder(path, _is_unfinished)
 
     def _read(self) -> RunRecord | None:
         path = self.path / RUN
@@ -133,3 +133,8 @@ class RunFolder:
                 os.replace(file, self.path / file.name)
         if self.checkpoints.is_dir() and not any(self.checkpoints.iterdir()):
             self.checkpoints.rmdir()  # the trainer makes it even if it saves none
+
+
+def _is_unfinished(folder: Path) -> bool:
+    """Whether the folder holds nothing but what a run was writing when it was killed at its very start."""
+    return all(entry.name.startswith(".") and PARTIAL in entry.name for entry in folder.iterdir())

@@ -37,6 +37,7 @@ def sweep_layers(
     workers: int | None = None,
     engine_options: Mapping[str, Any] | None = None,
     run_row: Callable[[RunSpec], Row] = run_layer,
+    on_start: Callable[[int], None] = lambda total: None,
     on_row: OnRow = lambda done, total, spec, row: None,
 ) -> LayerRanking:
     """Measure the layer contribution of the blocks that `settings` name, and write the profile into `out`.
@@ -50,6 +51,7 @@ def sweep_layers(
         workers: runs at a time (default: the engine's).
         engine_options: arguments of the engine's own.
         run_row: the function that makes a row.
+        on_start: called with the number of rows, when all checks are done.
         on_row: called with (rows done, rows in all, specification, row), also for rows that were there already.
 
     Raises:
@@ -72,6 +74,7 @@ def sweep_layers(
         store = RowStore(out / ROWS)
         store.open()
         counter, total = itertools.count(1), len(plan.specs) + len(plan.search.specs if plan.search else [])
+        on_start(total)
         rows_of = partial(
             collect_rows,
             store=store,
