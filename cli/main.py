@@ -6,6 +6,7 @@ tracebacks.
 
 from __future__ import annotations
 
+import io
 import logging
 import os
 import signal
@@ -68,6 +69,9 @@ def _terminate(signum: int, frame: object) -> None:
 
 def main() -> None:
     signal.signal(signal.SIGTERM, _terminate)
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # a terminal or a pipe of another encoding than UTF-8
+            stream.reconfigure(errors="backslashreplace")
     # Nothing that a user of this command could change: peft and trl use names that transformers 5 renamed, and torchao
     # and bitsandbytes, which peft imports where they are installed, report the kernels that they cannot load.
     for name in ("torchao", "torch.utils._pytree", "bitsandbytes"):

@@ -20,7 +20,7 @@ from peft_onelayer.records.files import PROFILE, RUN
 from peft_onelayer.records.locate import last_part
 from peft_onelayer.records.ranking import LayerRanking
 from peft_onelayer.records.run import RunRecord
-from peft_onelayer.records.text import name_blocks
+from peft_onelayer.records.text import name_blocks, well_formed
 
 PLOT = "layer_profile.png"
 TAGS = ("onelayer", "reinforcement-learning")
@@ -67,7 +67,7 @@ def model_card(
         without_plugin=_without_plugin(base, repo_id, peft_export) if peft_export else "",
         reproduce=f"\n## Reproduce\n\n```\n{run.command}\n```\n" if run and run.command else "",
     )
-    return re.sub(r"\n{3,}", "\n\n", text).rstrip() + "\n"
+    return well_formed(re.sub(r"\n{3,}", "\n\n", text).rstrip() + "\n")
 
 
 def eval_results(evaluation: EvaluationRecord) -> list[dict[str, Any]]:

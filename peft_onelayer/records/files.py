@@ -18,7 +18,7 @@ from typing import Any
 
 from .claim import PARTIAL, REPLACED, TargetError, check_parent, claimed
 from .disk import disk_errors
-from .text import one_line
+from .text import one_line, well_formed
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 RUN, EVALUATION, PROFILE, CARD = "run.json", "eval.json", "layer_profile.json", "README.md"
@@ -138,7 +138,7 @@ def write_whole(path: Path, text: str) -> None:
         OSError: the disk is full, or not there any more.
     """
     with whole_file(path) as partial, partial.open("w", encoding="utf-8") as file:
-        file.write(text)
+        file.write(well_formed(text))
         file.flush()
         os.fsync(file.fileno())  # a full disk may show only now
 

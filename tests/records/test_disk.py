@@ -70,9 +70,16 @@ def test_the_outermost_says_what_was_kept_and_other_errors_stay(tmp_path):
     with pytest.raises(DiskFullError) as caught, disk_errors(tmp_path / "out", "all is kept"):
         with disk_errors(tmp_path / "out" / "inner", "nothing is kept"):
             raise OSError(errno.EDQUOT, "quota", str(tmp_path / "there" / "file"))
-    said = f"there is no room in {tmp_path / 'there'} (Disk quota exceeded): all is kept; free some space and try again."
+    said = (
+        f"there is no room in {tmp_path / 'there'} (Disk quota exceeded): all is kept; free some space and try again."
+    )
     assert str(caught.value) == said and caught.value.errno == errno.EDQUOT
-    for error in (ValueError("x"), OSError(errno.EACCES, "x"), RuntimeError("no space for a joke"), KeyboardInterrupt()):
+    for error in (
+        ValueError("x"),
+        OSError(errno.EACCES, "x"),
+        RuntimeError("no space for a joke"),
+        KeyboardInterrupt(),
+    ):
         with pytest.raises(type(error)) as caught, disk_errors(Path("out"), "all is kept"):
             raise error
         assert caught.value is error
