@@ -26,10 +26,10 @@ from peft_onelayer.records.files import (
     output,
     staged_directory,
 )
+from peft_onelayer.records.hub_errors import HubError, hub_errors
 from peft_onelayer.records.locate import cached_base
 
 from .card import PLOT
-from .errors import HubError, hub_errors
 from .push import RESULTS
 
 FILES = (CONFIG, WEIGHTS, CARD, PROFILE, PLOT, RUN, RESULTS)

@@ -40,6 +40,7 @@ from peft_onelayer.records.files import (
     read_fields,
     scratch_directory,
 )
+from peft_onelayer.records.hub_errors import HubError, hub_errors
 from peft_onelayer.records.locate import adapter_folder, cached_base, is_local, last_part
 from peft_onelayer.records.privacy import holds_secrets, without_private
 from peft_onelayer.records.ranking import LayerRanking
@@ -47,7 +48,6 @@ from peft_onelayer.records.run import RunRecord
 from peft_onelayer.records.text import name_blocks, printable
 
 from .card import PLOT, eval_results, model_card
-from .errors import HubError, hub_errors
 
 RESULTS = ".eval_results/onelayer.yaml"
 PEFT_EXPORT = "peft"

@@ -23,6 +23,7 @@ from transformers import (
 )
 
 from peft_onelayer.records.files import CONFIG, WEIGHTS
+from peft_onelayer.records.hub_errors import hub_reason
 from peft_onelayer.records.locate import is_local
 from peft_onelayer.records.text import one_line
 from peft_onelayer.seams import check
@@ -143,10 +144,11 @@ def _errors_in_one_line(name: str) -> Iterator[None]:
         yield
     except NotCausalError:
         raise
-    except (OSError, ValueError, KeyError, HTTPError) as error:
+    except (OSError, ValueError, KeyError, RuntimeError, HTTPError) as error:  # RuntimeError: of hf_xet
         source = Path(name).expanduser()
         what = f"the model in {source}" if is_local(name) else f"{name}, neither a folder here nor found on the Hub"
-        raise ValueError(f"cannot load {what}: {one_line(error)}") from error
+        why = None if is_local(name) else hub_reason(error, name)
+        raise ValueError(f"cannot load {what}: {why or one_line(error)}") from error
 
 
 class NotCausalError(ValueError):

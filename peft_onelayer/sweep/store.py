@@ -18,7 +18,7 @@ class RowStore:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
 
-    def open(self) -> None:
+    def prepare(self) -> None:
         """Create the folder, and remove what a kill left half-written in it. Whoever calls this has claimed the sweep's
         folder."""
         self.folder.mkdir(parents=True, exist_ok=True)

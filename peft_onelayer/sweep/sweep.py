@@ -72,7 +72,7 @@ def sweep_layers(
         with without_progress_bars():
             plan = plan_sweep(settings)
         store = RowStore(out / ROWS)
-        store.open()
+        store.prepare()
         counter, total = itertools.count(1), len(plan.specs) + len(plan.search.specs if plan.search else [])
         on_start(total)
         rows_of = partial(

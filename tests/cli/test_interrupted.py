@@ -13,7 +13,7 @@ from outputs import command, hidden, killed_at, on_a_disk_of
 from peft import get_peft_model
 
 import models
-from peft_onelayer import SingleLayerConfig, export_adapter
+from peft_onelayer import SingleLayerConfig
 
 FORMATS = ("peft", "lora", "dense", "sparse", "flat")
 KB = 1024

@@ -187,7 +187,7 @@ def test_a_field_is_known_by_its_name():
 
 def test_a_command_line():
     command = (
-        f'onelayer train m --set hub_token=abc --token abc --set \'x={{"token": "abc"}}\' --out /home/me/abc --seed 1'
+        'onelayer train m --set hub_token=abc --token abc --set \'x={"token": "abc"}\' --out /home/me/abc --seed 1'
     )
     cleaned = without_secrets({"command": command})["command"]
     assert cleaned.count(REMOVED) == 3 and cleaned.count("abc") == 1 and cleaned.endswith("--out /home/me/abc --seed 1")
