@@ -6,6 +6,7 @@ tracebacks.
 
 from __future__ import annotations
 
+import io
 import logging
 import os
 import signal
@@ -15,6 +16,7 @@ from typing import Annotated
 
 import typer
 
+from peft_onelayer.records.privacy import without_secrets
 from peft_onelayer.records.text import one_line
 
 from . import demo, eval, export, inspect, merge, probe, pull, push, search, sweep, train
@@ -67,6 +69,9 @@ def _terminate(signum: int, frame: object) -> None:
 
 def main() -> None:
     signal.signal(signal.SIGTERM, _terminate)
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # a terminal or a pipe of another encoding than UTF-8
+            stream.reconfigure(errors="backslashreplace")
     # Nothing that a user of this command could change: peft and trl use names that transformers 5 renamed, and torchao
     # and bitsandbytes, which peft imports where they are installed, report the kernels that they cannot load.
     for name in ("torchao", "torch.utils._pytree", "bitsandbytes"):
@@ -79,13 +84,15 @@ def main() -> None:
     except typer.TyperException as error:
         context = getattr(error, "ctx", None)  # only usage errors know their command
         where = context.command_path if context else "onelayer"
-        message = one_line(error.format_message(), LIMIT)  # a missing choice is listed over several lines
+        message = one_line(
+            without_secrets(error.format_message()), LIMIT
+        )  # a missing choice is listed over several lines
         print(f"{where}: {message.rstrip('.')}; see '{where} --help'.", file=sys.stderr)
         code = 2
     except (UserError, OSError) as error:
         if os.environ.get("ONELAYER_DEBUG"):
             raise
-        print(f"onelayer: {one_line(error, LIMIT)}", file=sys.stderr)
+        print(f"onelayer: {without_secrets(one_line(error, LIMIT))}", file=sys.stderr)
         code = 1
     except KeyboardInterrupt:
         print("onelayer: interrupted.", file=sys.stderr)

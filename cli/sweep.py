@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from contextlib import redirect_stdout
+from contextlib import ExitStack, redirect_stdout
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -11,7 +11,7 @@ import typer
 
 from ._errors import user_error
 from ._options import Chat, Json, ModelName, Revision, Set, TrustRemoteCode, Unsafe
-from ._output import note, print_line, print_table, progress_bar, status
+from ._output import Bar, note, print_line, print_table, progress_bar, status
 
 if TYPE_CHECKING:
     from peft_onelayer.records.ranking import LayerRanking
@@ -94,16 +94,21 @@ def sweep(
             unsafe=unsafe,
         )
         options = _engine_options(engine, early_stop, slurm or [])
-        with progress_bar(f"sweep of {model}", 1) as bar:
+        with ExitStack() as stack:  # the bar appears when all checks are done
+            shown: list[Bar] = []
+
+            def start(total: int) -> None:
+                shown.append(stack.enter_context(progress_bar(f"sweep of {model}", total)))
 
             def show(done: int, total: int, spec: Any, row: dict[str, Any]) -> None:
-                bar.progress.update(bar.task, total=total)
                 score = f"stopped after {row['stopped']} steps" if "stopped" in row else f"score {row['mean']:.4f}"
-                bar.update(done, f"{spec}: {score}")
-                if bar.progress.disable:
+                shown[0].update(done, f"{spec}: {score}")
+                if shown[0].progress.disable:
                     note(f"{done}/{total} {spec}: {score}")
 
-            profile = sweep_layers(asked, out=out, engine=engine, workers=workers, engine_options=options, on_row=show)
+            profile = sweep_layers(
+                asked, out=out, engine=engine, workers=workers, engine_options=options, on_start=start, on_row=show
+            )
     plot_profile(profile, out / "layer_profile.png", f"{algorithm} on {task}, {steps} steps")
     if as_json:
         print(profile.to_json(), end="")

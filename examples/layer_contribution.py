@@ -81,7 +81,7 @@ def main() -> None:
         print(f"block {layer:<3} {one.mean:.3f} +- {one.standard_error:.3f}  {shown}")
         report["layers"][layer] = {"mean": one.mean, "contribution": c.value}
     if options.out:
-        options.out.write_text(json.dumps(report, indent=2) + "\n")
+        options.out.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -275,7 +275,7 @@ SEAMS: dict[str, tuple[Seam, ...]] = {
         Seam(_SDFT + "._setup_teacher_model", "a teacher that follows the student"),
         Seam(_SDFT, "a teacher that follows the student", says=_TEACHER),
     ),
-    "peft_onelayer.hub.errors": (
+    "peft_onelayer.records.hub_errors": (
         Seam(
             "huggingface_hub._commit_api:_upload_lfs_files", "to say why a push failed", says=("raise RuntimeError(",)
         ),

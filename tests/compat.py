@@ -117,7 +117,7 @@ def install(folder: Path, python: str, wanted: list[str], *, upgrade: bool) -> P
 
 
 def output(*command: str | Path) -> str:
-    return subprocess.run(command, check=True, capture_output=True, text=True).stdout.strip()
+    return subprocess.run(command, check=True, capture_output=True, encoding="utf-8").stdout.strip()
 
 
 if __name__ == "__main__":

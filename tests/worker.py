@@ -33,7 +33,7 @@ class Worker:
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             env=environment,
-            text=True,
+            encoding="utf-8",
         )
 
     def __call__(self, *arguments, code=None, environment=None):

@@ -19,7 +19,9 @@ REGISTERED = "import peft_onelayer, peft; print('SINGLE_LAYER' in peft.PEFT_TYPE
 
 
 def run(code: str) -> str:
-    done = subprocess.run([sys.executable, "-W", "ignore", "-c", code], check=True, capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", code], check=True, capture_output=True, encoding="utf-8"
+    )
     return done.stdout.strip()
 
 

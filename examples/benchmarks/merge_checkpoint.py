@@ -30,7 +30,7 @@ PEAK = r"""
 import re, sys
 from peft_onelayer.adapter.merge import merge_into_checkpoint
 def peak():  # not getrusage: there a child starts at its parent's size
-    return re.search(r"VmHWM:\s*(\d+)", open("/proc/self/status").read())[1]
+    return re.search(r"VmHWM:\s*(\d+)", Path("/proc/self/status").read_text(encoding="utf-8"))[1]
 before = peak()
 merge_into_checkpoint(*sys.argv[1:])
 print(before, peak())
@@ -63,7 +63,9 @@ def write_checkpoint(folder: Path, gigabytes: float, shards: int) -> int:
         part = names[i * per_shard : (i + 1) * per_shard]
         save_file({name: 0.02 * torch.randn(shapes[name], dtype=torch.bfloat16) for name in part}, folder / file)
         weight_map |= dict.fromkeys(part, file)
-    (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
+    (folder / "model.safetensors.index.json").write_text(
+        json.dumps({"metadata": {}, "weight_map": weight_map}), encoding="utf-8"
+    )
     return layers
 
 
@@ -81,7 +83,7 @@ def write_adapter(folder: Path, base: Path, layers: int) -> int:
     save_file(tensors, folder / "adapter_model.safetensors")
     config = {"peft_type": "SINGLE_LAYER", "layer": layer, "layer_indices": [layer], "num_layers": layers}
     config |= {"base_model_name_or_path": str(base), "revision": None}
-    (folder / "adapter_config.json").write_text(json.dumps(config))
+    (folder / "adapter_config.json").write_text(json.dumps(config), encoding="utf-8")
     return 2 * sum(t.numel() for t in tensors.values())
 
 
@@ -112,7 +114,7 @@ def main() -> None:
         print(f"{sum(shards) / 1e9:.2f} GB in {len(shards)} shards of at most {max(shards) / 1e6:.0f} MB, ", end="")
         print(f"{layers} layers of {block / 1e6:.0f} MB")
         command = [sys.executable, "-c", PEAK, str(base), str(adapter), str(out)]
-        before, peak = map(int, subprocess.check_output(command, text=True).split())
+        before, peak = map(int, subprocess.check_output(command, encoding="utf-8").split())
         shutil.rmtree(out)
         print(f"peak memory: {peak / 1e3:.0f} MB, of which {before / 1e3:.0f} MB after the imports; ", end="")
         print(f"one shard + 300 MB is {max(shards) / 1e6 + 300:.0f} MB")

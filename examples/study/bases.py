@@ -168,7 +168,7 @@ def make(base: Pretrained | Damaged, out: Path) -> Path:
     if isinstance(base, Pretrained):
         with staged_directory(folder, lambda _: False) as staged:
             made = pretrain(base, staged)
-            (staged / "base.json").write_text(json.dumps({**asdict(base), **made}, indent=2) + "\n")
+            (staged / "base.json").write_text(json.dumps({**asdict(base), **made}, indent=2) + "\n", encoding="utf-8")
     else:
         origin = make(next(p for p in PRETRAINED if p.name == base.origin), out)
         strong = out / f"strong-{base.origin}-{base.task}"
@@ -182,7 +182,7 @@ def make(base: Pretrained | Damaged, out: Path) -> Path:
         with staged_directory(folder, lambda _: False) as staged:
             model.save_pretrained(staged)
             tokenizer.save_pretrained(staged)
-            (staged / "base.json").write_text(json.dumps({**asdict(base), **made}, indent=2) + "\n")
+            (staged / "base.json").write_text(json.dumps({**asdict(base), **made}, indent=2) + "\n", encoding="utf-8")
     print(f"{base.name}: {made}", file=sys.stderr, flush=True)
     return folder
 

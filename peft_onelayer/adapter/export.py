@@ -16,7 +16,7 @@ from safetensors.torch import save_file
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from peft_onelayer.records.files import CONFIG, WEIGHTS, staged_directory
+from peft_onelayer.records.files import CONFIG, WEIGHTS, check_folder, output, staged_directory
 from peft_onelayer.records.locate import adapter_folder, base_folder, hub_identity
 from peft_onelayer.sparse.base import Comparison, not_compared
 from peft_onelayer.sparse.names import TRAINED
@@ -111,7 +111,8 @@ def export_adapter(
     Raises:
         ValueError: an unknown format, a damaged adapter, a base that is missing or another one, or weights for which
             the format has no place.
-        TargetError: `out` may not be used, by `check_folder`.
+        TargetError: `out` may not be used, by `check_folder`, or another process writes to it.
+        DiskFullError: the disk is full.
     """
     if format not in FORMATS:
         raise ValueError(f"format={format!r} is not known; expected one of {', '.join(FORMATS)}.")
@@ -123,6 +124,20 @@ def export_adapter(
         raise ValueError(f"rank={rank} keeps nothing; give 1 or more.")
     if energy is not None and not 0 < energy <= 1:
         raise ValueError(f"energy={energy} is no share; give a number above 0 and up to 1.")
+    check_folder(Path(out))  # before anything is downloaded
+    with output(Path(out)):
+        return _export(adapter, Path(out), format, base, rank, energy, allow_other_base)
+
+
+def _export(
+    adapter: str | Path,
+    out: Path,
+    format: str,
+    base: str | Path | None,
+    rank: int | None,
+    energy: float | None,
+    allow_other_base: bool,
+) -> Exported:
     file = open_adapter(adapter_folder(adapter))
     checkpoint = None
     if base is not None or file.sparse is not None or format not in ("peft", "dense"):
@@ -147,7 +162,7 @@ def export_adapter(
         written = open_adapter(out)
         sizes = {name: sum(part.bytes for part in written.stored_parts(name).values()) for name in written.names}
         tensors = [ExportedTensor(name, sizes[name], changed=records[name].changed) for name in written.names]
-        return Exported(Path(out), format, (Path(out) / WEIGHTS).stat().st_size, tensors)
+        return Exported(out, format, (out / WEIGHTS).stat().st_size, tensors)
 
     def changes(name: str) -> tuple[torch.Tensor, torch.Tensor]:
         assert checkpoint is not None
@@ -157,7 +172,7 @@ def export_adapter(
     def value_of(name: str) -> torch.Tensor:
         return file.tensor(name) if checkpoint is None else changes(name)[0]
 
-    with staged_directory(Path(out)) as staging:
+    with staged_directory(out) as staging:
         if format == "peft":
             exported = _peft(file, value_of, staging)
         elif format == "dense":
@@ -170,7 +185,7 @@ def export_adapter(
         weights = staging / (FLAT_WEIGHTS if format == "flat" else WEIGHTS)
         size = weights.stat().st_size
     tensors, lost, left_out = exported
-    return Exported(Path(out), format, size, tensors, lost, left_out)
+    return Exported(out, format, size, tensors, lost, left_out)
 
 
 _Result = tuple[list[ExportedTensor], float, float]

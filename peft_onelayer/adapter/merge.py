@@ -14,7 +14,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from peft_onelayer.records.files import TargetError, check_folder, staged_directory
+from peft_onelayer.records.files import TargetError, check_folder, output, staged_directory
 from peft_onelayer.records.locate import adapter_folder, base_folder, hub_identity
 from peft_onelayer.records.text import name_blocks
 from peft_onelayer.sparse.base import OTHER_WEIGHTS, Entries, other_base, positions, what_differs
@@ -89,19 +89,31 @@ def merge_into_checkpoint(
         ValueError: the base is incomplete, quantized or not stored as transformers loads it; an adapter is damaged or
             made for another base; two adapters train the same tensor and are no stages; a stage is missing or stands
             at the wrong place.
-        TargetError: `out` may not be used, by `check_folder`.
-        OSError: the disk is full.
+        TargetError: `out` may not be used, by `check_folder`, or another process writes to it.
+        DiskFullError: the disk is full.
     """
     names = [adapters] if isinstance(adapters, (str, Path)) else list(adapters)
     if not names:
         raise ValueError("no adapter was given.")
     check_folder(Path(out))  # before anything is downloaded
+    with output(Path(out)):
+        return _merge(base, names, Path(out), revision, allow_other_base, on_progress)
+
+
+def _merge(
+    base: str | Path,
+    names: Sequence[str | Path],
+    out: Path,
+    revision: str | None,
+    allow_other_base: bool,
+    on_progress: Callable[[int, int], None],
+) -> Merged:
     files = [open_adapter(adapter_folder(name)) for name in names]
     if revision is None and str(base) == files[0].config.get("base_model_name_or_path"):
         revision = files[0].config.get("revision")
     checkpoint = Checkpoint(base_folder(base, revision))
     for folder in (checkpoint.folder, *(file.folder for file in files)):
-        if folder.resolve() in Path(out).resolve().parents:
+        if folder.resolve() in out.resolve().parents:
             raise TargetError(f"{out} is inside {folder}, which stays as it is; choose an output folder outside of it.")
     sources, unchecked = check_stages(files, checkpoint, allow_other_base)
     by_shard: dict[str, list[str]] = {shard: [] for shard in checkpoint.shards}
@@ -113,7 +125,7 @@ def merge_into_checkpoint(
     order += sorted(others, key=lambda name: name == MODEL_CONFIG)
     sizes = {name: (checkpoint.folder / name).stat().st_size for name in order}
     total, done, reflinked = sum(sizes.values()), 0, True
-    with staged_directory(Path(out)) as staging:
+    with staged_directory(out) as staging:
         for name in order:
             (staging / name).parent.mkdir(parents=True, exist_ok=True)
             if reflinked and not _clone(checkpoint.folder / name, staging / name):
@@ -127,7 +139,7 @@ def merge_into_checkpoint(
             done += sizes[name]
             on_progress(done, total)
     return Merged(
-        folder=Path(out),
+        folder=out,
         base=checkpoint.folder,
         layers=sorted({layer for file in files for layer in file.layers}),
         tensors=sorted(sources),

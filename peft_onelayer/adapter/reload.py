@@ -47,7 +47,13 @@ def fingerprint_in_fresh_process(
     # the same number of threads: another one may sum in another order
     environment = {**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads())}
     done = subprocess.run(
-        command, input=json.dumps(token_ids), env=environment, capture_output=True, text=True, check=False
+        command,
+        input=json.dumps(token_ids),
+        env=environment,
+        capture_output=True,
+        encoding="utf-8",
+        errors="replace",
+        check=False,
     )
     if done.returncode:
         reason = (done.stderr.strip().splitlines() or [f"exit code {done.returncode}"])[-1]

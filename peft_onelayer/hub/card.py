@@ -20,7 +20,7 @@ from peft_onelayer.records.files import PROFILE, RUN
 from peft_onelayer.records.locate import last_part
 from peft_onelayer.records.ranking import LayerRanking
 from peft_onelayer.records.run import RunRecord
-from peft_onelayer.records.text import name_blocks
+from peft_onelayer.records.text import name_blocks, well_formed
 
 PLOT = "layer_profile.png"
 TAGS = ("onelayer", "reinforcement-learning")
@@ -52,6 +52,7 @@ def model_card(
         peft_export: the subfolder with the form that loads without this package, if there is one.
         local_base: whether the base's name is that of a folder, so that the Hub knows no model by it.
     """
+    run = run and run.cleaned()
     base = _Base.of(config, run, local_base)
     template = Template((files("peft_onelayer.model_cards") / "adapter.md").read_text(encoding="utf-8"))
     full = config is None
@@ -66,7 +67,7 @@ def model_card(
         without_plugin=_without_plugin(base, repo_id, peft_export) if peft_export else "",
         reproduce=f"\n## Reproduce\n\n```\n{run.command}\n```\n" if run and run.command else "",
     )
-    return re.sub(r"\n{3,}", "\n\n", text).rstrip() + "\n"
+    return well_formed(re.sub(r"\n{3,}", "\n\n", text).rstrip() + "\n")
 
 
 def eval_results(evaluation: EvaluationRecord) -> list[dict[str, Any]]:

@@ -59,7 +59,7 @@ def _shipped() -> Any:
 def _download(repo_id: str, revision: str | None) -> tuple[Path, str]:
     from huggingface_hub import HfApi, hf_hub_download
 
-    from .errors import HubError, hub_errors
+    from peft_onelayer.records.hub_errors import HubError, hub_errors
 
     with hub_errors(f"read the layer profile of {repo_id}", repo_id):
         info = HfApi().model_info(repo_id, revision=revision)

@@ -23,12 +23,13 @@ from peft_onelayer.records.files import (
     WEIGHTS,
     check_folder,
     file_digest,
+    output,
     staged_directory,
 )
+from peft_onelayer.records.hub_errors import HubError, hub_errors
 from peft_onelayer.records.locate import cached_base
 
 from .card import PLOT
-from .errors import HubError, hub_errors
 from .push import RESULTS
 
 FILES = (CONFIG, WEIGHTS, CARD, PROFILE, PLOT, RUN, RESULTS)
@@ -93,6 +94,11 @@ def pull_adapter(repo_id: str, folder: Path | str, *, revision: str | None = Non
     """
     folder = Path(folder)
     check_folder(folder, _is_pulled)
+    with output(folder):
+        return _pull(repo_id, folder, revision)
+
+
+def _pull(repo_id: str, folder: Path, revision: str | None) -> Pull:
     with hub_errors(f"pull {repo_id}", repo_id):
         info = HfApi().model_info(repo_id, revision=revision, files_metadata=True)
         there = {file.rfilename: file for file in info.siblings or [] if file.rfilename in FILES}

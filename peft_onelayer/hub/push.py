@@ -6,9 +6,11 @@ What the card says of the training comes from the records beside the adapter.
 from __future__ import annotations
 
 import json
+import secrets
 import shutil
 import tempfile
 from collections.abc import Mapping
+from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, TypeVar
@@ -18,7 +20,6 @@ from huggingface_hub import (
     CommitOperationDelete,
     HfApi,
     constants,
-    get_token,
     hf_hub_download,
 )
 from huggingface_hub.errors import RevisionNotFoundError
@@ -28,18 +29,29 @@ from peft_onelayer.adapter.reader import AdapterFile, open_adapter
 from peft_onelayer.adapter.validation import check_tensors
 from peft_onelayer.records.evaluation import EvaluationRecord
 from peft_onelayer.records.fields import Record
-from peft_onelayer.records.files import CARD, CONFIG, EVALUATION, PROFILE, RUN, WEIGHTS, file_digest, read_fields
+from peft_onelayer.records.files import (
+    CARD,
+    CONFIG,
+    EVALUATION,
+    PROFILE,
+    RUN,
+    WEIGHTS,
+    file_digest,
+    read_fields,
+    scratch_directory,
+)
+from peft_onelayer.records.hub_errors import HubError, hub_errors
 from peft_onelayer.records.locate import adapter_folder, cached_base, is_local, last_part
+from peft_onelayer.records.privacy import holds_secrets, without_private
 from peft_onelayer.records.ranking import LayerRanking
 from peft_onelayer.records.run import RunRecord
 from peft_onelayer.records.text import name_blocks, printable
 
 from .card import PLOT, eval_results, model_card
-from .errors import HubError, hub_errors
-from .privacy import without_private
 
 RESULTS = ".eval_results/onelayer.yaml"
 PEFT_EXPORT = "peft"
+TEXTS = (".json", ".md", ".yaml")  # of what is published
 # What a push may leave in a repository; those that a later push does not write are removed with it.
 PUBLISHED = (CONFIG, WEIGHTS, CARD, PROFILE, PLOT, RUN, RESULTS, f"{PEFT_EXPORT}/{CONFIG}", f"{PEFT_EXPORT}/{WEIGHTS}")
 # What may stand in a repository that somebody made on the Hub's pages for this adapter.
@@ -120,8 +132,7 @@ def push_adapter(
     folder = Path(folder).expanduser()
     if not folder.is_dir():
         raise ValueError(f"no adapter folder at {folder}; give the one that onelayer train wrote.")
-    with tempfile.TemporaryDirectory(prefix="onelayer-push-") as scratch:
-        staged = Path(scratch)
+    with _scratch() as staged:
         adapter, notes = stage(
             adapter_folder(folder),
             staged,
@@ -266,10 +277,9 @@ def _write_weights(adapter: AdapterFile, staged: Path, base: Path | None, dense:
         return [f"the base {name} is not on this machine, so the adapter goes up dense; download it to publish sparse"]
     from peft_onelayer.adapter.write_sparse import write_sparse
 
-    with tempfile.TemporaryDirectory(prefix="onelayer-push-") as scratch:
-        sparse = Path(scratch) / "sparse"
-        write_sparse(adapter, sparse, base)
-        _copy_weights(sparse, staged)
+    with _scratch() as scratch:
+        write_sparse(adapter, scratch / "sparse", base)
+        _copy_weights(scratch / "sparse", staged)
     return []
 
 
@@ -297,14 +307,16 @@ def _write_peft_export(adapter: AdapterFile, base: Path | None, staged: Path) ->
     _write(out / CONFIG, _to_json({**exported, "base_model_name_or_path": name}))
 
 
+def _scratch() -> AbstractContextManager[Path]:
+    """An empty folder among the temporary files; after a kill the next push removes it."""
+    return scratch_directory(Path(tempfile.gettempdir()) / f"onelayer-push-{secrets.token_hex(8)}")
+
+
 def _check_no_secret(staged: Path) -> None:
     """The last look before anything leaves the machine."""
-    token = get_token()
     for path in staged.rglob("*"):
-        if token and path.is_file() and path.name != WEIGHTS and token.encode() in path.read_bytes():
-            raise ValueError(
-                f"{path.name} would publish your Hub token; remove it from the records beside the adapter."
-            )
+        if path.suffix in TEXTS and holds_secrets(path.read_text(encoding="utf-8")):
+            raise ValueError(f"{path.name} would publish a secret; remove it from the records beside the adapter.")
 
 
 def _commit(

@@ -9,8 +9,9 @@ from typing import Any, Literal
 
 from huggingface_hub import HfApi
 
+from peft_onelayer.records.hub_errors import hub_errors
+
 from .card import TAGS
-from .errors import hub_errors
 
 Sort = Literal["downloads", "likes", "created_at", "last_modified", "trending_score"]
 

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, ClassVar, Literal, Self, TypeVar, Union
 
 from .files import parse_fields, read_text
+from .privacy import without_secrets
 from .text import printable
 
 T = TypeVar("T")
@@ -32,8 +33,12 @@ class Record:
         return {"format": self.FORMAT, **without_missing_parts(self)}
 
     def to_json(self) -> str:
-        """The text of the file."""
-        return json.dumps(self.to_dict(), indent=2) + "\n"
+        """The text of the file, without secrets."""
+        return json.dumps(without_secrets(self.to_dict()), indent=2) + "\n"
+
+    def cleaned(self) -> Self:
+        """The record without secrets, for what is written of it elsewhere."""
+        return self.from_dict(without_secrets(self.to_dict()), self.WHAT)
 
     @classmethod
     def from_dict(cls, fields: Mapping[str, Any], where: str) -> Self:

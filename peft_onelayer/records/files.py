@@ -1,7 +1,7 @@
 """Files: the names in an adapter's folder, output that is complete or not there, and digests.
 
 An output folder is written as a hidden folder beside the target, and a file as a hidden file; both are renamed into
-place at the end. An error or Ctrl-C removes them.
+place at the end. An error or Ctrl-C removes them, and after a kill the next process does that claims the target.
 """
 
 from __future__ import annotations
@@ -16,15 +16,31 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from .text import check_limits, one_line
+from .claim import PARTIAL, REPLACED, TargetError, check_parent, claimed
+from .disk import disk_errors
+from .text import check_limits, one_line, well_formed
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 RUN, EVALUATION, PROFILE, CARD = "run.json", "eval.json", "layer_profile.json", "README.md"
 RECORD_LIMIT = 32 * 2**20  # bytes of a JSON file that is read whole
+UNCHANGED = "nothing was changed"
 
 
-class TargetError(OSError, ValueError):
-    """The output may not be written where it was asked for; the message says why and what to do."""
+@contextmanager
+def output(target: Path, kept: str = UNCHANGED) -> Iterator[None]:
+    """Keep `target` for this process alone, and say in one line if its disk gets full.
+
+    A command enters it before any heavy work.
+
+    Args:
+        kept: what is left of the work where the disk is full.
+
+    Raises:
+        TargetError: by `claimed`.
+        DiskFullError: by `disk_errors`.
+    """
+    with disk_errors(target, kept), claimed(target):
+        yield
 
 
 def check_folder(target: Path, replaceable: Callable[[Path], bool] = lambda folder: False) -> None:
@@ -40,7 +56,7 @@ def check_folder(target: Path, replaceable: Callable[[Path], bool] = lambda fold
         raise TargetError(f"{target} exists and holds other files; choose a new output folder (nothing was changed).")
     if target == Path.cwd():
         raise TargetError(f"{target} is the current folder; name a new folder for the output.")
-    _check_parent(target)
+    check_parent(target)
     if target.is_dir() and not os.access(target, os.W_OK | os.X_OK):
         raise TargetError(f"{target} is read-only; choose another output folder.")
 
@@ -55,14 +71,7 @@ def check_file(target: Path, replaceable: Callable[[Path], bool] = lambda file: 
         raise TargetError(f"{target} is a folder; give a file, such as {target / 'out.json'}.")
     if target.exists() and not replaceable(target):
         raise TargetError(f"{target} exists and is another file; choose another one (nothing was changed).")
-    _check_parent(target)
-
-
-def _check_parent(target: Path) -> None:
-    if not target.parent.is_dir():
-        raise TargetError(f"the folder {target.parent} does not exist; create it or choose another output.")
-    if not os.access(target.parent, os.W_OK | os.X_OK):
-        raise TargetError(f"{target.parent} is read-only; choose another output.")
+    check_parent(target)
 
 
 @contextmanager
@@ -70,17 +79,17 @@ def staged_directory(target: Path, replaceable: Callable[[Path], bool] = lambda 
     """Yield an empty folder that becomes `target` when the block ends without an exception.
 
     Raises:
-        TargetError: by `check_folder`, on entry and again before the rename.
-        OSError: the disk is full, or a rename failed; what was there before is still there.
+        TargetError: by `check_folder`, on entry and again before the rename; another process writes to `target`.
+        DiskFullError: the disk is full.
+        OSError: a rename failed; what was there before is still there.
     """
     check_folder(target, replaceable)
     target = target.resolve()
-    staging = Path(tempfile.mkdtemp(prefix=f".{target.name}.partial-", dir=target.parent))
-    try:
+    with scratch_directory(target) as staging:
         yield staging
         make_readable(staging)
         check_folder(target, replaceable)  # minutes may have passed
-        old = Path(f"{staging}.old")
+        old = Path(f"{staging}{REPLACED}")
         replaced = target.is_dir()
         if replaced:
             target.rename(old)
@@ -92,8 +101,21 @@ def staged_directory(target: Path, replaceable: Callable[[Path], bool] = lambda 
             raise
         if replaced:
             shutil.rmtree(old)
-    finally:
-        shutil.rmtree(staging, ignore_errors=True)
+
+
+@contextmanager
+def scratch_directory(target: Path) -> Iterator[Path]:
+    """Yield an empty hidden folder beside `target`, which is claimed; it is removed when the block ends.
+
+    Raises:
+        TargetError, DiskFullError: by `output`.
+    """
+    with output(target):
+        staging = Path(tempfile.mkdtemp(prefix=f".{target.name}{PARTIAL}", dir=target.resolve().parent))
+        try:
+            yield staging
+        finally:
+            shutil.rmtree(staging, ignore_errors=True)
 
 
 def make_readable(folder: Path) -> None:
@@ -115,12 +137,18 @@ def write_whole(path: Path, text: str) -> None:
     Raises:
         OSError: the disk is full, or not there any more.
     """
-    partial = path.with_name(f".{path.name}.partial-{os.getpid()}")
+    with whole_file(path) as partial, partial.open("w", encoding="utf-8") as file:
+        file.write(well_formed(text))
+        file.flush()
+        os.fsync(file.fileno())  # a full disk may show only now
+
+
+@contextmanager
+def whole_file(path: Path) -> Iterator[Path]:
+    """Yield the path of a hidden file that becomes `path` when the block ends without an exception."""
+    partial = path.with_name(f".{path.name}{PARTIAL}{os.getpid()}")
     try:
-        with partial.open("w", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())  # a full disk may show only now
+        yield partial
         os.replace(partial, path)
     except BaseException:
         partial.unlink(missing_ok=True)

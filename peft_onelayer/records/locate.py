@@ -114,6 +114,8 @@ def find_folder(
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HTTPError
 
+    from .hub_errors import hub_reason
+
     try:
         return Path(
             snapshot_download(
@@ -123,5 +125,6 @@ def find_folder(
                 ignore_patterns=list(ignore) or None,
             )
         )
-    except (OSError, ValueError, HTTPError) as error:
-        raise ValueError(f"{text} is neither {what} folder here nor found on the Hub: {one_line(error)}") from error
+    except (OSError, ValueError, RuntimeError, HTTPError) as error:  # RuntimeError: of hf_xet
+        why = hub_reason(error, text) or one_line(error)
+        raise ValueError(f"{text} is neither {what} folder here nor found on the Hub: {why}") from error

@@ -17,6 +17,19 @@ def one_line(error: BaseException | str, limit: int = 300) -> str:
     return printable(" ".join(str(error).split()), limit) or type(error).__name__
 
 
+def well_formed(text: str) -> str:
+    """The text as it can be written in UTF-8. Where the locale is ASCII, Python hides a file name's other bytes in
+    surrogates; they return to what they are, and what is no text becomes a question mark in a box.
+
+    >>> well_formed("mod\\udcc3\\udca8le"), well_formed("x\\ud800")
+    ('modèle', 'x\ufffd')
+    """
+    try:
+        return text.encode("utf-8", "surrogateescape").decode("utf-8", "replace")
+    except UnicodeEncodeError:  # a surrogate out of a stranger's file
+        return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+
+
 def printable(value: Any, limit: int = 200) -> str:
     """What a message says of a value out of a stranger's file: in one line, no control characters, not long.
 

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
+from peft_onelayer.records.files import whole_file
 from peft_onelayer.records.ranking import LayerRanking
 
 BLUE, ORANGE, GREY = "#3465a4", "#d9730d", "#9aa0a6"
@@ -32,7 +34,7 @@ def plot_rewards(rewards: Sequence[float], path: Path, title: str, window: int =
     axes.plot(steps, running, color=BLUE, linewidth=2, label=f"mean of the last {window}")
     axes.set(title=title, xlabel="GRPO step", ylabel="mean reward of the step", ylim=(0, 1))
     axes.legend(frameon=False, loc="lower right")
-    figure.savefig(path)
+    _save(figure, path)
 
 
 def plot_ranking(ranking: LayerRanking, path: Path, title: str) -> None:
@@ -51,7 +53,7 @@ def plot_ranking(ranking: LayerRanking, path: Path, title: str) -> None:
         if colour in colours:
             axes.bar([layers[0]], [0], color=colour, label=label)
     figure.legend(frameon=False, loc="outside lower center", ncols=3)
-    figure.savefig(path)
+    _save(figure, path)
 
 
 def plot_profile(profile: LayerRanking, path: Path, title: str) -> None:
@@ -80,4 +82,10 @@ def plot_profile(profile: LayerRanking, path: Path, title: str) -> None:
     axes.axhline(full, color=ORANGE, linewidth=1, label="every parameter trained")
     axes.set(title=title, xlabel="block", ylabel="layer contribution C" if defined else "gain over the base")
     axes.legend(frameon=False)
-    figure.savefig(path)
+    _save(figure, path)
+
+
+def _save(figure: Any, path: Path) -> None:
+    """Write a PNG in one piece: what a full disk cuts short is no plot."""
+    with whole_file(path) as partial:
+        figure.savefig(partial, format="png")

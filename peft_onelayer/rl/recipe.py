@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from transformers import TrainingArguments
 
+from peft_onelayer.records.privacy import without_secrets
 from peft_onelayer.records.text import one_line
 from peft_onelayer.tasks import Task
 
@@ -16,6 +17,9 @@ from .algorithms import Algorithm, load_algorithm
 from .settings import check_fields, convert_settings, parse_settings
 
 LEARNING_RATE = 5e-6  # arXiv 2607.01232, Table 8, for one block and for all parameters
+# What a trainer sends on its own holds optimizer states, a pickle and paths, in a repository called "checkpoints".
+HUB_FIELDS = {"push_to_hub", "hub_model_id", "hub_strategy", "hub_token", "hub_private_repo", "hub_always_push"}
+HUB_FIELDS |= {"hub_revision"}
 DEMO_LEARNING_RATE = 3e-3  # for one block of the demo model
 DEMO_WARMUP_STEPS = 5
 
@@ -68,7 +72,7 @@ class Recipe:
             return config_class(**{**self.settings, **changes})
         # ArithmeticError: GRPOConfig divides by num_generations before it looks at it.
         except (ValueError, TypeError, ImportError, ArithmeticError) as error:
-            given = ", ".join(f"{name}={value}" for name, value in self.given.items()) or "the settings"
+            given = ", ".join(f"{k}={v}" for k, v in without_secrets(self.given).items()) or "the settings"
             raise ValueError(f"{config_class.__name__} refused {given}: {one_line(error)}") from error
 
 
@@ -131,10 +135,15 @@ def config_from_text(
 
 
 def refuse_fields(config: Mapping[str, Any], own_options: Mapping[str, str], option: str = "--set or config") -> None:
-    """Raise ValueError for a field that something else sets, by what `own_options` says of it."""
+    """Raise ValueError for a field that something else sets, by what `own_options` says of it, and for `HUB_FIELDS`."""
     for name in config:
         if name in own_options:
             raise ValueError(f"field {name} is set by {own_options[name]}, not by {option}")
+        if name in HUB_FIELDS:
+            raise ValueError(
+                f"field {name} would have the trainer send its checkpoints as they are; train without it, and publish "
+                "the finished adapter with onelayer push (push_adapter)"
+            )
 
 
 def refuse_without_effect(config: Mapping[str, Any], algorithm: Algorithm) -> None:

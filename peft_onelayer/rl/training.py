@@ -15,6 +15,8 @@ from packaging.version import Version
 from peft import PeftModel, get_peft_model
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, PrinterCallback, TrainerCallback, TrainingArguments
+from transformers.trainer import TRAINING_ARGS_NAME
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from peft_onelayer.tasks import Task
 from peft_onelayer.tuner import SingleLayerConfig
@@ -56,6 +58,14 @@ class _Progress(TrainerCallback):
     def on_log(self, args, state, control, logs=None, **kwargs) -> None:
         if logs and ("reward" in logs or "loss" in logs):
             self.on_step(state.global_step, logs.get("reward", logs.get("loss")))
+
+
+class _NoPickle(TrainerCallback):
+    """Takes the pickled configuration out of every checkpoint: it may hold secrets, and nothing reads it."""
+
+    def on_save(self, args, state, control, **kwargs) -> None:
+        folder = Path(args.output_dir) / f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}"
+        (folder / TRAINING_ARGS_NAME).unlink(missing_ok=True)
 
 
 def train_rows(
@@ -116,6 +126,7 @@ def train_rows(
         callbacks=[_Progress(on_step)],
         **arguments,
     )
+    trainer.add_callback(_NoPickle())
     trainer.remove_callback(PrinterCallback)  # it prints every log to stdout
     if resume_from is not None:
         refuse_incomplete_resume(trainer.model)

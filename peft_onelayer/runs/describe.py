@@ -12,6 +12,7 @@ import torch
 from transformers import PreTrainedModel, TrainingArguments
 
 from peft_onelayer.records.files import model_digests
+from peft_onelayer.records.privacy import without_secrets
 from peft_onelayer.records.run import BaseModel
 from peft_onelayer.tuner import find_decoder_stack
 from peft_onelayer.tuner.model import commit_hash
@@ -46,9 +47,9 @@ def describe_machine() -> dict[str, Any]:
 
 
 def describe_config(config: TrainingArguments) -> dict[str, Any]:
-    """All fields of a TRL configuration as JSON values, without those of `NOT_SETTINGS`."""
+    """All fields of a TRL configuration as JSON values, without those of `NOT_SETTINGS` and without secrets."""
     fields = {name: value for name, value in config.to_dict().items() if name not in NOT_SETTINGS}
-    return json.loads(json.dumps(fields, default=str, sort_keys=True))
+    return without_secrets(json.loads(json.dumps(fields, default=str, sort_keys=True)))
 
 
 def is_main_process() -> bool:

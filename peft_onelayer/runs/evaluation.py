@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import time
+from contextlib import nullcontext
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -15,7 +16,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from peft_onelayer.records.evaluation import EvaluationRecord, Figures, Measured, MeasuredAdapter
 from peft_onelayer.records.fields import read
-from peft_onelayer.records.files import CONFIG, RUN, WEIGHTS, check_file, file_digest, read_fields, write_whole
+from peft_onelayer.records.files import CONFIG, RUN, WEIGHTS, check_file, file_digest, output, read_fields, write_whole
 from peft_onelayer.records.locate import adapter_folder
 from peft_onelayer.records.run import DataSource, RunRecord
 from peft_onelayer.rl.algorithms import load_algorithm
@@ -66,7 +67,8 @@ def evaluate(
         ValueError: in one line: settings that cannot work, a model, adapter or data that are not there or do not fit
             (`TargetError` for `settings.out`).
     """
-    with without_progress_bars():
+    out = nullcontext() if settings.out is None else output(Path(settings.out))
+    with out, without_progress_bars():
         return _Evaluation(settings, command, progress or Progress()).run()
 
 

@@ -1,7 +1,7 @@
 """The output folder of a training run.
 
 While the run goes on it holds `checkpoints/`, a run.json that says "unfinished", and what was expensive to make before
-training; at the end the result is put beside them, run.json last.
+training; at the end the result is put beside them, run.json last. Whoever makes a `RunFolder` has claimed the folder.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
+from peft_onelayer.records.claim import PARTIAL
 from peft_onelayer.records.files import RUN, check_folder, make_readable, read_fields, write_whole
 from peft_onelayer.records.run import RunRecord
 
@@ -48,7 +49,7 @@ class RunFolder:
         if state and not resume:
             raise ValueError(f"{path} holds an unfinished run; continue it with --resume or choose a new folder.")
         if not resume:
-            check_folder(path)
+            check_folder(path, _is_unfinished)
 
     def _read(self) -> RunRecord | None:
         path = self.path / RUN
@@ -64,13 +65,27 @@ class RunFolder:
         `Trainer._save_checkpoint` writes trainer_state.json last, so one that lacks it, or holds a torn one, was being
         written when the run was killed.
         """
-        found = {}
+        found = {step: folder for folder, step in self._checkpoints() if step is not None}
+        return found[max(found)] if found else None
+
+    def _checkpoints(self) -> list[tuple[Path, int | None]]:
+        """Every checkpoint and its step; None for one that is not complete."""
+        found: list[tuple[Path, int | None]] = []
         for folder in self.checkpoints.glob("checkpoint-*"):
             try:
-                found[read_fields(folder / "trainer_state.json")["global_step"]] = folder
+                found.append((folder, read_fields(folder / "trainer_state.json").get("global_step")))
             except ValueError:
-                continue
-        return found[max(found)] if found else None
+                found.append((folder, None))
+        return found
+
+    def _remove_unfinished(self) -> None:
+        """Remove what was being written when the run ended: it takes room, and nothing goes on from it."""
+        torn = [folder for folder, step in self._checkpoints() if step is None]
+        for left in [*torn, *self.path.glob(f".*{PARTIAL.removeprefix('.')}*")]:
+            if left.is_dir():
+                shutil.rmtree(left, ignore_errors=True)
+            else:
+                left.unlink(missing_ok=True)
 
     @contextmanager
     def running(self, record: RunRecord) -> Iterator[None]:
@@ -79,12 +94,12 @@ class RunFolder:
             yield
             return
         self.path.mkdir(exist_ok=True)
-        for left in self.path.glob(".partial-*"):  # by a kill
-            shutil.rmtree(left)
-        self.write_record(replace(record, status="unfinished"))
         try:
+            self._remove_unfinished()  # by a kill
+            self.write_record(replace(record, status="unfinished"))
             yield
         except BaseException:
+            self._remove_unfinished()  # such as on a full disk
             entries = {entry.name for entry in self.path.iterdir()}
             if entries <= {RUN, self.checkpoints.name} and not self.last_checkpoint():
                 shutil.rmtree(self.path)
@@ -100,16 +115,26 @@ class RunFolder:
         self.write(RUN, record.to_json())
 
     @contextmanager
+    def scratch(self) -> Iterator[Path]:
+        """Yield an empty folder that is removed when the block ends; the first process' is on the run's disk."""
+        where = {"prefix": PARTIAL, "dir": self.path} if self.main else {}
+        with tempfile.TemporaryDirectory(**where) as scratch:
+            yield Path(scratch)
+
+    @contextmanager
     def publishing(self) -> Iterator[Path]:
         """Yield an empty folder whose files are moved into the run's when the block ends."""
-        if not self.main:
-            with tempfile.TemporaryDirectory() as scratch:
-                yield Path(scratch)
-            return
-        with tempfile.TemporaryDirectory(prefix=".partial-", dir=self.path) as scratch:
-            yield Path(scratch)
-            make_readable(Path(scratch))
-            for file in sorted(Path(scratch).iterdir()):
+        with self.scratch() as scratch:
+            yield scratch
+            if not self.main:
+                return
+            make_readable(scratch)
+            for file in sorted(scratch.iterdir()):
                 os.replace(file, self.path / file.name)
         if self.checkpoints.is_dir() and not any(self.checkpoints.iterdir()):
             self.checkpoints.rmdir()  # the trainer makes it even if it saves none
+
+
+def _is_unfinished(folder: Path) -> bool:
+    """Whether the folder holds nothing but what a run was writing when it was killed at its very start."""
+    return all(entry.name.startswith(".") and PARTIAL in entry.name for entry in folder.iterdir())

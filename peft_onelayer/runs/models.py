@@ -25,6 +25,7 @@ from transformers import (
 
 from peft_onelayer.adapter.reader import open_adapter
 from peft_onelayer.records.files import CONFIG, WEIGHTS, read_fields
+from peft_onelayer.records.hub_errors import hub_reason
 from peft_onelayer.records.locate import is_local
 from peft_onelayer.records.text import one_line
 from peft_onelayer.seams import check
@@ -158,7 +159,8 @@ def _errors_in_one_line(name: str) -> Iterator[None]:
         yield
     except NotCausalError:
         raise
-    except (OSError, ValueError, KeyError, HTTPError, ImportError) as error:
+    # RuntimeError: of hf_xet
+    except (OSError, ValueError, KeyError, RuntimeError, HTTPError, ImportError) as error:
         if "trust_remote_code" in str(error):
             raise ValueError(
                 f"{name} comes with Python code of its own, which runs with all your rights; read it, and if you trust "
@@ -166,7 +168,8 @@ def _errors_in_one_line(name: str) -> Iterator[None]:
             ) from error
         source = Path(name).expanduser()
         what = f"the model in {source}" if is_local(name) else f"{name}, neither a folder here nor found on the Hub"
-        raise ValueError(f"cannot load {what}: {one_line(error)}") from error
+        why = None if is_local(name) else hub_reason(error, name)
+        raise ValueError(f"cannot load {what}: {why or one_line(error)}") from error
 
 
 class NotCausalError(ValueError):

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
+from contextlib import nullcontext
 from pathlib import Path
 
 from peft_onelayer.hub.profiles import load_profile
 from peft_onelayer.layers import resolve_layers
 from peft_onelayer.probe.probe import METHODS
-from peft_onelayer.records.files import TargetError, check_file, write_whole
+from peft_onelayer.records.files import TargetError, check_file, output, write_whole
 from peft_onelayer.records.ranking import LayerRanking
 from peft_onelayer.rl.algorithms import load_algorithm
 from peft_onelayer.rl.recipe import make_recipe, refuse_fields, refuse_without_effect
@@ -32,7 +33,11 @@ def probe(settings: ProbeSettings, *, progress: Progress | None = None) -> Layer
     Raises:
         ValueError: in one line: settings that cannot work, a model or data that are not there; as `probe_layers`.
     """
-    progress = progress or Progress()
+    with nullcontext() if settings.out is None else output(Path(settings.out)):
+        return _probe(settings, progress or Progress())
+
+
+def _probe(settings: ProbeSettings, progress: Progress) -> LayerRanking:
     if settings.method not in METHODS:
         raise ValueError(f"no probe {settings.method!r}; the methods are {', '.join(METHODS)}")
     if not 0 < settings.budget < math.inf:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import shutil
-import tempfile
 import time
 from dataclasses import asdict, dataclass, replace
 from functools import partial
@@ -18,7 +17,9 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainingArgum
 from peft_onelayer.hub.card import model_card
 from peft_onelayer.layers import resolve_layers
 from peft_onelayer.probe.race import NothingToLearnError
-from peft_onelayer.records.files import CARD, CONFIG, PROFILE, WEIGHTS, file_digest, read_fields, read_text
+from peft_onelayer.records.disk import disk_errors
+from peft_onelayer.records.files import CARD, CONFIG, PROFILE, WEIGHTS, file_digest, output, read_fields, read_text
+from peft_onelayer.records.privacy import holds_secrets
 from peft_onelayer.records.ranking import LayerRanking
 from peft_onelayer.records.run import DataSource, RunRecord, RunResults, RunSettings, differences
 from peft_onelayer.records.text import name_blocks
@@ -42,6 +43,7 @@ from .settings import STEPS, TRAINING_OPTIONS, TrainingSettings
 SAMPLES_PER_PAIR = 8
 GENERATE = 64  # completions at a time, at least, where there are no gradients
 PAIRS = "pairs.jsonl"
+KEPT = "complete checkpoints are kept, and --resume goes on from them"
 
 
 @dataclass(frozen=True)
@@ -84,7 +86,8 @@ def train(
         ValueError: settings that cannot work, a model or data that are not there, or other settings than those of the
             run to be resumed; in one line, most of them before the model is loaded (`TargetError` for the folder).
     """
-    with without_progress_bars():
+    out = Path(settings.out)
+    with output(out, KEPT) if is_main_process() else disk_errors(out, KEPT), without_progress_bars():
         return _Training(settings, resume, command, progress or Progress()).run()
 
 
@@ -134,6 +137,11 @@ class _Training:
             "max_steps": settings.steps or (STEPS if self.algorithm.online else -1),
             "report_to": settings.report_to,
         }
+        if settings.report_to != "none" and holds_secrets(given):
+            raise ValueError(
+                "--set gives a secret, which --report-to would log with all settings; leave one of them out, or give "
+                "the secret by an environment variable"
+            )
         make = partial(self.recipe.config, **{k: v for k, v in defaults.items() if k not in given})
         if self.algorithm.online and "num_train_epochs" in given:
             fixed["max_steps"] = self._steps_of_epochs(make(**fixed | {"max_steps": 1}))
@@ -355,7 +363,7 @@ class _Training:
             record = replace(record, resumed_from=[*(folder.previous.resumed_from or []), checkpoint.name])
         what = "all blocks" if layers is None else name_blocks(layers)
         kind = "reward" if self.algorithm.online else "loss"
-        with folder.publishing() as published, tempfile.TemporaryDirectory() as scratch:
+        with folder.publishing() as published, folder.scratch() as scratch:
             with self.progress.bar(f"training {what}", steps) as update:
                 result = train_rows(
                     base,
@@ -366,10 +374,10 @@ class _Training:
                     layers=layers,
                     task=self.task,
                     resume_from=checkpoint,
-                    save_to=Path(scratch),
+                    save_to=scratch,
                     on_step=lambda step, value: update(step, f"{kind} {value:.3g}"),
                 )
-            for file in sorted(Path(scratch).iterdir()):
+            for file in sorted(scratch.iterdir()):
                 # The tokenizer is the base's, and training_args.bin is a pickle of what run.json holds.
                 if file.name in (CONFIG, WEIGHTS) or (layers is None and file.name != "training_args.bin"):
                     shutil.move(file, published / file.name)

@@ -196,7 +196,7 @@ def enter_namespaces(scratch: int) -> None:
     """
     if os.uname().machine not in MACHINES:
         raise OSError(f"no table of system calls for {os.uname().machine}, only for {' and '.join(MACHINES)}")
-    with open("/proc/self/oom_score_adj", "w") as file:
+    with open("/proc/self/oom_score_adj", "w", encoding="utf-8") as file:
         file.write("1000")  # where memory runs out, this goes first and not the training
     unshare_with_mapped_ids()
     # Covered by the new root, so it must be a folder that is everywhere and that holds nothing that Python needs.
@@ -238,14 +238,14 @@ def unshare_with_mapped_ids() -> None:
         if not os.read(ours, 1):  # unshare() failed
             os._exit(1)
         try:
-            with open(f"/proc/{keeper}/setgroups", "w") as file:
+            with open(f"/proc/{keeper}/setgroups", "w", encoding="utf-8") as file:
                 file.write("deny")
             # No limit on processes holds for the real root (kernel/fork.c, copy_process), so that the program must not
             # be root outside. Where only root is mapped, inside a container, that root is somebody else.
             two = os.geteuid() == 0 and is_mapped("uid") and is_mapped("gid")
             for kind, own in (("gid", os.getegid()), ("uid", os.geteuid())):
                 lines = f"{own} {own} 1\n{NOBODY} {NOBODY} 1" if two else f"{NOBODY} {own} 1"
-                with open(f"/proc/{keeper}/{kind}_map", "w") as file:
+                with open(f"/proc/{keeper}/{kind}_map", "w", encoding="utf-8") as file:
                     file.write(lines)
         except OSError as error:
             os._exit(error.errno or 1)
@@ -260,7 +260,7 @@ def unshare_with_mapped_ids() -> None:
 
 
 def is_mapped(kind: str) -> bool:
-    with open(f"/proc/self/{kind}_map") as file:
+    with open(f"/proc/self/{kind}_map", encoding="utf-8") as file:
         ranges = [[int(number) for number in line.split()] for line in file]
     return any(start <= NOBODY < start + count for start, _, count in ranges)
 

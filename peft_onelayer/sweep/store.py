@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
-from filelock import FileLock, Timeout
-
+from peft_onelayer.records.claim import PARTIAL
 from peft_onelayer.records.files import write_whole
+from peft_onelayer.records.privacy import without_secrets
 
 from .run_layer import FORMAT, Row, RunSpec
 
@@ -20,22 +18,12 @@ class RowStore:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
 
-    @contextmanager
-    def writing(self) -> Iterator[None]:
-        """Create the folder and keep it for this process alone, so that no run is done twice at a time.
-
-        Raises:
-            ValueError: another process writes to it.
-        """
+    def prepare(self) -> None:
+        """Create the folder, and remove what a kill left half-written in it. Whoever calls this has claimed the sweep's
+        folder."""
         self.folder.mkdir(parents=True, exist_ok=True)
-        try:  # the system drops the lock with the process, however that ends
-            lock = FileLock(self.folder / ".lock").acquire(blocking=False)
-        except Timeout:
-            raise ValueError(f"another sweep is writing to {self.folder.parent}; wait for it to end") from None
-        with lock:
-            for left in self.folder.glob(".*.partial-*"):  # by a kill
-                left.unlink()
-            yield
+        for left in (*self.folder.glob(f".*{PARTIAL}*"), *self.folder.parent.glob(f".*{PARTIAL}*")):
+            left.unlink(missing_ok=True)
 
     def read(self, spec: RunSpec) -> Row | None:
         """The row of `spec`; None where there is none, or a damaged one."""
@@ -48,9 +36,9 @@ class RowStore:
         return row if complete else None
 
     def write(self, row: Row) -> None:
-        """Write the whole row or nothing.
+        """Write the whole row, without secrets, or nothing.
 
         Raises:
             OSError: the disk is full, or not there any more.
         """
-        write_whole(self.folder / f"{row['digest']}.json", json.dumps(row, allow_nan=False) + "\n")
+        write_whole(self.folder / f"{row['digest']}.json", json.dumps(without_secrets(row), allow_nan=False) + "\n")

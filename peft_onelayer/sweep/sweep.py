@@ -13,7 +13,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from peft_onelayer.records.files import PROFILE, check_folder, write_whole
+from peft_onelayer.records.files import PROFILE, check_folder, output, write_whole
+from peft_onelayer.records.privacy import holds_secrets
 from peft_onelayer.records.ranking import LayerRanking
 from peft_onelayer.runs.models import without_progress_bars
 
@@ -36,6 +37,7 @@ def sweep_layers(
     workers: int | None = None,
     engine_options: Mapping[str, Any] | None = None,
     run_row: Callable[[RunSpec], Row] = run_layer,
+    on_start: Callable[[int], None] = lambda total: None,
     on_row: OnRow = lambda done, total, spec, row: None,
 ) -> LayerRanking:
     """Measure the layer contribution of the blocks that `settings` name, and write the profile into `out`.
@@ -49,29 +51,37 @@ def sweep_layers(
         workers: runs at a time (default: the engine's).
         engine_options: arguments of the engine's own.
         run_row: the function that makes a row.
+        on_start: called with the number of rows, when all checks are done.
         on_row: called with (rows done, rows in all, specification, row), also for rows that were there already.
 
     Raises:
-        ValueError: a setting that cannot work, or another sweep is using `out`.
-        TargetError: `out` may not be written, or no sweep made it.
+        ValueError: a setting that cannot work.
+        TargetError: `out` may not be written, no sweep made it, or another process writes to it.
         RunsFailedError: some runs failed; the rows of all others are kept.
-        OSError: a row could not be written, such as on a full disk.
+        DiskFullError: a row could not be written.
     """
     out, options = Path(out), dict(engine_options or {})
     run = load_engine(engine)
+    if engine != "local" and holds_secrets(settings.config):
+        raise ValueError(
+            f"the settings hold a secret, and the engine {engine} would keep it in its files; use the engine local, or "
+            "leave the secret to the environment of the workers"
+        )
     check_folder(out, lambda folder: (folder / ROWS).is_dir())
-    with without_progress_bars():
-        plan = plan_sweep(settings)
-    store = RowStore(out / ROWS)
-    counter, total = itertools.count(1), len(plan.specs) + len(plan.search.specs if plan.search else [])
-    rows_of = partial(
-        collect_rows,
-        store=store,
-        run=partial(run, folder=out, workers=workers, run_row=run_row, **options),
-        stopped_count=bool(options.get("early_stop")),
-        on_row=lambda spec, row: on_row(next(counter), total, spec, row),
-    )
-    with store.writing():
+    with output(out, "finished rows are kept, and the same command runs the others"):
+        with without_progress_bars():
+            plan = plan_sweep(settings)
+        store = RowStore(out / ROWS)
+        store.prepare()
+        counter, total = itertools.count(1), len(plan.specs) + len(plan.search.specs if plan.search else [])
+        on_start(total)
+        rows_of = partial(
+            collect_rows,
+            store=store,
+            run=partial(run, folder=out, workers=workers, run_row=run_row, **options),
+            stopped_count=bool(options.get("early_stop")),
+            on_row=lambda spec, row: on_row(next(counter), total, spec, row),
+        )
         rows: dict[str, Row] = {}
         if plan.search:
             rows = rows_of(plan.search.specs)

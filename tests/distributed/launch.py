@@ -89,7 +89,7 @@ def torchrun(script: Path, *arguments: str | Path, processes: int = 2, timeout: 
         },
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
-        text=True,
+        encoding="utf-8",
         start_new_session=True,
     )
     try:

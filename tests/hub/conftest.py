@@ -80,7 +80,7 @@ def adapter(base_folder, tmp_path):
                 parameter.add_((torch.rand_like(parameter) < 0.01) * 0.5)
     folder = tmp_path / "secret-project" / "adapter"
     model.save_pretrained(folder)
-    (folder / CARD).write_text("as trained")
+    (folder / CARD).write_text("as trained", encoding="utf-8")
     (folder / "checkpoints").mkdir()
     (folder / "checkpoints" / "optimizer.pt").write_bytes(b"a pickle")
     write_records(folder, base_folder)
@@ -115,7 +115,7 @@ def write_records(folder: Path, base: Path) -> None:
         why="block 1 gained the most in 8 steps, +3.1 points (standard error 0.9)",
         results=RunResults(steps=20, rewards=[0.1] * 10 + [0.4] * 10),
     )
-    (folder / RUN).write_text(run.to_json())
+    (folder / RUN).write_text(run.to_json(), encoding="utf-8")
     ranking = LayerRanking(
         model=str(base),
         revision=None,
@@ -131,7 +131,7 @@ def write_records(folder: Path, base: Path) -> None:
         task="gsm8k",
         seed=7,
     )
-    (folder / PROFILE).write_text(ranking.to_json())
+    (folder / PROFILE).write_text(ranking.to_json(), encoding="utf-8")
     figures = {
         "base": Figures(0.25, 0.0312, 100, 1.0),
         "adapter": Figures(0.375, 0.0341, 100, 1.0),
@@ -150,4 +150,4 @@ def write_records(folder: Path, base: Path) -> None:
         seed=0,
         results={"greedy": Measured(64, 1, **figures), "sampled": Measured(64, 4, **figures)},
     )
-    (folder / EVALUATION).write_text(evaluation.to_json())
+    (folder / EVALUATION).write_text(evaluation.to_json(), encoding="utf-8")

@@ -10,9 +10,9 @@ from front_matter import metadata_errors
 from huggingface_hub import ModelCard, metadata_load, parse_eval_result_entries
 
 from peft_onelayer.hub.card import model_card
-from peft_onelayer.hub.privacy import without_private
 from peft_onelayer.hub.push import stage
 from peft_onelayer.records.evaluation import EvaluationRecord
+from peft_onelayer.records.privacy import without_private
 from peft_onelayer.records.ranking import LayerRanking
 from peft_onelayer.records.run import RunRecord
 

@@ -31,7 +31,7 @@ def fetch() -> Path:
     with tempfile.TemporaryDirectory(dir=CACHE.parent) as folder:
         options = ["--quiet", "--no-deps", "--no-build-isolation", "--no-binary=peft", f"--dest={folder}"]
         pip = [sys.executable, "-m", "pip", "--disable-pip-version-check", "download", *options, f"peft=={VERSION}"]
-        done = subprocess.run(pip, capture_output=True, text=True)
+        done = subprocess.run(pip, capture_output=True, encoding="utf-8")
         archive = next(Path(folder).glob("peft-*.tar.gz"), None)
         if done.returncode or archive is None:
             reason = (done.stderr.strip() or "no archive").splitlines()[-1]

@@ -23,9 +23,9 @@ NODE = os.environ.get("FAKE_RUNS_NODE", "first")  # of a cluster
 def run(spec, on_step=lambda step, reward: None):
     settings, digest = {**spec.settings, **json.loads(os.environ.get("FAKE_RUNS_FATE", "{}"))}, spec.digest()
     log = Path(os.environ["FAKE_RUNS_LOG"])
-    with log.open("a") as file:
+    with log.open("a", encoding="utf-8") as file:
         file.write(f"{digest} {NODE}\n")
-    started = log.read_text().split().count(digest)
+    started = log.read_text(encoding="utf-8").split().count(digest)
     for step in range(1, spec.steps + 1):
         time.sleep(settings.get("sleep", 0))
         on_step(step, _score(spec, 0) + step / 1000)
@@ -67,10 +67,10 @@ def _score(spec, problem):
 
 def started(folder):
     """How often each run has started, by digest."""
-    return Counter(line.split()[0] for line in (Path(folder) / "log").read_text().splitlines())
+    return Counter(line.split()[0] for line in (Path(folder) / "log").read_text(encoding="utf-8").splitlines())
 
 
 def stored(folder):
     """The rows in a sweep's folder by digest, without their timings."""
-    rows = [json.loads(path.read_text()) for path in (Path(folder) / "rows").glob("*.json")]
+    rows = [json.loads(path.read_text(encoding="utf-8")) for path in (Path(folder) / "rows").glob("*.json")]
     return {row["digest"]: {name: value for name, value in row.items() if name != "seconds"} for row in rows}

@@ -17,6 +17,8 @@ import numpy as np
 import pytest
 from specs import DEMO
 
+from peft_onelayer.records.claim import TargetError, claimed
+from peft_onelayer.records.disk import DiskFullError
 from peft_onelayer.records.files import write_whole
 from peft_onelayer.records.ranking import LayerRanking
 from peft_onelayer.sweep.engines import RunsFailedError
@@ -197,7 +199,8 @@ def test_killed_at_random_moments_it_ends_with_the_same_rows(tmp_path):
     assert fake_runs.stored(out) == fake_runs.stored(tmp_path / "undisturbed") and len(fake_runs.stored(out)) == ROWS
     assert without_timings(out) == without_timings(tmp_path / "undisturbed")
     assert undisturbed.order == LayerRanking.from_json((out / "layer_profile.json").read_text()).order
-    assert {path.name for path in (out / "rows").iterdir() if path.suffix != ".json"} == {".lock"}
+    assert [path.name for path in (out / "rows").iterdir() if path.suffix != ".json"] == []
+    assert [path.name for path in out.parent.iterdir() if "onelayer-lock" in path.name] == []
 
 
 def test_workers_that_die_leave_the_same_rows(tmp_path):
@@ -240,8 +243,9 @@ def _sweep_on_a_full_disk(tmp_path, disk, answer):
         sweep(disk / "out")
         answer.put("the disk did not fill up")
         return
-    except OSError as error:
+    except DiskFullError as error:
         full = error.errno
+        assert error.place == disk and "finished rows are kept" in str(error)
     names = sorted(path.name for path in (disk / "out" / "rows").iterdir())
     finished = {digest: started(tmp_path)[digest] for digest in fake_runs.stored(disk / "out")}
     _mount(disk, MS_REMOUNT, "16m")
@@ -264,16 +268,21 @@ def test_a_full_disk_stops_it_and_it_goes_on(tmp_path):
         pytest.skip(found)
     code, names, finished = found
     assert code == errno.ENOSPC
-    assert 0 < len(finished) < ROWS and names == sorted([*(f"{digest}.json" for digest in finished), ".lock"])
+    assert 0 < len(finished) < ROWS and names == sorted(f"{digest}.json" for digest in finished)
     assert all(started(tmp_path)[digest] == n for digest, n in finished.items())  # not run again
     assert fake_runs.stored(tmp_path / "resumed") == fake_runs.stored(tmp_path / "undisturbed")
 
 
-def test_two_sweeps_do_not_share_a_folder(tmp_path):
-    store = RowStore(tmp_path / "out" / "rows")
-    with store.writing(), pytest.raises(ValueError, match="another sweep is writing to"):
+def _sweep_while_another_runs(tmp_path):
+    with pytest.raises(TargetError, match=f"out is being written by process {os.getppid()} on "):
         sweep(tmp_path / "out")
-    assert not (tmp_path / "log").exists()
+
+
+def test_two_sweeps_do_not_share_a_folder(tmp_path):
+    with claimed(tmp_path / "out"):
+        refused = in_a_process_to_kill(_sweep_while_another_runs, tmp_path)
+        refused.join(60)
+    assert refused.exitcode == 0 and not (tmp_path / "log").exists() and not (tmp_path / "out").exists()
 
 
 def test_a_row_is_written_whole_or_not_at_all(tmp_path, monkeypatch):

@@ -62,7 +62,7 @@ def main(folder: Path, names: list[str]) -> None:
             except Exception:
                 outcome = traceback.format_exc()
             outcomes.setdefault(cell.name, {})[way] = outcome
-    (folder / "outcomes.json").write_text(json.dumps(outcomes))
+    (folder / "outcomes.json").write_text(json.dumps(outcomes), encoding="utf-8")
 
 
 if __name__ == "__main__":

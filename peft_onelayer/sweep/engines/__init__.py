@@ -16,10 +16,13 @@ beside `run_layer` would take groups of them. Nothing of that is here.
 from __future__ import annotations
 
 import importlib
+import sys
 import traceback
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from typing import Any
 
+from peft_onelayer.records.privacy import without_secrets
 from peft_onelayer.records.text import one_line
 from peft_onelayer.sweep.run_layer import Row, RunSpec
 
@@ -68,7 +71,8 @@ def attempt(run_row: Callable[..., Row], spec: RunSpec, *arguments: Any) -> Answ
     try:
         return {"row": run_row(spec, *arguments)}
     except Exception as error:
-        traceback.print_exc()
+        with suppress(OSError):  # the log's disk is full
+            print(without_secrets(traceback.format_exc()), file=sys.stderr, flush=True)
         message = one_line(error, limit=2000)
         # the message of a ValueError speaks for itself
         return {"error": message if isinstance(error, ValueError) else f"{type(error).__name__}: {message}"}

@@ -117,10 +117,10 @@ class _Worker:
             if self.stopped:
                 return {"error": "stopped"}
             if self.process is None:
-                with self.log.open("a") as log:
+                with self.log.open("a", encoding="utf-8") as log:
                     pipe = subprocess.PIPE
                     self.process = subprocess.Popen(
-                        self.command, stdin=pipe, stdout=pipe, stderr=log, text=True, env=self.environment
+                        self.command, stdin=pipe, stdout=pipe, stderr=log, encoding="utf-8", env=self.environment
                     )
         process = self.process
         assert process.stdin and process.stdout

@@ -20,7 +20,7 @@ from peft_onelayer.sweep.run_layer import RunSpec
 
 
 def main() -> None:
-    answers = os.fdopen(os.dup(1), "w")
+    answers = os.fdopen(os.dup(1), "w", encoding="utf-8")
     os.dup2(2, 1)  # what a library prints is no answer
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the parent decides
     requests: queue.SimpleQueue[str] = queue.SimpleQueue()

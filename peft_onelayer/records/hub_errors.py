@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from json import JSONDecodeError
@@ -19,8 +21,10 @@ from huggingface_hub.errors import (
     RevisionNotFoundError,
 )
 
-from peft_onelayer.records.text import one_line
+from .text import one_line
 
+OF_THE_HUB = (HTTPError, OfflineModeIsEnabled, EntryNotFoundError, HFValidationError, JSONDecodeError)
+_XET = re.compile(r"(?i)\bxet\b|\bCAS\b|xorb|reqwest|error sending request|data processing")
 LOG_IN = "log in with `hf auth login` or set HF_TOKEN"
 
 
@@ -40,12 +44,32 @@ def hub_errors(doing: str, repo_id: str | None = None) -> Iterator[None]:
         yield
     except HubError:
         raise
-    except (HTTPError, OfflineModeIsEnabled, EntryNotFoundError, HFValidationError, JSONDecodeError) as error:
+    except (*OF_THE_HUB, *of_xet()) as error:
         raise HubError(f"cannot {doing}: {_reason(error, repo_id)}") from error
     except RuntimeError as error:  # huggingface_hub._commit_api._upload_lfs_files wraps what ended an upload
-        if error.__cause__ is None:
+        cause = error.__cause__
+        if cause is None and not _XET.search(str(error)):
             raise
-        raise HubError(f"cannot {doing}: {_reason(error.__cause__, repo_id)}") from error
+        raise HubError(f"cannot {doing}: {_reason(cause or error, repo_id)}") from error
+
+
+def hub_reason(error: BaseException | None, repo_id: str | None) -> str | None:
+    """What the Hub has to do with an error that a library raised, in one sentence; None where it has nothing."""
+    while error is not None:
+        if isinstance(error, (*OF_THE_HUB, *of_xet())) or (isinstance(error, RuntimeError) and _XET.search(str(error))):
+            return _reason(error, repo_id)
+        error = error.__cause__ or error.__context__
+    return None
+
+
+def of_xet() -> tuple[type[Exception], ...]:
+    """The errors of hf_xet, through which huggingface_hub transfers large files where it is installed; others of its
+    errors are plain ones that say so."""
+    if "hf_xet" not in sys.modules:
+        return ()
+    import hf_xet
+
+    return (hf_xet.XetAuthenticationError, hf_xet.XetObjectNotFoundError, ConnectionError, TimeoutError)
 
 
 def _reason(error: BaseException, repo_id: str | None) -> str:
