@@ -62,6 +62,7 @@ def sample_rollouts(
     batch_size: int = 1024,
     max_completion_tokens: int | None = None,
     on_progress: Callable[[int], None] = lambda done: None,
+    log_metric: Callable[[str, float], None] = lambda name, value: None,
 ) -> list[list[Rollout]]:
     """Complete every row `samples` times, or once greedily, and grade the completions with the task's reward.
 
@@ -79,6 +80,7 @@ def sample_rollouts(
             environment it bounds all turns together, the environment's tokens included, as TRL's
             `max_completion_length`.
         on_progress: called after every batch with the number of completions done.
+        log_metric: what the reward gets to log to, as a trainer's.
 
     Returns:
         The rollouts of each row, in the rows' order.
@@ -97,6 +99,7 @@ def sample_rollouts(
         raise ValueError(f"task {task.name} plays through an environment and so needs chat prompts, not plain text")
     samples = 1 if greedy else samples
     player = _Player(model, tokenizer, task, greedy, temperature, max_completion_tokens or task.max_completion_tokens)
+    player.log_metric = log_metric
     repeated = [row for row in rows for _ in range(samples)]
     rollouts: list[Rollout] = []
     with _generating(model, seed):
@@ -135,6 +138,8 @@ class _Episode:
 
 class _Player:
     """Plays batches of rows: generates, lets the environments answer, and grades."""
+
+    log_metric: Callable[[str, float], None]
 
     def __init__(
         self,
@@ -329,12 +334,12 @@ class _Player:
         columns: dict[str, Any] = {name: [row[name] for row in rows] for name in rows[0] if name != "prompt"}
         if self.task.environment_factory is not None:
             columns["environments"] = self.environments[: len(rows)]
-        # What TRL passes to every reward beside the columns; there is no training to follow and no log to write to.
+        # What TRL passes to every reward beside the columns; there is no training to follow and no table to write to.
         columns |= {
             "completion_ids": [episode.ids for episode in episodes],
             "trainer_state": TrainerState(),
             "log_extra": lambda column, values: None,
-            "log_metric": lambda name, value: None,
+            "log_metric": self.log_metric,
         }
         rewards = self.task.reward(prompts=prompts, completions=completions, **columns)
         missing = sum(reward is None or math.isnan(reward) for reward in rewards)

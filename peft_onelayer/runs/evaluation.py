@@ -170,6 +170,8 @@ class _Evaluation:
                     max_completion_tokens=settings.max_completion_tokens,
                     on_progress=partial(_report, update),
                 )
+            if evaluation.over_limit:
+                self.progress.note(f"{name}, {decoding}: {evaluation.over_limit} completions passed the reward's limit")
             measured[decoding] = evaluation, round(time.perf_counter() - started, 1)
         return measured
 
@@ -212,7 +214,11 @@ def _measured(before: tuple[Evaluation, float], after: tuple[Evaluation, float] 
 
 def _figures(evaluation: Evaluation, seconds: float) -> Figures:
     return Figures.of(
-        evaluation.mean, evaluation.standard_error, tokens_generated=evaluation.tokens_generated, seconds=seconds
+        evaluation.mean,
+        evaluation.standard_error,
+        tokens_generated=evaluation.tokens_generated,
+        seconds=seconds,
+        over_limit=evaluation.over_limit,
     )
 
 

@@ -51,6 +51,7 @@ CPU_SECONDS = 3
 MEMORY = 512 << 20  # bytes
 SCRATCH = 16 << 20  # bytes
 PROCESSES = 8
+OVER_TIME = ("time limit", "CPU time limit")  # how the reasons of a program that ran into a limit of time begin
 START_UP = 60.0  # seconds that a busy machine may take to set a sandbox up and to take it down
 
 _CHILD = Path(__file__).with_name("child.py")

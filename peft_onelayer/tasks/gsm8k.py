@@ -11,8 +11,8 @@ percent sign (50% is 50), thousands separators and markup. Two numbers, an expre
 are no final answer. What is denied is read off the words around the number; no reader of words is perfect, so leave the
 box to the number.
 
-Numbers are compared exactly, as fractions. The time that an answer takes grows with its length and nothing else, so that
-the reward needs no limit, and any thread may call it.
+Numbers are compared exactly, as fractions. The time that an answer takes grows with its length and nothing else, so
+that the reward needs no limit, and any thread may call it.
 
 Neither the reasoning nor the unit is graded: "18 thousand" is 18.
 """
@@ -41,7 +41,8 @@ _NOT = r"(?:\b(?:not|never|cannot|neither|nor)\b|n['’]t\b)"  # noqa: RUF001
 _FALSE = r"\b(?:wrong|false|incorrect|untrue|impossible)\b"
 # In a box of its own nothing but the number is expected.
 _DENIAL = re.compile(rf"{_NOT}|{_FALSE}|\b(?:except|minus|negative)\b", re.IGNORECASE)
-# "not 18", "does not make 18", but "those who do not pay are 18"; "I do not think that it is 18"; "the wrong answer is 18"
+# "not 18", "does not make 18"; "I do not think that it is 18"; "the wrong answer is 18";
+# but "those who do not pay are 18"
 _DENIED_BEFORE = re.compile(
     rf"(?:{_NOT}|{_FALSE}|\b(?:minus|negative)\b)(?!.*(?:\b(?:is|are|was|were)\b|[=:,]))"
     rf"|{_NOT}\s+(?:think|believe|say|claim|agree|accept|mean|sure|true|correct|right|certain|possible|the case)\b"
@@ -67,11 +68,10 @@ _RELATION = re.compile(r"[<>≠≤≥≮≯]|!=|\\(?:n?leq?|n?geq?|neq?|not|lt|g
 _ARROW = re.compile(r"[-=]+>|</?[A-Za-z][^<>]*>")  # and tags
 _SEVERAL = re.compile(r"\b(?:or|and)\b|[,;]\s")
 # LaTeX that writes a number or its unit, and does not change it as \sqrt and \pi do.
-_TYPESETTING = frozenset(
-    "text textbf textit textrm textsf texttt textnormal mathrm mathbf mathit mathsf mathtt mathbb boldsymbol bm bf rm it "
-    "tt emph underline boxed fbox mbox hbox operatorname left right big Big bigl bigr Bigl Bigr displaystyle textstyle "
-    "large Large LARGE huge Huge normalsize small quad qquad hspace circ degree degrees dollar pounds euro yen cents "
-    "textdollar textdegree approx therefore implies Rightarrow rightarrow to ldots dots newline par noindent".split()
+_TYPESETTING = re.compile(
+    r"text\w*|math(?:rm|bf|it|sf|tt|bb)|boldsymbol|bm|bf|rm|it|tt|emph|underline|f?boxed|[fmh]box|operatorname|left|right"
+    r"|[bB]ig[lr]?|displaystyle|[lL]arge|huge|normalsize|small|q?quad|hspace|circ|degrees?|dollar|pounds|euro|cents"
+    r"|approx|therefore|implies|[rR]ightarrow|to|l?dots|newline|par|noindent"
 )
 
 _CHARACTERS = str.maketrans(
@@ -202,7 +202,7 @@ def _one_number(text: str) -> Fraction | None:
     text = _FRACTION.sub(lambda match: " {}/{}".format(*filter(None, match.groups())), text)
     if _RELATION.search(text) or _OTHER_NUMBER.search(text):
         return None
-    if not _TYPESETTING.issuperset(re.findall(r"\\([A-Za-z]+)", text)):
+    if not all(_TYPESETTING.fullmatch(command) for command in re.findall(r"\\([A-Za-z]+)", text)):
         return None
     text = re.sub(r"\^\s*\{?\\circ\}?|(?<=[A-Za-z])\}?\s*\^\s*\{?[0-9]\}?", " ", text)  # degrees, and m^2
     text = re.sub(r"\\[$%]", "", text)

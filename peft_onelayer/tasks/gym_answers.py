@@ -1,4 +1,4 @@
-r"""Which answers a scorer of reasoning_gym may see: those that cannot run as Python and that it does not pay for nothing.
+r"""Which answers reasoning_gym's scorers may see: what cannot run as Python, and what they do not pay for nothing.
 
 The library evaluates some answers as Python (`EVALUATED`) or with sympy (`FORMULAS`), which evaluates Python too. The
 first may only be literals (`reasoning_gym.py` sees to it), the second only formulas.

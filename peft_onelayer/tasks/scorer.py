@@ -71,7 +71,7 @@ def _score(scorer: Callable[..., float], calls: Sequence[tuple[Any, ...]], secon
         try:
             with os.fdopen(ours, "rb", buffering=0) as pipe:
                 while len(results) < len(calls):
-                    ready, _, _ = select.select([pipe, requests], [], [], seconds * WALL)
+                    ready, _, _ = select.select([pipe.fileno(), requests], [], [], seconds * WALL)
                     if requests in ready:  # nothing is sent during a batch: it has closed
                         sys.exit()
                     if not ready:
@@ -113,7 +113,7 @@ def _work(scorer: Callable[..., float], calls: Sequence[tuple[Any, ...]], second
     try:
         for call in calls:
             signal.setitimer(signal.ITIMER_PROF, seconds)
-            result: float | None | str
+            result: float | str | None
             try:
                 result = float(scorer(*call))
             except MemoryError:
