@@ -198,3 +198,28 @@ def test_a_reward_with_a_limit_that_fails_is_named(tmp_path):
 )
 def test_a_limit_that_is_none_is_refused(tmp_path, text, message):
     refused(lambda: limited(tmp_path, ROWS + text), message)
+
+
+@pytest.mark.more
+def test_the_trainers_log_has_the_count(tmp_path):
+    import demo_model
+    from datasets import Dataset
+    from trl import GRPOConfig, GRPOTrainer
+
+    text = ROWS.replace("'p'", "'A347+085='") + HANGS.replace('text == "hang"', "len(prompts[0]) == 9")
+    task = load_task(write(tmp_path / "task.py", text))
+    model, tokenizer = demo_model.load()
+    config = GRPOConfig(
+        str(tmp_path), per_device_train_batch_size=4, num_generations=4, max_completion_length=5, max_steps=2,
+        logging_steps=1, report_to=[], bf16=False, save_strategy="no", use_cpu=True,
+    )  # fmt: skip
+    trainer = GRPOTrainer(
+        model,
+        task.reward,
+        config,
+        train_dataset=Dataset.from_list(task.rows("train", 4, 0)),
+        processing_class=tokenizer,
+    )
+    trainer.train()
+    logged = [entry[limits.OVER_LIMIT] for entry in trainer.state.log_history if limits.OVER_LIMIT in entry]
+    assert logged == [4.0, 4.0]
