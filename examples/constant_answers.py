@@ -12,6 +12,7 @@ each data set the same 40 rows of the train split are answered by
 What is reported is the best of each, so that it is a little more than the same answer would earn on other rows.
 """
 
+import json
 import re
 import sys
 from collections import Counter
@@ -28,31 +29,13 @@ START, END = "<!-- constant_answers.py: -->", "<!-- :constant_answers.py -->"
 ROWS, OTHERS = 40, 24
 SHOWN = 0.3
 
-WORDS = (
-    "",
-    "0",
-    "1",
-    "2",
-    "3",
-    "4",
-    "5",
-    "6",
-    "8",
-    "10",
-    "12",
-    "24",
-    "100",
-    "-1",
-    "0.5",
-    "0.0",
-    "1/2",
-    "True",
-    "False",
-)
-WORDS += ("Yes", "No", "None", "A", "B", "x", "C", "0*x + C", "?", "nan", "NaN", "inf", "-inf", "1e999", "nan+nani")
-WORDS += ("[]", "{}", "[[]]", "[{}]", '""', "[NaN]", "[0, 0, 0]", "0 0 0", "up", "(P ∧ Q)", "(P ∨ ¬P)", "6*4*1*1")
 MOVES = "".join(f"{piece}{way}{steps}" for piece in "ABCDEFGHIJKL" for way in "+-" for steps in (1, 2, 4))
-WORDS += (MOVES * 20, "LURD" * 50, str([["nan"] * 4]), str(["nan"] * 4), str(["nan"] * 5), str([[0] * 10] * 10))
+WORDS = [
+    *("", "0", "1", "2", "3", "4", "5", "6", "8", "10", "12", "24", "100", "-1", "0.5", "0.0", "1/2", "True", "False"),
+    *("Yes", "No", "None", "A", "B", "x", "C", "0*x + C", "?", "nan", "NaN", "inf", "-inf", "1e999", "6*4*1*1"),
+    *("[]", "{}", "[[]]", "[{}]", '""', "[NaN]", "[0, 0, 0]", "0 0 0", "up", "(P ∧ Q)", MOVES * 20, "LURD" * 50),
+    *(str([["nan"] * 4]), str(["nan"] * 4), str(["nan"] * 5), str([[0] * 10] * 10)),
+]
 
 
 def lines(question: str) -> list[str]:
@@ -96,9 +79,9 @@ def right_answer(row: dict[str, Any]) -> str:
     if row["answer"] is not None:
         return str(row["answer"])
     metadata = from_text(row["entry"])["metadata"]
-    return str(
-        metadata.get("example_answer") or metadata.get("possible_answer") or metadata.get("example_correct_answer")
-    )
+    keys = ("example_answer", "possible_answer", "example_correct_answer")
+    example = next((metadata[key] for key in keys if key in metadata), "")
+    return example if isinstance(example, str) else json.dumps(example)
 
 
 def constants(others: Sequence[str]) -> dict[str, str]:
@@ -111,9 +94,9 @@ def constants(others: Sequence[str]) -> dict[str, str]:
 def measure(name: str) -> tuple[float, str, float, str]:
     """Return what the best constant earns on a data set, that constant, what the best echo earns, and that echo."""
     task = load_task(f"reasoning_gym:{name}")
-    rows = task.rows("train", ROWS, seed=0)
+    rows = task.rows("train", ROWS, 0)
     known = {row["question"] for row in rows}
-    others = [right_answer(row) for row in task.rows("train", OTHERS, seed=1) if row["question"] not in known]
+    others = [right_answer(row) for row in task.rows("train", OTHERS, 1) if row["question"] not in known]
     fixed = constants(others)
     answers = [
         *([text] * len(rows) for text in fixed),

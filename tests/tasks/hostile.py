@@ -1,5 +1,7 @@
 """200 answers that are made to keep a scorer busy, to crash it, or to be paid for nothing."""
 
+# ruff: noqa: RUF001
+
 import random
 
 HUGE = 10**6
@@ -10,7 +12,7 @@ NUMBERS = [
     *("factorial(10**9)", "gamma(10**9)", "exp(exp(exp(exp(9))))", "exp(999999999*log(9))", "(1+1e-9)**1e9"),
     *("nan", "NaN", "-nan", "sNaN", "inf", "-Infinity", "1e400", "-1e400", "1e-400", "nan+nanj", "nani", "0/0", "1/0"),
     *("0x" + "f" * 10_000, "0b" + "1" * 10_000, "1_" * 5_000 + "1", "0" * 10_000, "0." + "0" * 15_000 + "1"),
-    *("٣" * 10, "１８", "²", "Ⅻ", "𝟗" * 500, "1" + "\u200b" + "2", "−5", "½"),  # noqa: RUF001
+    *("٣" * 10, "１８", "²", "Ⅻ", "𝟗" * 500, "1" + "\u200b" + "2", "−5", "½"),
     *("9" * n for n in (4_299, 4_301, 19_999, 20_001, HUGE)),
     *("1/" * n + "1" for n in (50, 5_000, 500_000)),
     *("-" * n + "1" for n in (50, 5_000, HUGE)),

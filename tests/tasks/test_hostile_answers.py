@@ -32,6 +32,7 @@ def test_no_answer_keeps_a_data_set_busy(name):
     print(f"{name}: {log[0]:.0f} over the limit, {len(paid)} paid")
 
 
+@pytest.mark.more
 def test_no_answer_keeps_gsm8k_busy():
     answers = hostile.of("18")
     for form in ("{}", r"\boxed{{{}}}", "<answer>{}</answer>", "#### {}", "The answer is {}."):
