@@ -87,7 +87,7 @@ def right_answer(row: dict[str, Any]) -> str:
 def constants(others: Sequence[str]) -> dict[str, str]:
     """Return the constants to try, by how they are shown; the commonest right answer first."""
     common = [answer for answer, _ in Counter(others).most_common()]
-    together = {" ".join(sorted(set(others))): ""} if len(set(others)) <= 8 else {}
+    together = [" ".join(sorted(set(others)))] if len(set(others)) <= 8 else []
     return {answer: answer for answer in [*common, *together, *WORDS]}
 
 
