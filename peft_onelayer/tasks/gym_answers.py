@@ -8,6 +8,7 @@ Some scorers of reasoning_gym 0.1.25 pay in full for what is no right answer. Th
     coin_flip                  "0", "0.3": the beginning of a probability
     complex_arithmetic         "nan"
     countdown, puzzle24        other numbers than the given ones, //, a value that is only near
+    fraction_simplification    a fraction that is denied, or one of several; gsm_symbolic likewise
     game_of_life_halting       any text
     integration                the integral of the question, not carried out
     number_sorting             "nan" in place of every number
@@ -23,6 +24,8 @@ from collections import Counter
 from collections.abc import Callable
 from fractions import Fraction
 from typing import Any
+
+from peft_onelayer.tasks.gsm8k import final_answer
 
 EVALUATED = ("binary_matrix", "n_queens", "spiral_matrix", "string_insertion")
 INTEGRALS = ("intermediate_integration", "simple_integration")
@@ -162,6 +165,10 @@ def _is_expanded(answer: str, entry: dict[str, Any]) -> bool:
     return once and len({tuple(term) for term in variables}) == len(terms)
 
 
+def _states_one_number(answer: str, entry: dict[str, Any]) -> bool:
+    return final_answer(f"<answer>{answer}</answer>") is not None
+
+
 def _is_no_premise(answer: str, entry: dict[str, Any]) -> bool:
     def plain(text: str) -> str:
         text = re.sub(r"\s", "", text)
@@ -187,7 +194,9 @@ _CHECKS: dict[str, Callable[[str, dict[str, Any]], bool]] = {
     "coin_flip": _coin_flip,
     "complex_arithmetic": lambda answer, entry: _COMPLEX.fullmatch(answer) is not None,
     "countdown": _countdown,
+    "fraction_simplification": _states_one_number,
     "game_of_life_halting": lambda answer, entry: answer.strip().lower() == entry["answer"].lower(),
+    "gsm_symbolic": _states_one_number,
     "intermediate_integration": _is_antiderivative,
     "number_sorting": lambda answer, entry: _SORTED.fullmatch(answer) is not None,
     "polynomial_equations": lambda answer, entry: _NUMBERS.fullmatch(answer) is not None,

@@ -28,6 +28,7 @@ import json
 import random
 import sys
 from collections.abc import Callable, Iterator, Sequence
+from fractions import Fraction
 from typing import Any
 
 import numpy
@@ -99,6 +100,8 @@ def to_text(value: Any) -> str:
     def tagged(value: Any) -> Any:
         if isinstance(value, dict):
             return {"dict": [[tagged(key), tagged(item)] for key, item in value.items()]}
+        if isinstance(value, Fraction):  # in gsm_symbolic, of some rows
+            return {"Fraction": [value.numerator, value.denominator]}
         if isinstance(value, list | tuple):
             return {type(value).__name__: [tagged(item) for item in value]}
         return value
@@ -119,6 +122,8 @@ def from_text(text: str) -> Any:
         ((kind, items),) = value.items()
         if kind == "dict":
             return {untagged(key): untagged(item) for key, item in items}
+        if kind == "Fraction":
+            return Fraction(*items)
         return {"list": list, "tuple": tuple}[kind](untagged(item) for item in items)
 
     return untagged(json.loads(text))

@@ -75,12 +75,14 @@ TEXTS = [character * n for character in ("\0", "\ud800", "a", " ", "\n", "\U0010
 TEXTS += ["", "\u202e", "e\u0301" * 5_000, "\x1b[2J", "\r\n", ",", "=", "'", '"', "💥" * 5_000, "a,b;c" * 3_900, "null"]
 
 
+FIXED = [*NUMBERS, *BRACKETS, *FORMULAS, *CODE, *GRIDS, *MOVES, *TEXTS]
+
+
 def of(right: str) -> list[str]:
-    """Return 200 answers; some are made of the right one, none is it."""
+    """Return 200 answers: `FIXED`, and some that are made of the right one. None is it."""
     rng = random.Random(right)
-    first = [*NUMBERS, *BRACKETS, *FORMULAS, *CODE, *GRIDS, *MOVES, *TEXTS]
     made: list[str] = []
-    while len(first) + len(made) < 200:
+    while len(FIXED) + len(made) < 200:
         place = rng.randrange(len(right) + 1)
         made += [
             (right + " ") * (19_000 // (len(right) + 1)),
@@ -88,4 +90,4 @@ def of(right: str) -> list[str]:
             "".join(chr(0x660 + int(c)) if c in "0123456789" else c for c in right) + "٠",
             right.replace("1", "9" * 40) + "**9**9",
         ]
-    return [answer for answer in (first + made)[:200] if answer != right]
+    return [answer for answer in (FIXED + made)[:200] if answer != right]

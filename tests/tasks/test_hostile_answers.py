@@ -27,9 +27,10 @@ def test_no_answer_keeps_a_data_set_busy(name):
         log_metric=lambda _, count: log.append(count),
     )
     assert all(0 <= reward <= 1 for reward in rewards)
-    paid = [answer[:60] for answer, reward in zip(answers, rewards, strict=True) if reward > 0.95]
-    assert not paid or max(len(answer) for answer in paid) <= 5, paid  # a word that is right here: "True", "0"
-    print(f"{name}: {log[0]:.0f} over the limit, {len(paid)} paid")
+    print(f"{name}: {log[0]:.0f} over the limit")
+    paid = {answer for answer, reward in zip(answers, rewards, strict=True) if reward > 0.95} & set(hostile.FIXED)
+    if name != "propositional_logic":  # where many a conclusion is right
+        assert not [answer for answer in paid if len(answer) > 6], paid  # what is right here: "1e-400" for 0
 
 
 @pytest.mark.more

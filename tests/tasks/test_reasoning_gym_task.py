@@ -1,5 +1,6 @@
 import json
 import re
+from fractions import Fraction
 
 import pytest
 import reasoning_gym as library
@@ -78,7 +79,7 @@ def test_entries_survive_as_text_and_repeat(name):
 
 
 def test_an_entry_as_text_keeps_what_json_would_not():
-    entry = {"metadata": {1: (2, [3.5, None, True]), "a": {"dict": []}, (1, 2): "pair"}}
+    entry = {"metadata": {1: (2, [3.5, None, True]), "a": {"dict": []}, (1, 2): "pair", "half": Fraction(1, 2)}}
     assert from_text(to_text(entry)) == entry
     assert json.loads(to_text(entry))
 
@@ -207,6 +208,9 @@ def for_nothing(name, row):
                 )
                 if sorted(re.findall("[0-9]+", answer)) != sorted(map(str, metadata["numbers"]))
             ]
+        case "gsm_symbolic" | "fraction_simplification":
+            right = row["answer"]
+            return [f"not {right}", f"{right} or 7", f"{right} is wrong", f"{right}**9**9", f"{right} 12 13 14"]
         case "game_of_life_halting":
             return ["anything", "?", "0", str(row["answer"] != "True"), "True False", "not " + row["answer"]]
         case "number_sorting":
@@ -231,7 +235,7 @@ def for_nothing(name, row):
 
 
 CURED = ["coin_flip", "complex_arithmetic", "countdown", "puzzle24", "game_of_life_halting", "number_sorting"]
-CURED += ["simple_integration", "propositional_logic"]
+CURED += ["simple_integration", "propositional_logic", "gsm_symbolic", "fraction_simplification"]
 
 
 @pytest.mark.parametrize("name", CURED)
