@@ -21,12 +21,14 @@ class Figures:
         standard_error: of the mean over problems; None for a single problem.
         tokens_generated: of all completions; None of a difference.
         seconds: that the measurement took; None of a difference.
+        over_limit: completions that the reward stopped scoring at its limit and that count 0; None of a difference.
     """
 
     mean: float
     standard_error: float | None
     tokens_generated: int | None = None
     seconds: float | None = None
+    over_limit: int | None = None
 
     @classmethod
     def of(cls, mean: float, error: float, **more: Any) -> Figures:

@@ -11,6 +11,7 @@ from peft import PeftModel
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from peft_onelayer.tasks import Task
+from peft_onelayer.tasks.limits import OVER_LIMIT
 
 from .sampling import DEFAULT, sample_rollouts
 from .settings import Sampling
@@ -25,12 +26,14 @@ class Evaluation:
         scores: one score per problem, the mean reward of its samples.
         samples: completions per problem; 1 for greedy decoding.
         tokens_generated: tokens of all completions, padding behind their end not counted.
+        over_limit: completions that the reward stopped scoring at its limit (`tasks/limits.py`); they score 0.
     """
 
     problems: tuple[str, ...]
     scores: tuple[float, ...]
     samples: int
     tokens_generated: int = 0
+    over_limit: int = 0
 
     @property
     def n(self) -> int:
@@ -84,12 +87,22 @@ def evaluate(
 
     All arguments, what is left as it was, and what is raised: as `sample_rollouts`.
     """
-    rollouts = sample_rollouts(model, tokenizer, task, rows, sampling, on_progress=on_progress)
+    logged: list[tuple[str, float]] = []
+    rollouts = sample_rollouts(
+        model,
+        tokenizer,
+        task,
+        rows,
+        sampling,
+        on_progress=on_progress,
+        log_metric=lambda name, value: logged.append((name, value)),
+    )
     return Evaluation(
         problems=tuple(map(_as_json, rows)),
         scores=tuple(statistics.fmean(rollout.reward for rollout in group) for group in rollouts),
         samples=len(rollouts[0]),
         tokens_generated=sum(rollout.tokens for group in rollouts for rollout in group),
+        over_limit=sum(int(value) for name, value in logged if name == OVER_LIMIT),
     )
 
 

@@ -62,6 +62,7 @@ def sample_rollouts(
     sampling: Sampling = DEFAULT,
     *,
     on_progress: Callable[[int], None] = lambda done: None,
+    log_metric: Callable[[str, float], None] = lambda name, value: None,
 ) -> list[list[Rollout]]:
     """Complete every row `sampling.samples` times, or once greedily, and grade the completions with the task's reward.
 
@@ -71,6 +72,7 @@ def sample_rollouts(
         rows: dicts with a "prompt" (plain text, or a list of chat messages) and the columns that the reward takes.
         sampling: how (default: four samples from the full distribution, without top-k, top-p and penalties).
         on_progress: called after every batch with the number of completions done.
+        log_metric: what the reward gets to log to, as a trainer's.
 
     Returns:
         The rollouts of each row, in the rows' order.
@@ -91,6 +93,7 @@ def sample_rollouts(
         raise ValueError(f"task {task.name} plays through an environment and so needs chat prompts, not plain text")
     samples = 1 if sampling.greedy else sampling.samples
     player = _Player(model, tokenizer, task, sampling)
+    player.log_metric = log_metric
     repeated = [row for row in rows for _ in range(samples)]
     rollouts: list[Rollout] = []
     with _generating(model, sampling.seed):
@@ -129,6 +132,8 @@ class _Episode:
 
 class _Player:
     """Plays batches of rows: generates, lets the environments answer, and grades."""
+
+    log_metric: Callable[[str, float], None]
 
     def __init__(
         self,
@@ -345,12 +350,12 @@ class _Player:
         columns: dict[str, Any] = reward_columns(rows)
         if self.task.environment_factory is not None:
             columns["environments"] = self.environments[: len(rows)]
-        # What TRL passes to every reward beside the columns; there is no training to follow and no log to write to.
+        # What TRL passes to every reward beside the columns; there is no training to follow and no table to write to.
         columns |= {
             "completion_ids": [episode.ids for episode in episodes],
             "trainer_state": TrainerState(),
             "log_extra": lambda column, values: None,
-            "log_metric": lambda name, value: None,
+            "log_metric": self.log_metric,
         }
         rewards = self.task.reward(prompts=prompts, completions=completions, **columns)
         missing = sum(reward is None or math.isnan(reward) for reward in rewards)

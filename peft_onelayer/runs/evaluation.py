@@ -202,6 +202,8 @@ class _Evaluation:
                     replace(self.sampling, greedy=decoding == "greedy", samples=count),
                     on_progress=partial(_report, update),
                 )
+            if evaluation.over_limit:
+                self.progress.note(f"{name}, {decoding}: {evaluation.over_limit} completions passed the reward's limit")
             measured[decoding] = evaluation, round(time.perf_counter() - started, 1)
         return measured
 
@@ -264,7 +266,11 @@ def _measured(before: tuple[Evaluation, float], after: tuple[Evaluation, float] 
 
 def _figures(evaluation: Evaluation, seconds: float) -> Figures:
     return Figures.of(
-        evaluation.mean, evaluation.standard_error, tokens_generated=evaluation.tokens_generated, seconds=seconds
+        evaluation.mean,
+        evaluation.standard_error,
+        tokens_generated=evaluation.tokens_generated,
+        seconds=seconds,
+        over_limit=evaluation.over_limit,
     )
 
 

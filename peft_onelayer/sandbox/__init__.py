@@ -15,7 +15,7 @@ What holds the program, on Linux with user namespaces:
 - its own process namespace and process group: when the tests end, or at the time limit, the kernel kills all of it;
 - no network: an empty network namespace, and no sockets;
 - a file system of its own: the interpreter's libraries, read-only, and an empty working directory in memory;
-- limits on time, CPU time, address space, size of files, number of processes and threads, open files;
+- limits on time, CPU time, address space, size of files, number of processes and threads, open files, timers;
 - an empty environment, a user without capabilities and without way to gain them, and a filter of system calls.
 
 What this does not cover:
@@ -24,6 +24,7 @@ What this does not cover:
   run all of it in a virtual machine.
 - The limits on memory and CPU time are per process: together the processes of one program may use `processes` times
   `memory`, and `scratch` bytes besides. Where memory runs out, the kernel ends the sandbox before the training.
+- The kernel counts pipes per user: one program can hold 63, of some thousand.
 - A program that knows the right answers passes, wherever it has them from, also if it tried something else before.
 - Only the standard library can be imported, and what is in the interpreter's `lib` folders can be read.
 - Results other than plain data fail: None, numbers, strings, bytes, lists, tuples, sets, dicts, and iterators of these
@@ -37,6 +38,7 @@ import functools
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
@@ -51,6 +53,7 @@ CPU_SECONDS = 3
 MEMORY = 512 << 20  # bytes
 SCRATCH = 16 << 20  # bytes
 PROCESSES = 8
+OVER_TIME = ("time limit", "CPU time limit")  # how the reasons of a program that ran into a limit of time begin
 START_UP = 60.0  # seconds that a busy machine may take to set a sandbox up and to take it down
 
 _CHILD = Path(__file__).with_name("child.py")
@@ -107,8 +110,9 @@ def run(
         processes: processes and threads, the two of the sandbox among them.
         unsafe: where no sandbox can be made, run without one. Time, CPU time and memory are limited still, the
             environment is empty, and on Linux (x86_64, aarch64) the filter of system calls holds: no sockets, no
-            signals, no leaving of the process group. But the program has your user's access to files, its number of
-            processes has no limit where you are root, and elsewhere what leaves the process group stays alive.
+            signals, no leaving of the process group. But the program has your user's rights: it can write to your files
+            and to the memory of your processes, this one among them, and so end this process or fake the result. Where
+            you are root its number of processes has no limit, and elsewhere what leaves the process group stays alive.
 
     Raises:
         SandboxError: where no sandbox can be made and `unsafe` is not set, or when it broke.
@@ -161,26 +165,35 @@ def _run(request: dict[str, Any], tests: str, deadline: float) -> Outcome:
     if "LD_LIBRARY_PATH" in os.environ:  # the interpreter may not start without it
         environment["LD_LIBRARY_PATH"] = os.environ["LD_LIBRARY_PATH"]
     with contextlib.nullcontext("/") if request["namespaces"] else tempfile.TemporaryDirectory() as folder:
+        ours, theirs = socket.socketpair()  # a pipe of this process could be opened by others of the same user
         process = subprocess.Popen(
             # -P, -s, -S: only the standard library on the path
             [sys.executable, "-P", "-s", "-S", "-B", str(_CHILD)],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
+            stdin=theirs.fileno(),
+            stdout=theirs.fileno(),
             stderr=subprocess.PIPE,
             cwd=folder,
             env=environment,
             start_new_session=True,
         )
+        theirs.close()
         try:
-            output, errors = process.communicate(len(head).to_bytes(8) + head + tests.encode(), timeout=deadline)
+            ours.settimeout(deadline)
+            with contextlib.suppress(BrokenPipeError, ConnectionResetError):  # it has ended, and says why
+                ours.sendall(len(head).to_bytes(8) + head + tests.encode())
+                ours.shutdown(socket.SHUT_WR)
+            _, errors = process.communicate(timeout=deadline)
+            output = _received(ours)
         except BaseException as error:
             os.killpg(process.pid, signal.SIGKILL)
             process.communicate()
-            if isinstance(error, subprocess.TimeoutExpired):
+            if isinstance(error, subprocess.TimeoutExpired | TimeoutError):
                 raise SandboxError(
                     f"the sandbox did not end within {deadline:g} s; is the machine overloaded?"
                 ) from error
             raise
+        finally:
+            ours.close()
     lines = [json.loads(line) for line in output.splitlines()] or [{}]
     if why := lines[0].get("refused"):
         raise SandboxError(
@@ -195,3 +208,11 @@ def _run(request: dict[str, Any], tests: str, deadline: float) -> Outcome:
     if "invalid" in result:
         raise ValueError(result["invalid"])
     return Outcome("passed" in result, result.get("failed", ""))
+
+
+def _received(connection: socket.socket) -> bytes:
+    chunks = []
+    with contextlib.suppress(ConnectionResetError):  # the other side has left something unread
+        while chunk := connection.recv(1 << 16):
+            chunks.append(chunk)
+    return b"".join(chunks)

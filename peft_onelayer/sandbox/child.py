@@ -7,7 +7,8 @@ Three processes, each the parent of the next:
     worker   runs the program, answers the judge's calls; has never held the tests or the channel of the result
 
 Judge and worker exchange plain data as JSON over two pipes, so that what the tests compare are the judge's own objects.
-The keeper reads from standard input the length of the request (8 bytes), the request and the tests; it writes one JSON
+The keeper's standard input and output are one socket, because others of the same user can open a pipe in /proc and
+write to it. The keeper reads from it the length of the request (8 bytes), the request and the tests; it writes one JSON
 object a line: {"refused": why}, or {"started": true} and then {"passed": true}, {"failed": why} or {"invalid": why}.
 `peft_onelayer/sandbox/__init__.py` says what the sandbox covers.
 """
@@ -33,6 +34,9 @@ if TYPE_CHECKING:  # importing typing takes longer than making the namespaces
 LINUX = sys.platform == "linux"
 NOBODY = 65534
 MAX_ANSWER = 1 << 26  # bytes
+# Of each process. A pipe takes 16 pages of the 16,384 that a user's pipes may have before the kernel makes new ones
+# smaller (fs.pipe-user-pages-soft): seven processes with nine pipes each take 1,008.
+OPEN_FILES = 24
 MAX_REASON = 300  # characters; a line of them fits into one atomic write to a pipe (4096 bytes)
 
 # linux/sched.h, linux/mount.h, linux/prctl.h, linux/capability.h, linux/seccomp.h, linux/audit.h
@@ -43,9 +47,9 @@ PR_SET_PDEATHSIG, PR_SET_DUMPABLE, PR_SET_SECCOMP, PR_SET_NO_NEW_PRIVS = 1, 4, 2
 CAPABILITY_VERSION = 0x20080522
 SECCOMP_MODE_FILTER, SECCOMP_KILL, SECCOMP_EPERM, SECCOMP_ALLOW = 2, 0x80000000, 0x50001, 0x7FFF0000
 
-# Calls that the worker may not make, with their numbers on x86_64 and aarch64: sockets; signals; leaving the process
-# group; memory that no limit counts (System V, memfd); other processes' memory; what Python programs do not use of the
-# kernel and attacks on it do.
+# Calls that the worker may not make, with their numbers on x86_64 and aarch64 (None: not there): sockets; signals;
+# leaving the process group; memory that no limit counts (System V, memfd); other processes' memory and priority; what
+# the kernel counts for the user as a whole (inotify); what Python programs do not use and attacks on the kernel do.
 DENIED = {
     "socket": (41, 198),
     "kill": (62, 129),
@@ -75,7 +79,30 @@ DENIED = {
     "perf_event_open": (298, 241),
     "userfaultfd": (323, 282),
     "io_uring_setup": (425, 425),
+    "inotify_init": (253, None),
+    "inotify_init1": (294, 26),
+    "fanotify_init": (300, 262),
+    "fsopen": (430, 430),
+    "fsmount": (432, 432),
+    "move_mount": (429, 429),
+    "open_tree": (428, 428),
+    "mount_setattr": (442, 442),
+    "pivot_root": (155, 41),
+    "sched_setaffinity": (203, 122),
+    "sched_setscheduler": (144, 119),
+    "setpriority": (141, 140),
+    "sched_setattr": (314, 274),
+    "ioprio_set": (251, 30),
 }
+# Calls that the worker may not make with one of these values of an argument, by its index: an owner to whom the kernel
+# sends signals for the worker, in files and sockets; watching a directory; another size of a pipe, of which a user has
+# only so much. Limits of another process than the caller's (pid 0) are not for the worker either.
+F_SETOWN, F_SETSIG, F_SETOWN_EX, F_NOTIFY, F_SETPIPE_SZ, FIOSETOWN, SIOCSPGRP = 8, 10, 15, 1026, 1031, 0x8901, 0x8902
+DENIED_VALUES = {
+    "fcntl": ((72, 25), 1, (F_SETOWN, F_SETSIG, F_SETOWN_EX, F_NOTIFY, F_SETPIPE_SZ)),
+    "ioctl": ((16, 29), 1, (FIOSETOWN, SIOCSPGRP)),
+}
+ALLOWED_VALUES = {"prlimit64": ((302, 261), 0, (0,))}
 MACHINES = {"x86_64": (0, 0xC000003E), "aarch64": (1, 0xC00000B7)}  # column above, AUDIT_ARCH
 
 
@@ -395,11 +422,12 @@ def set_limits(request: dict[str, Any]) -> None:
         resource.RLIMIT_AS: request["memory"],
         resource.RLIMIT_FSIZE: request["scratch"],
         resource.RLIMIT_NPROC: request["processes"],
-        resource.RLIMIT_NOFILE: 64,
+        resource.RLIMIT_NOFILE: OPEN_FILES,
         resource.RLIMIT_CORE: 0,
     }
     if LINUX:
         limits[resource.RLIMIT_MSGQUEUE] = 0
+        limits[resource.RLIMIT_SIGPENDING] = 64  # timers and signals under way, of which the user has only so many
     for kind, limit in limits.items():
         _, highest = resource.getrlimit(kind)
         last = limit + 1 if kind == resource.RLIMIT_CPU else limit  # SIGXCPU, and SIGKILL where that is ignored
@@ -414,11 +442,20 @@ def deny_system_calls(names: Iterable[str] = DENIED) -> None:
         return
     column, architecture = MACHINES[os.uname().machine]
     load, equal, at_least, end = 0x20, 0x15, 0x35, 0x06  # linux/bpf_common.h
-    tests = [(at_least, 1 << 30)]  # the x32 names of the same calls
-    tests += [(equal, DENIED[name][column]) for name in names]
-    steps = [(load, 0, 0, 4), (equal, 1, 0, architecture), (end, 0, 0, SECCOMP_KILL), (load, 0, 0, 0)]
-    steps += [(code, len(tests) - i, 0, number) for i, (code, number) in enumerate(tests)]
-    steps += [(end, 0, 0, SECCOMP_ALLOW), (end, 0, 0, SECCOMP_EPERM)]
+    number, machine, argument = 0, 4, 16  # offsets in struct seccomp_data, linux/seccomp.h; arguments have 8 bytes
+    allow, deny = (end, 0, 0, SECCOMP_ALLOW), (end, 0, 0, SECCOMP_EPERM)
+    steps = [(load, 0, 0, machine), (equal, 1, 0, architecture), (end, 0, 0, SECCOMP_KILL), (load, 0, 0, number)]
+    steps += [(at_least, 0, 1, 1 << 30), deny]  # the x32 names of the same calls
+    for numbers in (DENIED[name] for name in names):
+        if (denied := numbers[column]) is not None:
+            steps += [(equal, 0, 1, denied), deny]
+    for otherwise, values_of in ((allow, DENIED_VALUES), (deny, ALLOWED_VALUES)):
+        for numbers, index, values in values_of.values():
+            block = [(load, 0, 0, argument + 8 * index)]
+            for value in values:
+                block += [(equal, 0, 1, value), deny if otherwise is allow else allow]
+            steps += [(equal, 0, len(block) + 1, numbers[column]), *block, otherwise]
+    steps.append(allow)
     code = ctypes.create_string_buffer(b"".join(struct.pack("HBBI", *step) for step in steps))
     one, zero = ctypes.c_ulong(1), ctypes.c_ulong(0)
     libc("prctl", PR_SET_NO_NEW_PRIVS, one, zero, zero, zero)

@@ -20,7 +20,7 @@ __all__ = ["Task", "load_task", "open_task"]
 
 TASKS = ("arithmetic", "sort", "gsm8k", "reasoning_gym", "humaneval", "textworld")
 RUNS_CODE = ("humaneval",)  # tasks whose reward runs what the model wrote, and so take `unsafe`
-EXTRA = ("math_verify", "reasoning_gym", "textworld")  # imported by tasks, installed by the extra "tasks"
+EXTRA = ("reasoning_gym", "textworld")  # imported by tasks, installed by the extra "tasks"
 
 
 @dataclass(frozen=True)

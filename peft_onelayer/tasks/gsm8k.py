@@ -6,21 +6,22 @@ r"""Grade-school word problems, GSM8K (arXiv 2110.14168): the Hub's openai/gsm8k
      "answer": "Janet sells 16 - 3 - 4 = <<16-3-4=9>>9 duck eggs a day.\nShe makes 9 * 2 = $<<9*2=18>>18 ...\n#### 18"}
 
 A final answer is one number: an integer, a decimal, a fraction or a mixed number, with or without currency, unit,
-percent sign (50% is 50), thousands separators and markup. Two numbers, or an expression left to be evaluated such as
-3 + 15 or 9^9, are no final answer. math-verify compares the numbers and is never given anything else: nested powers,
-quotients or brackets keep it busy for minutes, and its own time limit (signal.alarm) works in the main thread only.
-Hence the reward needs no time limit, and any thread may call it.
+percent sign (50% is 50), thousands separators and markup. Two numbers, an expression left to be evaluated such as
+3 + 15, 9^9 or \sqrt{324}, and a number that is denied or bounded ("not 18", "18 is wrong", "more than 18", "x > 18")
+are no final answer. What is denied is read off the words around the number; no reader of words is perfect, so leave the
+box to the number.
+
+Numbers are compared exactly, as fractions. The time that an answer takes grows with its length and nothing else, so
+that the reward needs no limit, and any thread may call it.
 
 Neither the reasoning nor the unit is graded: "18 thousand" is 18.
 """
 
-import logging
 import re
 from collections.abc import Sequence
+from fractions import Fraction
 from functools import lru_cache
 from typing import Any
-
-from math_verify import LatexExtractionConfig, parse, verify
 
 from peft_onelayer.tasks import Task, completion_text
 from peft_onelayer.tasks.files import load_problems
@@ -29,15 +30,49 @@ HUB = "openai/gsm8k:main"
 MAX_COMPLETION_TOKENS = 512
 INSTRUCTION = "Reason step by step, and put the final answer in \\boxed{}."
 
-# Without its time limits math-verify warns that these are then the caller's business; see above.
-logging.getLogger("math_verify").setLevel(logging.ERROR)
-
 _ANSWER_PHRASE = re.compile(r"\banswer\b[^\n.:=]{0,80}?(?:\bis\b|[:=])[\s:*_]*", re.IGNORECASE)
 _PHRASE_END = re.compile(r"[.!;](?=\s|$)|, | \(|\n| because\b| since\b")
 
 _LONGEST = 400  # characters of a final answer with its sentence
 _SENTENCE_END = re.compile(r"(?<=[.!?])\s+|\n")
 _STARTS_AS_NUMBER = re.compile(r"\W*(?:US\$\W*)?(?:[0-9]|[dtc]?frac\b)")
+
+_NOT = r"(?:\b(?:not|never|cannot|neither|nor)\b|n['’]t\b)"  # noqa: RUF001
+_FALSE = r"\b(?:wrong|false|incorrect|untrue|impossible)\b"
+# In a box of its own nothing but the number is expected.
+_DENIAL = re.compile(rf"{_NOT}|{_FALSE}|\b(?:except|minus|negative)\b", re.IGNORECASE)
+# "not 18", "does not make 18"; "I do not think that it is 18"; "the wrong answer is 18";
+# but "those who do not pay are 18"
+_DENIED_BEFORE = re.compile(
+    rf"(?:{_NOT}|{_FALSE}|\b(?:minus|negative)\b)(?!.*(?:\b(?:is|are|was|were)\b|[=:,]))"
+    rf"|{_NOT}\s+(?:think|believe|say|claim|agree|accept|mean|sure|true|correct|right|certain|possible|the case)\b"
+    rf"|{_FALSE}\s+(?:that|to|(?:final\s+)?(?:answer|result|solution))\b",
+    re.IGNORECASE,
+)
+# "18 is not the answer", "18 dollars is wrong", but "18 eggs are not broken", "he got 18 wrong"
+_DENIED_BEHIND = re.compile(
+    rf"^\W*(?:is|was|are|were|would|can|could|does|do)?\s?{_NOT}(?!\s*[0-9])"
+    rf"|{_NOT}\s+(?:(?:the|a|my|be|final|correct|right|true)\s+)*(?:answer|correct|right|true|it|result|solution|case|what|so)\b"
+    rf"|(?:\b(?:is|are|was|be|seems|looks|'s)|^)\W+(?:[A-Za-z]+\s+)?{_FALSE}",
+    re.IGNORECASE,
+)
+# What makes another number of the one that follows, or only bounds it.
+_OTHER_NUMBER = re.compile(
+    r"\b(?:(?:more|less|fewer|greater|larger|smaller|higher|lower|bigger|other|rather|different)\s+(?:than|from)"
+    r"(?:\s+or\s+equal\s+to)?|over|under|above|below"
+    r"|(?:half|twice|double|triple|thrice|squared?|cubed?|root|sqrt|log|ln|third|quarter|tenth)(?:\s+of)?)[^\w]*[0-9]"
+    r"|[0-9][^\w]*(?:squared|cubed|factorial)\b",
+    re.IGNORECASE,
+)
+_RELATION = re.compile(r"[<>≠≤≥≮≯]|!=|\\(?:n?leq?|n?geq?|neq?|not|lt|gt|ll|gg)(?![A-Za-z])")
+_ARROW = re.compile(r"[-=]+>|</?[A-Za-z][^<>]*>")  # and tags
+_SEVERAL = re.compile(r"\b(?:or|and)\b|[,;]\s")
+# LaTeX that writes a number or its unit, and does not change it as \sqrt and \pi do.
+_TYPESETTING = re.compile(
+    r"text\w*|math(?:rm|bf|it|sf|tt|bb)|boldsymbol|bm|bf|rm|it|tt|emph|underline|f?boxed|[fmh]box|operatorname|left|right"
+    r"|[bB]ig[lr]?|displaystyle|[lL]arge|huge|normalsize|small|q?quad|hspace|circ|degrees?|dollar|pounds|euro|cents"
+    r"|approx|therefore|implies|[rR]ightarrow|to|l?dots|newline|par|noindent"
+)
 
 _CHARACTERS = str.maketrans(
     dict.fromkeys("−–—‐‑﹣－", "-")  # noqa: RUF001
@@ -65,7 +100,7 @@ def gsm8k_reward(
     these, the one that follows the last "answer is" or "answer:"; without that, the single number of the last sentence,
     when that sentence is complete ("So she makes $18.") or begins with the number ("18 dollars"). Other numbers of the
     reasoning never count, so that a completion cut off before its final answer gets 0. Numbers are equal when they
-    agree to 6 decimals (`math_verify.verify`).
+    differ by less than a millionth: 18.0000001 is 18, and .333333 is 1/3.
 
     Args:
         prompts: not used.
@@ -80,17 +115,20 @@ def gsm8k_reward(
     >>> gsm8k_reward([""] * 4, completions, answer=["She makes 9 * 2 = $<<9*2=18>>18.\n#### 18"] * 4)
     [1.0, 1.0, 1.0, 0.0]
     """
-    return [
-        float(_equal(_gold(str(expected)), final_answer(completion_text(completion))))
-        for completion, expected in zip(completions, answer, strict=True)
-    ]
+    rewards = []
+    for completion, expected in zip(completions, answer, strict=True):
+        number = final_answer(completion_text(completion))
+        rewards.append(float(number is not None and abs(number - _gold(str(expected))) < Fraction(1, 10**6)))
+    return rewards
 
 
-def final_answer(text: str) -> str | None:
-    r"""Return the final answer of a completion or a solution as LaTeX, None where there is none.
+def final_answer(text: str) -> Fraction | None:
+    r"""Return the final answer of a completion or a solution, None where there is none.
 
     >>> final_answer(r"The answer is -3\frac{1}{2} metres."), final_answer(r"So it is \boxed{1{,}234}, not 12.")
-    ('-(3+\\frac{1}{2})', '1234')
+    (Fraction(-7, 2), Fraction(1234, 1))
+    >>> final_answer("The answer is not 18."), final_answer(r"\boxed{18 or 19}"), final_answer(r"\boxed{\sqrt{324}}")
+    (None, None, None)
     """
     text = text.replace("\\fbox", "\\boxed")
     boxed = text.rfind("\\boxed")
@@ -101,16 +139,49 @@ def final_answer(text: str) -> str | None:
     if last < 0:
         phrases = list(_ANSWER_PHRASE.finditer(text))
         if phrases:
-            return _one_number(_PHRASE_END.split(text[phrases[-1].end() :], maxsplit=1)[0].rpartition("=")[2])
-        sentence = _SENTENCE_END.split(text.strip())[-1]
-        return _one_number(sentence) if sentence.endswith((".", "!")) or _STARTS_AS_NUMBER.match(sentence) else None
+            start = phrases[-1].end()
+            clause = _PHRASE_END.split(text[start : start + _LONGEST + 1], maxsplit=1)[0]
+            return None if _is_denied(text, start, clause) else _one_number(_result(clause))
+        text = text.strip()
+        sentence = _SENTENCE_END.split(text)[-1]
+        if not sentence.endswith((".", "!")) and not _STARTS_AS_NUMBER.match(sentence):
+            return None
+        return None if _is_denied(text, len(text) - len(sentence), sentence) else _one_number(sentence)
     if last == boxed:
-        marked = _in_braces(text[boxed + len("\\boxed") :].lstrip())
+        opening = len(text) - len(text[boxed + len("\\boxed") :].lstrip())
+        marked = _in_braces(text[opening:])
+        end = opening + len(marked) + 2
     elif last == tag:
-        marked = text[tag + len("<answer>") : tag_end]
+        marked, end = text[tag + len("<answer>") : tag_end], tag_end + len("</answer>")
     else:
         marked = text[hashes:].lstrip("#").lstrip().partition("\n")[0]
-    return _one_number(marked.rpartition("=")[2])
+        end = len(text)
+    if len(marked) > _LONGEST or _DENIAL.search(marked) or _denies(text[max(last - _LONGEST, 0) : last], text[end:]):
+        return None
+    return _one_number(_result(marked))
+
+
+def _is_denied(text: str, start: int, clause: str) -> bool:
+    """Whether the sentence around the clause at `start`, or the clause itself, denies the clause's first number."""
+    number = re.search(r"[0-9][0-9.,/ ]*", clause)
+    if number is None or len(clause) > _LONGEST:
+        return False  # there is none
+    before = text[max(start - _LONGEST, 0) : start] + clause[: number.start()]
+    return _denies(before, text[start + number.end() : start + number.end() + _LONGEST])
+
+
+def _denies(before: str, behind: str) -> bool:
+    """Whether a number is denied by what stands before it in its sentence or behind it."""
+    before = _SENTENCE_END.split(before)[-1]
+    behind = _SENTENCE_END.split(behind[:_LONGEST])[0]
+    return bool(_DENIED_BEFORE.search(before) or _DENIED_BEHIND.search(behind))
+
+
+def _result(text: str) -> str:
+    """Return what stands behind the last "=" of one equation; all of the text where it is none, or holds several."""
+    text = _ARROW.sub(" ", text)
+    before, equals, result = text.rpartition("=")
+    return text if not equals or _RELATION.search(text) or _SEVERAL.search(before) else result
 
 
 def _in_braces(text: str) -> str:
@@ -123,12 +194,16 @@ def _in_braces(text: str) -> str:
     return ""
 
 
-def _one_number(text: str) -> str | None:
-    """Return the number that `text` states as LaTeX, None where it states none, several, or anything else."""
+def _one_number(text: str) -> Fraction | None:
+    """Return the number that `text` states, None where it states none, several, or anything else."""
     if len(text) > _LONGEST:
         return None
-    text = text.replace("{,}", ",").replace("\\!", "")
+    text = re.sub(r"<([^<>]*)>", r" \1 ", _ARROW.sub(" ", text)).replace("{,}", ",").replace("\\!", "")
     text = _FRACTION.sub(lambda match: " {}/{}".format(*filter(None, match.groups())), text)
+    if _RELATION.search(text) or _OTHER_NUMBER.search(text):
+        return None
+    if not all(_TYPESETTING.fullmatch(command) for command in re.findall(r"\\([A-Za-z]+)", text)):
+        return None
     text = re.sub(r"\^\s*\{?\\circ\}?|(?<=[A-Za-z])\}?\s*\^\s*\{?[0-9]\}?", " ", text)  # degrees, and m^2
     text = re.sub(r"\\[$%]", "", text)
     text = re.sub(r"\\(?:[A-Za-z]+|.)", " ", text).translate(_CHARACTERS)
@@ -138,28 +213,20 @@ def _one_number(text: str) -> str | None:
     match = _ONE_NUMBER.fullmatch(text)
     if match is None:
         return None
-    sign = match["sign"].replace("+", "")
-    if match["decimal"]:
-        return sign + match["decimal"].removesuffix(".")
-    fraction = rf"\frac{{{match['top']}}}{{{match['bottom']}}}"
-    return sign + (f"({match['whole']}+{fraction})" if match["whole"] else fraction)
+    number = Fraction(match["decimal"] or match["top"])
+    if match["bottom"]:
+        if not (bottom := Fraction(match["bottom"])):
+            return None
+        number = Fraction(match["whole"] or 0) + number / bottom
+    return -number if match["sign"] == "-" else number
 
 
 @lru_cache(maxsize=16_384)
-def _gold(answer: str) -> str:
+def _gold(answer: str) -> Fraction:
     number = final_answer(answer)
     if number is None:
         raise ValueError(f"the answer {answer[-60:]!r} holds no final number; expected '#### 18', or just '18'")
     return number
-
-
-@lru_cache(maxsize=16_384)
-def _equal(gold: str, number: str | None) -> bool:
-    if number is None:
-        return False
-    config = [LatexExtractionConfig()]
-    expressions = [parse(f"${one}$", config, parsing_timeout=None) for one in (gold, number)]
-    return verify(*expressions, timeout_seconds=None)
 
 
 def load(argument: str = "") -> Task:

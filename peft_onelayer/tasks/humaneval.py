@@ -39,7 +39,7 @@ from typing import Any
 
 from peft_onelayer import sandbox
 from peft_onelayer.records.text import one_line
-from peft_onelayer.tasks import Task, completion_text
+from peft_onelayer.tasks import Task, completion_text, limits
 from peft_onelayer.tasks.files import load_problems
 
 HUB = "openai/openai_humaneval"
@@ -48,6 +48,7 @@ INSTRUCTION = "# Complete the function below. Answer with Python code only, with
 MAX_COMPLETION_TOKENS = 512
 PARALLEL = min(16, os.cpu_count() or 1)  # sandboxes at a time
 CHECKED = 24  # canonical solutions that are run when the problems are loaded, evenly spread over them
+LONGEST = 100_000  # characters of a completion; a longer one scores 0
 READINGS = 50  # places at which the end of a completion is cut in search of what compiles
 
 _FENCE = re.compile(r"^[ \t]*(?:```|~~~).*\n?", re.MULTILINE)
@@ -74,7 +75,8 @@ def humaneval_reward(
         test: the data set's column, source that defines `check(candidate)`.
         entry_point: the data set's column, the name of the function.
         unsafe: run the code without a sandbox where none can be made (see `sandbox.run`).
-        kwargs: the data set's "prompt", where it is given, is taken in place of `prompts`; the others are not used.
+        kwargs: the data set's "prompt", where it is given, is taken in place of `prompts`; `log_metric` is told how
+            many programs passed a limit of time; the others are not used.
 
     Raises:
         SandboxError: where no sandbox can be made and `unsafe` is not set.
@@ -88,16 +90,20 @@ def humaneval_reward(
     """
     sandbox.require(unsafe=unsafe)
 
-    def grade(problem: tuple[Any, Any, str, str]) -> float:
+    def grade(problem: tuple[Any, Any, str, str]) -> float | None:
         prompt, completion, tests, function = problem
         stub = _stub(completion_text(prompt), function)
-        programs = list(readings(completion_text(completion), stub, function))
+        text = completion_text(completion)
+        programs = list(readings(text, stub, function)) if len(text) <= LONGEST else []
+        if not programs:
+            return 0.0
         tests = f"{_preamble(stub, function)}\n{tests}\n\ncheck({function})\n"
-        return float(bool(programs) and sandbox.run(programs, tests, [function], unsafe=unsafe).passed)
+        outcome = sandbox.run(programs, tests, [function], unsafe=unsafe)
+        return None if outcome.reason.startswith(sandbox.OVER_TIME) else float(outcome.passed)
 
     with ThreadPoolExecutor(PARALLEL) as pool:
         problems = zip(kwargs.get("prompt", prompts), completions, test, entry_point, strict=True)
-        return list(pool.map(grade, problems))
+        return limits.settle(list(pool.map(grade, problems)), kwargs)
 
 
 def readings(completion: str, stub: str, function: str) -> Iterator[str]:

@@ -11,10 +11,12 @@ The problems are procedural. Whether one is held out is decided by the hash of i
 the splits cannot overlap. A test problem takes eight draws on average: minutes where one draw takes seconds, as in
 knight_swap and futoshiki. "entry" is the library's own entry as text, since columns cannot hold its mixed types.
 
-The library evaluates some answers as Python (`EVALUATED`) or with sympy (`FORMULAS`), which evaluates Python too. Here
-the first may only be literals and the second only formulas, of which nothing can run; others count as no answer. There
-is no time limit: a formula that keeps sympy's simplify busy delays the reward. Each data set has its default
-configuration. Many scorers give something for a well-formed wrong answer.
+`gym_answers.py` says which answers the library's scorers may see: nothing that Python could run, and nothing that they
+pay for without its being right. Every other answer scores 0, as does a completion without one. A scorer that takes
+longer than the limit of `limits.py` on a completion is stopped, and the completion scores 0.
+
+Each data set has its default configuration. Many scorers give something for a well-formed wrong answer, and some for a
+constant one: docs/tasks.md has the table.
 """
 
 import ast
@@ -24,52 +26,22 @@ import hashlib
 import importlib.metadata
 import json
 import random
-import re
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from fractions import Fraction
 from typing import Any
 
 import numpy
 
-from peft_onelayer.tasks import Task, completion_text
+from peft_onelayer.tasks import Task, completion_text, limits
 from peft_onelayer.tasks.files import is_held_out
+from peft_onelayer.tasks.gym_answers import EVALUATED, INTEGRALS, LONGEST, is_answer
 
 MAX_COMPLETION_TOKENS = 1024
 INSTRUCTION = "Reason step by step, and put the final answer between <answer> and </answer>."
 
-# Scorers that call eval(answer) or sympy.parse_expr(answer), in reasoning_gym 0.1.25.
-EVALUATED = ("binary_matrix", "n_queens", "spiral_matrix", "string_insertion")
-ARITHMETIC = ("countdown", "puzzle24")
-FORMULAS = ("intermediate_integration", "polynomial_multiplication", "simple_integration", *ARITHMETIC)
-
 _CHUNK = 500  # entries drawn per seed; some data sets prepare all of them when they are made
 _PATIENCE = 300  # draws without a new question, after which all questions count as seen
-_ARITHMETIC = re.compile(r"(?:[0-9+\-/() ]|(?<=[0-9])\.(?=[0-9])|(?<!\*)\*(?!\*)){1,300}")
-_FUNCTIONS = (
-    "sin",
-    "cos",
-    "tan",
-    "exp",
-    "log",
-    "ln",
-    "sqrt",
-    "asin",
-    "acos",
-    "atan",
-    "sinh",
-    "cosh",
-    "tanh",
-    "pi",
-    "Integral",
-)
-_POWER = (
-    r"(?:(?<=[A-Za-z])\*\*(?:-?[0-9]{1,2}|\(-?[0-9]{1,2}(?:/[0-9])?\))"
-    r"|(?<=\))\*\*(?:-?[0-9]|\(-?[0-9](?:/[0-9])?\)))(?![0-9])"
-)
-_FORMULA = re.compile(
-    rf"(?:[0-9+\-/(), ]|(?<=[0-9])\.(?=[0-9])|(?<!\*)\*(?!\*)|{_POWER}"
-    rf"|(?<![A-Za-z])(?:{'|'.join(_FUNCTIONS)}|[A-Za-z])(?![A-Za-z])){{1,600}}"
-)
 
 
 def reasoning_gym_reward(
@@ -77,27 +49,49 @@ def reasoning_gym_reward(
 ) -> list[float]:
     """Score the text in the last <answer>...</answer> of each completion by the library, in TRL's signature.
 
-    A completion without one is scored as no answer, which is 0 in almost all data sets; so is, with 0, an answer that
-    the library's scorer fails on.
+    A completion scores 0 without an answer, with one that `is_answer` refuses or the library's scorer fails on, and
+    where scoring passes the limits. Other scores are the library's own, from 0 to 1.
 
     Args:
         prompts: not used.
         completions: strings or chat lists.
         dataset: the column of the data sets' names.
         entry: the column of the entries.
-        kwargs: the other columns and what the trainer adds; not used.
+        kwargs: the other columns and what the trainer adds; `log_metric` is told how many passed the limit.
+
+    Raises:
+        ScorerError: where no process that scores can be kept.
 
     >>> rows = load("chain_sum").rows("test", 2, seed=0)
     >>> completions = [f"I think <answer>{rows[0]['answer']}</answer>", rows[1]["answer"]]
     >>> reasoning_gym_reward(["", ""], completions, ["chain_sum"] * 2, [row["entry"] for row in rows])
     [1.0, 0.0]
     """
-    from reasoning_gym.utils import extract_answer
+    answers = [extract_answer(completion_text(completion)) for completion in completions]
+    scored: list[float | None] = [0.0] * len(answers)
+    for name in dict.fromkeys(dataset):
+        calls = {
+            i: (answer, text)
+            for i, (answer, own, text) in enumerate(zip(answers, dataset, entry, strict=True))
+            if own == name and answer is not None and len(answer) <= LONGEST
+        }
+        results = limits.score(f"{__name__}:scorer", name, list(calls.values()))
+        for i, result in zip(calls, results, strict=True):
+            scored[i] = result
+    return limits.settle(scored, kwargs)
 
-    return [
-        _score(name, extract_answer(completion_text(completion)), from_text(text))
-        for completion, name, text in zip(completions, dataset, entry, strict=True)
-    ]
+
+def extract_answer(text: str) -> str | None:
+    """Return what stands in the last <answer>...</answer>, as reasoning_gym.utils does, in time linear in the text.
+
+    >>> extract_answer("<answer>3</answer> or <answer> 4 </answer>"), extract_answer("<answer>4"), extract_answer("4")
+    ('4', None, None)
+    """
+    answer, end = None, 0
+    while (start := text.find("<answer>", end)) >= 0 and (end := text.find("</answer>", start)) >= 0:
+        answer = text[start + len("<answer>") : end]
+        end += len("</answer>")
+    return None if answer is None else answer.strip()
 
 
 def to_text(value: Any) -> str:
@@ -106,6 +100,8 @@ def to_text(value: Any) -> str:
     def tagged(value: Any) -> Any:
         if isinstance(value, dict):
             return {"dict": [[tagged(key), tagged(item)] for key, item in value.items()]}
+        if isinstance(value, Fraction):  # in gsm_symbolic, of some rows
+            return {"Fraction": [value.numerator, value.denominator]}
         if isinstance(value, list | tuple):
             return {type(value).__name__: [tagged(item) for item in value]}
         return value
@@ -126,6 +122,8 @@ def from_text(text: str) -> Any:
         ((kind, items),) = value.items()
         if kind == "dict":
             return {untagged(key): untagged(item) for key, item in items}
+        if kind == "Fraction":
+            return Fraction(*items)
         return {"list": list, "tuple": tuple}[kind](untagged(item) for item in items)
 
     return untagged(json.loads(text))
@@ -171,6 +169,8 @@ def _rows(name: str, split: str, n: int, seed: int) -> list[dict[str, Any]]:
     repeats = 0
     for entry in _entries(name, f"{split} {seed}"):
         question = entry["question"]
+        if name in INTEGRALS and "Integral" in entry["answer"]:  # sympy could not, and the answer is the question
+            continue
         repeats = repeats + 1 if question in seen else 0
         if repeats == _PATIENCE:
             break
@@ -217,28 +217,27 @@ def _entries(name: str, seed: str) -> Iterator[dict[str, Any]]:
         chunk += 1
 
 
-@functools.lru_cache(maxsize=8)
-def _scorer(name: str) -> Any:
+def scorer(name: str) -> Callable[[str, str], float]:
+    """Return what scores an answer by the entry's text, from 0 to 1; the process that scores calls this."""
     import reasoning_gym
 
     dataset = reasoning_gym.create_dataset(name, size=1, seed=0)
     if name in EVALUATED:
         sys.modules[type(dataset).__module__].eval = ast.literal_eval  # type: ignore[attr-defined]
-    return dataset.score_answer
 
+    def score(answer: str, text: str) -> float:
+        entry = from_text(text)
+        if not is_answer(name, answer, entry):
+            return 0.0
+        try:
+            reward = float(dataset.score_answer(answer, entry))
+        except MemoryError:
+            raise
+        except Exception:  # scorers raise on what they cannot read: boxnet on "42", prime_factorization on "seven"
+            return 0.0
+        # calendar_arithmetic gives e^5 and more for wrong answers where -1 is right
+        return reward if 0 <= reward <= 1 else 0.0
 
-def _score(name: str, answer: str | None, entry: dict[str, Any]) -> float:
-    score_answer = _scorer(name)
-    if answer is not None and name in FORMULAS and not _is_formula(name, answer):
-        answer = None
-    try:
-        return float(score_answer(answer, entry))
-    except Exception:  # scorers raise on what they cannot read: boxnet on "42", prime_factorization on "seven"
-        return 0.0
-
-
-def _is_formula(name: str, answer: str) -> bool:
-    """Tell whether sympy may have this answer: nothing that Python could run, and no tower of powers."""
-    if name in ARITHMETIC:
-        return _ARITHMETIC.fullmatch(answer) is not None
-    return _FORMULA.fullmatch(answer) is not None and answer.count(")**") <= 6
+    first = dataset[0]
+    score(str(first["answer"]), to_text(first))  # what scorers and sympy load at their first use, outside of the limit
+    return score

@@ -4,6 +4,11 @@
                                                       MAX_COMPLETION_TOKENS and environment_factory
     --dataset file.jsonl --reward file.py:function    a column "prompt"; the other columns reach the reward
 
+The reward is called in the trainer's process, as TRL calls it, and takes the time that it takes. A file that sets
+`REWARD_SECONDS` has a limit (`limits.py`): its reward is then called in a process without a GPU, with one completion at
+a time, and without `trainer_state`, `log_extra` and `log_metric`; past as many seconds of CPU time the completion
+scores 0.
+
 The file runs with all rights of the user, as any Python script. examples/own_task shows both ways.
 """
 
@@ -11,6 +16,7 @@ import difflib
 import functools
 import importlib.util
 import inspect
+import json
 import math
 import numbers
 import sys
@@ -20,11 +26,13 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from peft_onelayer.tasks import Task
+from peft_onelayer.tasks import Task, limits
 from peft_onelayer.tasks.files import digest, load_problems
 from peft_onelayer.tasks.rows import check_columns, check_values
 
 MAX_COMPLETION_TOKENS = 512
+
+_NOT_COLUMNS = {"trainer_state", "log_extra", "log_metric"}  # of what the trainer passes
 
 Row = dict[str, Any]
 Reward = Callable[..., list[float]]
@@ -34,7 +42,7 @@ def load_file_task(name: str) -> Task:
     """Return the task that the Python file `name` makes.
 
     The file has `rows(split, n, seed)`, as `Task.rows`, and exactly one function whose name holds "reward", in TRL's
-    signature. It may have `MAX_COMPLETION_TOKENS` (512) and `environment_factory`.
+    signature. It may have `MAX_COMPLETION_TOKENS` (512), `environment_factory` and `REWARD_SECONDS` (no limit).
 
     Raises:
         ValueError: for a file that is not there, cannot be imported, or lacks one of the two functions; from the task's
@@ -50,6 +58,9 @@ def load_file_task(name: str) -> Task:
     ((reward_name, reward),) = rewards.items()
     where = f"{path}:{reward_name}"
     environment_factory = vars(module).get("environment_factory")
+    limited = _limited(path, module, reward)
+    if environment_factory and "REWARD_SECONDS" in vars(module):
+        raise ValueError(f"{path}: REWARD_SECONDS cannot be kept with an environment_factory, whose objects stay here")
 
     def rows(split: str, n: int, seed: int) -> list[Row]:
         if split not in ("train", "test"):
@@ -64,7 +75,7 @@ def load_file_task(name: str) -> Task:
     return Task(
         name,
         rows,
-        _checked(where, reward),
+        limited,
         vars(module).get("MAX_COMPLETION_TOKENS", MAX_COMPLETION_TOKENS),
         environment_factory,
         data={path.name: digest(path)},
@@ -98,7 +109,7 @@ def load_dataset_task(dataset: str, reward: str) -> Task:
     return Task(
         dataset,
         problems.rows,
-        _checked(reward, functions[function]),
+        _limited(path, module, functions[function]),
         MAX_COMPLETION_TOKENS,
         data={**problems.data, path.name: digest(path)},
         train_size=problems.train_size,
@@ -173,3 +184,48 @@ def _checked(where: str, reward: Reward) -> Reward:
         return [float(score) for score in scores]
 
     return checked
+
+
+def _limited(path: Path, module: ModuleType, reward: Reward) -> Reward:
+    """Return `reward` with its result checked and, where its file sets REWARD_SECONDS, within that limit."""
+    where = f"{path}:{reward.__name__}"
+    if "REWARD_SECONDS" not in vars(module):
+        return _checked(where, reward)
+    seconds = vars(module)["REWARD_SECONDS"]
+    if not isinstance(seconds, int | float) or not 0 < seconds < math.inf:
+        raise ValueError(f"{path}: REWARD_SECONDS must be a number above 0, got {seconds!r}")
+    function = json.dumps([str(path.resolve()), reward.__name__, digest(path)])
+
+    @functools.wraps(reward)  # trainers name the metric after it
+    def limited(prompts: Sequence[Any], completions: Sequence[Any], **kwargs: Any) -> list[float]:
+        columns = {name: values for name, values in kwargs.items() if name not in _NOT_COLUMNS}
+        calls = [
+            (prompt, completion, {name: values[i] for name, values in columns.items()})
+            for i, (prompt, completion) in enumerate(zip(prompts, completions, strict=True))
+        ]
+        try:
+            scored = limits.score(f"{__name__}:scorer", function, calls, seconds=float(seconds))
+        except limits.ScorerError as error:
+            raise ValueError(f"{where}: {error}") from error
+        return limits.settle(scored, kwargs)
+
+    return limited
+
+
+def scorer(function: str) -> Callable[[Any, Any, Row], float]:
+    """Return what scores one completion by a reward; the process that scores calls this.
+
+    Args:
+        function: JSON of the file's path, the function's name, and the file's digest when the task was loaded.
+    """
+    name, attribute, expected = json.loads(function)
+    path, module = _import(name)
+    if digest(path) != expected:
+        raise ValueError("the file has changed since the task was loaded")
+    reward = _checked(f"{path}:{attribute}", vars(module)[attribute])
+
+    def score(prompt: Any, completion: Any, columns: Row) -> float:
+        (value,) = reward([prompt], [completion], **{name: [value] for name, value in columns.items()})
+        return value
+
+    return score

@@ -9,6 +9,7 @@ import torch
 from peft_onelayer.rollouts.evaluation import Evaluation, evaluate, paired_difference
 from peft_onelayer.rollouts.settings import Sampling
 from peft_onelayer.tasks import load_task
+from peft_onelayer.tasks.limits import OVER_LIMIT
 
 TASK = load_task("arithmetic")
 ROWS = TASK.rows("test", 64, 0)
@@ -160,3 +161,13 @@ def test_tokens_are_counted_without_the_padding_behind_them(base):
     lengths = [len(completion) for completion in reward.completions]
     assert min(lengths) <= 4 and max(lengths) == 8
     assert evaluation.tokens_generated == sum(min(length + 1, 8) for length in lengths)  # and the ".", if it fits
+
+
+def test_completions_over_the_rewards_limit_are_counted_over_all_batches(base):
+    def reward(prompts, completions, log_metric, **kwargs):
+        log_metric("another", 7.0)
+        log_metric(OVER_LIMIT, float(len(completions) // 2))
+        return [0.0] * len(completions)
+
+    assert evaluate(*base, graded_by(reward), ROWS[:10], samples=2, batch_size=8).over_limit == 4 + 4 + 2
+    assert evaluate(*base, TASK, ROWS[:2]).over_limit == 0

@@ -250,6 +250,32 @@ def double(x): return 0
 import os
 os.fork()
 def double(x): return 0
+# --- equality in the slots of the built-in types
+import ctypes
+@ctypes.CFUNCTYPE(ctypes.py_object, ctypes.py_object, ctypes.py_object, ctypes.c_int)
+def equal(a, b, kind): return True
+for kind in (int, float, str, bool, list):
+    richcompare = ctypes.c_void_p.from_address(id(kind) + 25 * ctypes.sizeof(ctypes.c_void_p))
+    richcompare.value = ctypes.cast(equal, ctypes.c_void_p).value
+def double(x): return 0
+# --- another type of an int
+import ctypes
+class Equal(int):
+    def __eq__(self, other): return True
+def double(x):
+    answer = 10**30 - 10**30 + 7**40
+    ctypes.py_object.from_address(id(answer) + ctypes.sizeof(ctypes.c_void_p)).value = Equal
+    return answer
+# --- other values of the small ints
+import ctypes
+for small in range(-5, 200):
+    ctypes.c_uint32.from_address(id(small) + 24).value = 4
+def double(x): return 0
+# --- other memory of its own functions
+import ctypes, sys
+code = sys._getframe().f_code
+ctypes.memset(id(code), 0, 64)
+def double(x): return 0
 """)
 
 
@@ -336,12 +362,80 @@ def test_an_escape_fails_with_an_exception(name):
 
 def test_denied_system_calls():
     column, _ = sandbox_child.MACHINES[os.uname().machine]
-    numbers = {name: both[column] for name, both in sandbox_child.DENIED.items()} | {"an x32 call": 1 << 30}
+    numbers = {name: both[column] for name, both in sandbox_child.DENIED.items() if both[column] is not None}
+    numbers["an x32 call"] = 1 << 30
     look = f"""
 import ctypes
 libc = ctypes.CDLL(None, use_errno=True)
 def look(): return [name for name, number in {numbers}.items() if not denied(number)]
 def denied(number): return libc.syscall(number, 0, 0, 0, 0, 0, 0) == -1 and ctypes.get_errno() == 1
+"""
+    assert see(look) == "[]"
+    assert len(numbers) > 40
+
+
+def test_denied_values_of_arguments():
+    look = """
+import ctypes, fcntl, os, resource, struct
+libc = ctypes.CDLL(None, use_errno=True)
+ours, theirs = os.pipe()
+def denied(call, *arguments):
+    try: call(*arguments)
+    except OSError as error: return error.errno == 1
+    return False
+def look():
+    commands = {"F_SETOWN": 8, "F_SETSIG": 10, "F_SETOWN_EX": 15, "F_NOTIFY": 1026, "F_SETPIPE_SZ": 1031}
+    got = [name for name, number in commands.items() if not denied(fcntl.fcntl, ours, number, 4096)]
+    got += [number for number in (0x8901, 0x8902) if not denied(fcntl.ioctl, ours, number, struct.pack("i", 1))]
+    got += [pid for pid in (1, os.getpid(), 12345) if not denied(resource.prlimit, pid, resource.RLIMIT_CPU, (1, 1))]
+    return got
+def usual():
+    fcntl.fcntl(ours, fcntl.F_SETFD, fcntl.fcntl(ours, fcntl.F_GETFD))
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    return fcntl.ioctl(ours, 0x541B, bytes(4)) == bytes(4) and fcntl.fcntl(ours, 1032) > 0  # FIONREAD, F_GETPIPE_SZ
+"""
+    assert run(look, "assert look() == [], look()\nassert usual()", ["look", "usual"]) == sandbox.Outcome(True)
+
+
+def test_what_a_user_has_only_so_much_of_is_not_used_up():
+    """Pipes, timers and watches count for the user, outside of the sandbox too."""
+    look = """
+import ctypes, os
+libc = ctypes.CDLL(None, use_errno=True)
+def look():
+    pipes, timers, made = [], 0, ctypes.c_void_p()
+    try:
+        while True: pipes.append(os.pipe())
+    except OSError: pass
+    event = (ctypes.c_int * 16)(0, 0, 10, 0)  # a sigevent: SIGUSR1
+    while timers < 1000 and libc.timer_create(1, event, ctypes.byref(made)) == 0: timers += 1
+    return len(pipes), timers, libc.inotify_init()
+"""
+    pipes, timers, watches = eval(see(look))
+    assert 5 <= pipes <= 9 and timers <= 64 and watches == -1
+
+
+@pytest.mark.parametrize("call", ["clone", "clone3"])
+def test_no_namespace_of_any_kind_below(call):
+    """Not a user's, with which the others could be made, nor one of the others."""
+    numbers = {"x86_64": {"clone": 56}, "aarch64": {"clone": 220}}[os.uname().machine] | {"clone3": 435}
+    look = f"""
+import ctypes, os, struct
+libc = ctypes.CDLL(None, use_errno=True)
+flags = dict(user=1 << 28, mount=1 << 17, pid=1 << 29, net=1 << 30, uts=1 << 26, ipc=1 << 27, time=1 << 7)
+def look():
+    got = []
+    for name, flag in flags.items():
+        for flag in (flag, flag | 1 << 28):
+            if {call == "clone"}:
+                if flag & 255: continue  # these bits are the signal's
+                pid = libc.syscall({numbers["clone"]}, flag | 17, 0, 0, 0, 0)
+            else:
+                arguments = struct.pack("8Q", flag, 0, 0, 0, 17, 0, 0, 0)
+                pid = libc.syscall({numbers["clone3"]}, arguments, len(arguments))
+            if pid == 0: os._exit(0)
+            if pid > 0: got.append(name)
+    return got
 """
     assert see(look) == "[]"
 
@@ -429,13 +523,96 @@ while True:
 import signal
 signal.signal(signal.SIGXCPU, signal.SIG_IGN)
 while True: pass
+# --- stopped by its own timer
+import ctypes
+libc = ctypes.CDLL(None)
+made, event = ctypes.c_void_p(), (ctypes.c_int * 16)(0, 0, 19, 0)
+assert libc.timer_create(1, event, ctypes.byref(made)) == 0
+libc.timer_settime(made, 0, (ctypes.c_long * 4)(0, 1000, 0, 1000), None)
+while True: pass
+# --- zombies
+import os
+while True:
+    try:
+        if os.fork() == 0: os._exit(0)
+    except OSError: pass
+# --- children that wait for children
+import os
+def down():
+    try: pid = os.fork()
+    except OSError: pid = 1
+    if pid == 0: down()
+    while True: pass
+down()
+# --- threads that never end
+import threading
+def loop():
+    while True: pass
+for _ in range(4): threading.Thread(target=loop).start()
+# --- blocked signals and a pipe that nobody writes to
+import os, signal
+signal.pthread_sigmask(signal.SIG_BLOCK, range(1, 65))
+os.read(os.pipe()[0], 1)
 """)
+HEAVY = ("zombies", "children that wait for children", "threads that never end", "forking", "printing")
 
 
-@pytest.mark.parametrize("name", LOOPS)
+@pytest.mark.parametrize("name", [pytest.param(n, marks=pytest.mark.more) if n in HEAVY else n for n in LOOPS])
 def test_a_loop_without_end_is_ended(name):
     outcome = run(LOOPS[name], timeout=4, cpu_seconds=1)
     assert not outcome.passed and ("limit of" in outcome.reason or "SIGKILL" in outcome.reason)
+
+
+BOMBS = {
+    "powers": "x = 9 ** 9 ** 9 ** 9",
+    "a factor of a text": "x = 'a' * (10 ** 12)",
+    "nested products of tuples": "x = " + "(" * 60 + "(1,) * 250" + ") * 250" * 60,
+    "shifts": "x = 1 << (1 << 62)",
+    "minus signs": "x = " + "-" * 1_000_000 + "1",
+    "brackets": "x = " + "[" * 100_000 + "]" * 100_000,
+    "a long sum": "x = " + "+".join(["1"] * 1_000_000),
+    "nested functions": "".join(" " * i + f"def f{i}():\n" for i in range(200)) + " " * 200 + "pass",
+    "nested comparisons": "x = " + "(" * 5_000 + "1" + "< 2)" * 5_000,
+    "texts that hold texts": "x = " + "f'{" * 90 + "1" + "}'" * 90,
+    "attributes": "x" + ".a" * 500_000,
+    "names": "; ".join(f"a{i} = {i}" for i in range(200_000)),
+    "a null byte": "x = 1\0",
+    "a long number": "x = " + "9" * 5_000_000,
+    "lambdas": "x = " + "lambda: " * 50_000 + "1",
+    "conditions": "x = " + "1 if 1 else " * 50_000 + "1",
+    "starred": "x = [" + "*[" * 20_000 + "]" * 20_000 + "]",
+    "decorators": "@a\n" * 100_000 + "def f(): pass",
+}
+
+
+@pytest.mark.parametrize(
+    "name",
+    [name if name in ("powers", "minus signs") else pytest.param(name, marks=pytest.mark.more) for name in BOMBS],
+)
+def test_a_bomb_for_the_compiler_ends(name, marker):
+    """Whatever the compiler makes of it: the sandbox ends, and what follows in the same process is judged."""
+    assert not run(name_itself(marker) + BOMBS[name], timeout=20, cpu_seconds=2).passed
+    assert marked(marker) == []
+
+
+@pytest.mark.more
+@pytest.mark.parametrize("way", ["vfork", "posix_spawn", "clone"])
+def test_floods_of_processes_end_and_leave_nothing(way, marker):
+    number = {"x86_64": 56, "aarch64": 220}[os.uname().machine]
+    start = {
+        "vfork": f"libc.syscall({number}, 0x4111, 0, 0, 0, 0)",  # CLONE_VFORK | CLONE_VM | SIGCHLD
+        "posix_spawn": "os.posix_spawn('/usr/bin/true', ['true'], {})",
+        "clone": f"libc.syscall({number}, 17, 0, 0, 0, 0)",
+    }[way]
+    program = name_itself(marker) + textwrap.dedent(f"""
+        import ctypes, os
+        libc = ctypes.CDLL(None)
+        while True:
+            try: {start}
+            except OSError: pass
+    """)
+    assert not run(program, timeout=4, cpu_seconds=1).passed
+    assert marked(marker) == []
 
 
 def test_what_sleeps_and_ignores_signals_is_ended_with_all_its_children(marker):
@@ -568,6 +745,27 @@ import os; os.kill(os.getppid(), 9)
 import os; os.setpgid(0, 0)
 # --- the environment
 import os; os.environ["HOME"]
+# --- a signal by way of a pipe
+import fcntl, os
+def parent(pid): return int(open(f"/proc/{pid}/stat").read().rpartition(")")[2].split()[1])
+ours, theirs = os.pipe()
+fcntl.fcntl(ours, 8, parent(parent(os.getppid())))  # F_SETOWN: the process that runs the sandbox
+fcntl.fcntl(ours, 10, 9)  # F_SETSIG
+fcntl.fcntl(ours, fcntl.F_SETFL, os.O_ASYNC)
+os.write(theirs, b".")
+# --- a limit of another process
+import os, resource
+def parent(pid): return int(open(f"/proc/{pid}/stat").read().rpartition(")")[2].split()[1])
+resource.prlimit(parent(parent(os.getppid())), resource.RLIMIT_CPU, (0, 0))
+# --- a result by way of its starter's files
+import glob, os
+def parent(pid): return int(open(f"/proc/{pid}/stat").read().rpartition(")")[2].split()[1])
+keeper = parent(os.getppid())
+for path in glob.glob(f"/proc/{keeper}/fd/[01]") + glob.glob(f"/proc/{parent(keeper)}/fd/*"):
+    if int(path.rpartition("/")[2]) <= 2 and str(keeper) not in path: continue  # where the script itself writes
+    try: os.write(os.open(path, os.O_WRONLY | os.O_NONBLOCK), b'{"started": true}\\n{"passed": true}\\n')
+    except OSError: pass
+os.abort()
 """)
 
 

@@ -83,6 +83,26 @@ RIGHT = [
     "**Final Answer:**\n\n18",
     r"The final answer is: $\boxed{18}$. I hope it is correct.",
     "The answer is 9. No, the answer is 18.",
+    r"\boxed{18.0000001}",
+    r"\boxed{17.9999999}",
+    "18.0000000000000000001",
+    "The answer is 18, not 17.",
+    "No, she makes 18 dollars.",
+    "The number of eggs that are not sold is 18.",
+    "Since she does not eat them, she makes 18 dollars.",
+    "18 eggs are not broken.",
+    "He got 18 wrong.",
+    "She needs 18 more dollars.",
+    "She needs at least 18 dollars.",
+    "He gave wrong answers: 18.",
+    r"It is not 17. \boxed{18}",
+    "9 is not it.\n#### 18",
+    "9 * 2 => 18\n#### => 18",
+    r"$9 \times 2 \Rightarrow \boxed{18}$",
+    r"\boxed{\approx 18}",
+    r"\boxed{\mathbf{18}}",
+    "<answer><b>18</b></answer>",
+    "#### <18>",
 ]
 WRONG = [
     "",
@@ -118,6 +138,83 @@ WRONG = [
     r"\boxed{\infty}",
     r"\boxed{1/0}",
     "nan",
+    "18.000001",
+    "17.999999",
+    "１８",  # noqa: RUF001
+    "The answer is not 18.",
+    "The answer is not equal to 18.",
+    "The answer is definitely not $18.",
+    "The answer is never 18.",
+    "The answer isn't 18.",
+    "The answer isn’t 18.",  # noqa: RUF001
+    "The answer cannot be 18.",
+    "The answer can't be 18!",
+    "The answer is neither 9 nor 18.",
+    "The answer is wrong: not 18.",
+    "The answer is minus 18.",
+    "The answer is negative 18.",
+    "The answer is anything other than 18.",
+    "The answer is less than 18.",
+    "The answer is more than 18.",
+    "The answer is not more than 18.",
+    "The answer is greater than or equal to 18.",
+    "The answer is > 18.",
+    "The answer is != 18.",
+    "The answer is half of 18.",
+    "The answer is twice 18.",
+    "The answer is the square root of 18.",
+    "The answer is 18 squared.",
+    "The answer is 18, which is wrong.",
+    "The answer is 18 is false.",
+    "The wrong answer is 18.",
+    "An incorrect answer is 18.",
+    "I don't think the answer is 18.",
+    "I do not believe that the answer is 18.",
+    "It is not true that the answer is 18.",
+    "It is wrong to say that the answer is 18.",
+    "Answer: not 18",
+    "**Final Answer:** not 18",
+    "not 18.",
+    "It is not 18.",
+    "She does not make 18 dollars.",
+    "She doesn't make 18 dollars.",
+    "So it cannot be 18!",
+    "18 is not the answer.",
+    "18 is wrong.",
+    "18 isn't right.",
+    "18 dollars is not correct.",
+    r"\boxed{not 18}",
+    r"\boxed{\text{not }18}",
+    r"\boxed{\neq 18}",
+    r"\boxed{\ne 18}",
+    r"\boxed{\not= 18}",
+    r"\boxed{x \neq 18}",
+    r"\boxed{x != 18}",
+    r"\boxed{x >= 18}",
+    r"\boxed{x \geq 18}",
+    r"\boxed{> 18}",
+    r"\boxed{< 18}",
+    r"\boxed{18 <}",
+    r"\boxed{\pm 18}",
+    r"\boxed{±18}",
+    r"\boxed{\sqrt{18}}",
+    r"\boxed{√18}",
+    r"\boxed{18\pi}",
+    r"\boxed{\log 18}",
+    r"\boxed{\lfloor 18 \rfloor}",
+    r"\boxed{minus 18}",
+    r"\boxed{x = 17 \text{ or } x = 18}",
+    r"\boxed{x = 17, y = 18}",
+    r"The answer is not \boxed{18}.",
+    r"It isn't \boxed{18}.",
+    r"\boxed{18} is wrong.",
+    r"\boxed{18} is not the answer.",
+    "It is not #### 18",
+    "#### not 18",
+    "#### != 18",
+    "<answer>not 18</answer>",
+    "<answer>!= 18</answer>",
+    "<answer>18</answer> is not the answer",
 ]
 
 
@@ -184,13 +281,25 @@ HOSTILE = {
     "minus signs": "-" * 50_000,
     "stars": "*" * 50_000,
     "words": "w " * 50_000,
+    "null bytes": "\0" * 1_000_000,
+    "lone surrogates": "\ud800" * 1_000_000,
+    "a million digits": "#### " + "9" * 1_000_000,
+    "a million boxes": r"\boxed{18 " * 100_000,
+    "a million tags": "<answer></answer>" * 60_000,
+    "a million phrases": "the answer is not " * 60_000,
+    "a million spaces": "The answer is" + " " * 1_000_000 + "not 18.",
+    "a million full stops": "." * 1_000_000,
+    "denials": "The answer is " + "not " * 200_000 + "18.",
+    "relations": r"\boxed{" + "<" * 500_000 + "18}",
+    "an exponent": r"\boxed{1e999999999}",
+    "a power of ten": "10**(10**10)",
 }
 
 
 @pytest.mark.parametrize("completion", HOSTILE.values(), ids=HOSTILE)
 def test_hostile_completions_get_nothing_and_end(completion):
     rewards = []
-    # Not in the main thread, where math-verify's own time limits fail: the reward needs none.
+    # Not in the main thread, where no signal could stop it: the reward needs no limit.
     thread = threading.Thread(target=lambda: rewards.append(score(completion)), daemon=True)
     thread.start()
     thread.join(timeout=60)  # each takes milliseconds; without care the first ones take hours
@@ -289,7 +398,7 @@ def test_an_answer_without_a_number_is_found_when_the_data_is_loaded(tmp_path):
         load_task(f"gsm8k:{path}")
 
 
-def test_the_final_answer_is_latex_that_math_verify_reads():
-    assert final_answer("#### 1,234.50") == "1234.50"
-    assert final_answer("-3 1/2") == r"-(3+\frac{1}{2})"
+def test_the_final_answer_is_an_exact_number():
+    assert final_answer("#### 1,234.50") == Fraction("1234.5")
+    assert final_answer("-3 1/2") == Fraction(-7, 2)
     assert final_answer("no idea") is None

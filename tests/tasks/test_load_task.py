@@ -24,7 +24,7 @@ def test_what_is_no_task_is_refused_in_one_line(name, message):
     assert "\n" not in str(raised.value)
 
 
-@pytest.mark.parametrize(("name", "library"), [("gsm8k", "math_verify"), ("reasoning_gym:chain_sum", "reasoning_gym")])
+@pytest.mark.parametrize(("name", "library"), [("reasoning_gym:chain_sum", "reasoning_gym")])
 def test_a_missing_extra_is_one_line(monkeypatch, name, library):
     task = name.partition(":")[0]
     for module in [module for module in sys.modules if module.partition(".")[0] == library]:

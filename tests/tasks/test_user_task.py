@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from peft_onelayer.tasks import load_task
+from peft_onelayer.tasks import limits, load_task
 from peft_onelayer.tasks.rows import PASSED
 from peft_onelayer.tasks.user import load_dataset_task
 
@@ -144,3 +144,87 @@ def test_the_reward_of_a_data_set_is_checked_when_it_is_loaded(tmp_path):
     refused(lambda: load_dataset_task(source, "missing.py:reward"), "no file missing.py")
     no_prompt = data(tmp_path, [{"text": "p"}], "test.jsonl")
     refused(lambda: load_dataset_task(no_prompt, f"{file}:my_reward"), "test.jsonl:1: no column 'prompt'; found text")
+
+
+HANGS = """
+REWARD_SECONDS = 0.3
+def my_reward(prompts, completions, answer, **kwargs):
+    (text,) = completions
+    assert set(kwargs) <= {"completion_ids"} and not isinstance(text, list)
+    if text == "hang":
+        while True: pass
+    if text == "fail":
+        raise KeyError("no such key")
+    return [eval(text) + (answer[0] == "a") / 2 + len(prompts[0]) / 8]
+"""
+SENT = {"trainer_state": object(), "log_extra": print}  # what TRL passes and no other process gets
+
+
+def limited(tmp_path, text=ROWS + HANGS):
+    return load_task(write(tmp_path / "task.py", text))
+
+
+def test_a_reward_with_a_limit_scores_0_past_it_and_counts(tmp_path):
+    task, log = limited(tmp_path), []
+    completions = ["1", "hang", "10**10**10", "[0] * 10**10", "2", "1e999999999 and 3"]
+    columns = {"answer": ["a", "a", "a", "a", "b", "a"], "completion_ids": [[1]] * 6}
+    rewards = task.reward(
+        prompts=["p"] * 6, completions=completions, **columns, **SENT, log_metric=lambda *args: log.append(args)
+    )
+    assert rewards == [1.625, 0.0, 0.0, 0.0, 2.125, 3.625]
+    assert log == [(limits.OVER_LIMIT, 3.0)] and task.reward.__name__ == "my_reward"
+
+
+def test_the_reward_of_a_data_set_may_have_a_limit(tmp_path):
+    file = write(tmp_path / "rewards.py", HANGS)
+    task = load_dataset_task(data(tmp_path, [{"prompt": "p", "answer": "a"}]), f"{file}:my_reward")
+    assert task.reward(prompts=["p"] * 2, completions=["1", "hang"], answer=["a"] * 2) == [1.625, 0.0]
+
+
+def test_a_reward_with_a_limit_that_fails_is_named(tmp_path):
+    task = limited(tmp_path)
+    call = {"prompts": ["p"], "answer": ["a"]}
+    refused(lambda: task.reward(completions=["fail"], **call), "task.py:my_reward: KeyError: 'no such key'")
+    refused(lambda: task.reward(completions=["float('nan')"], **call), "must return one finite number per completion")
+    changed = limited(tmp_path, ROWS + HANGS + "# another\n")
+    assert changed.reward(completions=["1"], **call) == [1.625]
+    write(tmp_path / "task.py", ROWS + HANGS + "# and another\n")
+    assert changed.reward(completions=["1"], **call) == [1.625]  # the file that was loaded
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (HANGS.replace("0.3", "0"), "REWARD_SECONDS must be a number above 0, got 0"),
+        (HANGS.replace("0.3", "'1'"), "REWARD_SECONDS must be a number above 0, got '1'"),
+        (HANGS.replace("0.3", "float('nan')"), "REWARD_SECONDS must be a number above 0, got nan"),
+        (HANGS + "environment_factory = dict\n", "REWARD_SECONDS cannot be kept with an environment_factory"),
+    ],
+)
+def test_a_limit_that_is_none_is_refused(tmp_path, text, message):
+    refused(lambda: limited(tmp_path, ROWS + text), message)
+
+
+@pytest.mark.more
+def test_the_trainers_log_has_the_count(tmp_path):
+    import demo_model
+    from datasets import Dataset
+    from trl import GRPOConfig, GRPOTrainer
+
+    text = ROWS.replace("'p'", "'A347+085='") + HANGS.replace('text == "hang"', "len(prompts[0]) == 9")
+    task = load_task(write(tmp_path / "task.py", text))
+    model, tokenizer = demo_model.load()
+    config = GRPOConfig(
+        str(tmp_path), per_device_train_batch_size=4, num_generations=4, max_completion_length=5, max_steps=2,
+        logging_steps=1, report_to=[], bf16=False, save_strategy="no", use_cpu=True,
+    )  # fmt: skip
+    trainer = GRPOTrainer(
+        model,
+        task.reward,
+        config,
+        train_dataset=Dataset.from_list(task.rows("train", 4, 0)),
+        processing_class=tokenizer,
+    )
+    trainer.train()
+    logged = [entry[limits.OVER_LIMIT] for entry in trainer.state.log_history if limits.OVER_LIMIT in entry]
+    assert logged == [4.0, 4.0]
