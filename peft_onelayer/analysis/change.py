@@ -247,4 +247,9 @@ def _group(name: str, tensors: Sequence[TensorChange], layer: int | None = None)
 
 def _with_share(tensor: TensorChange) -> dict[str, Any]:
     """A tensor as JSON values, with what is derived from its counts."""
-    return {**without_missing_parts(tensor), "entries": tensor.entries, "moved": tensor.moved}
+    return {
+        **without_missing_parts(tensor),
+        "relative": tensor.relative,
+        "entries": tensor.entries,
+        "moved": tensor.moved,
+    }

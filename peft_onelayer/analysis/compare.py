@@ -212,7 +212,7 @@ def _measure(name: str, changes: Sequence[Change]) -> tuple[int, list[_Own], dic
         moved: list[tuple[torch.Tensor, torch.Tensor]] = []  # of each run: which entries changed, and by how much
         for pair, mine in zip(pairs, own, strict=True):
             base, other = pair.base.read(start, stop), pair.other.read(start, stop)
-            change = other.double().sub_(base.double())
+            change = other.double() - base.double()
             if not math.isfinite(float(change.abs().max())):
                 raise ValueError(f"{name} holds NaN or Inf: its change cannot be measured.")
             changed = other.to(base.dtype) != base

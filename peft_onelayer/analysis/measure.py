@@ -156,9 +156,9 @@ def _add(pair: Pair, start: int, stop: int, width: int, counts: _Counts, columns
         counts.within += stop - start
         counts.within_official += stop - start
         return
-    difference = other.double().sub_(original)
+    difference = other.double() - original
     rounded = other.to(base.dtype)
-    difference_rounded = rounded.double().sub_(original)
+    difference_rounded = rounded.double() - original
     for values, where in ((difference, ""), (difference_rounded, f" in {pair.base.dtype}")):
         if not math.isfinite(float(values.abs().max())):
             raise ValueError(f"{pair.name} holds NaN or Inf{where}: its change cannot be measured.")
@@ -186,7 +186,7 @@ def _ranks(pair: Pair, counts: _Counts, limit: int) -> dict:
 
     def rows(start: int, stop: int) -> torch.Tensor:
         base, other = (v.read(start * width, stop * width) for v in (pair.base, pair.other))
-        return other.double().sub_(base.double()).view(-1, width)
+        return (other.double() - base.double()).view(-1, width)
 
     def official_rows(start: int, stop: int) -> torch.Tensor:
         base, other = (v.read(start * width, stop * width) for v in (pair.base, pair.other))

@@ -1,8 +1,8 @@
 """The tensors of a changed model beside those of its base, read from files piece by piece.
 
-A changed model is a checkpoint, an adapter of this method, or several adapters of different tensors. Tensors go by their
-names in the loaded base model; those that transformers makes from several stored ones keep their names in the files.
-Opening reads headers alone.
+A changed model is a checkpoint, an adapter of this method, or several adapters of different tensors. Tensors go by
+their names in the loaded base model; those that transformers makes from several stored ones keep their names in the
+files. Opening reads headers alone.
 """
 
 from __future__ import annotations
