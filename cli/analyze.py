@@ -93,10 +93,11 @@ def _print(found: Analysis) -> None:
         )
     else:
         for title, groups in (("blocks", found.layers), ("kinds of tensors", found.kinds)):
+            moved = [group for group in groups if group.norm]
             print_table(
-                f"{found.base} to {found.other}: {title}",
+                f"{found.base} to {found.other}: {title}, {len(groups) - len(moved)} of {len(groups)} equal the base's",
                 [*_header(title, official), "tensors", "rank", "effective rank"],
-                [[*_cells(group.name, group, official), *_group_cells(group)] for group in groups],
+                [[*_cells(group.name, group, official), *_group_cells(group)] for group in moved],
             )
     total = found.total
     print_line(f"{found.dtypes}; compared in float64")

@@ -44,6 +44,8 @@ def singular_values(rows: Rows, shape: tuple[int, int], limit: int = LIMIT) -> t
         for start in range(0, height, step):
             block = rows(start, min(start + step, height))
             block = block if part == width else block[:, chosen]
+            if not block.any():  # the rule in an embedding
+                continue
             gram.addmm_(block.T, block)
         measured = (height, part)
     else:

@@ -110,14 +110,12 @@ class Movement:
 def percent(share: float) -> str:
     """A share in words that neither hides a little nor rounds up to everything.
 
-    >>> percent(0.613), percent(0.00002), percent(0.99999), percent(1.0), percent(0.0)
-    ('61 %', '0.0020 %', 'more than 99.9 %', '100 %', '0 %')
+    >>> percent(0.613), percent(0.00002), percent(0.996), percent(0.09999), percent(1.0), percent(0.0)
+    ('61 %', '0.0020 %', 'more than 99 %', '10 %', '100 %', '0 %')
     """
-    if share in (0.0, 1.0):
+    if share in (0.0, 1.0) or 0.0995 <= share <= 0.99:
         return f"{100 * share:.0f} %"
-    if share > 0.999:
-        return "more than 99.9 %"
-    return f"{100 * share:#.2g}".removesuffix(".") + " %"
+    return "more than 99 %" if share > 0.99 else f"{100 * share:#.2g} %"
 
 
 def short_names(names: Iterable[str], among: Iterable[str]) -> str:

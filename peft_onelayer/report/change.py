@@ -26,12 +26,13 @@ def plot_change(change: dict[str, Any], path: Path) -> None:
     FigureCanvasAgg(figure)
     figure.suptitle(change["summary"], fontsize=9, wrap=True)
     (shares, sizes), (ranks, spectrum) = figure.subplots(2, 2)
-    groups = change["layers"] or change["kinds"]
-    ticks = [str(group.get("layer", group["name"])) for group in groups]
-    where = range(len(groups))
+    by_block = len(change["layers"]) > 2
+    groups = change["layers" if by_block else "kinds"]
+    ticks = [str(group["layer"]) if by_block else group["name"].rpartition("*.")[2] for group in groups]
+    where, step = range(len(groups)), max(1, len(groups) // 12)
     for axes in (shares, sizes, ranks):
-        axes.set_xticks(list(where)[:: max(1, len(groups) // 12)], ticks[:: max(1, len(groups) // 12)])
-        axes.set_xlabel("block" if change["layers"] else "tensor")
+        axes.set_xticks(list(where)[::step], ticks[::step], rotation=0 if by_block else 60, fontsize=7)
+        axes.set_xlabel("block" if by_block else "")
     for tolerance, colour in (("0", BLUE), ("1e-05", ORANGE), ("0.0001", GREY)):
         label = "exactly" if tolerance == "0" else f"within {float(tolerance):.0e}"
         shares.plot(where, [group["unchanged"][tolerance] for group in groups], "o-", color=colour, label=label)
@@ -41,9 +42,10 @@ def plot_change(change: dict[str, Any], path: Path) -> None:
     sizes.bar(where, [group["norm"] for group in groups], color=BLUE)
     sizes.set(title="norm of the change")
     for name, colour in (("rank_share", BLUE), ("effective_rank_share", ORANGE)):
-        if all(group.get(name) is not None for group in groups):
+        known = [(i, group[name]) for i, group in enumerate(groups) if group[name] is not None]
+        if known:
             label = name.removesuffix("_share").replace("_", " ")
-            ranks.plot(where, [group[name] for group in groups], "o-", color=colour, label=label)
+            ranks.plot(*zip(*known, strict=True), "o-", color=colour, label=label)
     ranks.set(title="rank over the largest possible, mean of the matrices", ylim=(-0.03, 1.03))
     for tensor in _largest(change["tensors"]):
         values = tensor["singular_values"]

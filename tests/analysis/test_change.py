@@ -6,7 +6,7 @@ import math
 import numpy as np
 import pytest
 import torch
-from files import TOLERANCES, load_tensors, save_adapter, save_tensors
+from changes import TOLERANCES, load_tensors, save_adapter, save_tensors
 from safetensors.torch import load_file, save_file
 
 import models

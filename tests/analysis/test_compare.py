@@ -6,7 +6,7 @@ import json
 import numpy as np
 import pytest
 import torch
-from files import save_adapter, save_tensors
+from changes import save_adapter, save_tensors
 
 import models
 from peft_onelayer import compare_adapters, export_adapter

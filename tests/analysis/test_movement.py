@@ -4,7 +4,7 @@ import json
 
 import pytest
 import torch
-from files import save_adapter
+from changes import save_adapter
 from peft import get_peft_model
 
 import models
