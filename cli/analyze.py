@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -14,7 +13,7 @@ import typer
 from ._errors import user_error
 from ._hub import quiet_hub
 from ._options import AllowOtherBase, Json, Revision
-from ._output import Bar, common_prefix, note, print_json, print_line, print_table, progress_bar, status
+from ._output import common_prefix, late_bar, note, print_json, print_line, print_table, status
 
 if TYPE_CHECKING:
     from peft_onelayer.analysis.change import Analysis, GroupChange
@@ -54,23 +53,15 @@ def analyze(
             if plot.suffix not in IMAGES:
                 raise ValueError(f"--plot {plot} is no image: give a file that ends in {', '.join(IMAGES)}.")
             check_file(plot, lambda file: file.suffix in IMAGES)
-    with ExitStack() as stack:  # the bar appears once the files have been opened
-        shown: list[Bar] = []
-
-        def on_progress(done: int, total: int) -> None:
-            if not shown:
-                shown.append(stack.enter_context(progress_bar("measuring", 100)))
-            shown[0].update(100 * done // total, f"{done / 1e6:.0f} of {total / 1e6:.0f} million entries")
-
-        with user_error(ValueError), quiet_hub():
-            found = analyze_change(
-                base,
-                others,
-                revision=revision,
-                allow_other_base=allow_other_base,
-                spectrum=spectrum,
-                on_progress=on_progress,
-            )
+    with user_error(ValueError), quiet_hub(), late_bar("measuring") as on_progress:
+        found = analyze_change(
+            base,
+            others,
+            revision=revision,
+            allow_other_base=allow_other_base,
+            spectrum=spectrum,
+            on_progress=on_progress,
+        )
     if plot is not None:
         from peft_onelayer.report.change import plot_change
 

@@ -13,7 +13,7 @@ import typer
 from ._errors import user_error
 from ._hub import hub_session, quiet_hub
 from ._options import AllowOtherBase, Json, Revision
-from ._output import print_json, print_line, print_table, progress_bar, status
+from ._output import late_bar, print_json, print_line, print_table, status
 
 if TYPE_CHECKING:
     from peft_onelayer.analysis.compare import Comparison
@@ -72,13 +72,13 @@ def compare(
     with status("loading ..."), quiet_hub():
         from peft_onelayer.analysis.compare import compare_adapters
 
-    with user_error(ValueError), quiet_hub(), progress_bar("comparing", 100) as bar:
+    with user_error(ValueError), quiet_hub(), late_bar("comparing") as on_progress:
         found = compare_adapters(
             runs,
             base,
             revision=revision,
             allow_other_base=allow_other_base,
-            on_progress=lambda done, total: bar.update(100 * done // total),
+            on_progress=on_progress,
         )
     if as_json:
         print_json(found.to_json())

@@ -202,6 +202,8 @@ def _recorded_base(names: Sequence[str], opened: Sequence[Checkpoint | AdapterFi
 
 def _measure(name: str, changes: Sequence[Change]) -> tuple[int, list[_Own], dict[tuple[int, int], _Sums]]:
 
+    import torch
+
     pairs = [change.pair(name) for change in changes]
     entries = math.prod(pairs[0].base.shape)
     own = [_Own() for _ in pairs]
@@ -216,14 +218,14 @@ def _measure(name: str, changes: Sequence[Change]) -> tuple[int, list[_Own], dic
             if not math.isfinite(float(change.abs().max())):
                 raise ValueError(f"{name} holds NaN or Inf: its change cannot be measured.")
             changed = other.to(base.dtype) != base
-            mine.changed += int(changed.sum())
+            mine.changed += int(torch.count_nonzero(changed))
             mine.total += float(change.sum())
             mine.squares += float(change @ change)
             moved.append((changed, change))
         for (i, j), shared in sums.items():
             both = moved[i][0] & moved[j][0]
-            shared.both += int(both.sum())
-            shared.same_sign += int((both & (moved[i][1].sign() == moved[j][1].sign())).sum())
+            shared.both += int(torch.count_nonzero(both))
+            shared.same_sign += int(torch.count_nonzero(both & (moved[i][1].sign() == moved[j][1].sign())))
             shared.products += float(moved[i][1] @ moved[j][1])
     return entries, own, sums
 

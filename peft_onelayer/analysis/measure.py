@@ -142,7 +142,7 @@ def measure(pair: Pair, spectrum: bool = True, limit: int = LIMIT) -> TensorChan
         norm_rounded=math.sqrt(counts.squares_rounded),
         base_norm=math.sqrt(counts.squares_base),
         rows=counts.rows if matrix else None,
-        columns=int(columns.sum()) if matrix else None,
+        columns=int(torch.count_nonzero(columns)) if matrix else None,
         **(_ranks(pair, counts, limit) if matrix and spectrum else {}),
     )
 
@@ -165,13 +165,13 @@ def _add(pair: Pair, start: int, stop: int, width: int, counts: _Counts, columns
     official = other.bfloat16() - base.bfloat16()
     size, size_official = difference.abs(), official.abs()
     for i, tolerance in enumerate(TOLERANCES.values()):
-        counts.within[i] += int((size <= tolerance).sum())
-        counts.within_official[i] += int((size_official <= tolerance).sum())
-    counts.changed += int((rounded != base).sum())
+        counts.within[i] += int(torch.count_nonzero(size <= tolerance))
+        counts.within_official[i] += int(torch.count_nonzero(size_official <= tolerance))
+    counts.changed += int(torch.count_nonzero(rounded != base))
     counts.squares += float(difference @ difference)
     counts.squares_rounded += float(difference_rounded @ difference_rounded)
     touched = (difference != 0).view(-1, width)
-    counts.rows += int(touched.any(1).sum())
+    counts.rows += int(torch.count_nonzero(touched.any(1)))
     columns |= touched.any(0)
     counts.exact = counts.exact and bool((official.double() == difference).all())
 

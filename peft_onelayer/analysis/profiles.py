@@ -101,7 +101,7 @@ def spearman_interval(correlation: float | None, n: int, removed: int = 0) -> li
     """The 95 % interval of a rank correlation of `n` pairs, `removed` trends subtracted before; see `compare_profiles`.
 
     >>> [round(end, 2) for end in spearman_interval(0.5, 28)]
-    [0.14, 0.74]
+    [0.13, 0.75]
     """
     freedom = n - 3 - removed
     if correlation is None or freedom < 1 or abs(correlation) >= 1:

@@ -128,6 +128,22 @@ def test_every_number_of_a_tensor_is_numpys(tmp_path, dtype, other_dtype):
     assert json.loads(json.dumps(found, allow_nan=False)) == found
 
 
+@pytest.mark.parametrize("dtypes", DTYPES[:3], ids=str)
+def test_larger_matrices_go_by_the_gram_matrix_to_the_same_ranks(tmp_path, monkeypatch, dtypes):
+    base, other = pair(*dtypes)
+    save_tensors(tmp_path / "base", base)
+    save_tensors(tmp_path / "other", other)
+    direct = analyze_change(tmp_path / "base", tmp_path / "other")
+    monkeypatch.setattr(spectrum, "DIRECT", 0)
+    monkeypatch.setattr(spectrum, "BLOCK", 64)
+    gram = analyze_change(tmp_path / "base", tmp_path / "other")
+    for a, b in zip(direct.tensors, gram.tensors, strict=True):
+        assert (a.rank, a.rank_official, a.measured) == (b.rank, b.rank_official, b.measured)
+        if a.rank is not None:
+            assert b.effective_rank == pytest.approx(a.effective_rank, rel=1e-5)
+            assert b.singular_values == pytest.approx(a.singular_values, rel=1e-9, abs=1e-6 * a.singular_values[0])
+
+
 def test_the_definitions_differ_where_the_other_is_wider(tmp_path):
     base, other = pair(torch.bfloat16, torch.float32)
     found = analyze_change(save_tensors(tmp_path / "base", base), save_tensors(tmp_path / "other", other)).to_json()
