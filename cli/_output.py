@@ -6,8 +6,8 @@ import json
 import os
 import shlex
 import sys
-from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from typing import Any
 
 from rich.console import Console
@@ -92,6 +92,21 @@ def progress_bar(description: str, total: int) -> Iterator[Bar]:
         note(f"{description} ...")
     with bar.progress:
         yield bar
+
+
+@contextmanager
+def late_bar(description: str) -> Iterator[Callable[[int, int], None]]:
+    """A bar of per cent that appears when the function it yields is first called, with what is done and the total: an
+    error before that stands alone."""
+    with ExitStack() as stack:
+        shown: list[Bar] = []
+
+        def update(done: int, total: int) -> None:
+            if not shown:
+                shown.append(stack.enter_context(progress_bar(description, 100)))
+            shown[0].update(100 * done // max(total, 1), f"{done / 1e6:.0f} of {total / 1e6:.0f} million entries")
+
+        yield update
 
 
 class TerminalProgress(progress.Progress):

@@ -19,7 +19,7 @@ import typer
 from peft_onelayer.records.privacy import without_secrets
 from peft_onelayer.records.text import one_line
 
-from . import demo, eval, export, inspect, merge, probe, pull, push, search, sweep, train
+from . import analyze, compare, demo, eval, export, inspect, merge, probe, pull, push, search, sweep, train
 from ._errors import LIMIT, UserError
 
 app = typer.Typer(
@@ -56,6 +56,8 @@ app.command("train")(train.train)
 app.command("eval")(eval.evaluate)
 app.command("sweep")(sweep.sweep)
 app.command("inspect")(inspect.inspect)
+app.command("analyze", epilog=analyze.EXAMPLES)(analyze.analyze)
+app.command("compare", epilog=compare.EXAMPLES)(compare.compare)
 app.command("merge")(merge.merge)
 app.command("export")(export.export)
 app.command("push")(push.push)

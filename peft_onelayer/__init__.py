@@ -9,13 +9,17 @@ if TYPE_CHECKING:
     from .adapter.export import export_adapter
     from .adapter.inspection import inspect_adapter
     from .adapter.merge import merge_into_checkpoint
+    from .analysis.change import analyze_change
+    from .analysis.compare import compare_adapters
+    from .analysis.profiles import compare_profiles
     from .hub.profiles import load_profile
     from .hub.pull import pull_adapter
     from .hub.push import push_adapter
     from .hub.search import search_adapters
     from .probe.probe import probe_layers
     from .records.ranking import LayerRanking
-    from .sweep.metric import layer_contribution, rank_correlation
+    from .statistics import rank_correlation
+    from .sweep.metric import layer_contribution
     from .sweep.settings import SweepSettings
     from .sweep.sweep import sweep_layers
     from .tasks import load_task
@@ -28,6 +32,9 @@ __all__ = [
     "SingleLayerModel",
     "SweepSettings",
     "__version__",
+    "analyze_change",
+    "compare_adapters",
+    "compare_profiles",
     "export_adapter",
     "inspect_adapter",
     "layer_contribution",
@@ -47,6 +54,9 @@ _MODULES = {  # of each name; imported on its first use
     "SingleLayerConfig": ".tuner",
     "SingleLayerModel": ".tuner",
     "SweepSettings": ".sweep.settings",
+    "analyze_change": ".analysis.change",
+    "compare_adapters": ".analysis.compare",
+    "compare_profiles": ".analysis.profiles",
     "export_adapter": ".adapter.export",
     "inspect_adapter": ".adapter.inspection",
     "layer_contribution": ".sweep.metric",
@@ -56,7 +66,7 @@ _MODULES = {  # of each name; imported on its first use
     "probe_layers": ".probe.probe",
     "pull_adapter": ".hub.pull",
     "push_adapter": ".hub.push",
-    "rank_correlation": ".sweep.metric",
+    "rank_correlation": ".statistics",
     "search_adapters": ".hub.search",
     "sweep_layers": ".sweep.sweep",
 }

@@ -21,7 +21,7 @@ from truth import CORRELATED, VIOLATING, Cell
 
 from peft_onelayer.probe.prior import depth_prior
 from peft_onelayer.records.ranking import LayerRanking
-from peft_onelayer.sweep.metric import rank_correlation
+from peft_onelayer.statistics import rank_correlation
 
 DRAWS = 10_000
 ORDER = ("random", "depth", "profile", "one", "short", "race", "auto")  # first words of the methods' names

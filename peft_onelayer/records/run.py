@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal, Self
 
 from .fields import Record
+from .movement import Movement
 
 
 @dataclass(frozen=True)
@@ -100,6 +101,7 @@ class RunResults:
         seconds: of training.
         sha256: SHA-256 of each safetensors file.
         verdict: what a held-out evaluation says of it, in a sentence.
+        movement: how far the trained tensors moved; None of a run that was not asked.
     """
 
     steps: int
@@ -110,6 +112,7 @@ class RunResults:
     seconds: float = 0.0
     sha256: dict[str, str] = field(default_factory=dict)
     verdict: str | None = None
+    movement: Movement | None = None
 
 
 @dataclass(frozen=True)

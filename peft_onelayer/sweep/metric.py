@@ -1,9 +1,8 @@
-"""Layer contribution, with its standard error, and the rank correlation of two profiles: arithmetic in float64."""
+"""Layer contribution, with its standard error: arithmetic in float64."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -100,41 +99,6 @@ def gain(after: ArrayLike, before: ArrayLike) -> tuple[float, float | None]:
         return float(differences.mean()), None
     variance = _mean_variance(differences) + _seed_variance(after) + _seed_variance(before)
     return float(differences.mean()), math.sqrt(variance)
-
-
-def rank_correlation(a: Sequence[float | None], b: Sequence[float | None]) -> float | None:
-    """Return Spearman's rank correlation: Pearson's correlation of the ranks, ties sharing the mean of their ranks.
-
-    Positions at which either is None (a layer not measured, a contribution undefined) are left out before ranking.
-
-    Returns:
-        A number from -1 to 1; None where it is undefined: fewer than two positions left, or one side all tied.
-
-    Raises:
-        ValueError: of different lengths, or NaN or infinite.
-
-    >>> rank_correlation([1.0, 2.0, 3.0, None], [10.0, 30.0, 20.0, 0.0])
-    0.5
-    >>> rank_correlation([1.0, 1.0, 1.0], [1.0, 2.0, 3.0]) is None
-    True
-    """
-    if len(a) != len(b):
-        raise ValueError(f"a rank correlation needs two sequences of one length, got {len(a)} and {len(b)}")
-    pairs = [(x, y) for x, y in zip(a, b, strict=True) if x is not None and y is not None]
-    if not all(math.isfinite(x) and math.isfinite(y) for x, y in pairs):
-        raise ValueError("a rank correlation needs finite numbers (or None where there is none), got NaN or infinity")
-    if len(pairs) < 2:
-        return None
-    # Twice the ranks around their mean are whole numbers, so that everything but the last division is exact.
-    x, y = (_ranks(values) for values in zip(*pairs, strict=True))
-    spread = float(x @ x) * float(y @ y)
-    return float(x @ y) / math.sqrt(spread) if spread else None
-
-
-def _ranks(values: Sequence[float]) -> np.ndarray:
-    """Twice the ranks, minus their mean: how many are smaller minus how many are larger."""
-    v = np.asarray(values, dtype=float)
-    return np.sign(v[:, None] - v[None, :]).sum(1)
 
 
 def _scores(name: str, values: ArrayLike) -> np.ndarray:

@@ -5,7 +5,7 @@ import pytest
 
 import peft_onelayer
 from peft_onelayer.probe.prior import depth_prior, fitted
-from peft_onelayer.sweep.metric import rank_correlation
+from peft_onelayer.statistics import rank_correlation
 
 WHOLE = "Qwen/Qwen3-1.7B-Base"
 

@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 
 import peft_onelayer
-from peft_onelayer.sweep.metric import LayerContribution, gain, layer_contribution, rank_correlation
+from peft_onelayer.statistics import rank_correlation
+from peft_onelayer.sweep.metric import LayerContribution, gain, layer_contribution
 
 
 def test_contribution_of_means():
