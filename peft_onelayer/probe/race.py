@@ -32,7 +32,16 @@ from .outcome import likely_best, make_ranking, measured_rounds
 from .posterior import Posterior, fit
 from .prior import depth_prior
 from .settings import DEFAULT_SETTINGS, RaceSettings
-from .updates import Candidate, batch_starting_at, log_probabilities, most_tokens, trained_candidate, update
+from .updates import (
+    FOUND_RATE_KL,
+    GIVEN_RATE_KL,
+    Candidate,
+    batch_starting_at,
+    log_probabilities,
+    most_tokens,
+    trained_candidate,
+    update,
+)
 
 OnCandidate = Callable[[int, int, float], None]
 
@@ -154,7 +163,8 @@ class _Race:
         self.seed, self.batch_size, self.settings, self.on_candidate = seed, batch_size, settings, on_candidate
         config = recipe.config(output_dir="unused")
         values = config.to_dict()
-        self.learning_rate: float = config.learning_rate
+        self.learning_rate: float = config.learning_rate  # that the candidates start from
+        self.given_rate: float | None = recipe.given.get("learning_rate")
         self.temperature: float = values.get("temperature", 1.0)
         self.micro_batch: int = config.per_device_train_batch_size
         self.longest: int = values.get(recipe.algorithm.completion_length, task.max_completion_tokens)
@@ -221,7 +231,7 @@ class _Race:
             model=self.model.name_or_path,
             revision=commit_hash(self.model),
             method="auto" if use_prior else "race",
-            learning_rate=self.learning_rate,
+            learning_rate=self.given_rate,
             cost=self.cost,
             task=self.task.name,
             seed=self.seed,
@@ -336,6 +346,7 @@ class _Race:
                 micro_batch=self.micro_batch,
                 temperature=self.temperature,
                 rate_factor=self.settings.rate_factors[number],
+                first_kl=FOUND_RATE_KL if self.given_rate is None else GIVEN_RATE_KL,
             )
             prompts = min(len(current.reference), self.budget.affordable_prompts())
             rollouts = self._generate(f"round {number}", prompts)

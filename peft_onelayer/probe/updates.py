@@ -22,10 +22,14 @@ from .batch import Batch
 from .prefix import hidden_states_entering, starting_at
 
 CLIP = 0.2  # of the ratio, on either side of 1
-LEAST_KL, MOST_KL = 0.005, 0.05  # nats per token that the first update may move the policy
+# Nats per token that the first update may move the policy, and that it moves it where no learning rate is given: the
+# rates that were best for one block of the demo model (float32, 3e-3) and of SmolLM2-135M (bfloat16, 1e-4) move it so.
+GIVEN_RATE_KL = LEAST_KL, MOST_KL = 0.005, 0.05
+FOUND_RATE_KL = 0.01, 0.025
 SEQUENCES_FOR_KL = 16  # completions that the KL is measured on
-MOST_MEASUREMENTS = 4  # of the KL
-FAR = 100  # a KL so many times `MOST_KL` is measured again after scaling
+MOST_MEASUREMENTS = 8  # of the KL
+MOST_SCALE = 30.0  # of one scaling, up or down
+INSIDE = 1.25  # a scaling aims so many times inside the bounds
 SEQUENCES_TO_COMPARE = 2  # completions that a pass from a block is compared on with a whole one
 
 
@@ -35,6 +39,8 @@ class Candidate:
 
     Attributes:
         learning_rate: of its updates; the first one corrects it.
+        kl: nats per token that the first update moved the policy, as measured last; None before it.
+        kl_noise: the same measured without an update, once in a batch and once one by one: what rounding alone gives.
         updates: how many it has had.
         gains: by round, the (reward - the base's) of each prompt that scored it.
     """
@@ -43,6 +49,8 @@ class Candidate:
     learning_rate: float
     weights: list[torch.Tensor] | None = None
     optimizer: dict[str, Any] | None = None
+    kl: float | None = None
+    kl_noise: float = 0.0
     updates: int = 0
     gains: dict[int, list[float]] = field(default_factory=dict)
 
@@ -77,17 +85,18 @@ def update(
     micro_batch: int,
     temperature: float = 1.0,
     rate_factor: float = 1.0,
+    first_kl: tuple[float, float] = GIVEN_RATE_KL,
 ) -> int:
     """`steps` clipped AdamW steps of the candidate, on one minibatch of about `size` completions after the other.
 
-    Where its very first step moves the policy by more than `MOST_KL`, or by less than `LEAST_KL`, the step is scaled,
-    and so is its learning rate: at one rate for all, the same step moves the policy up to forty times further in the
-    first block than in the last (measured on the demo model), and a rate that suits hundreds of steps shows nothing
-    within a few.
+    Where its very first step moves the policy by more or less than `first_kl`, the step is scaled, and so is its
+    learning rate: at one rate for all, the same step moves the policy up to forty times further in the first block than
+    in the last (measured on the demo model), and a rate that suits hundreds of steps shows nothing within a few.
 
     Args:
         micro_batch: completions in one pass.
         rate_factor: of the learning rate.
+        first_kl: bounds in nats per token.
 
     Returns:
         Tokens passed through the model, those of measuring the KL among them.
@@ -115,7 +124,7 @@ def update(
             group["lr"] = candidate.learning_rate * rate_factor
         if candidate.optimizer is None and step == 0:
             few = parts[0].part(slice(0, SEQUENCES_FOR_KL))
-            tokens += few.tokens * _first_step(model, candidate, optimizer, few, temperature)
+            tokens += few.tokens * _first_step(model, candidate, optimizer, few, temperature, first_kl)
         else:
             optimizer.step()
         optimizer.zero_grad()
@@ -125,11 +134,18 @@ def update(
 
 
 def _first_step(
-    model: PeftModel, candidate: Candidate, optimizer: torch.optim.Optimizer, batch: Batch, temperature: float
+    model: PeftModel,
+    candidate: Candidate,
+    optimizer: torch.optim.Optimizer,
+    batch: Batch,
+    temperature: float,
+    bounds: tuple[float, float],
 ) -> int:
-    """Step, then scale the step and the learning rate so that the KL lies within its bounds.
+    """Step, then scale the step and the learning rate until the KL, less its noise, lies within `bounds`.
 
-    The KL of a small step grows with its square; a far too large one is scaled again.
+    The KL of a small step grows with its square. In bfloat16 and float16 that holds only above the noise: below a
+    rounding step nothing moves, and what is measured a little above it is rounding. So one scaling is bounded, and the
+    KL is measured again after it.
 
     Returns:
         Passes of the batch.
@@ -137,20 +153,35 @@ def _first_step(
     assert batch.old_logps is not None
     parameters = trainable_parameters(model)
     before = [parameter.detach().clone() for parameter in parameters]
+    least, most = bounds
+    with torch.no_grad():
+        alone = torch.cat([log_probabilities(model, part, temperature) for part in batch.minibatches(1)])
+    candidate.kl_noise = _kl(batch, alone)
     optimizer.step()
-    passes = 0
-    while passes < MOST_MEASUREMENTS:
-        passes += 1
+    for measurement in range(1, MOST_MEASUREMENTS + 1):
         with torch.no_grad():
-            change = batch.old_logps - log_probabilities(model, batch, temperature)
-            kl = _token_mean(torch.exp(-change) - 1 + change, batch.generated).mean().item()
-            scale = math.sqrt(min(max(kl, LEAST_KL), MOST_KL) / max(kl, 1e-12))
+            kl = _kl(batch, log_probabilities(model, batch, temperature)) - candidate.kl_noise
+        candidate.kl = kl
+        if least <= kl <= most or measurement == MOST_MEASUREMENTS:
+            break
+        wanted = min(max(kl, least * INSIDE), most / INSIDE)
+        scale = math.sqrt(wanted / max(kl, 1e-12)) if math.isfinite(kl) else 0.0  # not finite: the step overflowed
+        scale = min(max(scale, 1 / MOST_SCALE), MOST_SCALE)
+        with torch.no_grad():
             for parameter, start in zip(parameters, before, strict=True):
                 parameter.copy_(start + scale * (parameter - start))
         candidate.learning_rate *= scale
-        if kl < FAR * MOST_KL:
-            break
-    return passes
+    return 1 + measurement
+
+
+def _kl(batch: Batch, logps: torch.Tensor) -> float:
+    """Nats per token from the policy of `batch.old_logps` to that of `logps`, estimated on the batch's tokens.
+
+    The estimator is that of GRPO's KL term (arXiv 2402.03300, equation 4), never negative.
+    """
+    assert batch.old_logps is not None
+    change = batch.old_logps - logps
+    return _token_mean(torch.exp(-change) - 1 + change, batch.generated).mean().item()
 
 
 def batch_starting_at(
@@ -178,7 +209,7 @@ def batch_starting_at(
 
 def most_tokens(candidate: Candidate, batch: Batch, steps: int, size: int) -> int:
     """The most tokens that `batch_starting_at` and `update` pass through the model for this candidate."""
-    sequences = 2 * SEQUENCES_TO_COMPARE + (0 if candidate.updates else MOST_MEASUREMENTS * SEQUENCES_FOR_KL)
+    sequences = 2 * SEQUENCES_TO_COMPARE + (0 if candidate.updates else (1 + MOST_MEASUREMENTS) * SEQUENCES_FOR_KL)
     of_updates = steps * max(part.tokens for part in batch.minibatches(size))
     return of_updates + batch.tokens + sequences * batch.input_ids.shape[1]
 
