@@ -59,7 +59,15 @@ class BudgetError(ValueError):
 
 
 class NothingToLearnError(ValueError):
-    """All completions of each prompt got the same reward."""
+    """All completions of each prompt got the same reward.
+
+    Attributes:
+        rollouts: these completions.
+    """
+
+    def __init__(self, message: str, rollouts: Sequence[Rollout]) -> None:
+        super().__init__(message)
+        self.rollouts = rollouts
 
 
 def race(
@@ -294,7 +302,8 @@ class _Race:
             raise NothingToLearnError(
                 f"the rewards of the base's {self.settings.samples} completions are equal for each of {len(base)} "
                 f"prompts of {self.task.name} (mean {mean:.2f}), so that there is nothing to learn from; take an "
-                "easier or harder task, or warm the model up first"
+                "easier or harder task, or warm the model up first",
+                [rollout for group in base for rollout in group],
             )
         size = max(self.settings.minibatch[0], int(most / self.budget.sequence))
         batch = batch.shuffled(stream_seed(self.seed, "order, round 0")).part(slice(0, size))

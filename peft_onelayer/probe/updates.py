@@ -38,6 +38,7 @@ class Candidate:
     """A block in the race: its weights and its optimizer's state, on the CPU while another one trains.
 
     Attributes:
+        layer: its index; outside of a race, whatever `SingleLayerConfig` takes.
         learning_rate: of its updates; the first one corrects it.
         kl: nats per token that the first update moved the policy, as measured last; None before it.
         kl_noise: the same measured without an update, once in a batch and once one by one: what rounding alone gives.
@@ -45,7 +46,7 @@ class Candidate:
         gains: by round, the (reward - the base's) of each prompt that scored it.
     """
 
-    layer: int
+    layer: Any
     learning_rate: float
     weights: list[torch.Tensor] | None = None
     optimizer: dict[str, Any] | None = None
@@ -71,12 +72,28 @@ def trained_candidate(model: PreTrainedModel, candidate: Candidate) -> Iterator[
         wrapped.unload()
 
 
-def trainable_parameters(model: PeftModel) -> list[torch.nn.Parameter]:
+@contextmanager
+def trained_whole(model: PreTrainedModel) -> Iterator[PreTrainedModel]:
+    """`model` with all parameters trainable and in float32, as full training has them; afterwards it is as it was."""
+    before = [(parameter, parameter.data, parameter.requires_grad) for parameter in model.parameters()]
+    try:
+        for parameter, data, _ in before:
+            parameter.data = data.to(torch.float32, copy=True)
+            parameter.requires_grad_(True)
+        yield model
+    finally:
+        for parameter, data, trains in before:
+            parameter.grad = None
+            parameter.data = data
+            parameter.requires_grad_(trains)
+
+
+def trainable_parameters(model: PreTrainedModel | PeftModel) -> list[torch.nn.Parameter]:
     return [parameter for parameter in model.parameters() if parameter.requires_grad]
 
 
 def update(
-    model: PeftModel,
+    model: PreTrainedModel | PeftModel,
     candidate: Candidate,
     batch: Batch,
     *,
@@ -134,7 +151,7 @@ def update(
 
 
 def _first_step(
-    model: PeftModel,
+    model: PreTrainedModel | PeftModel,
     candidate: Candidate,
     optimizer: torch.optim.Optimizer,
     batch: Batch,
