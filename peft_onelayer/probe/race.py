@@ -35,9 +35,11 @@ from .settings import DEFAULT_SETTINGS, RaceSettings
 from .updates import (
     FOUND_RATE_KL,
     GIVEN_RATE_KL,
+    SEQUENCES_FOR_KL,
     Candidate,
     batch_starting_at,
     log_probabilities,
+    measure_noise,
     most_tokens,
     trained_candidate,
     update,
@@ -311,8 +313,10 @@ class _Race:
             logps = [
                 log_probabilities(self.model, part, self.temperature) for part in batch.minibatches(self.micro_batch)
             ]
-        self.budget.trained += batch.tokens
-        return replace(batch, old_logps=torch.cat(logps))
+        batch = replace(batch, old_logps=torch.cat(logps))
+        self.kl_noise = measure_noise(self.model, batch, self.temperature)
+        self.budget.trained += batch.tokens + batch.part(slice(0, SEQUENCES_FOR_KL)).tokens
+        return batch
 
     def _learn_from(self, completions: Sequence[list[list[Rollout]]], number: int) -> None:
         """Make what some candidates wrote, each on the same prompts, the batch of the `number`-th round."""
@@ -333,7 +337,9 @@ class _Race:
         """Give the candidates, in the order of depth, their updates and their gains over the base, while it lasts."""
         batch = current.batch
         for layer in sorted(layers):
-            candidate = self.candidates.setdefault(layer, Candidate(layer, self.learning_rate))
+            if layer not in self.candidates:
+                self.candidates[layer] = Candidate(layer, self.learning_rate, kl_noise=self.kl_noise)
+            candidate = self.candidates[layer]
             self.on_candidate(current.number, layer, self.budget.spent / self.budget.limit)
             reserved = most_tokens(candidate, batch, self.settings.updates, current.minibatch)
             if self.budget.affordable_prompts(reserved) < self.settings.scoring_prompts[0]:
@@ -342,6 +348,10 @@ class _Race:
                 batch, tokens = batch_starting_at(self.model, batch, layer, self.micro_batch, self.temperature)
                 self.budget.trained += tokens
             self._give_turn(current, candidate, batch)
+            if self.given_rate is None:
+                self.learning_rate = (
+                    candidate.learning_rate
+                )  # the next block starts from, so that it finds its own soon
 
     def _give_turn(self, current: _Round, candidate: Candidate, batch: Batch) -> None:
         number = current.number

@@ -16,7 +16,16 @@ from peft_onelayer.tasks import Task
 
 from .batch import graded_batch
 from .race import NothingToLearnError, stream_seed
-from .updates import FOUND_RATE_KL, Candidate, log_probabilities, trained_candidate, trained_whole, update
+from .updates import (
+    FOUND_RATE_KL,
+    SEQUENCES_FOR_KL,
+    Candidate,
+    log_probabilities,
+    measure_noise,
+    trained_candidate,
+    trained_whole,
+    update,
+)
 
 SAMPLES = 8  # completions of a prompt
 PROMPTS = 8  # completed at a time
@@ -105,17 +114,22 @@ def find_learning_rate(
     with torch.no_grad():
         logps = [log_probabilities(model, part, temperature) for part in batch.minibatches(micro_batch)]
     batch = replace(batch, old_logps=torch.cat(logps))
-    candidate = Candidate(layers, config.learning_rate)
+    noise = measure_noise(model, batch, temperature)
+    candidate = Candidate(layers, config.learning_rate, kl_noise=noise)
     with trained_whole(model) if layers is None else trained_candidate(model, candidate) as trained:
-        passed = batch.tokens + update(
-            trained,
-            candidate,
-            batch,
-            steps=1,
-            size=len(batch),
-            micro_batch=micro_batch,
-            temperature=temperature,
-            first_kl=FOUND_RATE_KL,
+        passed = (
+            batch.tokens
+            + batch.part(slice(0, SEQUENCES_FOR_KL)).tokens
+            + update(
+                trained,
+                candidate,
+                batch,
+                steps=1,
+                size=len(batch),
+                micro_batch=micro_batch,
+                temperature=temperature,
+                first_kl=FOUND_RATE_KL,
+            )
         )
     assert candidate.kl is not None
     return FoundRate(

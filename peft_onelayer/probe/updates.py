@@ -29,6 +29,7 @@ FOUND_RATE_KL = 0.01, 0.025
 SEQUENCES_FOR_KL = 16  # completions that the KL is measured on
 MOST_MEASUREMENTS = 8  # of the KL
 MOST_SCALE = 30.0  # of one scaling, up or down
+ABOVE_NOISE = 3.0  # a scaling up of a step of which nothing but noise is seen
 INSIDE = 1.25  # a scaling aims so many times inside the bounds
 SEQUENCES_TO_COMPARE = 2  # completions that a pass from a block is compared on with a whole one
 
@@ -41,7 +42,7 @@ class Candidate:
         layer: its index; outside of a race, whatever `SingleLayerConfig` takes.
         learning_rate: of its updates; the first one corrects it.
         kl: nats per token that the first update moved the policy, as measured last; None before it.
-        kl_noise: the same measured without an update, once in a batch and once one by one: what rounding alone gives.
+        kl_noise: what `measure_noise` found, which is taken off.
         updates: how many it has had.
         gains: by round, the (reward - the base's) of each prompt that scored it.
     """
@@ -150,6 +151,13 @@ def update(
     return tokens
 
 
+def measure_noise(model: PreTrainedModel | PeftModel, batch: Batch, temperature: float = 1.0) -> float:
+    """Nats per token from the policy of `batch.old_logps` to the same one on a sequence at a time: rounding."""
+    with torch.no_grad():
+        few = batch.part(slice(0, SEQUENCES_FOR_KL))
+        return _kl(few, torch.cat([log_probabilities(model, part, temperature) for part in few.minibatches(1)]))
+
+
 def _first_step(
     model: PreTrainedModel | PeftModel,
     candidate: Candidate,
@@ -161,34 +169,43 @@ def _first_step(
     """Step, then scale the step and the learning rate until the KL, less its noise, lies within `bounds`.
 
     The KL of a small step grows with its square. In bfloat16 and float16 that holds only above the noise: below a
-    rounding step nothing moves, and what is measured a little above it is rounding. So one scaling is bounded, and the
-    KL is measured again after it.
+    rounding step nothing moves, and what is measured a little above it is rounding. So the KL is measured again after
+    each scaling, and a scale between one that was too small and one that was too large is taken.
 
     Returns:
         Passes of the batch.
     """
-    assert batch.old_logps is not None
     parameters = trainable_parameters(model)
     before = [parameter.detach().clone() for parameter in parameters]
-    least, most = bounds
-    with torch.no_grad():
-        alone = torch.cat([log_probabilities(model, part, temperature) for part in batch.minibatches(1)])
-    candidate.kl_noise = _kl(batch, alone)
     optimizer.step()
+    steps = [parameter.detach() - start for parameter, start in zip(parameters, before, strict=True)]
+    least, most = bounds
+    scale, too_small, too_large = 1.0, 0.0, math.inf
     for measurement in range(1, MOST_MEASUREMENTS + 1):
         with torch.no_grad():
-            kl = _kl(batch, log_probabilities(model, batch, temperature)) - candidate.kl_noise
-        candidate.kl = kl
+            measured = _kl(batch, log_probabilities(model, batch, temperature))
+        candidate.kl = kl = measured - candidate.kl_noise if math.isfinite(measured) else math.inf  # an overflow
         if least <= kl <= most or measurement == MOST_MEASUREMENTS:
             break
-        wanted = min(max(kl, least * INSIDE), most / INSIDE)
-        scale = math.sqrt(wanted / max(kl, 1e-12)) if math.isfinite(kl) else 0.0  # not finite: the step overflowed
-        scale = min(max(scale, 1 / MOST_SCALE), MOST_SCALE)
+        if kl < least:
+            too_small = scale
+            if measured == 0:  # nothing moved
+                factor = MOST_SCALE
+            elif kl <= candidate.kl_noise:  # whatever moved cannot be seen
+                factor = ABOVE_NOISE
+            else:
+                factor = math.sqrt(least * INSIDE / kl)
+            scale *= min(factor, MOST_SCALE)
+        else:
+            too_large = scale
+            scale *= max(math.sqrt(most / INSIDE / kl), 1 / MOST_SCALE)
+        if not too_small < scale < too_large:
+            scale = math.sqrt(too_small * too_large)
         with torch.no_grad():
-            for parameter, start in zip(parameters, before, strict=True):
-                parameter.copy_(start + scale * (parameter - start))
-        candidate.learning_rate *= scale
-    return 1 + measurement
+            for parameter, start, step in zip(parameters, before, steps, strict=True):
+                parameter.copy_(start + scale * step)
+    candidate.learning_rate *= scale
+    return measurement
 
 
 def _kl(batch: Batch, logps: torch.Tensor) -> float:
@@ -226,7 +243,7 @@ def batch_starting_at(
 
 def most_tokens(candidate: Candidate, batch: Batch, steps: int, size: int) -> int:
     """The most tokens that `batch_starting_at` and `update` pass through the model for this candidate."""
-    sequences = 2 * SEQUENCES_TO_COMPARE + (0 if candidate.updates else (1 + MOST_MEASUREMENTS) * SEQUENCES_FOR_KL)
+    sequences = 2 * SEQUENCES_TO_COMPARE + (0 if candidate.updates else MOST_MEASUREMENTS * SEQUENCES_FOR_KL)
     of_updates = steps * max(part.tokens for part in batch.minibatches(size))
     return of_updates + batch.tokens + sequences * batch.input_ids.shape[1]
 

@@ -29,6 +29,7 @@ from torch import nn
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from .first_step import note_training_pass, refuse_frozen_adapter
+from .head import spare_head_copies
 from .layer import SingleLayerLayer
 from .sharding import refuse_unmerging_in_forward
 from .stack import DecoderStack, text_config
@@ -55,6 +56,7 @@ class GraphCut:
         ]
         for block in stack.blocks:
             self.handles.append(block.register_forward_pre_hook(self._before_block, with_kwargs=True))
+        self.handles += spare_head_copies(model)
 
     @property
     def model(self) -> nn.Module | None:
