@@ -124,9 +124,10 @@ def update(
     if candidate.optimizer is not None:
         optimizer.load_state_dict(candidate.optimizer)
     tokens = 0
-    minibatches = [part.minibatches(micro_batch) for part in batch.minibatches(size)]
+    minibatches = batch.minibatches(size)
+    passes = [minibatch.minibatches(micro_batch) for minibatch in minibatches]
     for step in range(steps):
-        parts = minibatches[step % len(minibatches)]
+        parts = passes[step % len(passes)]
         completions = sum(len(part) for part in parts)
         for i, part in enumerate(parts):
             logps = log_probabilities(model, part, temperature)
@@ -141,7 +142,8 @@ def update(
         for group in optimizer.param_groups:
             group["lr"] = candidate.learning_rate * rate_factor
         if candidate.optimizer is None and step == 0:
-            few = parts[0].part(slice(0, SEQUENCES_FOR_KL))
+            logps = torch.cat([part.old_logps for part in parts if part.old_logps is not None])
+            few = replace(minibatches[0], old_logps=logps).part(slice(0, SEQUENCES_FOR_KL))
             tokens += few.tokens * _first_step(model, candidate, optimizer, few, temperature, first_kl)
         else:
             optimizer.step()
