@@ -57,7 +57,13 @@ def runs():
 
 @pytest.mark.parametrize(("cell", "variant", "way", "dtype"), list(runs()))
 def test_trainer(tmp_path, chat_tokenizer, record, cell, variant, way, dtype):
-    record(cell, variant, way, run(cell, variant, way, dtype, chat_tokenizer, tmp_path))
+    try:
+        results = run(cell, variant, way, dtype, chat_tokenizer, tmp_path)
+    except RuntimeError as error:
+        if "pack_vnni2" not in str(error):
+            raise
+        pytest.skip(f"torch's attention in bfloat16 takes AMX that ATEN_CPU_CAPABILITY has hidden: {error}")
+    record(cell, variant, way, results)
 
 
 def one_cell_of_each_trainer():
