@@ -23,6 +23,14 @@ Set = Annotated[
     list[str] | None,
     typer.Option("--set", metavar="FIELD=VALUE", help="Any field of the TRL config; repeatable."),
 ]
+Sampling = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--sampling",
+        metavar="FIELD=VALUE",
+        help='How to sample: top_p=0.9, chat_template_kwargs={"enable_thinking": false}, ...; repeatable.',
+    ),
+]
 Seed = Annotated[int, typer.Option(min=0, max=2**31 - 1, help="Seed of data, sampling and training.")]
 Chat = Annotated[
     bool | None,
@@ -33,6 +41,9 @@ Chat = Annotated[
     ),
 ]
 Revision = Annotated[str | None, typer.Option("--revision", help="Hub revision of the base model.", show_default=False)]
+TrustRemoteCode = Annotated[
+    bool, typer.Option("--trust-remote-code", help="Run the Python code that comes with the base model.")
+]
 Unsafe = Annotated[bool, typer.Option("--unsafe", help="Let the model's code run without a full sandbox.")]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
 AllowOtherBase = Annotated[

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from ._errors import user_error
-from ._options import Json, Seed
+from ._options import Json, Seed, TrustRemoteCode
 from ._output import TerminalProgress, print_line, print_table, status
 
 if TYPE_CHECKING:
@@ -29,6 +29,7 @@ def demo(
     model: Annotated[
         str | None, typer.Option(help="Another base model for the task: a folder or a Hub id.", show_default=False)
     ] = None,
+    trust_remote_code: TrustRemoteCode = False,
     as_json: Json = False,
 ) -> None:
     """Watch one block get chosen, trained with GRPO and saved as an adapter (under 3 minutes on 2 cores)."""
@@ -37,6 +38,7 @@ def demo(
 
     command = ["onelayer", "demo", "--seed", str(seed), "--task", task, "--layer", layer, "--steps", str(steps)]
     command += ["--model", model] if model else []
+    command += ["--trust-remote-code"] if trust_remote_code else []
     with user_error(ValueError, OSError):
         record = run_demo(
             out,
@@ -45,6 +47,7 @@ def demo(
             layer=layer,
             steps=steps,
             model=model,
+            trust_remote_code=trust_remote_code,
             command=shlex.join(command),
             progress=TerminalProgress(),
         )

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from ._errors import user_error
-from ._options import Chat, Dataset, Json, Revision, Reward, TaskName, Unsafe
+from ._options import Chat, Dataset, Json, Revision, Reward, Sampling, TaskName, TrustRemoteCode, Unsafe
 from ._output import TerminalProgress, command_line, print_json, print_line, print_table, status
 
 if TYPE_CHECKING:
@@ -27,22 +27,31 @@ def evaluate(
     problems: Annotated[int, typer.Option(min=1, help="Number of problems; fewer where the split is smaller.")] = 256,
     samples: Annotated[int, typer.Option(min=0, help="Sampled completions per problem; 0 for greedy alone.")] = 4,
     greedy: Annotated[bool, typer.Option("--greedy/--no-greedy", help="Decode greedily too.")] = True,
-    temperature: Annotated[float, typer.Option(min=0.0, help="Temperature of sampling, above 0.")] = 1.0,
-    max_tokens: Annotated[
-        int | None, typer.Option(min=1, help="Where a completion is cut. [default: the task's own]", show_default=False)
+    temperature: Annotated[
+        float | None,
+        typer.Option(
+            min=0.0, help="Temperature of sampling, above 0. [default: the run's, else 1]", show_default=False
+        ),
     ] = None,
+    max_tokens: Annotated[
+        int | None,
+        typer.Option(min=1, help="Where a completion is cut. [default: the run's or the task's]", show_default=False),
+    ] = None,
+    sampling: Sampling = None,
     batch_size: Annotated[int, typer.Option(min=1, help="Completions at a time; the samples depend on it.")] = 64,
     seed: Annotated[int, typer.Option(min=0, max=2**31 - 1, help="Seed of the problems and of sampling.")] = 0,
     chat: Chat = None,
     revision: Revision = None,
+    trust_remote_code: TrustRemoteCode = False,
     unsafe: Unsafe = False,
     out: Annotated[
         Path | None, typer.Option(help="JSON file for the figures and every problem's score.", show_default=False)
     ] = None,
     as_json: Json = False,
 ) -> None:
-    """Measure MODEL on a task, sampled and greedy, and an adapter against its base on the same problems."""
+    """Measure MODEL on a task, sampled as its run was and greedy, and an adapter against its base."""
     with status("loading ..."):
+        from peft_onelayer.rl.sampling import sampling_from_text
         from peft_onelayer.runs.evaluation import evaluate as run_evaluation
         from peft_onelayer.runs.settings import EvaluationSettings
 
@@ -60,10 +69,12 @@ def evaluate(
                 greedy=greedy,
                 temperature=temperature,
                 max_completion_tokens=max_tokens,
+                sampling=sampling_from_text(sampling or []),
                 batch_size=batch_size,
                 seed=seed,
                 chat=chat,
                 revision=revision,
+                trust_remote_code=trust_remote_code,
                 unsafe=unsafe,
                 out=out,
             ),

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from ._errors import user_error
-from ._options import Chat, Dataset, Json, ModelName, Revision, Reward, Seed, Set, TaskName, Unsafe
+from ._options import Chat, Dataset, Json, ModelName, Revision, Reward, Seed, Set, TaskName, TrustRemoteCode, Unsafe
 from ._output import TerminalProgress, note, print_line, print_table, status
 
 if TYPE_CHECKING:
@@ -39,6 +39,7 @@ def probe(
     seed: Seed = 0,
     chat: Chat = None,
     revision: Revision = None,
+    trust_remote_code: TrustRemoteCode = False,
     unsafe: Unsafe = False,
     out: Annotated[
         Path | None, typer.Option(help="JSON file for the ranking, and a plot beside it.", show_default=False)
@@ -68,6 +69,7 @@ def probe(
             seed=seed,
             chat=chat,
             revision=revision,
+            trust_remote_code=trust_remote_code,
             unsafe=unsafe,
             out=out,
         )
@@ -94,6 +96,7 @@ def train_command(asked: ProbeSettings, set_options: list[str], ranking: LayerRa
         command += ["--set", f"learning_rate={ranking.choice_learning_rate!r}"]
     command += [] if asked.chat is None else ["--chat" if asked.chat else "--plain"]
     command += ["--revision", asked.revision] if asked.revision else []
+    command += ["--trust-remote-code"] if asked.trust_remote_code else []
     command += ["--unsafe"] if asked.unsafe else []
     return shlex.join([*command, "--out", "run"])
 

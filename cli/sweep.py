@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from ._errors import user_error
-from ._options import Chat, Json, ModelName, Revision, Set, Unsafe
+from ._options import Chat, Json, ModelName, Revision, Set, TrustRemoteCode, Unsafe
 from ._output import note, print_line, print_table, progress_bar, status
 
 if TYPE_CHECKING:
@@ -59,6 +59,7 @@ def sweep(
     ] = None,
     chat: Chat = None,
     revision: Revision = None,
+    trust_remote_code: TrustRemoteCode = False,
     unsafe: Unsafe = False,
     as_json: Json = False,
 ) -> None:
@@ -89,6 +90,7 @@ def sweep(
             batch_size=batch_size,
             chat=chat,
             revision=revision,
+            trust_remote_code=trust_remote_code,
             unsafe=unsafe,
         )
         options = _engine_options(engine, early_stop, slurm or [])

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from ._errors import user_error
-from ._options import Chat, Json, ModelName, Revision, Reward, Seed, Set, TaskName, Unsafe
+from ._options import Chat, Json, ModelName, Revision, Reward, Sampling, Seed, Set, TaskName, TrustRemoteCode, Unsafe
 from ._output import TerminalProgress, command_line, print_line, print_table, status
 
 if TYPE_CHECKING:
@@ -37,7 +37,11 @@ def train(
     algorithm: Annotated[str, typer.Option(help="grpo, dr_grpo, dapo, gigpo, rloo, dpo, kto, ...")] = "grpo",
     steps: Annotated[
         int | None,
-        typer.Option(min=1, help="Optimizer steps. [default: 150; offline, num_train_epochs]", show_default=False),
+        typer.Option(
+            min=1,
+            help="Optimizer steps. [default: num_train_epochs, if set; else 150, offline TRL's]",
+            show_default=False,
+        ),
     ] = None,
     settings: Set = None,
     top_entropy: Annotated[
@@ -53,9 +57,11 @@ def train(
             show_default=False,
         ),
     ] = None,
+    sampling: Sampling = None,
     seed: Seed = 0,
     chat: Chat = None,
     revision: Revision = None,
+    trust_remote_code: TrustRemoteCode = False,
     resume: Annotated[bool, typer.Option("--resume", help="Go on with the interrupted run in --out.")] = False,
     report_to: Annotated[str, typer.Option(help="TRL's own logging: wandb, trackio, tensorboard, ...")] = "none",
     unsafe: Unsafe = False,
@@ -64,6 +70,7 @@ def train(
     """Train one block of MODEL (or several, or all) with an algorithm of TRL; the result is a PEFT adapter."""
     with status("loading ..."):
         from peft_onelayer.rl.recipe import config_from_text
+        from peft_onelayer.rl.sampling import PAIRS_OPTIONS, sampling_from_text
         from peft_onelayer.runs.settings import TRAINING_OPTIONS, TrainingSettings
         from peft_onelayer.runs.training import train as run_training
 
@@ -82,9 +89,11 @@ def train(
                 config=config_from_text(algorithm, settings or [], TRAINING_OPTIONS),
                 top_entropy=top_entropy,
                 pairs_from_task=pairs_from_task,
+                sampling=sampling_from_text(sampling or [], PAIRS_OPTIONS),
                 seed=seed,
                 chat=chat,
                 revision=revision,
+                trust_remote_code=trust_remote_code,
                 report_to=report_to,
                 unsafe=unsafe,
             ),

@@ -23,6 +23,7 @@ from peft_onelayer.rl.algorithms import load_algorithm
 from peft_onelayer.rl.recipe import Recipe, demo_recipe
 from peft_onelayer.rl.training import train_layer
 from peft_onelayer.rollouts.evaluation import Evaluation, evaluate
+from peft_onelayer.rollouts.settings import Sampling
 from peft_onelayer.tasks import load_task
 
 AGENT = Path(__file__).parent / "textworld" / "model"
@@ -51,7 +52,7 @@ def main() -> None:
     rows = task.rows("test", options.problems, options.seed)
 
     def measure(model) -> Evaluation:
-        return evaluate(model, tokenizer, task, rows, samples=4, seed=options.seed)
+        return evaluate(model, tokenizer, task, rows, Sampling(samples=4, seed=options.seed))
 
     def train(layer: int | None) -> Evaluation:
         model = copy.deepcopy(base)

@@ -188,6 +188,31 @@ SEAMS: dict[str, tuple[Seam, ...]] = {
             says=("self.response_template = ",),
         ),
     ),
+    "peft_onelayer.rl.rows": (
+        Seam(
+            _GRPO + "_calculate_rewards",
+            "columns reach the reward by name",
+            says=("reward_kwargs = {key: [example[key] for example in inputs] for key in keys}",),
+        ),
+        Seam(
+            _GRPO + "_generate_and_score_completions",
+            "environments are reset with the row",
+            says=("environment.reset(**reset_kwargs)",),
+        ),
+        Seam(_SDPO, "a column that the trainer reads", says=('example.get("privileged_context")',)),
+    ),
+    "peft_onelayer.rl.sampling": (
+        Seam(
+            _GRPO + "__init__",
+            "how a run samples",
+            says=("generation_kwargs.update(args.generation_kwargs)", '"top_k": self.top_k,'),
+        ),
+        Seam("trl.experimental.a2po:A2POTrainer", "how a run samples", says=("add_special_tokens=False,",)),
+        Seam(
+            "trl.experimental.online_dpo:OnlineDPOTrainer", "how a run samples", says=("maybe_apply_chat_template(x",)
+        ),
+        Seam(_SDPO, "how a run samples", says=("ids[-self.max_prompt_length :]",)),
+    ),
     "peft_onelayer.probe.updates": (
         Seam("trl.trainer.utils:selective_log_softmax", "log-probabilities", ("logits", "index")),
     ),

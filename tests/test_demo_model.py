@@ -13,6 +13,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import peft_onelayer
 from peft_onelayer.rollouts.evaluation import evaluate
+from peft_onelayer.rollouts.settings import Sampling
 from peft_onelayer.tasks import load_task
 
 FOLDER = Path(peft_onelayer.__file__).parent / "demo_model"
@@ -107,10 +108,10 @@ def test_it_is_half_right_and_as_the_card_says(model, tokenizer, name):
     task = load_task(name)
     rows = task.rows("test", 512 + 2048, 0)[512:]  # as build.py: chosen on the first 512, measured on the others
     (card_greedy, greedy_error), (card_sampled, sampled_error) = card_figures(name)
-    greedy = evaluate(model, tokenizer, task, rows, greedy=True)
+    greedy = evaluate(model, tokenizer, task, rows, Sampling(greedy=True))
     assert greedy.mean == pytest.approx(card_greedy, abs=0.002)  # a tie may fall differently on another processor
     assert greedy.standard_error == pytest.approx(greedy_error, abs=0.0006)
-    sampled = evaluate(model, tokenizer, task, rows[:512], seed=1)
+    sampled = evaluate(model, tokenizer, task, rows[:512], Sampling(seed=1))
     assert abs(sampled.mean - card_sampled) < 4 * sampled.standard_error  # other samples, a quarter of the problems
     assert 0.35 <= greedy.mean <= 0.60
     assert 0.12 <= sampled.mean <= 0.30

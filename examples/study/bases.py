@@ -25,6 +25,7 @@ from peft_onelayer.records.files import staged_directory
 from peft_onelayer.rl.recipe import Recipe, demo_recipe
 from peft_onelayer.rl.training import train_layer
 from peft_onelayer.rollouts.evaluation import evaluate
+from peft_onelayer.rollouts.settings import Sampling
 from peft_onelayer.tasks import load_task
 
 HERE = Path(__file__).parent
@@ -143,7 +144,7 @@ def damage(base: Damaged, model: PreTrainedModel, tokenizer: PreTrainedTokenizer
         with torch.no_grad():
             for name, weight in damaged_weights(base.kind, intact, strength, seed=base.block).items():
                 block.get_parameter(name).copy_(weight)
-        return evaluate(model, tokenizer, task, rows, samples=4).mean
+        return evaluate(model, tokenizer, task, rows, Sampling(samples=4)).mean
 
     low, high = 0.0, 1.0
     while (at_high := accuracy(high)) > DAMAGED_ACCURACY[1] and high < 64:

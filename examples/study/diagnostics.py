@@ -21,6 +21,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from peft_onelayer.probe.batch import Batch, graded_batch
 from peft_onelayer.probe.updates import Candidate, log_probabilities, trainable_parameters, trained_candidate
 from peft_onelayer.rollouts.sampling import sample_rollouts
+from peft_onelayer.rollouts.settings import Sampling
 from peft_onelayer.tasks import Task
 
 PROMPTS, MINIBATCHES, STEP = 128, 4, 1e-3
@@ -31,7 +32,9 @@ def diagnose(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, task: Task, seed: int
 ) -> tuple[dict[str, list[float]], int, int]:
     """Each diagnostic's scores, one per block, higher is better; tokens generated, and tokens passed."""
-    groups = sample_rollouts(model, tokenizer, task, task.rows("train", PROMPTS, seed + 1), samples=8, seed=seed + 1)
+    groups = sample_rollouts(
+        model, tokenizer, task, task.rows("train", PROMPTS, seed + 1), Sampling(samples=8, seed=seed + 1)
+    )
     half = PROMPTS // 2
     pad = tokenizer.pad_token_id
     parts = [graded_batch(g, pad, model.device) for g in (groups[:half], groups[half:])]

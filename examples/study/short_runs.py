@@ -10,6 +10,7 @@ from peft_onelayer.records.ranking import LayerRanking
 from peft_onelayer.rl.recipe import Recipe
 from peft_onelayer.rl.training import train_layer
 from peft_onelayer.rollouts.evaluation import Evaluation, evaluate, paired_difference
+from peft_onelayer.rollouts.settings import Sampling
 from peft_onelayer.statistics import Z_95
 from peft_onelayer.tasks import Task
 from peft_onelayer.tuner import find_decoder_stack
@@ -36,7 +37,7 @@ def rank_by_short_runs(
     rows = task.rows("train", PROBLEMS, seed + 1)
 
     def measure() -> Evaluation:
-        return evaluate(model, tokenizer, task, rows, samples=SAMPLES, seed=seed, batch_size=1024)
+        return evaluate(model, tokenizer, task, rows, Sampling(samples=SAMPLES, seed=seed, batch_size=1024))
 
     base = measure()
     after: list[Evaluation] = []

@@ -25,6 +25,7 @@ from peft_onelayer.probe.updates import Candidate, trained_candidate, update
 from peft_onelayer.records.ranking import LayerRanking
 from peft_onelayer.rl.recipe import demo_config
 from peft_onelayer.rollouts.sampling import sample_rollouts
+from peft_onelayer.rollouts.settings import Sampling
 from peft_onelayer.sweep.run_layer import Row, RunSpec
 from peft_onelayer.sweep.settings import SweepSettings
 from peft_onelayer.sweep.sweep import sweep_layers
@@ -122,7 +123,7 @@ def _measured_rate(model: str, task_name: str, layer: int) -> float:
     """The demo's learning rate, lowered where a first update of the block would move the policy too far."""
     base, tokenizer = AutoModelForCausalLM.from_pretrained(model), AutoTokenizer.from_pretrained(model)
     task, rate = load_task(task_name), float(demo_config(STEPS)["learning_rate"])
-    groups = sample_rollouts(base, tokenizer, task, task.rows("train", 128, 1), samples=8, seed=1)
+    groups = sample_rollouts(base, tokenizer, task, task.rows("train", 128, 1), Sampling(samples=8, seed=1))
     batch = graded_batch(groups, tokenizer.pad_token_id, base.device)
     assert batch is not None
     candidate = Candidate(layer, rate)

@@ -26,6 +26,7 @@ from transformers import GenerationConfig, PreTrainedTokenizerFast, Qwen3Config,
 
 from peft_onelayer.records.files import check_folder, staged_directory
 from peft_onelayer.rollouts.evaluation import Evaluation, evaluate
+from peft_onelayer.rollouts.settings import Sampling
 from peft_onelayer.tasks import load_task
 from peft_onelayer.tasks.textworld import (
     FAMILIES,
@@ -322,8 +323,8 @@ def main() -> None:
     model = build_model(tokenizer)
     train(model, tokenizer, arguments.seed)
     rows = TASK.rows("test", GAMES_MEASURED, 0)
-    sampled = evaluate(model, tokenizer, TASK, rows, samples=SAMPLES)
-    greedy = evaluate(model, tokenizer, TASK, rows, greedy=True)
+    sampled = evaluate(model, tokenizer, TASK, rows, Sampling(samples=SAMPLES))
+    greedy = evaluate(model, tokenizer, TASK, rows, Sampling(greedy=True))
     log(f"success: sampled {sampled.mean:.3f}, greedy {greedy.mean:.3f}")
 
     with staged_directory(arguments.out, is_ours) as folder:

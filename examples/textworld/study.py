@@ -31,6 +31,7 @@ from peft_onelayer.rl.algorithms import load_algorithm
 from peft_onelayer.rl.recipe import Recipe, demo_recipe
 from peft_onelayer.rl.training import train_layer
 from peft_onelayer.rollouts.evaluation import Evaluation, evaluate
+from peft_onelayer.rollouts.settings import Sampling
 from peft_onelayer.tasks import load_task
 
 HERE = Path(__file__).parent
@@ -63,7 +64,7 @@ def load_agent() -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
 def measure(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, games: int) -> Evaluation:
     """Return the sampled success on held-out games, always the same ones."""
     task = load_task("textworld:tiny")
-    return evaluate(model, tokenizer, task, task.rows("test", games, HELD_OUT_SEED), samples=SAMPLES)
+    return evaluate(model, tokenizer, task, task.rows("test", games, HELD_OUT_SEED), Sampling(samples=SAMPLES))
 
 
 def measure_base(games: int) -> dict[str, Any]:

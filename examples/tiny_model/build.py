@@ -27,6 +27,7 @@ from transformers import GenerationConfig, PreTrainedTokenizerFast, Qwen3Config,
 import peft_onelayer.tasks
 from peft_onelayer.records.files import check_folder, staged_directory
 from peft_onelayer.rollouts.evaluation import Evaluation, evaluate
+from peft_onelayer.rollouts.settings import Sampling
 from peft_onelayer.tasks import load_task
 
 DEFAULT_OUT = Path(peft_onelayer.tasks.__file__).parents[1] / "demo_model"
@@ -149,11 +150,11 @@ def suitable(
     """Return each task's greedy and sampled evaluation, or None as soon as one of them is out of bounds."""
     figures = {}
     for name, task in TASKS.items():
-        greedy = evaluate(model, tokenizer, task, rows[name], greedy=True)
+        greedy = evaluate(model, tokenizer, task, rows[name], Sampling(greedy=True))
         log(f"  {name}: greedy {greedy.mean:.3f}")
         if not GREEDY_BOUNDS[0] <= greedy.mean <= GREEDY_BOUNDS[1]:
             return None
-        sampled = evaluate(model, tokenizer, task, rows[name], samples=SAMPLES)
+        sampled = evaluate(model, tokenizer, task, rows[name], Sampling(samples=SAMPLES))
         log(f"  {name}: sampled {sampled.mean:.3f}")
         if not SAMPLED_BOUNDS[0] <= sampled.mean <= SAMPLED_BOUNDS[1]:
             return None

@@ -1,6 +1,6 @@
 """Checks that a saved adapter, loaded by a fresh process, is bit for bit the model that was trained.
 
-    python -m peft_onelayer.adapter.reload ADAPTER < token_ids.json
+    python -m peft_onelayer.adapter.reload ADAPTER [--trust-remote-code] < token_ids.json
 
 prints the fingerprint of the adapter loaded from the folder ADAPTER, on the token ids read from standard input.
 """
@@ -31,13 +31,19 @@ def fingerprint(model: PeftModel, token_ids: list[list[int]]) -> dict[str, str]:
     return {"weights": weights.hexdigest(), "logits": hashlib.sha256(_bytes(logits)).hexdigest()}
 
 
-def fingerprint_in_fresh_process(adapter: Path, token_ids: list[list[int]]) -> dict[str, str]:
+def fingerprint_in_fresh_process(
+    adapter: Path, token_ids: list[list[int]], *, trust_remote_code: bool = False
+) -> dict[str, str]:
     """`fingerprint` of the adapter saved in `adapter`, computed by a new Python process that loads it from there.
+
+    Args:
+        trust_remote_code: run the Python code that comes with the base model.
 
     Raises:
         RuntimeError: the process failed; the message is the last line it printed.
     """
     command = [sys.executable, "-m", "peft_onelayer.adapter.reload", str(adapter)]
+    command += ["--trust-remote-code"] if trust_remote_code else []
     # the same number of threads: another one may sum in another order
     environment = {**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads())}
     done = subprocess.run(
@@ -56,5 +62,9 @@ def _bytes(tensor: torch.Tensor) -> bytes:
 if __name__ == "__main__":
     import peft_onelayer  # noqa: F401  (registers the method: this is what a user's process does)
 
-    loaded = AutoPeftModelForCausalLM.from_pretrained(sys.argv[1], local_files_only=Path(sys.argv[1]).is_dir())
+    loaded = AutoPeftModelForCausalLM.from_pretrained(
+        sys.argv[1],
+        local_files_only=Path(sys.argv[1]).is_dir(),
+        trust_remote_code="--trust-remote-code" in sys.argv[2:],
+    )
     print(json.dumps(fingerprint(loaded, json.load(sys.stdin))))

@@ -20,6 +20,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from peft_onelayer.records.ranking import NO_COST, LayerRanking
 from peft_onelayer.rl.recipe import Recipe, make_recipe
+from peft_onelayer.rl.sampling import sampling_of_run
 from peft_onelayer.rl.training import completions_per_step
 from peft_onelayer.rollouts.sampling import Rollout, sample_rollouts
 from peft_onelayer.tasks import Task
@@ -99,7 +100,7 @@ def race(
         budget: tokens to spend, as a share of those of one training run.
         training_steps: length of that run.
         recipe: that run's algorithm and settings (default: `make_recipe("grpo", task)`): completions a step, learning
-            rate, temperature. The race's own updates are GRPO's, whatever the algorithm.
+            rate, and how it samples. The race's own updates are GRPO's, whatever the algorithm.
         seed: of prompts, sampling and the order of completions.
         batch_size: completions generated at a time.
         on_candidate: called before a candidate's turn with the round, the block and the share of the budget spent.
@@ -170,14 +171,17 @@ class _Race:
     ) -> None:
         self.start = time.perf_counter()
         self.model, self.tokenizer, self.task = model, tokenizer, task
-        self.seed, self.batch_size, self.settings, self.on_candidate = seed, batch_size, settings, on_candidate
+        self.seed, self.settings, self.on_candidate = seed, settings, on_candidate
         config = recipe.config(output_dir="unused")
         values = config.to_dict()
         self.learning_rate: float = config.learning_rate  # that the candidates start from
         self.given_rate: float | None = recipe.given.get("learning_rate")
-        self.temperature: float = values.get("temperature", 1.0)
+        self.temperature: float = values.get("temperature", 1.0)  # of the log-probabilities
+        self.sampling = replace(
+            sampling_of_run(recipe.algorithm, config), samples=settings.samples, batch_size=batch_size
+        )
         self.micro_batch: int = config.per_device_train_batch_size
-        self.longest: int = values.get(recipe.algorithm.completion_length, task.max_completion_tokens)
+        self.longest: int = self.sampling.max_completion_tokens or task.max_completion_tokens
         self.pad: int = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
         trained = training_steps * completions_per_step(config)
         generated = trained / values.get("num_iterations", 1)
@@ -274,11 +278,7 @@ class _Race:
             self.tokenizer,
             self.task,
             self.task.rows("train", prompts, stream_seed(self.seed, f"prompts, {stream}")),
-            samples=self.settings.samples,
-            temperature=self.temperature,
-            seed=stream_seed(self.seed, f"sampling, {stream}"),
-            batch_size=self.batch_size,
-            max_completion_tokens=self.longest,
+            replace(self.sampling, seed=stream_seed(self.seed, f"sampling, {stream}")),
         )
 
     def _generate(self, stream: str, prompts: int) -> list[list[Rollout]]:

@@ -11,6 +11,7 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from peft_onelayer.rl.recipe import Recipe
+from peft_onelayer.rl.sampling import sampling_of_run
 from peft_onelayer.rollouts.sampling import Rollout, sample_rollouts
 from peft_onelayer.tasks import Task
 
@@ -82,24 +83,15 @@ def find_learning_rate(
     """
     start = time.perf_counter()
     config = recipe.config(output_dir="unused")
-    values = config.to_dict()
-    temperature = values.get("temperature", 1.0)
+    temperature = config.to_dict().get("temperature", 1.0)
+    sampling = replace(sampling_of_run(recipe.algorithm, config), samples=SAMPLES, batch_size=batch_size)
     pad = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
     rows = task.rows("train", MOST_PROMPTS, stream_seed(seed, "prompts, learning rate"))
     groups: list[list[Rollout]] = []
     batch = None
     for first in range(0, len(rows), PROMPTS):
-        groups += sample_rollouts(
-            model,
-            tokenizer,
-            task,
-            rows[first : first + PROMPTS],
-            samples=SAMPLES,
-            temperature=temperature,
-            seed=stream_seed(seed, f"sampling, learning rate {first}"),
-            batch_size=batch_size,
-            max_completion_tokens=values.get(recipe.algorithm.completion_length, task.max_completion_tokens),
-        )
+        sampling = replace(sampling, seed=stream_seed(seed, f"sampling, learning rate {first}"))
+        groups += sample_rollouts(model, tokenizer, task, rows[first : first + PROMPTS], sampling)
         batch = graded_batch(groups, pad, model.device)
         if batch is not None and len(batch) >= ENOUGH:
             break

@@ -88,6 +88,7 @@ class EvaluationRecord(Record):
         results: by decoding mode, "sampled" or "greedy".
         batch_size: completions generated at a time, on which the samples depend.
         chat: whether prompts were given as messages of a user.
+        sampling: all that shapes a completion, by field of `Sampling`; greedy decoding takes what of it applies.
         machine: versions and hardware.
         seconds: of the whole evaluation.
         scores: of every problem, by model ("base", "adapter") and decoding mode.
@@ -110,6 +111,7 @@ class EvaluationRecord(Record):
     results: dict[str, Measured]
     batch_size: int | None = None
     chat: bool | None = None
+    sampling: dict[str, Any] | None = None
     machine: dict[str, Any] | None = None
     seconds: float | None = None
     scores: dict[str, dict[str, list[float]]] | None = None

@@ -142,11 +142,12 @@ class LayerRanking(Record):
 
     @property
     def choice(self) -> list[int]:
-        """The blocks to train, ascending: the pick; without one the paper's five middle blocks, which need no profile
-        (arXiv 2607.01232), or of fewer than five blocks the first in `order`."""
+        """The blocks to train, ascending: the pick; without one those of the paper's five middle blocks, which need no
+        profile (arXiv 2607.01232), that are in `order`; where there is none, the first in `order`."""
         if self.pick is not None:
             return [self.pick]
-        return resolve_layers("mid-5", self.num_layers) if self.num_layers >= 5 else self.order[:1]
+        middle = resolve_layers("mid-5", self.num_layers) if self.num_layers >= 5 else []
+        return [layer for layer in middle if layer in self.order] or self.order[:1]
 
     @property
     def choice_learning_rate(self) -> float | None:

@@ -59,6 +59,8 @@ class RunSettings:
         full: whether every parameter was trained.
         top_entropy: share of the tokens that were trained on; None for all.
         pairs_from_task: prompts that an offline algorithm's data was made from; None for none.
+        sampling: how that data was sampled, by field of `Sampling`, where it was asked for; None where it was not.
+        trust_remote_code: whether the code that comes with the base was allowed to run; None for no.
         seed: of data, sampling and training.
         config: fields of the trainer's configuration.
     """
@@ -74,6 +76,8 @@ class RunSettings:
     full: bool = False
     top_entropy: float | None = None
     pairs_from_task: int | None = None
+    sampling: dict[str, Any] | None = None
+    trust_remote_code: bool | None = None
 
     @property
     def source(self) -> DataSource:

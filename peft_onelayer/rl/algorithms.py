@@ -38,6 +38,7 @@ class Algorithm:
         needs_environment: whether it trains on nothing else.
         takes_peft_config: whether the trainer has `peft_config=`; otherwise it is given a PEFT model.
         adapter_mixin: import path of a class to put in front of the trainer when an adapter is trained; "" for none.
+        prompts_as_text: as of `Sampling`: how the trainer tokenizes prompts.
         takes_entropy: whether the loss is `GRPOTrainer`'s own, so that the top-entropy option applies.
     """
 
@@ -53,6 +54,7 @@ class Algorithm:
     needs_environment: bool = False
     takes_peft_config: bool = True
     adapter_mixin: str = ""
+    prompts_as_text: bool = False
     takes_entropy: bool = False
 
     @property
@@ -204,6 +206,7 @@ ALGORITHMS: dict[str, Algorithm] = {
             ZERO_OR_ONE,
             "max_completion_length",
             takes_peft_config=False,
+            prompts_as_text=True,
         ),
         Algorithm(
             "online_dpo",
@@ -212,6 +215,7 @@ ALGORITHMS: dict[str, Algorithm] = {
             "2402.04792",
             {"loss_type": "sigmoid", "beta": 0.1},
             completion_length="max_new_tokens",
+            prompts_as_text=True,
         ),
         Algorithm(
             "sdpo",

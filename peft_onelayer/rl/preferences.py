@@ -19,6 +19,7 @@ from peft import PeftModel
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from peft_onelayer.rollouts.sampling import Rollout, sample_rollouts
+from peft_onelayer.rollouts.settings import Sampling
 from peft_onelayer.tasks import Task, completion_text
 from peft_onelayer.tasks.files import HUB, SUFFIXES, digest, read_hub, read_jsonl
 
@@ -32,6 +33,7 @@ FORMATS: Mapping[str, tuple[tuple[str, ...], ...]] = {
     "triple": (("prompt", "reference", "chosen", "rejected"),),
     "context": (("prompt", "privileged_context"),),
 }
+EIGHT = Sampling(samples=8)
 FROM_ROLLOUTS = ("preference", "unpaired", "demonstration", "context")
 ALSO_READ = ("tools", "chat_template_kwargs")  # columns that TRL's trainers read beside those
 
@@ -88,12 +90,9 @@ def pairs_from_rollouts(
     task: Task,
     rows: Sequence[Row],
     kind: str,
+    sampling: Sampling = EIGHT,
     *,
-    samples: int = 8,
-    temperature: float = 1.0,
-    seed: int = 0,
-    batch_size: int = 1024,
-    max_completion_tokens: int | None = None,
+    kwargs_as_column: bool = True,
     on_progress: Callable[[int], None] = lambda done: None,
 ) -> OfflineData:
     """Sample completions of `rows`, grade them with the task's reward, and make rows of `kind` by `compare_rollouts`.
@@ -101,7 +100,10 @@ def pairs_from_rollouts(
     Args:
         rows: of the task's train split, their prompts as the model is to see them.
         kind: "preference", "unpaired", "demonstration" or "context".
-        samples, temperature, seed, batch_size, max_completion_tokens, on_progress: as `sample_rollouts`.
+        sampling: as for `sample_rollouts` (default: eight samples).
+        kwargs_as_column: give rows of chat prompts a column "chat_template_kwargs" where there are some, by which TRL's
+            offline trainers write the prompts as they were written here.
+        on_progress: as for `sample_rollouts`.
 
     Raises:
         ValueError: for another kind, a task with an environment, fewer than two samples, or when no row is left.
@@ -110,21 +112,13 @@ def pairs_from_rollouts(
         raise ValueError(f"{kind} data cannot be made from rollouts; give a data set with {_formats(kind)}")
     if task.environment_factory is not None:
         raise ValueError(f"task {task.name} plays through an environment, and offline data has no turns; train online")
-    if samples < 2:
-        raise ValueError(f"rows are made by comparing completions, which takes at least 2 samples, got {samples}")
-    rollouts = sample_rollouts(
-        model,
-        tokenizer,
-        task,
-        rows,
-        samples=samples,
-        temperature=temperature,
-        seed=seed,
-        batch_size=batch_size,
-        max_completion_tokens=max_completion_tokens,
-        on_progress=on_progress,
-    )
+    if sampling.samples < 2 or sampling.greedy:
+        found = "greedy decoding" if sampling.greedy else sampling.samples
+        raise ValueError(f"rows are made by comparing completions, which takes at least 2 samples, got {found}")
+    rollouts = sample_rollouts(model, tokenizer, task, rows, sampling, on_progress=on_progress)
     made, counts = compare_rollouts(rollouts, kind)
+    if sampling.chat_template_kwargs and kwargs_as_column and not isinstance(rows[0]["prompt"], str):
+        made = [{**row, "chat_template_kwargs": dict(sampling.chat_template_kwargs)} for row in made]
     return OfflineData(made, task.data, counts)
 
 

@@ -19,6 +19,27 @@ LEARNING_RATE = 5e-6  # arXiv 2607.01232, Table 8, for one block and for all par
 DEMO_LEARNING_RATE = 3e-3  # for one block of the demo model
 DEMO_WARMUP_STEPS = 5
 
+# Fields that a run without an evaluation set does not heed.
+OF_EVALUATION = frozenset(
+    (
+        "batch_eval_metrics",
+        "generate_during_eval",
+        "greater_is_better",
+        "include_for_metrics",
+        "load_best_model_at_end",
+        "metric_for_best_model",
+        "num_generations_eval",
+        "per_device_eval_batch_size",
+        "prediction_loss_only",
+    )
+)
+NOT_HEEDED = {
+    "do_train": "this command trains; leave it out",
+    "do_eval": "a run evaluates nothing; use onelayer eval afterwards",
+    "do_predict": "a run predicts nothing; use onelayer eval afterwards",
+    "reward_model_path": "the reward is the task's; give a task or --reward that asks the model",
+}
+
 
 @dataclass(frozen=True)
 class Recipe:
@@ -109,11 +130,22 @@ def config_from_text(
     return convert_settings(algorithm.config_class, parsed)
 
 
-def refuse_fields(config: Mapping[str, Any], own_options: Mapping[str, str]) -> None:
+def refuse_fields(config: Mapping[str, Any], own_options: Mapping[str, str], option: str = "--set or config") -> None:
     """Raise ValueError for a field that something else sets, by what `own_options` says of it."""
     for name in config:
         if name in own_options:
-            raise ValueError(f"field {name} is set by {own_options[name]}, not by --set or config")
+            raise ValueError(f"field {name} is set by {own_options[name]}, not by {option}")
+
+
+def refuse_without_effect(config: Mapping[str, Any], algorithm: Algorithm) -> None:
+    """Raise ValueError for a field that the user set and no run of ours heeds, with what to do instead."""
+    for name, value in config.items():
+        if name in OF_EVALUATION or name.startswith("eval_"):
+            raise ValueError(f"field {name} has no effect: a run evaluates nothing; use onelayer eval afterwards")
+        if name in NOT_HEEDED:
+            raise ValueError(f"field {name} has no effect: {NOT_HEEDED[name]}")
+        if name == "remove_unused_columns" and value and algorithm.online:
+            raise ValueError(f"field {name} would take the columns from the reward; leave it out")
 
 
 def device_settings() -> dict[str, Any]:

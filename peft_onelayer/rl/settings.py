@@ -25,8 +25,8 @@ _GRPO = {
 }
 
 
-def parse_settings(settings: Sequence[str]) -> dict[str, str]:
-    """Split the texts of `--set`, each "field=value".
+def parse_settings(settings: Sequence[str], option: str = "--set") -> dict[str, str]:
+    """Split the texts of `option`, each "field=value".
 
     Raises:
         ValueError: for a text without "=" or without a field, or a field given twice.
@@ -39,14 +39,14 @@ def parse_settings(settings: Sequence[str]) -> dict[str, str]:
         name, equals, value = text.partition("=")
         name = name.strip()
         if not equals or not name:
-            raise ValueError(f"--set takes field=value, such as --set learning_rate=1e-5; got {text!r}")
+            raise ValueError(f"{option} takes field=value, such as {option} temperature=0.7; got {text!r}")
         if name in parsed:
-            raise ValueError(f"--set {name} is given twice: {parsed[name]!r} and {value.strip()!r}")
+            raise ValueError(f"{option} {name} is given twice: {parsed[name]!r} and {value.strip()!r}")
         parsed[name] = value.strip()
     return parsed
 
 
-def convert_settings(config_class: type, settings: Mapping[str, str]) -> dict[str, Any]:
+def convert_settings(config_class: type, settings: Mapping[str, str], option: str = "--set") -> dict[str, Any]:
     """Return the values that the texts stand for, by the types of the fields.
 
     "none" is None where a field may be None. A list is JSON or values separated by commas, a dict is a JSON object (or
@@ -55,6 +55,7 @@ def convert_settings(config_class: type, settings: Mapping[str, str]) -> dict[st
     Args:
         config_class: a dataclass, such as `trl.GRPOConfig`.
         settings: text by field.
+        option: that the texts were given by, for messages.
 
     Raises:
         ValueError: in one line, for a field that the class does not have, with near ones, or a text that is no value of
@@ -74,7 +75,7 @@ def convert_settings(config_class: type, settings: Mapping[str, str]) -> dict[st
         try:
             converted[name] = _convert(text, hints[name])
         except ValueError:
-            raise ValueError(f"--set {name}={text}: expected {_describe(hints[name])}") from None
+            raise ValueError(f"{option} {name}={text}: expected {_describe(hints[name])}") from None
     return converted
 
 

@@ -21,6 +21,7 @@ from peft_onelayer.tuner import SingleLayerConfig
 
 from .algorithms import Algorithm
 from .recipe import Recipe, demo_recipe
+from .rows import graded_by_row, numbered, reset_by_row
 
 OnStep = Callable[[int, float], None]
 
@@ -93,11 +94,15 @@ def train_rows(
     dtype = model.dtype
     if layers is None:
         model = model.float()  # as a block's: bfloat16 drops most updates of RL's size
+    rows = list(rows)
     arguments: dict[str, Any] = {}
     if algorithm.online and task is not None:
-        arguments["reward_funcs"] = task.reward
+        arguments["train_dataset"] = numbered(rows)
+        arguments["reward_funcs"] = graded_by_row(task.reward, rows)
         if task.environment_factory is not None:
-            arguments["environment_factory"] = task.environment_factory
+            arguments["environment_factory"] = reset_by_row(task.environment_factory, rows)
+    else:
+        arguments["train_dataset"] = Dataset.from_list(rows)
     if layers is not None:
         peft_config = SingleLayerConfig(layer=layers, task_type="CAUSAL_LM")
         if algorithm.takes_peft_config:
@@ -107,7 +112,6 @@ def train_rows(
     trainer = trainer_class(
         model,
         args=config,
-        train_dataset=Dataset.from_list(list(rows)),
         processing_class=tokenizer,
         callbacks=[_Progress(on_step)],
         **arguments,
@@ -153,6 +157,19 @@ def prompts_needed(algorithm: Algorithm, config: TrainingArguments, steps: int |
     group = fields[algorithm.group_size] if algorithm.group_size else 1
     completions = (steps or config.max_steps) * completions_per_step(config) / fields.get("num_iterations", 1)
     return math.ceil(max(completions, fields.get("generation_batch_size") or 1) / group)
+
+
+def steps_of_epochs(algorithm: Algorithm, config: TrainingArguments, rows: int) -> int:
+    """How many optimizer steps the trainer takes in `config.num_train_epochs` over so many rows."""
+    fields = config.to_dict()
+    if algorithm.group_size and algorithm.online:
+        # A generation takes whole groups; prompts that are too few for one are left out (trl's RepeatSampler).
+        generations = rows // (fields["generation_batch_size"] // fields[algorithm.group_size])
+        batches = generations * fields["steps_per_generation"] * fields["num_iterations"]
+    else:
+        rounded = math.floor if config.dataloader_drop_last else math.ceil
+        batches = rounded(rows / (config.per_device_train_batch_size * config.world_size))
+    return math.ceil(math.ceil(batches / config.gradient_accumulation_steps) * config.num_train_epochs)
 
 
 def _tokens_generated(logs: list[dict[str, float]], config: TrainingArguments) -> int:

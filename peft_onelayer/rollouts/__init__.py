@@ -6,12 +6,14 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from .evaluation import Evaluation, evaluate, paired_difference
     from .sampling import Rollout, sample_rollouts
+    from .settings import Sampling
 
-__all__ = ["Evaluation", "Rollout", "evaluate", "paired_difference", "sample_rollouts"]
+__all__ = ["Evaluation", "Rollout", "Sampling", "evaluate", "paired_difference", "sample_rollouts"]
 
 _MODULES = {
     "Evaluation": ".evaluation",
     "Rollout": ".sampling",
+    "Sampling": ".settings",
     "evaluate": ".evaluation",
     "paired_difference": ".evaluation",
     "sample_rollouts": ".sampling",

@@ -12,7 +12,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from peft_onelayer.tasks import Task
 
-from .sampling import sample_rollouts
+from .sampling import DEFAULT, sample_rollouts
+from .settings import Sampling
 
 
 @dataclass(frozen=True)
@@ -75,38 +76,28 @@ def evaluate(
     tokenizer: PreTrainedTokenizerBase,
     task: Task,
     rows: Sequence[dict[str, Any]],
+    sampling: Sampling = DEFAULT,
     *,
-    greedy: bool = False,
-    samples: int = 4,
-    temperature: float = 1.0,
-    seed: int = 0,
-    batch_size: int = 1024,
-    max_completion_tokens: int | None = None,
     on_progress: Callable[[int], None] = lambda done: None,
 ) -> Evaluation:
-    """Complete `rows` and score them with the task's reward: avg@k over `samples` per row, or a single greedy one.
+    """Complete `rows` and score them with the task's reward: avg@k over the samples of a row, or a single greedy one.
 
     All arguments, what is left as it was, and what is raised: as `sample_rollouts`.
     """
-    rollouts = sample_rollouts(
-        model,
-        tokenizer,
-        task,
-        rows,
-        greedy=greedy,
-        samples=samples,
-        temperature=temperature,
-        seed=seed,
-        batch_size=batch_size,
-        max_completion_tokens=max_completion_tokens,
-        on_progress=on_progress,
-    )
+    rollouts = sample_rollouts(model, tokenizer, task, rows, sampling, on_progress=on_progress)
     return Evaluation(
-        problems=tuple(json.dumps(row, sort_keys=True, default=str) for row in rows),
+        problems=tuple(map(_as_json, rows)),
         scores=tuple(statistics.fmean(rollout.reward for rollout in group) for group in rollouts),
         samples=len(rollouts[0]),
         tokens_generated=sum(rollout.tokens for group in rollouts for rollout in group),
     )
+
+
+def _as_json(row: dict[str, Any]) -> str:
+    try:
+        return json.dumps(row, sort_keys=True, default=str)
+    except TypeError:  # keys that are no JSON or do not sort
+        return json.dumps(str(row))
 
 
 def _standard_error(values: Sequence[float]) -> float:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import re
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -27,9 +28,23 @@ def with_chat_prompts(task: Task, tokenizer: PreTrainedTokenizerBase, chat: bool
     return replace(task, rows=lambda split, n, seed: as_chat(task.rows(split, n, seed))), True
 
 
-def check_prompt(row: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase, model: str) -> None:
-    """Raise ValueError if the tokenizer of `model` has no tokens for the prompt of `row`."""
-    text = row["prompt"] if isinstance(row["prompt"], str) else row["prompt"][-1]["content"]
+def check_prompt(
+    row: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase, model: str, template_kwargs: Iterable[str] = ()
+) -> None:
+    """Raise ValueError for a prompt that the tokenizer of `model` cannot write as it is meant.
+
+    Args:
+        row: one of the task's.
+        template_kwargs: names in `chat_template_kwargs`, each of which must have an effect.
+    """
+    chat = not isinstance(row["prompt"], str)
+    text = row["prompt"][-1]["content"] if chat else row["prompt"]
     ids = tokenizer(text, add_special_tokens=False, verbose=False).input_ids
     if text and (not ids or tokenizer.unk_token_id in ids):
         raise ValueError(f"the tokenizer of {model} cannot write the task's prompts, such as {text[:60]!r}")
+    template = tokenizer.chat_template
+    for name in template_kwargs:
+        if not chat:
+            raise ValueError(f"chat_template_kwargs sets {name}, but the prompts are plain text, not chat messages")
+        if isinstance(template, str) and not re.search(rf"\b{re.escape(name)}\b", template):
+            raise ValueError(f"chat_template_kwargs sets {name}, which the chat template of {model} does not read")

@@ -7,6 +7,7 @@ tools, which is what a `Task` can hold.
 
 import copy
 import inspect
+import itertools
 import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -19,8 +20,12 @@ from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerB
 
 from peft_onelayer.seams import check
 from peft_onelayer.tasks import Task
+from peft_onelayer.tasks.rows import reward_columns
 from peft_onelayer.tuner.head import spare_head_copies
 
+from .settings import Sampling
+
+DEFAULT = Sampling()
 Messages = list[dict[str, Any]]
 
 
@@ -55,30 +60,17 @@ def sample_rollouts(
     tokenizer: PreTrainedTokenizerBase,
     task: Task,
     rows: Sequence[dict[str, Any]],
+    sampling: Sampling = DEFAULT,
     *,
-    greedy: bool = False,
-    samples: int = 4,
-    temperature: float = 1.0,
-    seed: int = 0,
-    batch_size: int = 1024,
-    max_completion_tokens: int | None = None,
     on_progress: Callable[[int], None] = lambda done: None,
 ) -> list[list[Rollout]]:
-    """Complete every row `samples` times, or once greedily, and grade the completions with the task's reward.
+    """Complete every row `sampling.samples` times, or once greedily, and grade the completions with the task's reward.
 
-    Sampling is from the full distribution (no top-k, no top-p, no penalties). The model stays on its device; its train
-    or eval mode and torch's random state are as before afterwards.
+    The model stays on its device; its train or eval mode and torch's random state are as before afterwards.
 
     Args:
         rows: dicts with a "prompt" (plain text, or a list of chat messages) and the columns that the reward takes.
-        greedy: decode greedily, once per row; `samples` and `temperature` then play no part.
-        samples: completions per row.
-        temperature: of sampling.
-        seed: of sampling; the samples also depend on `batch_size`.
-        batch_size: completions generated at a time.
-        max_completion_tokens: where a completion is cut that did not end by itself (default: the task's own); with an
-            environment it bounds all turns together, the environment's tokens included, as TRL's
-            `max_completion_length`.
+        sampling: how (default: four samples from the full distribution, without top-k, top-p and penalties).
         on_progress: called after every batch with the number of completions done.
 
     Returns:
@@ -89,20 +81,22 @@ def sample_rollouts(
             for a tokenizer without a chat template, an environment with one that cannot render tool calls, or a reward
             that returned something else than one number per completion.
     """
-    if not rows or samples < 1:
-        raise ValueError(f"rollouts need at least one row and one sample, got {len(rows)} rows, samples={samples}")
+    if not rows or sampling.samples < 1:
+        raise ValueError(
+            f"rollouts need at least one row and one sample, got {len(rows)} rows, samples={sampling.samples}"
+        )
     chat = not isinstance(rows[0]["prompt"], str)
     if chat and tokenizer.chat_template is None:
         raise ValueError(f"the prompts of {task.name} are chat messages, but the tokenizer has no chat template")
     if not chat and task.environment_factory is not None:
         raise ValueError(f"task {task.name} plays through an environment and so needs chat prompts, not plain text")
-    samples = 1 if greedy else samples
-    player = _Player(model, tokenizer, task, greedy, temperature, max_completion_tokens or task.max_completion_tokens)
+    samples = 1 if sampling.greedy else sampling.samples
+    player = _Player(model, tokenizer, task, sampling)
     repeated = [row for row in rows for _ in range(samples)]
     rollouts: list[Rollout] = []
-    with _generating(model, seed):
-        for start in range(0, len(repeated), batch_size):
-            rollouts += player.play(repeated[start : start + batch_size])
+    with _generating(model, sampling.seed):
+        for start in range(0, len(repeated), sampling.batch_size):
+            rollouts += player.play(repeated[start : start + sampling.batch_size])
             on_progress(len(rollouts))
     return [rollouts[i : i + samples] for i in range(0, len(rollouts), samples)]
 
@@ -145,12 +139,10 @@ class _Player:
         model: PreTrainedModel | PeftModel,
         tokenizer: PreTrainedTokenizerBase,
         task: Task,
-        greedy: bool,
-        temperature: float,
-        max_completion_tokens: int,
+        sampling: Sampling,
     ) -> None:
-        self.model, self.tokenizer, self.task = model, tokenizer, task
-        self.max_completion_tokens = max_completion_tokens
+        self.model, self.tokenizer, self.task, self.sampling = model, tokenizer, task, sampling
+        self.max_completion_tokens = sampling.max_completion_tokens or task.max_completion_tokens
         # Some configurations have no such limit (ALiBi, state-space models).
         self.context = getattr(model.config.get_text_config(), "max_position_embeddings", None)
         # As GRPOTrainer: every end-of-sequence id that the model declares ends a completion, and the tokenizer's.
@@ -159,17 +151,16 @@ class _Player:
         self.eos = sorted(eos)
         self.pad = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
         # Spelled out because generate() fills every field left out from the model's own generation_config.json.
-        sampling = {"temperature": temperature, "top_k": 0, "top_p": 1.0}
         self.generation_config = GenerationConfig(
-            max_new_tokens=max_completion_tokens,
-            do_sample=not greedy,
-            num_beams=1,
-            repetition_penalty=1.0,
-            pad_token_id=self.pad,
-            eos_token_id=self.eos,
-            use_cache=True,
-            disable_compile=True,
-            **({} if greedy else sampling),
+            **{
+                "max_new_tokens": self.max_completion_tokens,
+                "num_beams": 1,
+                "pad_token_id": self.pad,
+                "eos_token_id": self.eos,
+                "use_cache": True,
+                "disable_compile": True,
+                **sampling.generation(),
+            }
         )
         self.environments: list[Any] = []  # made once and reset for every rollout, as TRL does
         self.chat_template: str | None = None
@@ -205,31 +196,19 @@ class _Player:
 
     def _begin(self, rows: Sequence[dict[str, Any]]) -> list[_Episode]:
         """Reset the environments, render the prompts, and generate the first turn."""
-        prompts = [row["prompt"] for row in rows]
+        prompts = [copy.deepcopy(row["prompt"]) for row in rows]
         tools: list[dict[str, Callable[..., Any]]] = [{} for _ in rows]
         chat = not isinstance(prompts[0], str)
         if self.task.environment_factory is not None:
             while len(self.environments) < len(rows):
                 self.environments.append(self.task.environment_factory())
             for i, row in enumerate(rows):
-                observation = self.environments[i].reset(**row)
+                observation = self.environments[i].reset(**copy.deepcopy(row))
                 if observation is not None:
                     last = prompts[i][-1]
                     prompts[i] = [*prompts[i][:-1], {**last, "content": last["content"] + observation}]
                 tools[i] = _tools(self.environments[i])
-        if chat:
-            prompt_ids = [
-                self.tokenizer.apply_chat_template(
-                    prompt,
-                    tools=list(own.values()) or None,
-                    chat_template=self.chat_template,
-                    add_generation_prompt=True,
-                    return_dict=True,
-                )["input_ids"]
-                for prompt, own in zip(prompts, tools, strict=True)
-            ]
-        else:
-            prompt_ids = self.tokenizer(prompts)["input_ids"]
+        prompt_ids = self._prompt_ids(prompts, tools)
         self._check_context(prompt_ids)
         generated = self._generate(prompt_ids)
         return [
@@ -244,13 +223,41 @@ class _Player:
             for prompt, before, ids, own in zip(prompts, prompt_ids, generated, tools, strict=True)
         ]
 
+    def _prompt_ids(self, prompts: list[Any], tools: list[dict[str, Callable[..., Any]]]) -> list[list[int]]:
+        """The tokens of the prompts, as the trainer makes them."""
+        kwargs, longest = self.sampling.chat_template_kwargs, self.sampling.max_prompt_length
+        if self.sampling.prompts_as_text:
+            from trl.data_utils import maybe_apply_chat_template
+
+            texts = [
+                maybe_apply_chat_template({"prompt": prompt}, self.tokenizer, **kwargs)["prompt"] for prompt in prompts
+            ]
+            cut = {} if longest is None else {"truncation": True, "max_length": longest}
+            return self.tokenizer(texts, add_special_tokens=False, **cut)["input_ids"]
+        if isinstance(prompts[0], str):
+            ids = self.tokenizer(prompts)["input_ids"]
+        else:
+            ids = [
+                self.tokenizer.apply_chat_template(
+                    prompt,
+                    tools=list(own.values()) or None,
+                    chat_template=self.chat_template,
+                    add_generation_prompt=True,
+                    return_dict=True,
+                    **kwargs,
+                )["input_ids"]
+                for prompt, own in zip(prompts, tools, strict=True)
+            ]
+        return ids if longest is None else [own[-longest:] for own in ids]
+
     def _check_context(self, prompt_ids: list[list[int]]) -> None:
         longest = max(map(len, prompt_ids))
         # In an environment TRL ends the episode where the context is full; a single turn has to fit.
-        room = 1 if self.task.environment_factory is not None else self.max_completion_tokens
+        most = self.generation_config.max_new_tokens
+        room = 1 if self.task.environment_factory is not None else most
         if self.context is not None and longest + room > self.context:
             raise ValueError(
-                f"a prompt of {longest} tokens and a completion of up to {self.max_completion_tokens} do not fit into "
+                f"a prompt of {longest} tokens and a completion of up to {most} do not fit into "
                 f"the model's context of {self.context} tokens; shorten the prompts or allow fewer tokens"
             )
 
@@ -263,12 +270,17 @@ class _Player:
             input_ids=input_ids.to(self.model.device),
             attention_mask=attention_mask.to(self.model.device),
             generation_config=self.generation_config,
+            **({"tokenizer": self.tokenizer} if self.generation_config.stop_strings else {}),
         )  # (B, P + T)
         return [self._until_eos(ids) for ids in tokens[:, length:].tolist()]
 
     def _until_eos(self, ids: list[int]) -> list[int]:
         end = next((i for i, token in enumerate(ids) if token in self.eos), len(ids))
-        return ids[: end + 1]
+        ids = ids[: end + 1]
+        if self.generation_config.stop_strings:  # these end a completion without a token that says so
+            while len(ids) > 1 and ids[-1] == self.pad and self.pad not in self.eos:
+                ids.pop()
+        return ids
 
     def _text(self, ids: list[int]) -> str:
         return self.tokenizer.decode(ids, skip_special_tokens=True)
@@ -287,7 +299,10 @@ class _Player:
     def _continue_with_tools(self, episodes: list[_Episode]) -> None:
         """Call the tools that the last messages ask for and generate on, until no message asks (TRL's tool loop)."""
         active = [episode for episode in episodes if episode.completion[-1].get("tool_calls")]
-        while active:
+        turns = self.sampling.max_tool_calling_iterations
+        for _ in itertools.count() if turns is None else range(turns):
+            if not active:
+                return
             answers, contexts, going_on = [], [], []
             for episode in active:
                 messages = [_call(call, episode.tools) for call in episode.completion[-1]["tool_calls"]]
@@ -321,6 +336,7 @@ class _Player:
         call = {"type": "function", "function": {"name": name, "arguments": {}}}
         dialogue = [{"role": "user", "content": "dummy"}, {"role": "assistant", "content": "", "tool_calls": [call]}]
         settings = {"chat_template": self.chat_template, "tokenize": True, "return_dict": False}
+        settings |= self.sampling.chat_template_kwargs
         before = self.tokenizer.apply_chat_template(dialogue, add_generation_prompt=False, **settings)
         after = self.tokenizer.apply_chat_template(dialogue + messages, add_generation_prompt=True, **settings)
         # The model's turn ended with the end-of-sequence token; what the template writes behind it is still to come.
@@ -330,7 +346,7 @@ class _Player:
     def _grade(self, rows: Sequence[dict[str, Any]], episodes: list[_Episode]) -> list[Rollout]:
         prompts = [episode.prompt for episode in episodes]
         completions = [episode.completion for episode in episodes]
-        columns: dict[str, Any] = {name: [row[name] for row in rows] for name in rows[0] if name != "prompt"}
+        columns: dict[str, Any] = reward_columns(rows)
         if self.task.environment_factory is not None:
             columns["environments"] = self.environments[: len(rows)]
         # What TRL passes to every reward beside the columns; there is no training to follow and no log to write to.
@@ -347,6 +363,8 @@ class _Player:
                 f"the reward of {self.task.name} must return one number per completion, got {len(rewards)} values for "
                 f"{len(rows)} completions, {missing} of them None or NaN"
             )
+        if hasattr(self.task.environment_factory and type(self.environments[0]), "get_reward"):  # TRL adds it
+            rewards = [r + float(e.get_reward()) for r, e in zip(rewards, self.environments, strict=False)]
         return [
             Rollout(
                 prompt=episode.prompt,

@@ -96,6 +96,7 @@ def run_demo(
     layer: str = "auto",
     steps: int = STEPS,
     model: str | None = None,
+    trust_remote_code: bool = False,
     command: str | None = None,
     progress: Progress | None = None,
 ) -> DemoRecord:
@@ -107,6 +108,7 @@ def run_demo(
         layer: blocks to train, or "auto" to rank them first.
         steps: of GRPO, each of 24 prompts x 8 completions.
         model: another base model for the task: a folder or a Hub id.
+        trust_remote_code: run the Python code that comes with that model.
         command: for the records.
         progress: is told what goes on.
 
@@ -129,6 +131,7 @@ def run_demo(
             config={**demo_config(steps), "save_strategy": "no"},
             seed=seed,
             chat=False,
+            trust_remote_code=trust_remote_code,
         )
         run = train(settings, command=command, progress=progress)
         evaluation = _evaluate(settings, command, progress)
@@ -168,6 +171,7 @@ def _evaluate(settings: TrainingSettings, command: str | None, progress: Progres
             batch_size=PROBLEMS,
             seed=settings.seed,
             chat=settings.chat,
+            trust_remote_code=settings.trust_remote_code,
         ),
         command=command,
         progress=progress,
@@ -185,7 +189,8 @@ def _record(run: Run, evaluation: EvaluationRecord, task: str, progress: Progres
     progress.note("reloading the adapter in a fresh process ...")
     here = fingerprint(model, token_ids)
     try:
-        there = fingerprint_in_fresh_process(run.folder, token_ids)
+        trust = bool(record.settings.trust_remote_code)
+        there = fingerprint_in_fresh_process(run.folder, token_ids, trust_remote_code=trust)
     except RuntimeError as error:
         raise ValueError(str(error)) from error
     if here != there:

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import time
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -13,12 +14,16 @@ from peft import PeftModel
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from peft_onelayer.records.evaluation import EvaluationRecord, Figures, Measured, MeasuredAdapter
-from peft_onelayer.records.files import CONFIG, WEIGHTS, check_file, file_digest, read_fields, write_whole
+from peft_onelayer.records.fields import read
+from peft_onelayer.records.files import CONFIG, RUN, WEIGHTS, check_file, file_digest, read_fields, write_whole
 from peft_onelayer.records.locate import adapter_folder
-from peft_onelayer.records.run import DataSource
+from peft_onelayer.records.run import DataSource, RunRecord
+from peft_onelayer.rl.algorithms import load_algorithm
+from peft_onelayer.rl.sampling import OWN_OPTIONS, sampling_of, with_given
 from peft_onelayer.rollouts.evaluation import Evaluation, paired_difference
 from peft_onelayer.rollouts.evaluation import evaluate as evaluate_rows
 from peft_onelayer.rollouts.prompts import check_prompt, with_chat_prompts
+from peft_onelayer.rollouts.settings import Sampling
 from peft_onelayer.tasks import Task, open_task
 from peft_onelayer.tuner.config import SingleLayerPeftType
 
@@ -42,6 +47,10 @@ def evaluate(
     settings: EvaluationSettings, *, command: str | None = None, progress: Progress | None = None
 ) -> EvaluationRecord:
     """Measure a model on a task, sampled and greedy, and an adapter against its base on the same problems.
+
+    Completions are sampled as the run sampled that made the adapter (or the model, where `settings.model` is a folder
+    of `train --full`), by the run.json beside it, unless the settings say otherwise; greedy decoding takes the run's
+    prompts and penalties, and not what shapes sampling alone. Without a run.json the full distribution is sampled.
 
     One model is in memory: the base is the adapter's model with the adapter switched off, and for methods of PEFT that
     change the base when they load (PiSSA) it is loaded anew afterwards.
@@ -70,7 +79,7 @@ class _Evaluation:
         self.decodings = (["sampled"] if settings.samples else []) + (["greedy"] if settings.greedy else [])
         if not self.decodings:
             raise ValueError("--samples 0 with --no-greedy leaves nothing to measure.")
-        if not settings.temperature > 0:
+        if settings.temperature is not None and not settings.temperature > 0:
             raise ValueError("--temperature must be above 0; for greedy decoding alone use --samples 0.")
         self.out = None if settings.out is None else Path(settings.out)
         if self.out is not None:
@@ -88,16 +97,21 @@ class _Evaluation:
                 self.folder = adapter_folder(self.adapter)
             check_adapter_folder(self.folder, self.adapter)
             self.adapter_config = read_fields(self.folder / CONFIG)
+        self.run_record = _run_in(self.folder or Path(self.model).expanduser())
         with progress.status("loading the task ..."), quiet_logs():
             self.task: Task = open_task(settings.task, settings.dataset, settings.reward, unsafe=settings.unsafe)
             self.task.rows(settings.split, 1, settings.seed)  # a split that is not there, before the model is loaded
+        self.sampling = self._sampling()
 
     def run(self) -> EvaluationRecord:
         settings = self.settings
         self.base, tokenizer = self._load()
-        self.task, chat = with_chat_prompts(self.task, tokenizer, settings.chat)
+        asked = settings.chat
+        if asked is None and self.run_record is not None:
+            asked = self.run_record.settings.source.chat
+        self.task, chat = with_chat_prompts(self.task, tokenizer, asked)
         self.rows = self.task.rows(settings.split, settings.problems, settings.seed)
-        check_prompt(self.rows[0], tokenizer, self.model)
+        check_prompt(self.rows[0], tokenizer, self.model, settings.sampling.get("chat_template_kwargs", ()))
         description = describe_model(self.base)
         if len(self.rows) < settings.problems:
             self.progress.note(f"the {settings.split} split of {self.task.name} has {len(self.rows)} problems")
@@ -110,14 +124,15 @@ class _Evaluation:
             split=settings.split,
             n=len(self.rows),
             samples=settings.samples,
-            temperature=settings.temperature,
-            max_completion_tokens=settings.max_completion_tokens or self.task.max_completion_tokens,
+            temperature=self.sampling.temperature,
+            max_completion_tokens=self.sampling.max_completion_tokens or self.task.max_completion_tokens,
             seed=settings.seed,
             results={
                 decoding: _measured(before[decoding], after[decoding] if after else None) for decoding in self.decodings
             },
             batch_size=settings.batch_size,
             chat=chat,
+            sampling=self.sampling.shape,
             machine=describe_machine(),
             seconds=round(time.perf_counter() - self.start, 1),
             scores=_scores(before, after) if self.out else None,
@@ -127,9 +142,29 @@ class _Evaluation:
             write_whole(self.out, record.to_json())
         return record
 
+    def _sampling(self) -> Sampling:
+        """The run's settings with those that were given over them."""
+        settings, run = self.settings, self.run_record
+        own = Sampling() if run is None else _sampling_of(run, self.task, of_data_set=settings.dataset is not None)
+        given: dict[str, Any] = {}
+        for name in ("temperature", "max_completion_tokens"):
+            if (value := getattr(settings, name)) is not None:
+                given[name] = value
+        if both := given.keys() & settings.sampling.keys():
+            raise ValueError(f"{min(both)} is given twice, by its option and by --sampling; give one of them")
+        given |= settings.sampling
+        shown = {name: value for name, value in own.changed.items() if name not in given}
+        if shown.get("max_completion_tokens") == self.task.max_completion_tokens:
+            del shown["max_completion_tokens"]
+        if shown:
+            as_run = ", ".join(f"{name}={value}" for name, value in shown.items())
+            self.progress.note(f"sampled as in the run: {as_run}")
+        return with_given(replace(own, seed=settings.seed, batch_size=settings.batch_size), given, OWN_OPTIONS)
+
     def _load(self) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
         with self.progress.status(f"loading {self.model} ..."):
-            base, tokenizer = load_causal_lm(self.model, self.revision)
+            trust = self.settings.trust_remote_code
+            base, tokenizer = load_causal_lm(self.model, self.revision, trust_remote_code=trust)
         to_device(base)
         return base, tokenizer
 
@@ -162,12 +197,7 @@ class _Evaluation:
                     tokenizer,
                     self.task,
                     self.rows,
-                    greedy=decoding == "greedy",
-                    samples=count,
-                    temperature=settings.temperature,
-                    seed=settings.seed,
-                    batch_size=settings.batch_size,
-                    max_completion_tokens=settings.max_completion_tokens,
+                    replace(self.sampling, greedy=decoding == "greedy", samples=count),
                     on_progress=partial(_report, update),
                 )
             measured[decoding] = evaluation, round(time.perf_counter() - started, 1)
@@ -179,6 +209,24 @@ class _Evaluation:
         config = self.adapter_config
         digest = file_digest(self.folder / WEIGHTS)
         return MeasuredAdapter(str(self.adapter), config.get("peft_type"), config.get("layer_indices"), digest)
+
+
+def _run_in(folder: Path) -> RunRecord | None:
+    """The run that left its run.json in a folder; None where there is none of ours."""
+    try:
+        fields = read_fields(folder / RUN)
+    except ValueError:  # not there, or no JSON
+        return None
+    return RunRecord.from_dict(fields, str(folder / RUN)) if fields.get("format") == RunRecord.FORMAT else None
+
+
+def _sampling_of(run: RunRecord, task: Task, *, of_data_set: bool) -> Sampling:
+    """How a run sampled. Its limit of a completion holds for its own task and for data sets, which have none."""
+    settings = run.settings
+    own = sampling_of(load_algorithm(settings.algorithm), settings.config, "run.json: settings.config")
+    own = read(Sampling, {**own.shape, **(settings.sampling or {})}, "run.json: settings.sampling")
+    same = task.name == settings.source.name or (task.data and dict(task.data) == settings.source.data)
+    return own if same or of_data_set else replace(own, max_completion_tokens=None)
 
 
 def _report(update: Update, done: int) -> None:

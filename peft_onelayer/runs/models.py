@@ -7,6 +7,7 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
 import transformers
@@ -78,41 +79,52 @@ def check_model_name(name: str) -> None:
         raise ValueError(f"{folder} holds no config.json, so it is not a model folder.")
 
 
-def load_causal_lm(name: str, revision: str | None = None) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+def load_causal_lm(
+    name: str, revision: str | None = None, *, trust_remote_code: bool = False
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """Load model and tokenizer from a folder or from the Hub, there at a branch, tag or commit.
+
+    Args:
+        trust_remote_code: run the Python code that comes with the model.
 
     Returns:
         The model in the dtype of its checkpoint, in eval mode, and its tokenizer.
 
     Raises:
-        ValueError: in one line: not there, not a causal language model, incomplete, or without a tokenizer.
+        ValueError: in one line: not there, not a causal language model, incomplete, without a tokenizer, or with code
+            of its own that was not allowed to run.
     """
     source = _source(name)
+    trusted = {
+        "revision": revision,
+        "trust_remote_code": trust_remote_code,
+    }  # left out, transformers asks on the terminal
     with _errors_in_one_line(name), quiet_logs():
-        _checked_config(source, revision)
-        model, info = AutoModelForCausalLM.from_pretrained(
-            source, revision=revision, dtype="auto", output_loading_info=True
-        )
+        _checked_config(source, trusted)
+        model, info = AutoModelForCausalLM.from_pretrained(source, dtype="auto", output_loading_info=True, **trusted)
         if info["missing_keys"]:
             missing = info["missing_keys"]
             raise NotCausalError(f"{source} lacks {len(missing)} weights, such as {min(missing)}.")
-        return model, AutoTokenizer.from_pretrained(source, revision=revision)
+        return model, AutoTokenizer.from_pretrained(source, **trusted)
 
 
-def load_skeleton(name: str, revision: str | None = None) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+def load_skeleton(
+    name: str, revision: str | None = None, *, trust_remote_code: bool = False
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """The model without weights, on the meta device, and its tokenizer: enough to look at before a run.
 
     Raises:
         ValueError: in one line: as `load_causal_lm`; a folder that holds no weights at all.
     """
     source = _source(name)
+    trusted = {"revision": revision, "trust_remote_code": trust_remote_code}
     with _errors_in_one_line(name), quiet_logs():
-        config = _checked_config(source, revision)
+        config = _checked_config(source, trusted)
         if is_local(name) and not any(Path(source).glob("*.safetensors")) and not any(Path(source).glob("*.bin")):
             raise NotCausalError(f"{source} holds no weights; expected *.safetensors beside its config.json.")
         with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(config)
-        return model, AutoTokenizer.from_pretrained(source, revision=revision)
+            model = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
+        return model, AutoTokenizer.from_pretrained(source, **trusted)
 
 
 def _source(name: str) -> str:
@@ -120,12 +132,14 @@ def _source(name: str) -> str:
     return str(Path(name).expanduser()) if is_local(name) else name
 
 
-def _checked_config(source: str, revision: str | None) -> PretrainedConfig:
-    """The configuration of a model that is a causal language model."""
+def _checked_config(source: str, trusted: dict[str, Any]) -> PretrainedConfig:
+    """The configuration of a model that is a causal language model, by transformers or by its own code."""
     check(__name__)
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-    config = AutoConfig.from_pretrained(source, revision=revision)
+    config = AutoConfig.from_pretrained(source, **trusted)
+    if trusted["trust_remote_code"] and "AutoModelForCausalLM" in (getattr(config, "auto_map", None) or {}):
+        return config
     causal = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(config.model_type)
     accepted = (causal,) if isinstance(causal, str) else tuple(causal or ())
     architectures = config.architectures or accepted
@@ -143,7 +157,12 @@ def _errors_in_one_line(name: str) -> Iterator[None]:
         yield
     except NotCausalError:
         raise
-    except (OSError, ValueError, KeyError, HTTPError) as error:
+    except (OSError, ValueError, KeyError, HTTPError, ImportError) as error:
+        if "trust_remote_code" in str(error):
+            raise ValueError(
+                f"{name} comes with Python code of its own, which runs with all your rights; read it, and if you trust "
+                "it give --trust-remote-code (in Python trust_remote_code=True)"
+            ) from error
         source = Path(name).expanduser()
         what = f"the model in {source}" if is_local(name) else f"{name}, neither a folder here nor found on the Hub"
         raise ValueError(f"cannot load {what}: {one_line(error)}") from error

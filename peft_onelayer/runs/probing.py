@@ -11,7 +11,8 @@ from peft_onelayer.probe.probe import METHODS
 from peft_onelayer.records.files import TargetError, check_file, write_whole
 from peft_onelayer.records.ranking import LayerRanking
 from peft_onelayer.rl.algorithms import load_algorithm
-from peft_onelayer.rl.recipe import make_recipe, refuse_fields
+from peft_onelayer.rl.recipe import make_recipe, refuse_fields, refuse_without_effect
+from peft_onelayer.rl.sampling import sampling_of_run
 from peft_onelayer.rollouts.prompts import check_prompt, with_chat_prompts
 from peft_onelayer.tasks import open_task
 from peft_onelayer.tuner import find_decoder_stack
@@ -48,8 +49,9 @@ def probe(settings: ProbeSettings, *, progress: Progress | None = None) -> Layer
             task = open_task(settings.task, settings.dataset, settings.reward, unsafe=settings.unsafe)
             profile = load_profile(settings.profile) if settings.profile else None
         refuse_fields(settings.config, PROBE_OPTIONS)
+        refuse_without_effect(settings.config, algorithm)
         recipe = make_recipe(algorithm, task, settings.config)
-        recipe.config(output_dir="unused")  # what it refuses, before the model is loaded
+        sampling = sampling_of_run(algorithm, recipe.config(output_dir="unused"))  # before the model is loaded
         out = None if settings.out is None else Path(settings.out)
         if out is not None:
             check_outputs(out)
@@ -57,12 +59,15 @@ def probe(settings: ProbeSettings, *, progress: Progress | None = None) -> Layer
             progress.note(f"the profile is of {profile.model}: {profile.method}, {profile.task}; {profile.source}")
         check_model_name(settings.model)
         with progress.status(f"loading {settings.model} ..."):
-            base, tokenizer = load_causal_lm(settings.model, settings.revision)
+            base, tokenizer = load_causal_lm(
+                settings.model, settings.revision, trust_remote_code=settings.trust_remote_code
+            )
         to_device(base)
         depth = len(find_decoder_stack(base).blocks)
         layers = None if settings.layers == "all" else resolve_layers(settings.layers, depth)
         task, _ = with_chat_prompts(task, tokenizer, settings.chat)
-        check_prompt(task.rows("train", 1, settings.seed)[0], tokenizer, settings.model)
+        row = task.rows("train", 1, settings.seed)[0]
+        check_prompt(row, tokenizer, settings.model, sampling.chat_template_kwargs)
         ranking = rank_blocks(
             base,
             tokenizer,

@@ -14,14 +14,24 @@ if TYPE_CHECKING:
 
 STEPS = 150  # optimizer steps of an online run
 # Fields of a TRL configuration that a setting of their own decides, and the option of the command line.
+_LOADING = "--revision and --trust-remote-code: the model is loaded before there is a trainer"
 TRAINING_OPTIONS = {
     "output_dir": "--out",
     "seed": "--seed",
     "max_steps": "--steps",
     "report_to": "--report-to",
     "resume_from_checkpoint": "--resume",
+    "trust_remote_code": "--trust-remote-code",
+    "model_init_kwargs": _LOADING,
 }
-PROBE_OPTIONS = {"output_dir": "nothing: a probe writes only --out", "seed": "--seed", "max_steps": "--steps"}
+PROBE_OPTIONS = {
+    "output_dir": "nothing: a probe writes only --out",
+    "seed": "--seed",
+    "max_steps": "--steps",
+    "num_train_epochs": "--steps",
+    "trust_remote_code": "--trust-remote-code",
+    "model_init_kwargs": _LOADING,
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,6 +46,7 @@ class Source:
         seed: of data, sampling and training.
         chat: give prompts as messages of a user; None for: if the tokenizer has a chat template.
         revision: Hub revision of the base model.
+        trust_remote_code: run the Python code that comes with the base model.
         unsafe: let the model's code run without a full sandbox.
     """
 
@@ -46,6 +57,7 @@ class Source:
     seed: int = 0
     chat: bool | None = None
     revision: str | None = None
+    trust_remote_code: bool = False
     unsafe: bool = False
 
 
@@ -58,8 +70,10 @@ class TrainingSettings(Source):
         layer: blocks to train, as `SingleLayerConfig` takes them, or "auto" to rank the blocks on the task first.
         full: train every parameter instead: the baseline.
         algorithm: a name for `load_algorithm`.
-        steps: optimizer steps; None for 150 and, offline, for as many as `num_train_epochs` asks for.
+        steps: optimizer steps; None for those that `num_train_epochs` in `config` asks for, else for 150 and, offline,
+            for those of TRL's default number of epochs.
         config: values by field of the algorithm's TRL configuration.
+        sampling: with `pairs_from_task`: values by field of `Sampling`, over those in `config`.
         top_entropy: train only this share of the tokens, those of highest entropy.
         pairs_from_task: offline: make the data from graded completions of so many prompts of the task.
         report_to: TRL's own logging: "wandb", "trackio", "tensorboard", ...
@@ -73,6 +87,7 @@ class TrainingSettings(Source):
     config: Mapping[str, Any] = field(default_factory=dict)
     top_entropy: float | None = None
     pairs_from_task: int | None = None
+    sampling: Mapping[str, Any] = field(default_factory=dict)
     report_to: str = "none"
 
 
@@ -87,8 +102,9 @@ class EvaluationSettings(Source):
         problems: their number; fewer where the split is smaller.
         samples: sampled completions of each; 0 for greedy decoding alone.
         greedy: whether to decode greedily too.
-        temperature: of sampling, above 0.
-        max_completion_tokens: where a completion is cut; None for the task's own.
+        temperature: of sampling, above 0; None for the run's, or 1.
+        max_completion_tokens: where a completion is cut; None for the run's, or the task's own.
+        sampling: values by field of `Sampling`, over those of the run that made the adapter or the model.
         batch_size: completions at a time, on which the samples depend.
         out: JSON file for the figures and every problem's score.
     """
@@ -98,8 +114,9 @@ class EvaluationSettings(Source):
     problems: int = 256
     samples: int = 4
     greedy: bool = True
-    temperature: float = 1.0
+    temperature: float | None = None
     max_completion_tokens: int | None = None
+    sampling: Mapping[str, Any] = field(default_factory=dict)
     batch_size: int = 64
     out: str | Path | None = None
 

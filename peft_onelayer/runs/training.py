@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import json
-import math
 import shutil
 import tempfile
 import time
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,9 +24,11 @@ from peft_onelayer.records.run import DataSource, RunRecord, RunResults, RunSett
 from peft_onelayer.records.text import name_blocks
 from peft_onelayer.rl.algorithms import Algorithm, load_algorithm
 from peft_onelayer.rl.preferences import OfflineData, load_preferences, pairs_from_rollouts
-from peft_onelayer.rl.recipe import Recipe, make_recipe, refuse_fields
-from peft_onelayer.rl.training import completions_per_step, prompts_needed, train_rows
+from peft_onelayer.rl.recipe import Recipe, make_recipe, refuse_fields, refuse_without_effect
+from peft_onelayer.rl.sampling import PAIRS_OPTIONS, sampling_of_run, with_given
+from peft_onelayer.rl.training import prompts_needed, steps_of_epochs, train_rows
 from peft_onelayer.rollouts.prompts import check_prompt, with_chat_prompts
+from peft_onelayer.rollouts.settings import Sampling
 from peft_onelayer.tasks import Task, open_task
 from peft_onelayer.tuner import find_decoder_stack
 
@@ -92,11 +94,16 @@ class _Training:
     def __init__(self, settings: TrainingSettings, resume: bool, command: str | None, progress: Progress) -> None:
         self.settings, self.command, self.progress = settings, command, progress
         self.task = _open_task(settings)
+        if settings.sampling and not settings.pairs_from_task:
+            raise ValueError(
+                "--sampling is of --pairs-from-task; --set has the fields that an online algorithm samples by"
+            )
         self.recipe = self._recipe(self.task)
         self.algorithm: Algorithm = self.recipe.algorithm
         _check_choice(settings, self.algorithm, self.task)
         self.folder = RunFolder(Path(settings.out), resume, main=is_main_process())
         self.config = self._config()
+        self.sampling = self._sampling()
         self.data: OfflineData | None = None
         if settings.dataset and self.task is None:
             self.data = load_preferences(settings.dataset, self.algorithm.data)
@@ -107,26 +114,65 @@ class _Training:
         if self.settings.top_entropy is not None:
             own = {**own, "top_entropy_quantile": "--top-entropy"}
         refuse_fields(self.settings.config, own)
+        refuse_without_effect(self.settings.config, load_algorithm(self.settings.algorithm))
+        if self.settings.steps and "num_train_epochs" in self.settings.config:
+            raise ValueError("--steps and --set num_train_epochs both say how long to train; give one of them")
         return make_recipe(self.settings.algorithm, task, self.settings.config, top_entropy=self.settings.top_entropy)
 
     def _config(self) -> TrainingArguments:
         settings, given = self.settings, self.recipe.given
         defaults: dict[str, Any] = {"logging_steps": 1, "disable_tqdm": True, "save_total_limit": 2}
         defaults["save_steps"] = 0.1  # of all steps
-        if settings.full and settings.revision:  # TRL loads the reference model anew
-            defaults["model_init_kwargs"] = {"revision": settings.revision}
+        if settings.full:  # TRL loads the reference model anew
+            if settings.revision:
+                defaults["model_init_kwargs"] = {"revision": settings.revision}
+            if settings.trust_remote_code:
+                defaults["trust_remote_code"] = True
         fixed: dict[str, Any] = {
             "output_dir": str(self.folder.checkpoints),
             "seed": settings.seed,
             "max_steps": settings.steps or (STEPS if self.algorithm.online else -1),
             "report_to": settings.report_to,
         }
-        return self.recipe.config(**{k: v for k, v in defaults.items() if k not in given}, **fixed)
+        make = partial(self.recipe.config, **{k: v for k, v in defaults.items() if k not in given})
+        if self.algorithm.online and "num_train_epochs" in given:
+            fixed["max_steps"] = self._steps_of_epochs(make(**fixed | {"max_steps": 1}))
+        return make(**fixed)
+
+    def _steps_of_epochs(self, config: TrainingArguments) -> int:
+        """The optimizer steps of `num_train_epochs` over the task's train split, all of which is then drawn."""
+        assert self.task is not None
+        size = self.task.train_size
+        if size is None:
+            raise ValueError(
+                f"num_train_epochs needs data with an end, and task {self.task.name} draws prompts without one; use "
+                "--steps"
+            )
+        steps = steps_of_epochs(self.algorithm, config, size)
+        if steps < 1:
+            raise ValueError(
+                f"{size} prompts, num_train_epochs={config.num_train_epochs:g}: no step; use more epochs or a smaller "
+                "--set per_device_train_batch_size"
+            )
+        return steps
+
+    def _sampling(self) -> Sampling | None:
+        """How the ranking or the pairs are sampled, as the run itself is; None where neither is wanted."""
+        settings = self.settings
+        if not (settings.pairs_from_task or (settings.layer == "auto" and not settings.full)):
+            # What vLLM alone understands is no fault of a run that samples with it.
+            return None if self.config.to_dict().get("use_vllm") else sampling_of_run(self.algorithm, self.config)
+        own = sampling_of_run(self.algorithm, self.config)
+        size = max(GENERATE, self.config.per_device_train_batch_size)
+        own = replace(own, samples=SAMPLES_PER_PAIR, seed=settings.seed, batch_size=size)
+        return with_given(own, settings.sampling, PAIRS_OPTIONS)
 
     def run(self) -> Run:
         settings = self.settings
         with self.progress.status(f"loading {settings.model} ..."):
-            base, tokenizer = load_causal_lm(settings.model, settings.revision)
+            base, tokenizer = load_causal_lm(
+                settings.model, settings.revision, trust_remote_code=settings.trust_remote_code
+            )
         to_device(base)
         num_layers, chat = len(find_decoder_stack(base).blocks), None
         layers = None
@@ -158,7 +204,10 @@ class _Training:
                 rows = self.data.rows
             else:
                 assert self.task is not None
-                rows = self.task.rows("train", prompts_needed(self.algorithm, self.config), settings.seed)
+                needed = prompts_needed(self.algorithm, self.config)
+                if "num_train_epochs" in self.recipe.given and self.task.train_size:
+                    needed = self.task.train_size
+                rows = self.task.rows("train", needed, settings.seed)
             return self._train(record, base, tokenizer, rows)
 
     def _check_prompts(self, tokenizer: PreTrainedTokenizerBase) -> None:
@@ -171,7 +220,8 @@ class _Training:
                 f"one step draws {needed} prompts and task {self.task.name} has {len(rows)}; use a smaller "
                 "--set per_device_train_batch_size"
             )
-        check_prompt(rows[0], tokenizer, self.settings.model)
+        kwargs = self.sampling.chat_template_kwargs if self.sampling else self.recipe.given.get("chat_template_kwargs")
+        check_prompt(rows[0], tokenizer, self.settings.model, kwargs or {})
 
     def _record(self, base: PreTrainedModel, layers: list[int] | None, chat: bool | None) -> RunRecord:
         settings, task = self.settings, self.task
@@ -190,6 +240,8 @@ class _Training:
                 full=settings.full,
                 top_entropy=settings.top_entropy,
                 pairs_from_task=settings.pairs_from_task,
+                sampling=dict(settings.sampling) or None,
+                trust_remote_code=settings.trust_remote_code or None,
             ),
             machine=describe_machine(),
             status="unfinished",
@@ -199,10 +251,14 @@ class _Training:
 
     def _asked(self, previous: RunRecord) -> RunSettings:
         """The settings of the interrupted run as they were asked for: with the learning rate before the ranking."""
-        kept = self._kept_ranking()
-        if kept is None or previous.settings.layer != "auto":
+        if previous.settings.layer != "auto":
             return previous.settings
-        return replace(previous.settings, config={**previous.settings.config, "learning_rate": kept.learning_rate})
+        config, asked, kept = previous.settings.config, self.config.learning_rate, self._kept_ranking()
+        if kept is not None:
+            return replace(previous.settings, config={**config, "learning_rate": kept.learning_rate})
+        if previous.layers and config.get("learning_rate") == asked / len(previous.layers):  # as `_unranked` sets it
+            return replace(previous.settings, config={**config, "learning_rate": asked})
+        return previous.settings
 
     def _kept_ranking(self) -> LayerRanking | None:
         path = self.folder.path / PROFILE
@@ -226,10 +282,7 @@ class _Training:
                     batch_size=max(GENERATE, self.config.per_device_train_batch_size),
                 )
             except NothingToLearnError as error:
-                self.progress.note(f"nothing to rank by: {error}")
-                depth = len(find_decoder_stack(base).blocks)
-                middle = resolve_layers("mid-5" if depth >= 5 else "middle", depth)
-                return replace(record, layers=middle, why=f"nothing to rank by, so {name_blocks(middle)}: {error}")
+                return self._unranked(record, len(find_decoder_stack(base).blocks), error)
             ranking = _of_first_process(ranking)
             self.folder.write(PROFILE, ranking.to_json())
         rate = ranking.choice_learning_rate
@@ -237,16 +290,32 @@ class _Training:
         if rate is not None and rate != self.config.learning_rate:
             why.insert(1, f"trained at the learning rate {rate:.3g} that the ranking found for it")
             self.config.learning_rate = rate
-        self.progress.note("; ".join(why))
-        settings = replace(
-            record.settings, config={**record.settings.config, "learning_rate": self.config.learning_rate}
-        )
-        return replace(record, settings=settings, layers=ranking.choice, why="; ".join(why))
+        return self._with_choice(record, ranking.choice, "; ".join(why))
+
+    def _unranked(self, record: RunRecord, depth: int, error: NothingToLearnError) -> RunRecord:
+        """The run on the middle blocks where there is nothing to rank by.
+
+        The steps of several blocks add up, at most as if all moved the policy in one direction: at the run's rate over
+        their number they move it no further than one block does at the run's rate.
+        """
+        middle = resolve_layers("mid-5" if depth >= 5 else "middle", depth)
+        why = f"nothing to rank by, so {name_blocks(middle)}"
+        if len(middle) > 1:
+            self.config.learning_rate /= len(middle)
+            why += f" at the learning rate {self.config.learning_rate:.3g}, the run's over their number"
+        return self._with_choice(record, middle, f"{why}: {error}")
+
+    def _with_choice(self, record: RunRecord, layers: list[int], why: str) -> RunRecord:
+        """The run that trains these blocks at the configuration's learning rate."""
+        self.progress.note(why)
+        config = {**record.settings.config, "learning_rate": self.config.learning_rate}
+        return replace(record, settings=replace(record.settings, config=config), layers=layers, why=why)
 
     def _pairs(
         self, base: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, task: Task, prompts: int
     ) -> OfflineData:
         """Offline data from graded rollouts of the base, kept in pairs.jsonl so that a resumed run has the same."""
+        assert self.sampling is not None
         kept = self.folder.path / PAIRS
         if kept.exists():
             lines = kept.read_text(encoding="utf-8").splitlines()
@@ -258,9 +327,8 @@ class _Training:
                 task,
                 task.rows("train", prompts, self.settings.seed),
                 self.algorithm.data,
-                samples=SAMPLES_PER_PAIR,
-                seed=self.settings.seed,
-                batch_size=max(GENERATE, self.config.per_device_train_batch_size),
+                self.sampling,
+                kwargs_as_column="chat_template_kwargs" not in self.config.to_dict(),
                 on_progress=lambda done: update(done, ""),
             )
         data = _of_first_process(data)
@@ -280,7 +348,7 @@ class _Training:
         config, folder, layers = self.config, self.folder, record.layers
         steps = config.max_steps
         if steps < 1:
-            steps = math.ceil(math.ceil(len(rows) / completions_per_step(config)) * config.num_train_epochs)
+            steps = steps_of_epochs(self.algorithm, config, len(rows))
         checkpoint = folder.last_checkpoint() if folder.previous else None
         if folder.previous and checkpoint:
             self.progress.note(f"going on from {checkpoint.name}")

@@ -10,7 +10,8 @@ from pathlib import Path
 from peft_onelayer.layers import resolve_layers
 from peft_onelayer.records.files import model_digests
 from peft_onelayer.rl.algorithms import load_algorithm
-from peft_onelayer.rl.recipe import make_recipe, refuse_fields
+from peft_onelayer.rl.recipe import make_recipe, refuse_fields, refuse_without_effect
+from peft_onelayer.rl.sampling import sampling_of_run
 from peft_onelayer.rollouts.prompts import check_prompt, with_chat_prompts
 from peft_onelayer.runs.models import load_skeleton
 from peft_onelayer.tasks import load_task
@@ -99,6 +100,7 @@ def plan_sweep(settings: SweepSettings) -> Plan:
     if not algorithm.online:
         raise ValueError(f"a sweep compares runs by their reward; {algorithm.name} is offline, choose one such as grpo")
     refuse_fields(settings.config, SWEEP_OPTIONS)
+    refuse_without_effect(settings.config, algorithm)
     seeds = list(settings.seeds)
     if not seeds or len(set(seeds)) < len(seeds) or min(seeds) < 0:
         raise ValueError(f"seeds must be one or more different numbers from 0, got {seeds}")
@@ -106,13 +108,14 @@ def plan_sweep(settings: SweepSettings) -> Plan:
         if getattr(settings, name) < 1:
             raise ValueError(f"{name} must be at least 1, got {getattr(settings, name)}")
     task = load_task(settings.task, unsafe=settings.unsafe)
-    make_recipe(algorithm, task, settings.config).config(output_dir="unused", max_steps=settings.steps)
-    model, tokenizer = load_skeleton(settings.model, settings.revision)
+    config = make_recipe(algorithm, task, settings.config).config(output_dir="unused", max_steps=settings.steps)
+    sampling = sampling_of_run(algorithm, config)
+    model, tokenizer = load_skeleton(settings.model, settings.revision, trust_remote_code=settings.trust_remote_code)
     num_layers = len(find_decoder_stack(model).blocks)
     layers = list(range(num_layers)) if settings.layers == "all" else resolve_layers(settings.layers, num_layers)
     rates, full_rate = _learning_rates(settings, layers)
     asked, chat = with_chat_prompts(task, tokenizer, settings.chat)
-    check_prompt(asked.rows("test", 1, 0)[0], tokenizer, settings.model)
+    check_prompt(asked.rows("test", 1, 0)[0], tokenizer, settings.model, sampling.chat_template_kwargs)
     folder = Path(settings.model).expanduser()
     first = RunSpec(
         model=str(folder.resolve()) if folder.is_dir() else settings.model,
@@ -130,7 +133,9 @@ def plan_sweep(settings: SweepSettings) -> Plan:
         evaluation_seed=settings.evaluation_seed,
         batch_size=settings.batch_size,
         greedy=settings.greedy,
+        sampling=sampling.shape,
         chat=chat,
+        trust_remote_code=settings.trust_remote_code,
         unsafe=settings.unsafe,
     )
     full = with_learning_rate(first, full_rate)

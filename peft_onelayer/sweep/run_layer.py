@@ -10,8 +10,7 @@ import json
 import math
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, field
-from functools import partial
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Literal
 
 from peft_onelayer.records.files import model_digests
@@ -38,14 +37,16 @@ class RunSpec:
         steps: optimizer steps.
         seed: of training and of its data.
         problems: how many to evaluate on.
-        samples: completions of each, at temperature 1.
+        samples: completions of each.
         split: the problems' split.
         evaluation_seed: of the problems and of sampling.
         batch_size: completions at a time in the evaluation; the samples depend on it.
         greedy: whether to evaluate greedily too.
+        sampling: how the evaluation samples, by field of `Sampling`: as the runs do, and the same for the base.
         chat: whether plain prompts become messages of a user.
         task_data: `Task.data`: what identifies the data.
         unsafe: as of `load_task`.
+        trust_remote_code: whether the code that comes with the model may run.
     """
 
     model: str
@@ -66,6 +67,8 @@ class RunSpec:
     chat: bool = False
     task_data: Mapping[str, str] = field(default_factory=dict)
     unsafe: bool = False
+    sampling: Mapping[str, Any] = field(default_factory=dict)
+    trust_remote_code: bool = False
 
     def __post_init__(self) -> None:
         if isinstance(self.layer, str) and self.layer not in ("base", "full"):
@@ -81,7 +84,7 @@ class RunSpec:
 
         >>> spec = RunSpec("Qwen/Qwen3-1.7B-Base", "gsm8k", 10, "grpo", 100, 0, {"learning_rate": 5e-6})
         >>> spec.digest()[:8], spec.digest() == RunSpec.from_dict(json.loads(json.dumps(asdict(spec)))).digest()
-        ('1948ddc4', True)
+        ('0047035b', True)
         """
         identity = asdict(self)
         if self.model_digests:
@@ -132,6 +135,7 @@ def run_layer(spec: RunSpec, on_step: OnStep = lambda step, reward: None) -> Row
     from peft_onelayer.rl.training import train_layer
     from peft_onelayer.rollouts.evaluation import evaluate
     from peft_onelayer.rollouts.prompts import with_chat_prompts
+    from peft_onelayer.rollouts.settings import Sampling
     from peft_onelayer.runs.describe import describe_machine
     from peft_onelayer.runs.models import load_causal_lm, to_device, without_progress_bars
     from peft_onelayer.tasks import load_task
@@ -146,7 +150,7 @@ def run_layer(spec: RunSpec, on_step: OnStep = lambda step, reward: None) -> Row
         raise ValueError(f"the data of task {spec.task} is not what the run was made for: {dict(task.data)}")
     with without_progress_bars():
         model: Any
-        model, tokenizer = load_causal_lm(spec.model, spec.revision)
+        model, tokenizer = load_causal_lm(spec.model, spec.revision, trust_remote_code=spec.trust_remote_code)
         to_device(model)
         task, _ = with_chat_prompts(task, tokenizer, spec.chat)
         rows = task.rows(spec.split, spec.problems, spec.evaluation_seed)
@@ -169,18 +173,11 @@ def run_layer(spec: RunSpec, on_step: OnStep = lambda step, reward: None) -> Row
             rewards, steps = result.rewards, result.steps
             generated, trained = result.tokens_generated, result.tokens_trained
 
-        measure = partial(
-            evaluate,
-            model,
-            tokenizer,
-            task,
-            rows,
-            samples=spec.samples,
-            seed=spec.evaluation_seed,
-            batch_size=spec.batch_size,
+        sampling = Sampling(
+            samples=spec.samples, seed=spec.evaluation_seed, batch_size=spec.batch_size, **spec.sampling
         )
-        sampled = measure()
-        greedy = measure(greedy=True) if spec.greedy else None
+        sampled = evaluate(model, tokenizer, task, rows, sampling)
+        greedy = evaluate(model, tokenizer, task, rows, replace(sampling, greedy=True)) if spec.greedy else None
     return {
         "format": FORMAT,
         "digest": spec.digest(),

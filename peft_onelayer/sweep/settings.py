@@ -14,7 +14,10 @@ SWEEP_OPTIONS = {
     "output_dir": "--out",
     "seed": "--seeds",
     "max_steps": "--steps",
+    "num_train_epochs": "--steps",
     "learning_rate": "--learning-rate and --full-learning-rate",
+    "trust_remote_code": "--trust-remote-code",
+    "model_init_kwargs": "--revision and --trust-remote-code: the model is loaded before there is a trainer",
 }
 
 
@@ -34,14 +37,16 @@ class SweepSettings:
             lower one). It must be given where each block has its own.
         search_learning_rates: rates to choose both from instead: each trains the middle one of `layers`, and all
             parameters, with the first seed; the best on problems of the training split is taken.
-        config: values by field of the algorithm's TRL configuration.
+        config: values by field of the algorithm's TRL configuration; what of it shapes completions shapes those of
+            the evaluation too, the base's among them.
         problems: held-out problems to evaluate on; fewer where the split is smaller.
-        samples: completions of each problem, at temperature 1.
+        samples: completions of each problem.
         greedy: whether to evaluate greedily too.
         batch_size: completions at a time in the evaluation, on which the samples depend.
         evaluation_seed: of the problems and of sampling.
         chat: give prompts as messages of a user; None for: if the tokenizer has a chat template.
         revision: Hub revision of the base model.
+        trust_remote_code: run the Python code that comes with the base model.
         unsafe: let the model's code run without a full sandbox.
     """
 
@@ -62,4 +67,5 @@ class SweepSettings:
     evaluation_seed: int = 0
     chat: bool | None = None
     revision: str | None = None
+    trust_remote_code: bool = False
     unsafe: bool = False

@@ -38,6 +38,7 @@ class Task:
         data: what identifies the data for a repetition of the run: versions, revisions, digests.
         answer: the answer that the reward finds in a completion's text, None where it finds none; None for a task that
             does not say what an answer is.
+        train_size: rows of the train split; None where they are drawn without end, or it is not known.
     """
 
     name: str
@@ -47,6 +48,7 @@ class Task:
     environment_factory: Callable[[], Any] | None = None
     data: Mapping[str, str] = field(default_factory=dict)
     answer: Callable[[str], str | None] | None = None
+    train_size: int | None = None
 
 
 def load_task(name: str, *, unsafe: bool = False) -> Task:

@@ -26,6 +26,7 @@ from typing import Any
 from peft_onelayer.records.files import file_digest
 from peft_onelayer.records.text import one_line
 from peft_onelayer.tasks import HELD_OUT
+from peft_onelayer.tasks.rows import check_columns
 
 SUFFIXES = (".jsonl", ".jsonl.gz")
 HUB = re.compile(r"(?P<repo>[\w.-]+/[\w.-]+)(:(?P<config>[\w.-]+))?(@(?P<revision>[\w./-]+))?")
@@ -46,6 +47,11 @@ class Problems:
     source: str
     splits: Mapping[str, Sequence[Row]] = field(repr=False)
     data: Mapping[str, str]
+
+    @property
+    def train_size(self) -> int:
+        """Number of "train" rows."""
+        return len(self.splits.get("train", ()))
 
     def rows(self, split: str, n: int, seed: int) -> list[Row]:
         """Return `n` distinct rows of a split in an order drawn by `seed`, or all of them where there are fewer.
@@ -100,6 +106,8 @@ def load_problems(source: str, columns: Sequence[str]) -> Problems:
         splits, data = read_hub(source, hub["repo"], hub["config"], hub["revision"], columns)
     else:
         raise ValueError(f"no file or folder {source}; expected one, or a Hub data set such as 'openai/gsm8k:main'")
+    for rows in splits.values():
+        check_columns(source, rows[0] if rows else {})
     splits = {split: list({_text(row): row for row in rows}.values()) for split, rows in splits.items()}
     if len(splits) == 2:
         test = {_text(row[columns[0]]) for row in splits["test"]}

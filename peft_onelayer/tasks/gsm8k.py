@@ -179,4 +179,4 @@ def load(argument: str = "") -> Task:
         ]
 
     name = f"gsm8k:{argument}" if argument else "gsm8k"
-    return Task(name, rows, gsm8k_reward, MAX_COMPLETION_TOKENS, data=problems.data)
+    return Task(name, rows, gsm8k_reward, MAX_COMPLETION_TOKENS, data=problems.data, train_size=problems.train_size)

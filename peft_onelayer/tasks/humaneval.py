@@ -38,6 +38,7 @@ from pathlib import Path
 from typing import Any
 
 from peft_onelayer import sandbox
+from peft_onelayer.records.text import one_line
 from peft_onelayer.tasks import Task, completion_text
 from peft_onelayer.tasks.files import load_problems
 
@@ -46,6 +47,7 @@ COLUMNS = ("prompt", "test", "entry_point")
 INSTRUCTION = "# Complete the function below. Answer with Python code only, without examples of its use.\n"
 MAX_COMPLETION_TOKENS = 512
 PARALLEL = min(16, os.cpu_count() or 1)  # sandboxes at a time
+CHECKED = 24  # canonical solutions that are run when the problems are loaded, evenly spread over them
 READINGS = 50  # places at which the end of a completion is cut in search of what compiles
 
 _FENCE = re.compile(r"^[ \t]*(?:```|~~~).*\n?", re.MULTILINE)
@@ -194,7 +196,8 @@ def load(argument: str = "", *, unsafe: bool = False) -> Task:
 
     Raises:
         SandboxError: where no sandbox can be made and `unsafe` is not set.
-        ValueError: for data that is not there, lacks a column, or has tests that are not Python.
+        ValueError: for data that is not there, lacks a column, or has tests that are not Python; where the rows have a
+            "canonical_solution", for one that does not pass its own tests, of up to `CHECKED` of each split.
     """
     sandbox.require(unsafe=unsafe)
     source = argument or HUB
@@ -203,6 +206,8 @@ def load(argument: str = "", *, unsafe: bool = False) -> Task:
         problems = replace(problems, splits={"test": [row for rows in problems.splits.values() for row in rows]})
     for row in (row for rows in problems.splits.values() for row in rows):
         _check_tests(row)
+    for split, of_split in problems.splits.items():
+        _check_canonical(f"{source}, split {split!r}", of_split, unsafe)
 
     def rows(split: str, n: int, seed: int) -> list[dict[str, Any]]:
         if split == "train" and split not in problems.splits:
@@ -217,7 +222,7 @@ def load(argument: str = "", *, unsafe: bool = False) -> Task:
         return humaneval_reward(*args, **kwargs, unsafe=unsafe)
 
     name = f"humaneval:{argument}" if argument else "humaneval"
-    return Task(name, rows, reward, MAX_COMPLETION_TOKENS, data=problems.data)
+    return Task(name, rows, reward, MAX_COMPLETION_TOKENS, data=problems.data, train_size=problems.train_size)
 
 
 def _check_tests(row: dict[str, Any]) -> None:
@@ -227,3 +232,30 @@ def _check_tests(row: dict[str, Any]) -> None:
         raise ValueError(f"the tests of {row['entry_point']!r} are not Python: {error}") from error
     if not any(isinstance(node, ast.FunctionDef) and node.name == "check" for node in tree.body):
         raise ValueError(f"the tests of {row['entry_point']!r} define no check(candidate)")
+
+
+def _check_canonical(where: str, rows: Sequence[dict[str, Any]], unsafe: bool) -> None:
+    """Refuse tests that the data's own solutions fail: they would give every completion 0."""
+    solved = [row for row in rows if isinstance(row.get("canonical_solution"), str)]
+    chosen = [solved[i * len(solved) // CHECKED] for i in range(CHECKED)] if len(solved) > CHECKED else solved
+    for start in range(0, len(chosen), PARALLEL):
+        part = chosen[start : start + PARALLEL]
+        columns = {name: [row[name] for row in part] for name in ("test", "entry_point")}
+        prompts, solutions = ([row[name] for row in part] for name in ("prompt", "canonical_solution"))
+        for row, score in zip(part, humaneval_reward(prompts, solutions, **columns, unsafe=unsafe), strict=True):
+            if score != 1.0:
+                name = row.get("task_id", row["entry_point"])
+                raise ValueError(
+                    f"{where}: the canonical solution of {name} does not pass its own tests, so"
+                    " that no completion could; mend the columns prompt, test and entry_point, or leave out "
+                    f"the row or its canonical_solution{_why(row, unsafe)}"
+                )
+
+
+def _why(row: dict[str, Any], unsafe: bool) -> str:
+    """What the tests say of the canonical solution of a row, for a message."""
+    stub, function = _stub(row["prompt"], row["entry_point"]), row["entry_point"]
+    programs = list(readings(row["canonical_solution"], stub, function))
+    tests = f"{_preamble(stub, function)}\n{row['test']}\n\ncheck({function})\n"
+    reason = sandbox.run(programs, tests, [function], unsafe=unsafe).reason if programs else "it is empty"
+    return f" ({one_line(reason)})" if reason else ""

@@ -35,6 +35,7 @@ TextWorld's, oddities included.
 
 from __future__ import annotations
 
+import atexit
 import functools
 import hashlib
 import importlib.metadata
@@ -42,8 +43,10 @@ import importlib.util
 import os
 import random
 import re
+import shutil
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -244,7 +247,26 @@ def _tiny_words(facts: Sequence[Proposition], commands: Sequence[str]) -> str:
 
 def cache_folder() -> Path:
     """Return the folder of the games made so far: peft-onelayer/textworld in $XDG_CACHE_HOME (default: ~/.cache)."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "peft-onelayer" / "textworld"
+    home = os.environ.get("XDG_CACHE_HOME") or Path(os.path.expanduser("~"), ".cache")
+    return Path(home) / "peft-onelayer" / "textworld"
+
+
+def _folder_to_write_in() -> Path:
+    """The cache folder; where it cannot be written, such as in a container, a temporary one of this process."""
+    folder = cache_folder()
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):  # root is not told by permissions that a file system is read-only
+            return folder
+    except OSError:
+        return _temporary_folder()
+
+
+@functools.cache
+def _temporary_folder() -> Path:
+    folder = tempfile.mkdtemp(prefix="onelayer-textworld-")
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    return Path(folder)
 
 
 def game_file(family: Family, split: str, seed: int) -> Path:
@@ -261,8 +283,11 @@ def game_file(family: Family, split: str, seed: int) -> Path:
     if split not in ("train", "test"):
         raise ValueError(f"split must be 'train' or 'test', got {split!r}")
     version = f"{family.name or 'default'}-{CACHE_VERSION}-{importlib.metadata.version('textworld')}"
-    folder = cache_folder() / version / f"{split}-{seed}"
-    path = folder / f"game{family.suffix}"
+    within = Path(version, f"{split}-{seed}", f"game{family.suffix}")
+    path = cache_folder() / within
+    if not path.exists():
+        path = _folder_to_write_in() / within
+    folder = path.parent
     if not path.exists():
         folder.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".making-") as scratch:
@@ -273,13 +298,31 @@ def game_file(family: Family, split: str, seed: int) -> Path:
             if family.suffix == ".z8":
                 options = _options(seed)
                 options.path, options.force_recompile = str(made / "game.z8"), True
-                compile_game(game, options)
+                with _home_to_write_in(scratch):
+                    compile_game(game, options)
             try:
                 made.rename(folder)
             except OSError:  # not empty: another process was faster
                 if not path.exists():
                     raise
     return path
+
+
+@contextmanager
+def _home_to_write_in(scratch: str) -> Iterator[None]:
+    """Give the compiler, which keeps files of its own at home, another home where that cannot be written."""
+    home = os.environ.get("HOME")
+    if home and os.access(home, os.W_OK):
+        yield
+        return
+    os.environ["HOME"] = scratch
+    try:
+        yield
+    finally:
+        if home is None:
+            del os.environ["HOME"]
+        else:
+            os.environ["HOME"] = home
 
 
 def draw_game(family: Family, split: str, seed: int) -> Game:

@@ -22,6 +22,7 @@ from typing import Any
 
 from peft_onelayer.tasks import Task
 from peft_onelayer.tasks.files import digest, load_problems
+from peft_onelayer.tasks.rows import check_columns, check_values
 
 MAX_COMPLETION_TOKENS = 512
 
@@ -100,6 +101,7 @@ def load_dataset_task(dataset: str, reward: str) -> Task:
         _checked(reward, functions[function]),
         MAX_COMPLETION_TOKENS,
         data={**problems.data, path.name: digest(path)},
+        train_size=problems.train_size,
     )
 
 
@@ -127,8 +129,6 @@ def _functions(module: ModuleType) -> dict[str, Reward]:
 
 
 def _check_rows(where: str, rows: Sequence[Row]) -> None:
-    import pyarrow  # type: ignore[import-untyped]
-
     if not isinstance(rows, list) or not rows or not all(isinstance(row, dict) for row in rows):
         raise ValueError(f"{where}: expected a list of at least one dict, got {str(rows)[:60]}")
     for number, row in enumerate(rows):
@@ -140,13 +140,9 @@ def _check_rows(where: str, rows: Sequence[Row]) -> None:
             )
         if row.keys() != rows[0].keys():
             raise ValueError(f"{where}: row {number} has the columns {', '.join(row)}, row 0 has {', '.join(rows[0])}")
-    if taken := {"prompts", "completions", "completion_ids", "trainer_state"} & rows[0].keys():
-        raise ValueError(f"{where}: a column may not be called {min(taken)!r}, which the trainer passes itself")
-    for column in rows[0]:
-        try:
-            pyarrow.array([row[column] for row in rows])  # as datasets.Dataset.from_list will
-        except (pyarrow.ArrowException, OverflowError) as error:
-            raise ValueError(f"{where}: the values of column {column!r} are not all of one type: {error}") from error
+    check_columns(where, rows[0])
+    for number, row in enumerate(rows):
+        check_values(f"{where}, row {number}", row)
 
 
 def _check_signature(where: str, reward: Reward, columns: Sequence[str]) -> None:

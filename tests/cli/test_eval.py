@@ -15,6 +15,7 @@ from trl.chat_template_utils import qwen3_chat_template
 import models
 from peft_onelayer import SingleLayerConfig
 from peft_onelayer.rollouts.evaluation import evaluate, paired_difference
+from peft_onelayer.rollouts.settings import Sampling
 from peft_onelayer.tasks import load_task
 
 TASK = load_task("arithmetic")
@@ -78,8 +79,8 @@ def test_the_figures_are_those_of_the_library(onelayer, adapters, tmp_path, name
     rows = TASK.rows("test", 40, 3)
     for decoding, count in (("sampled", 2), ("greedy", 1)):
         settings = {"samples": count, "greedy": decoding == "greedy", "seed": 3, "batch_size": 64}
-        before = evaluate(base, tokenizer, TASK, rows, **settings)
-        after = evaluate(adapted, tokenizer, TASK, rows, **settings)
+        before = evaluate(base, tokenizer, TASK, rows, Sampling(**settings))
+        after = evaluate(adapted, tokenizer, TASK, rows, Sampling(**settings))
         assert before.scores != after.scores
         result = report["results"][decoding]
         assert (result["n"], result["samples"]) == (40, count)

@@ -24,10 +24,10 @@ RANKING = LayerRanking(
         ),
         (
             {"task": "sort", "chat": False, "seed": 4, "revision": "v1", "unsafe": True, "algorithm": "gspo"}
-            | {"steps": 9},
+            | {"steps": 9, "trust_remote_code": True},
             ["beta=0", " learning_rate = 1", "learning_rate_x=2"],
             "--task sort --layer 7 --algorithm gspo --steps 9 --seed 4 --set beta=0 --set learning_rate_x=2 "
-            "--set learning_rate=0.00123456789 --plain --revision v1 --unsafe",
+            "--set learning_rate=0.00123456789 --plain --revision v1 --trust-remote-code --unsafe",
         ),
         (
             {"dataset": "my rows.jsonl", "reward": "r.py:f", "chat": True},

@@ -167,7 +167,9 @@ def test_auto_with_nothing_to_learn_from_takes_mid_5(train, tmp_path):
     (tmp_path / "prompts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     data = ["--dataset", tmp_path / "prompts.jsonl", "--reward", f"{tmp_path / 'hard.py'}:reward"]
     run, _ = train("train", BASE, *data, "--steps", "8", *FAST, "--set", "max_completion_length=5")
-    assert run["layers"] == [3, 4, 5, 6, 7] and "nothing to rank by, so blocks 3, 4, 5, 6, 7: " in run["why"]
+    assert run["layers"] == [3, 4, 5, 6, 7]
+    assert "nothing to rank by, so blocks 3, 4, 5, 6, 7 at the learning rate 0.0006, the run's over" in run["why"]
+    assert run["settings"]["config"]["learning_rate"] == 3e-3 / 5  # the steps of five blocks add up
 
 
 @pytest.mark.parametrize("algorithm", ["dpo", "kto"])
@@ -251,3 +253,100 @@ def test_an_output_that_is_not_a_run_is_not_touched(onelayer, tmp_path):
     code, lines, _ = onelayer("train", BASE, *T, "--layer", "5", "--out", tmp_path / "theirs")
     assert code == 1 and len(lines) == 1 and "holds other files" in lines[0]
     assert [p.name for p in (tmp_path / "theirs").iterdir()] == ["thesis.txt"]
+
+
+@pytest.fixture
+def prompts(tmp_path):
+    """Options for 16 prompts with a reward that notes what it graded."""
+    (tmp_path / "noting.py").write_text(
+        "graded = []\n"
+        "def reward(prompts, completions, **kwargs):\n"
+        "    graded.extend(prompts)\n"
+        f"    open({str(tmp_path / 'graded')!r}, 'a').write(''.join(prompt + '\\n' for prompt in prompts))\n"
+        "    return [float('1' in completion) for completion in completions]\n"
+    )
+    rows = [{"prompt": f"A{i:03d}+001="} for i in range(16)]
+    (tmp_path / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return ["--dataset", tmp_path / "train.jsonl", "--reward", f"{tmp_path / 'noting.py'}:reward"]
+
+
+EPOCHS = [
+    ("grpo", "2", 8, 2 * 8),  # 32 completions a step, 8 of a prompt
+    pytest.param("grpo", "0.5", 2, None, marks=pytest.mark.more),
+    pytest.param("rloo", "1", 1, 2, marks=pytest.mark.more),  # 2 of a prompt
+    pytest.param("online_dpo", "2", 4, 2 * 2, marks=pytest.mark.more),  # 8 prompts a step, 2 completions of each
+    pytest.param("a2po", "3", 6, None, marks=pytest.mark.more),
+]
+
+
+@pytest.mark.parametrize(("algorithm", "epochs", "steps", "times"), EPOCHS)
+def test_epochs_that_are_set_decide(train, prompts, tmp_path, algorithm, epochs, steps, times):
+    options = ["--algorithm", algorithm, "--set", f"num_train_epochs={epochs}", "--layer", "5", *FAST[2:]]
+    size = "per_device_train_batch_size=8" if algorithm in ("online_dpo", "a2po") else FAST[1]
+    options += ["--set", "filter_all_incorrect=false"] if algorithm == "a2po" else []
+    run, _ = train("train", BASE, *prompts, *options, "--set", size)
+    assert run["results"]["steps"] == run["settings"]["config"]["max_steps"] == steps
+    assert run["settings"]["config"]["num_train_epochs"] == float(epochs)
+    if times is not None:  # every prompt is as often there as any other
+        graded = (tmp_path / "graded").read_text().splitlines()
+        assert {graded.count(prompt) for prompt in set(graded)} == {times} and len(set(graded)) == 16
+
+
+ONLINE = ["train", BASE, "--task", "arithmetic", "--layer", "5"]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--set", "num_train_epochs=1"], "num_train_epochs needs data with an end, and task arithmetic draws prompts"),
+        (
+            ["--set", "num_train_epochs=1", "--steps", "3"],
+            "--steps and --set num_train_epochs both say how long to train",
+        ),
+        (["--set", "max_steps=3"], "field max_steps is set by --steps"),
+        (
+            ["--set", "eval_strategy=steps"],
+            "field eval_strategy has no effect: a run evaluates nothing; use onelayer eval",
+        ),
+        (["--set", "per_device_eval_batch_size=3"], "field per_device_eval_batch_size has no effect"),
+        (["--set", "do_train=false"], "field do_train has no effect: this command trains"),
+        (["--set", "model_init_kwargs={}"], "field model_init_kwargs is set by --revision and --trust-remote-code"),
+        (["--set", "trust_remote_code=true"], "field trust_remote_code is set by --trust-remote-code"),
+        (["--set", "remove_unused_columns=true"], "field remove_unused_columns would take the columns from the reward"),
+        (
+            ["--set", 'generation_kwargs={"top_pp": 1}'],
+            "sets 'top_pp', which GenerationConfig does not have; did you mean",
+        ),
+        (
+            ["--set", 'generation_kwargs={"stop_strings": ["x"]}'],
+            "stop_strings, for which transformers needs the tokenizer",
+        ),
+        (
+            ["--set", 'chat_template_kwargs={"enable_thinking": false}'],
+            "sets enable_thinking, but the prompts are plain",
+        ),
+        (["--sampling", "top_p=0.9"], "--sampling is of --pairs-from-task; --set has the fields that an online"),
+        (
+            ["--algorithm", "dpo", "--pairs-from-task", "8", "--sampling", "samples=3"],
+            "samples is set by --pairs-from-task",
+        ),
+    ],
+    ids=lambda value: value[-1] if isinstance(value, list) else "",
+)
+def test_a_setting_that_would_have_no_effect_is_refused(onelayer, options, message):
+    code, lines, _ = onelayer(*ONLINE, *options, "--out", "run")
+    assert code == 1 and len(lines) == 1 and message in lines[0], lines
+
+
+@pytest.mark.more
+def test_the_default_of_a_setting_never_overrides_one_that_was_given(train):
+    given = {"logging_steps": 2, "save_steps": 2, "save_total_limit": 1, "disable_tqdm": True, "weight_decay": 0.5}
+    given |= {"beta": 0.5, "loss_type": "bnpo", "scale_rewards": "batch", "epsilon": 0.3, "max_completion_length": 4}
+    texts = [part for name, value in given.items() for part in ("--set", f"{name}={value}")]
+    run, folder = train(*ON_BLOCK_5, "--steps", "4", *texts)
+    config = run["settings"]["config"]
+    assert {name: config[name] for name in given if name in config} == {
+        name: value for name, value in given.items() if name in config
+    }
+    assert len(run["results"]["rewards"]) == 2
+    assert [path.name for path in (folder / "checkpoints").glob("checkpoint-*")] == ["checkpoint-4"]

@@ -147,3 +147,11 @@ def test_interrupted_in_the_middle(tmp_path, signum, code, stage):
     assert out == ""
     assert len(err.splitlines()) <= 1, err
     assert signum != signal.SIGINT or err == "onelayer: interrupted.\n"
+
+
+@pytest.mark.parametrize("command", ["train", "eval", "probe", "sweep", "demo"])
+def test_every_command_that_loads_a_model_may_trust_its_code(onelayer, tmp_path, command):
+    model = ["--model", tmp_path / "none"] if command == "demo" else [tmp_path / "none", "--task", "arithmetic"]
+    out = [] if command == "eval" else ["--out", tmp_path / "out.json"]
+    code, lines, _ = onelayer(command, *model, "--trust-remote-code", *out)
+    assert code == 1 and "no model folder at" in lines[-1], lines  # sweep has a line of progress before

@@ -19,6 +19,7 @@ from peft_onelayer.records.ranking import LayerRanking
 from peft_onelayer.rl.recipe import Recipe, demo_recipe, make_recipe
 from peft_onelayer.rl.training import completions_per_step, train_layer
 from peft_onelayer.rollouts.sampling import sample_rollouts
+from peft_onelayer.rollouts.settings import Sampling
 from peft_onelayer.tasks import Task, load_task
 
 ARITHMETIC = load_task("arithmetic")
@@ -250,7 +251,9 @@ def test_a_step_of_five_blocks_at_their_rate_moves_the_policy_no_further_than_on
     """The rates of the five blocks alone, and then one step of all at once."""
     model, tokenizer = demo_model.load()
     rows = ARITHMETIC.rows("train", 64, 1)
-    batch = graded_batch(sample_rollouts(model, tokenizer, ARITHMETIC, rows, samples=8, seed=1), 0, model.device)
+    batch = graded_batch(
+        sample_rollouts(model, tokenizer, ARITHMETIC, rows, Sampling(samples=8, seed=1)), 0, model.device
+    )
     layers = [3, 4, 5, 6, 7]
     candidates = {k: Candidate(k, 3e-3) for k in layers}
     together = Candidate(layers, 0.0)

@@ -91,7 +91,7 @@ def test_something_else_is_refused(text):
 
 
 def ranked(num_layers=12, **fields):
-    values = {"num_layers": num_layers, "order": [0, 3, 4, 5], "tied": [0, 3], "pick": 0}
+    values = {"num_layers": num_layers, "order": list(range(num_layers)), "tied": [0, 3], "pick": 0}
     return replace(RANKING, **{**values, **fields})
 
 
@@ -102,6 +102,12 @@ def test_the_choice_is_the_pick_or_the_middle():
     assert ranked(num_layers=5, pick=None).choice == [0, 1, 2, 3, 4]
     assert ranked(num_layers=4, pick=None).choice == [0]  # there are no five
     assert ranked(num_layers=4, pick=3).choice == [3]
+
+
+def test_the_choice_without_a_pick_is_among_the_candidates():
+    assert ranked(pick=None, order=[8, 5, 0]).choice == [5]
+    assert ranked(pick=None, order=[7, 8, 9, 6]).choice == [6, 7]
+    assert ranked(pick=None, order=[9, 8, 11]).choice == [9]  # none of the middle: the first of them
 
 
 def test_the_rate_is_that_of_the_choice():

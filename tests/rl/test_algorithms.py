@@ -21,6 +21,7 @@ from peft_onelayer.rl.algorithms import ALGORITHMS, NOT_OFFERED, Algorithm, load
 from peft_onelayer.rl.preferences import FORMATS, pairs_from_rollouts
 from peft_onelayer.rl.recipe import Recipe, config_from_text
 from peft_onelayer.rl.training import train_rows
+from peft_onelayer.rollouts.settings import Sampling
 from peft_onelayer.tasks import Task, load_task
 
 BLOCK = 5
@@ -201,7 +202,7 @@ def rows(base):
     task = load_task("arithmetic")
     problems = task.rows("train", 64, 0)
     kinds = ("preference", "unpaired", "demonstration", "context")
-    made = {kind: pairs_from_rollouts(*base, task, problems, kind, samples=4).rows for kind in kinds}
+    made = {kind: pairs_from_rollouts(*base, task, problems, kind, Sampling(samples=4)).rows for kind in kinds}
     right = [{**pair, "reference": pair["chosen"]} for pair in made["preference"]]
     return {"task": problems, "triple": right, **made}
 

@@ -13,6 +13,7 @@ from models import build
 from peft_onelayer.rl import preferences
 from peft_onelayer.rl.preferences import FORMATS, OfflineData, compare_rollouts, load_preferences, pairs_from_rollouts
 from peft_onelayer.rollouts.sampling import Rollout
+from peft_onelayer.rollouts.settings import Sampling
 from peft_onelayer.tasks import Task, load_task
 
 CHAT = [{"role": "user", "content": "2+2?"}]
@@ -208,24 +209,24 @@ def grade(prompt: str, completion: str) -> bool:
 
 def test_pairs_of_the_demo_model_are_right_and_wrong(base, problems):
     task = load_task("arithmetic")
-    made = pairs_from_rollouts(*base, task, problems, "preference", samples=4)
+    made = pairs_from_rollouts(*base, task, problems, "preference", Sampling(samples=4))
     assert 5 < len(made.rows) == made.counts["rows"] == 48 - made.counts["dropped"]
     assert made.counts["completions"] == 4 * made.counts["prompts"] == 4 * 48
     assert all(grade(row["prompt"], row["chosen"]) for row in made.rows)
     assert not any(grade(row["prompt"], row["rejected"]) for row in made.rows)
-    assert made == pairs_from_rollouts(*base, task, problems, "preference", samples=4)
-    assert made != pairs_from_rollouts(*base, task, problems, "preference", samples=4, seed=1)
-    unpaired = pairs_from_rollouts(*base, task, problems, "unpaired", samples=4).rows
+    assert made == pairs_from_rollouts(*base, task, problems, "preference", Sampling(samples=4))
+    assert made != pairs_from_rollouts(*base, task, problems, "preference", Sampling(samples=4, seed=1))
+    unpaired = pairs_from_rollouts(*base, task, problems, "unpaired", Sampling(samples=4)).rows
     assert len(unpaired) == 4 * 48 - made.counts["cut"]
     assert [row["label"] for row in unpaired] == [grade(row["prompt"], row["completion"]) for row in unpaired]
-    shown = pairs_from_rollouts(*base, task, problems, "demonstration", samples=4).rows
+    shown = pairs_from_rollouts(*base, task, problems, "demonstration", Sampling(samples=4)).rows
     assert len(shown) >= len(made.rows) and all(grade(**row) for row in shown)
 
 
 def test_trl_reads_the_tokens_that_were_sampled(base, problems, tmp_path):
     """With one end-of-sequence token behind each, the one that the model wrote."""
     model, tokenizer = base
-    made = pairs_from_rollouts(model, tokenizer, load_task("arithmetic"), problems, "preference", samples=4)
+    made = pairs_from_rollouts(model, tokenizer, load_task("arithmetic"), problems, "preference", Sampling(samples=4))
     trainer = DPOTrainer(
         model,
         args=DPOConfig(str(tmp_path), use_cpu=True, bf16=False, report_to="none"),
@@ -242,7 +243,7 @@ def test_a_completion_that_did_not_end_is_left_out(base, problems):
     """At 3 tokens no sum of four digits and a full stop has ended."""
     with pytest.raises(ValueError, match=r"^all .* completions were cut"):
         pairs_from_rollouts(
-            *base, load_task("arithmetic"), problems[:4], "preference", samples=4, max_completion_tokens=3
+            *base, load_task("arithmetic"), problems[:4], "preference", Sampling(samples=4, max_completion_tokens=3)
         )
 
 
@@ -257,7 +258,7 @@ def test_chat_prompts_give_messages(tokenizer):
         return [odd(completion[0]) for completion in completions]
 
     task = Task("chat", lambda *_: rows, length_reward, 64)
-    made = pairs_from_rollouts(build(), tokenizer, task, rows, "preference", samples=8)
+    made = pairs_from_rollouts(build(), tokenizer, task, rows, "preference", Sampling(samples=8))
     for row in made.rows:
         assert row["prompt"] in [given["prompt"] for given in rows]
         assert [message["role"] for message in row["chosen"] + row["rejected"]] == ["assistant", "assistant"]
@@ -276,4 +277,6 @@ def test_what_gives_no_rows_is_refused(base, problems, change, message):
     task = load_task("arithmetic")
     task = Task(task.name, task.rows, task.reward, 5, change.get("environment_factory"))
     with pytest.raises(ValueError, match=f"^{message}"):
-        pairs_from_rollouts(*base, task, problems, change.get("kind", "preference"), samples=change.get("samples", 4))
+        pairs_from_rollouts(
+            *base, task, problems, change.get("kind", "preference"), Sampling(samples=change.get("samples", 4))
+        )

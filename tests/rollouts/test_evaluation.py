@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from peft_onelayer.rollouts.evaluation import Evaluation, evaluate, paired_difference
+from peft_onelayer.rollouts.settings import Sampling
 from peft_onelayer.tasks import load_task
 
 TASK = load_task("arithmetic")
@@ -70,7 +71,7 @@ def test_a_difference_between_other_problems_is_refused(prompts):
 
 def test_a_score_is_the_mean_over_the_samples_of_its_own_problem(base):
     reward = Recorder()
-    evaluation = evaluate(*base, graded_by(reward), ROWS[:10], samples=3, batch_size=7)
+    evaluation = evaluate(*base, graded_by(reward), ROWS[:10], Sampling(samples=3, batch_size=7))
     assert [json.loads(problem) for problem in evaluation.problems] == ROWS[:10] and evaluation.samples == 3
     assert reward.prompts == [row["prompt"] for row in ROWS[:10] for _ in range(3)]
     assert reward.answers == [row["answer"] for row in ROWS[:10] for _ in range(3)]
@@ -81,16 +82,16 @@ def test_a_score_is_the_mean_over_the_samples_of_its_own_problem(base):
 
 
 def test_greedy_decoding_is_one_completion_that_no_seed_changes(base):
-    greedy = evaluate(*base, TASK, ROWS, greedy=True)
+    greedy = evaluate(*base, TASK, ROWS, Sampling(greedy=True))
     assert greedy.samples == 1 and set(greedy.scores) == {0.0, 1.0}
-    assert evaluate(*base, TASK, ROWS, greedy=True, seed=1, samples=9, batch_size=5) == greedy
-    cold = evaluate(*base, TASK, ROWS, samples=2, temperature=1e-4)
+    assert evaluate(*base, TASK, ROWS, Sampling(greedy=True, seed=1, samples=9, batch_size=5)) == greedy
+    cold = evaluate(*base, TASK, ROWS, Sampling(samples=2, temperature=1e-4))
     assert cold.scores == greedy.scores
 
 
 def test_sampling_follows_its_seed(base, sampled):
     assert evaluate(*base, TASK, ROWS) == sampled
-    assert evaluate(*base, TASK, ROWS, seed=1).scores != sampled.scores
+    assert evaluate(*base, TASK, ROWS, Sampling(seed=1)).scores != sampled.scores
 
 
 def test_the_models_own_sampling_settings_play_no_part(sampled):
@@ -102,9 +103,9 @@ def test_the_models_own_sampling_settings_play_no_part(sampled):
 def test_prompts_of_different_lengths_are_padded_on_the_left(base):
     rows = [row for pair in zip(ROWS[:20], SORT_ROWS, strict=True) for row in pair]
     together, alone = Recorder(), Recorder()
-    evaluate(*base, graded_by(together), rows, max_completion_tokens=9, greedy=True)
+    evaluate(*base, graded_by(together), rows, Sampling(max_completion_tokens=9, greedy=True))
     for row in rows:
-        evaluate(*base, graded_by(alone), [row], max_completion_tokens=9, greedy=True)
+        evaluate(*base, graded_by(alone), [row], Sampling(max_completion_tokens=9, greedy=True))
     assert together.completions == alone.completions
     assert {len(completion) for completion in alone.completions} >= {4, 8}
 
@@ -149,13 +150,13 @@ def test_modes_gradients_and_random_state_are_as_before(fails):
 @pytest.mark.parametrize(("rows", "samples"), [([], 4), (ROWS, 0)])
 def test_nothing_to_evaluate_is_refused(base, rows, samples):
     with pytest.raises(ValueError, match="at least one row and one sample"):
-        evaluate(*base, TASK, rows, samples=samples)
+        evaluate(*base, TASK, rows, Sampling(samples=samples))
 
 
 def test_tokens_are_counted_without_the_padding_behind_them(base):
     reward = Recorder()
     rows = [*ROWS[:20], *SORT_ROWS]  # answers of 4 and of 8 digits in one batch
-    evaluation = evaluate(*base, graded_by(reward), rows, max_completion_tokens=8, samples=2)
+    evaluation = evaluate(*base, graded_by(reward), rows, Sampling(max_completion_tokens=8, samples=2))
     lengths = [len(completion) for completion in reward.completions]
     assert min(lengths) <= 4 and max(lengths) == 8
     assert evaluation.tokens_generated == sum(min(length + 1, 8) for length in lengths)  # and the ".", if it fits

@@ -12,6 +12,7 @@ from trl.chat_template_utils import qwen2_5_chat_template, qwen3_chat_template
 
 from peft_onelayer.rollouts.evaluation import evaluate
 from peft_onelayer.rollouts.sampling import sample_rollouts
+from peft_onelayer.rollouts.settings import Sampling
 from peft_onelayer.tasks import Task, as_chat
 
 
@@ -128,7 +129,7 @@ def test_rollouts_are_those_of_trl(model_and_tokenizer, tmp_path, task, rows, li
         graded_ids.extend(completion_ids)
         return task.reward(completion_ids=completion_ids, **kwargs)
 
-    groups = sample_rollouts(model, tokenizer, dataclasses.replace(task, reward=reward), rows, **settings)
+    groups = sample_rollouts(model, tokenizer, dataclasses.replace(task, reward=reward), rows, Sampling(**settings))
     ours = [rollout for group in groups for rollout in group]
     assert [len(group) for group in groups] == [settings["samples"]] * len(rows)
     assert graded_ids == ids
@@ -147,7 +148,9 @@ def test_where_there_is_no_room_for_an_answer(model_and_tokenizer, tmp_path, wha
     model, tokenizer = copy.deepcopy(model_and_tokenizer)
     tokenizer.chat_template = qwen2_5_chat_template
     settings = {"greedy": True, "samples": 1, "seed": 0}
-    ((rollout,),) = sample_rollouts(model, tokenizer, COUNTER, ROWS[:1], max_completion_tokens=300, **settings)
+    ((rollout,),) = sample_rollouts(
+        model, tokenizer, COUNTER, ROWS[:1], Sampling(max_completion_tokens=300, **settings)
+    )
     rendering = {"tools": [Counter().add], "add_generation_prompt": True, "return_dict": False}
     prompt = tokenizer.apply_chat_template(rollout.prompt, **rendering)
     one_turn = tokenizer.apply_chat_template(rollout.prompt + rollout.completion[:2], **rendering)
@@ -159,7 +162,7 @@ def test_where_there_is_no_room_for_an_answer(model_and_tokenizer, tmp_path, wha
     _, (theirs,), _, _, (tokens,) = trl_rollouts(
         model, tokenizer, COUNTER, ROWS[:1], tmp_path, max_completion_tokens=limit, **settings
     )
-    ((ours,),) = sample_rollouts(model, tokenizer, COUNTER, ROWS[:1], max_completion_tokens=limit, **settings)
+    ((ours,),) = sample_rollouts(model, tokenizer, COUNTER, ROWS[:1], Sampling(max_completion_tokens=limit, **settings))
     assert (ours.completion, ours.tokens) == (theirs, tokens)
     assert len(ours.completion) == (1 if missing else 2 if what == "completion" else 3)
 
@@ -174,7 +177,7 @@ def with_tools(model_and_tokenizer):
 
 def test_the_toy_policy_does_what_the_comparison_needs(with_tools):
     """Several turns, several calls in one, tools that fail or do not exist, calls that cannot be read."""
-    groups = sample_rollouts(*with_tools, COUNTER, ROWS, samples=10, max_completion_tokens=300)
+    groups = sample_rollouts(*with_tools, COUNTER, ROWS, Sampling(samples=10, max_completion_tokens=300))
     completions = [rollout.completion for group in groups for rollout in group]
     messages = [message for completion in completions for message in completion]
     results = {message["content"] for message in messages if message["role"] == "tool"}
@@ -186,7 +189,7 @@ def test_the_toy_policy_does_what_the_comparison_needs(with_tools):
 
 
 def test_the_environment_says_what_it_did_to_its_own_rollout(with_tools):
-    groups = sample_rollouts(*with_tools, COUNTER, ROWS, samples=8, batch_size=5, max_completion_tokens=300)
+    groups = sample_rollouts(*with_tools, COUNTER, ROWS, Sampling(samples=8, batch_size=5, max_completion_tokens=300))
     for row, group in zip(ROWS, groups, strict=True):
         for rollout in group:
             assert rollout.prompt[-1]["content"] == row["prompt"][-1]["content"] + f" Reach {row['target']}."
@@ -217,7 +220,7 @@ def test_an_environment_is_evaluated_without_a_trace(with_tools):
     weights = copy.deepcopy(model.state_dict())
     state = torch.get_rng_state(), [module.training for module in model.modules()], set(vars(model))
     settings = {"samples": 4, "max_completion_tokens": 200}
-    evaluation = evaluate(model, tokenizer, COUNTER, ROWS, **settings)
+    evaluation = evaluate(model, tokenizer, COUNTER, ROWS, Sampling(**settings))
     assert (ROWS, tokenizer.response_template, tokenizer.chat_template, tokenizer.pad_token) == before
     assert model.config.to_dict() == config and model.generation_config.to_dict() == generation
     assert torch.equal(torch.get_rng_state(), state[0])
@@ -229,16 +232,16 @@ def test_an_environment_is_evaluated_without_a_trace(with_tools):
     adapted.enable_input_require_grads()
     adapted.gradient_checkpointing_enable()
     trained = {name for name, parameter in adapted.named_parameters() if parameter.requires_grad}
-    assert evaluate(adapted, tokenizer, COUNTER, ROWS, **settings) == evaluation
+    assert evaluate(adapted, tokenizer, COUNTER, ROWS, Sampling(**settings)) == evaluation
     assert {name for name, parameter in adapted.named_parameters() if parameter.requires_grad} == trained
     assert adapted.is_gradient_checkpointing
 
 
 def test_greedy_rollouts_do_not_depend_on_the_batch(with_tools):
     settings = {"greedy": True, "max_completion_tokens": 200}
-    together = sample_rollouts(*with_tools, COUNTER, ROWS, **settings)
+    together = sample_rollouts(*with_tools, COUNTER, ROWS, Sampling(**settings))
     seen = []
-    alone = sample_rollouts(*with_tools, COUNTER, ROWS, batch_size=1, on_progress=seen.append, **settings)
+    alone = sample_rollouts(*with_tools, COUNTER, ROWS, Sampling(batch_size=1, **settings), on_progress=seen.append)
     assert alone == together and seen == [1, 2, 3]
 
 
@@ -248,18 +251,17 @@ def test_a_chat_prompt_is_completed_as_a_chat(with_tools):
     chat = as_chat(plain)
     assert chat == [{"prompt": [{"role": "user", "content": "Count"}], "target": 1}] and as_chat(chat) == chat
     assert plain == [{"prompt": "Count", "target": 1}]
-    ((rollout,),) = sample_rollouts(model, tokenizer, TEXT, chat, greedy=True, max_completion_tokens=20)
+    ((rollout,),) = sample_rollouts(model, tokenizer, TEXT, chat, Sampling(greedy=True, max_completion_tokens=20))
     ((message),) = rollout.completion
     rendered = tokenizer.apply_chat_template(chat[0]["prompt"], add_generation_prompt=True, tokenize=False)
-    ((same,),) = sample_rollouts(
-        model, tokenizer, TEXT, [{**plain[0], "prompt": rendered}], greedy=True, max_completion_tokens=20
-    )
+    as_text = [{**plain[0], "prompt": rendered}]
+    ((same,),) = sample_rollouts(model, tokenizer, TEXT, as_text, Sampling(greedy=True, max_completion_tokens=20))
     assert message == {"role": "assistant", "content": same.completion} and len(same.completion) > 3
 
 
 def test_a_score_of_a_problem_is_paired_by_its_whole_row(with_tools):
     rows = [{"prompt": ROWS[0]["prompt"], "target": target} for target in (1, 2)]
-    evaluation = evaluate(*with_tools, COUNTER, rows, greedy=True, max_completion_tokens=100)
+    evaluation = evaluate(*with_tools, COUNTER, rows, Sampling(greedy=True, max_completion_tokens=100))
     assert len(set(evaluation.problems)) == 2
 
 
@@ -282,11 +284,11 @@ def test_what_cannot_be_played_is_refused(model_and_tokenizer, task, rows, templ
     tokenizer = copy.copy(tokenizer)
     tokenizer.chat_template = template
     with pytest.raises(ValueError, match=message) as raised:
-        sample_rollouts(model, tokenizer, task, rows, greedy=True)
+        sample_rollouts(model, tokenizer, task, rows, Sampling(greedy=True))
     assert "\n" not in str(raised.value)
 
 
 def test_a_prompt_and_completion_may_fill_the_context(model_and_tokenizer):
     rows = [{"prompt": "a" * 2044, "target": 1}]
-    ((rollout,),) = sample_rollouts(*model_and_tokenizer, TEXT, rows, greedy=True, max_completion_tokens=4)
+    ((rollout,),) = sample_rollouts(*model_and_tokenizer, TEXT, rows, Sampling(greedy=True, max_completion_tokens=4))
     assert rollout.tokens <= 4

@@ -30,9 +30,9 @@ def test_it_holds_one_model(tmp_path, monkeypatch, kind):
     loaded, alive = [], []
     load = runs_evaluation.load_causal_lm
 
-    def counted(*arguments):
+    def counted(*arguments, **options):
         alive.append(sum(model() is not None for model in loaded))
-        model, tokenizer = load(*arguments)
+        model, tokenizer = load(*arguments, **options)
         loaded.append(weakref.ref(model))
         return model, tokenizer
 

@@ -9,6 +9,7 @@ from specs import DEMO, SETTINGS, demo_spec
 
 from peft_onelayer.records.files import model_digests
 from peft_onelayer.rollouts.evaluation import evaluate
+from peft_onelayer.rollouts.settings import Sampling
 from peft_onelayer.sweep.run_layer import RunSpec, run_layer
 from peft_onelayer.tasks import load_task
 
@@ -29,8 +30,8 @@ def test_the_base_is_what_evaluate_says(rows):
     model, tokenizer = demo_model.load()
     task = load_task("arithmetic")
     row, problems = rows["base"], task.rows("test", 16, 0)
-    sampled = evaluate(model, tokenizer, task, problems, samples=2, batch_size=64)
-    greedy = evaluate(model, tokenizer, task, problems, greedy=True)
+    sampled = evaluate(model, tokenizer, task, problems, Sampling(samples=2, batch_size=64))
+    greedy = evaluate(model, tokenizer, task, problems, Sampling(greedy=True))
     assert row["scores"] == list(sampled.scores) and row["greedy_scores"] == list(greedy.scores)
     assert (row["mean"], row["standard_error"]) == (sampled.mean, sampled.standard_error)
     assert row["tokens_evaluated"] == sampled.tokens_generated + greedy.tokens_generated
@@ -89,6 +90,8 @@ def test_the_digest_is_of_all_that_decides_the_outcome(tmp_path):
         "chat": True,
         "task_data": {"file": "0"},
         "unsafe": True,
+        "sampling": {"temperature": 0.5},
+        "trust_remote_code": True,
     }
     assert changes.keys() | {"model"} == asdict(spec).keys()
     digests = {replace(spec, **{name: value}).digest() for name, value in changes.items()}

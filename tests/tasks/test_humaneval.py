@@ -300,6 +300,31 @@ def test_bad_data_is_refused_when_loaded(write, changes, message):
         load_task(f"humaneval:{write('bad.jsonl', **changes)}")
 
 
+@pytest.mark.parametrize(
+    ("changes", "why"),
+    [
+        ({"test": "def check(candidate):\n    assert candidate([4.0]) == [3.0]"}, "AssertionError"),
+        ({"test": "def check(candidate):\n    import no_such_package"}, "no_such_package"),
+        ({"entry_point": "other"}, "other"),
+        ({"canonical_solution": "    return oops"}, "oops"),
+    ],
+)
+def test_a_harness_that_cannot_judge_is_refused_by_its_row(write, changes, why):
+    good = write("mine.jsonl", n=4).read_text()
+    bad = write("mine.jsonl", n=1, **changes).read_text().replace("mine.jsonl/0", "mine.jsonl/bad")
+    path = write("mine.jsonl", n=0)
+    path.write_text(good + bad)
+    with pytest.raises(ValueError, match=r"the canonical solution of mine.jsonl/bad does not pass") as raised:
+        load_task(f"humaneval:{path}")
+    assert why in str(raised.value) and "\n" not in str(raised.value)
+
+
+def test_without_a_canonical_solution_nothing_is_run(write, monkeypatch):
+    path = write("mine.jsonl", n=3, canonical_solution=None)
+    monkeypatch.setattr(sandbox, "run", None)
+    assert len(load_task(f"humaneval:{path}").rows("test", 9, 0)) == 3
+
+
 def test_missing_data_is_refused(tmp_path):
     with pytest.raises(ValueError, match="no file or folder"):
         load_task(f"humaneval:{tmp_path}/none.jsonl")

@@ -123,6 +123,26 @@ def test_a_game_is_made_once(monkeypatch, tmp_path):
     assert len(made) == draws
 
 
+@pytest.mark.parametrize("family", [TINY, pytest.param(DEFAULT, marks=pytest.mark.more)])
+def test_where_home_cannot_be_written_games_are_made_elsewhere(monkeypatch, tmp_path, family):
+    expected = game_file(family, "train", 1).read_bytes()
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("HOME", str(tmp_path / "file" / "home"))  # not to be made, whoever asks
+    path = game_file(family, "train", 1)
+    assert game_file(family, "train", 1) == path and len(path.read_bytes()) == len(expected)
+    assert os.environ["HOME"] == str(tmp_path / "file" / "home")
+    environment = TextWorldEnvironment(family)
+    assert environment.reset(split="train", seed=1)
+
+
+def test_a_cache_that_is_full_of_games_is_read_where_it_cannot_be_written(monkeypatch, tmp_path):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    path = game_file(TINY, "train", 1)
+    monkeypatch.setattr("tempfile.TemporaryFile", None)
+    assert game_file(TINY, "train", 1) == path
+
+
 def test_who_makes_a_game_that_another_process_has_finished_meanwhile_takes_that_one(monkeypatch, tmp_path):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
 

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from peft_onelayer.tasks import load_task
+from peft_onelayer.tasks.rows import PASSED
 from peft_onelayer.tasks.user import load_dataset_task
 
 EXAMPLE = Path(__file__).resolve().parents[2] / "examples" / "own_task"
@@ -87,8 +88,12 @@ def test_a_file_that_is_no_task_is_refused(tmp_path, text, message):
         ("[{'question': 'q'}]", "row 0 has no 'prompt' that is text or a list of chat messages: None"),
         ("[{'prompt': ['hello']}]", "row 0 has no 'prompt'"),
         ("[{'prompt': 'p', 'answer': 1}, {'prompt': 'p'}]", "row 1 has the columns prompt, row 0 has prompt, answer"),
-        ("[{'prompt': 'p', 'answer': 1}, {'prompt': 'p', 'answer': 'a'}]", "values of column 'answer' are not all of"),
-        ("[{'prompt': 'p', 'prompts': 1}]", "a column may not be called 'prompts'"),
+        ("[{'prompt': 'p', 'answer': open('/dev/null')}]", "row 0: the TextIOWrapper in column 'answer' cannot"),
+        ("[{'prompt': 'p', 1: 1}]", "the name of a column must be text, got 1"),
+        *[
+            (f"[{{'prompt': 'p', {name!r}: 1}}]", f"a column may not be called {name!r}, which the trainer passes")
+            for name in PASSED
+        ],
         ("[{'prompt': 'p'}]", "takes 'answer', but is given only completions, prompts, by name"),
     ],
 )

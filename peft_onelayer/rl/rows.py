@@ -1,0 +1,80 @@
+"""Gives a trainer of TRL the rows of a task so that they reach reward and environment as they are.
+
+The trainer's data set holds the numbers of the rows alone. A prompt is looked up when a batch is drawn, the other
+columns when its completions are graded: neither Arrow nor the names of columns that a trainer takes for its own
+("completion", "images", "label", "..._logps") play a part.
+"""
+
+from __future__ import annotations
+
+import copy
+import functools
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from datasets import Dataset
+
+from peft_onelayer.tasks.rows import reward_columns
+
+Row = Mapping[str, Any]
+
+NUMBER = "onelayer_row"
+OF_TRAINERS = ("prompt", "privileged_context")  # the columns that a trainer reads; the second is SDPOTrainer's
+
+
+class _Lookup:
+    """The transform of the data set: from numbers of rows to what the trainer reads of them."""
+
+    def __init__(self, rows: Sequence[Row]) -> None:
+        self.rows = rows
+
+    def __call__(self, batch: dict[str, list[int]]) -> dict[str, list[Any]]:
+        rows = [self.rows[number] for number in batch[NUMBER]]
+        names = [name for name in OF_TRAINERS if name in self.rows[0]]
+        return {name: [copy.deepcopy(row[name]) for row in rows] for name in names} | {NUMBER: batch[NUMBER]}
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> _Lookup:
+        return self  # `Dataset.filter` copies the transform, and the rows are never changed
+
+
+def numbered(rows: Sequence[Row]) -> Dataset:
+    """The data set of the rows for an online trainer."""
+    dataset = Dataset.from_dict({NUMBER: list(range(len(rows)))})
+    dataset.set_transform(_Lookup(rows))
+    return dataset
+
+
+def graded_by_row(reward: Callable[..., list[float]], rows: Sequence[Row]) -> Callable[..., list[float]]:
+    """`reward` for a trainer that was given `numbered(rows)`: with the rows' columns, by name.
+
+    A completion of a chat prompt is a list of messages also with A2POTrainer, which gives its text.
+    """
+
+    @functools.wraps(reward)  # trainers name the metric after it
+    def graded(prompts: Sequence[Any], completions: Sequence[Any], **passed: Any) -> list[float]:
+        columns = reward_columns([rows[number] for number in passed.pop(NUMBER)])
+        completions = [
+            completion
+            if isinstance(prompt, str) or not isinstance(completion, str)
+            else [{"role": "assistant", "content": completion}]
+            for prompt, completion in zip(prompts, completions, strict=True)
+        ]
+        return reward(prompts=prompts, completions=completions, **{**columns, **passed})
+
+    return graded
+
+
+def reset_by_row(factory: Callable[[], Any], rows: Sequence[Row]) -> Callable[[], Any]:
+    """`factory` for a trainer that was given `numbered(rows)`: its environments are reset with the whole row."""
+
+    def make() -> Any:
+        environment = factory()
+        reset = environment.reset
+
+        def reset_with_row(**given: Any) -> Any:
+            return reset(**copy.deepcopy(dict(rows[given[NUMBER]])))
+
+        environment.reset = reset_with_row
+        return environment
+
+    return make

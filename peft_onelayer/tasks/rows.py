@@ -1,0 +1,55 @@
+"""The one way from a row to the reward, wherever completions are graded: in training, a ranking or an evaluation.
+
+A row reaches the reward as the task made it. Training data of TRL goes through Arrow, which gives all dicts of a column
+the same keys and all numbers of a list one type; so trainers are given prompts and numbers of rows
+(`peft_onelayer.rl.rows`), and the columns are taken from here.
+"""
+
+import copy
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+# What TRL passes to every reward beside the columns.
+PASSED = ("prompts", "completions", "completion_ids", "trainer_state", "log_extra", "log_metric", "environments")
+
+
+def reward_columns(rows: Sequence[Mapping[str, Any]]) -> dict[str, list[Any]]:
+    """The columns of the rows as a reward takes them: all but "prompt", by name, one value per row.
+
+    The values are copies, so that a reward that changes one changes no row.
+
+    >>> reward_columns([{"prompt": "1+1=", "answer": 2}, {"prompt": "1/2=", "answer": 0.5}])
+    {'answer': [2, 0.5]}
+    """
+    return {name: [copy.deepcopy(row[name]) for row in rows] for name in rows[0] if name != "prompt"}
+
+
+def check_columns(where: str, row: Mapping[str, Any]) -> None:
+    """Raise ValueError for a column that no reward can be given.
+
+    Args:
+        where: the data, for the message.
+    """
+    for name in row:
+        if not isinstance(name, str):
+            raise ValueError(f"{where}: the name of a column must be text, got {name!r}")
+    if taken := [name for name in row if name in PASSED]:
+        raise ValueError(
+            f"{where}: a column may not be called {taken[0]!r}, which the trainer passes itself; rename it"
+        )
+
+
+def check_values(where: str, row: Mapping[str, Any]) -> None:
+    """Raise ValueError for a value that cannot be copied, such as an open file.
+
+    Args:
+        where: the row, for the message.
+    """
+    for name, value in row.items():
+        try:
+            copy.deepcopy(value)
+        except (TypeError, ValueError, AttributeError, RecursionError, copy.Error) as error:
+            raise ValueError(
+                f"{where}: the {type(value).__name__} in column {name!r} cannot be copied, and rows hold plain data: "
+                f"{error}"
+            ) from error
