@@ -27,9 +27,10 @@ CLIP = 0.2  # of the ratio, on either side of 1
 GIVEN_RATE_KL = LEAST_KL, MOST_KL = 0.005, 0.05
 FOUND_RATE_KL = 0.01, 0.025
 SEQUENCES_FOR_KL = 16  # completions that the KL is measured on
-MOST_MEASUREMENTS = 8  # of the KL
+MOST_MEASUREMENTS = 8  # of the KL, of one candidate
 MOST_SCALE = 30.0  # of one scaling, up or down
 ABOVE_NOISE = 3.0  # a scaling up of a step of which nothing but noise is seen
+A_JUMP = 1.1  # a scale this much larger than one that was too small, and too large
 INSIDE = 1.25  # a scaling aims so many times inside the bounds
 SEQUENCES_TO_COMPARE = 2  # completions that a pass from a block is compared on with a whole one
 
@@ -170,9 +171,10 @@ def _first_step(
 ) -> int:
     """Step, then scale the step and the learning rate until the KL, less its noise, lies within `bounds`.
 
-    The KL of a small step grows with its square. In bfloat16 and float16 that holds only above the noise: below a
-    rounding step nothing moves, and what is measured a little above it is rounding. So the KL is measured again after
-    each scaling, and a scale between one that was too small and one that was too large is taken.
+    The KL of a small step grows with its square. In bfloat16 and float16 it grows in jumps: AdamW's first step moves
+    all weights by the same amount, and those of one magnitude round to their next value together. So the KL is measured
+    again after each scaling, and a scale between one that was too small and one that was too large is taken. Where a
+    jump leaves none between them, the step remains whose KL is the nearest.
 
     Returns:
         Passes of the batch.
@@ -183,31 +185,43 @@ def _first_step(
     steps = [parameter.detach() - start for parameter, start in zip(parameters, before, strict=True)]
     least, most = bounds
     scale, too_small, too_large = 1.0, 0.0, math.inf
-    for measurement in range(1, MOST_MEASUREMENTS + 1):
+    measured: dict[float, float] = {}  # KL by scale
+    while True:
         with torch.no_grad():
-            measured = _kl(batch, log_probabilities(model, batch, temperature))
-        candidate.kl = kl = measured - candidate.kl_noise if math.isfinite(measured) else math.inf  # an overflow
-        if least <= kl <= most or measurement == MOST_MEASUREMENTS:
-            break
+            seen = _kl(batch, log_probabilities(model, batch, temperature))
+        kl = measured[scale] = seen - candidate.kl_noise if math.isfinite(seen) else math.inf  # an overflow
         if kl < least:
             too_small = scale
-            if measured == 0:  # nothing moved
+            if seen == 0:  # nothing moved
                 factor = MOST_SCALE
             elif kl <= candidate.kl_noise:  # whatever moved cannot be seen
                 factor = ABOVE_NOISE
             else:
                 factor = math.sqrt(least * INSIDE / kl)
             scale *= min(factor, MOST_SCALE)
-        else:
+        elif kl > most:
             too_large = scale
             scale *= max(math.sqrt(most / INSIDE / kl), 1 / MOST_SCALE)
+        if least <= kl <= most or len(measured) == MOST_MEASUREMENTS or too_large < A_JUMP * too_small:
+            break
         if not too_small < scale < too_large:
             scale = math.sqrt(too_small * too_large)
-        with torch.no_grad():
-            for parameter, start, step in zip(parameters, before, steps, strict=True):
-                parameter.copy_(start + scale * step)
+        _move(parameters, before, steps, scale)
+    middle = math.log(least * most) / 2
+    scale = min(measured, key=lambda s: abs(math.log(max(measured[s], least / 100)) - middle))
+    if scale != next(reversed(measured)):
+        _move(parameters, before, steps, scale)
+    candidate.kl = measured[scale]
     candidate.learning_rate *= scale
-    return measurement
+    return len(measured)
+
+
+def _move(
+    parameters: list[torch.nn.Parameter], before: list[torch.Tensor], steps: list[torch.Tensor], scale: float
+) -> None:
+    with torch.no_grad():
+        for parameter, start, step in zip(parameters, before, steps, strict=True):
+            parameter.copy_(start + scale * step)
 
 
 def _kl(batch: Batch, logps: torch.Tensor) -> float:

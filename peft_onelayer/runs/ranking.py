@@ -54,8 +54,8 @@ def describe(ranking: LayerRanking) -> list[str]:
     kls = ranking.first_step_kl or {}
     outside = [f"{k} ({kl:.1g}, noise {noise:.1g})" for k, (kl, noise) in kls.items() if not LEAST_KL <= kl <= MOST_KL]
     blind = [
-        f"no learning rate found moves the policy by {LEAST_KL} to {MOST_KL} nats a token in the first step of block "
-        + ", ".join(outside)
+        f"rounding leaves no learning rate at which a first step of block {', '.join(outside)} moves the policy by "
+        f"{LEAST_KL} to {MOST_KL} nats a token; the nearest was taken"
     ]
     spent = (
         f"the ranking took {cost['tokens_generated']:,.0f} tokens generated, {cost['tokens_trained']:,.0f} passed "
