@@ -118,5 +118,8 @@ def _from_vllm(kwargs: Mapping[str, Any]) -> dict[str, Any]:
     try:
         check_generation(renamed)
     except ValueError as error:
-        raise ValueError(f"{error}: vLLM takes it, but rankings and evaluations sample with transformers") from error
+        raise ValueError(
+            f"{error}: vLLM takes it, but rankings and evaluations sample with transformers; name the block with "
+            "--layer, and evaluate with --sampling generation_kwargs={}"
+        ) from error
     return renamed

@@ -145,7 +145,7 @@ class _Evaluation:
     def _sampling(self) -> Sampling:
         """The run's settings with those that were given over them."""
         settings, run = self.settings, self.run_record
-        own = Sampling() if run is None else _sampling_of(run, self.task, of_data_set=settings.dataset is not None)
+        own = Sampling() if run is None else _sampling_of(run, self.task, settings)
         given: dict[str, Any] = {}
         for name in ("temperature", "max_completion_tokens"):
             if (value := getattr(settings, name)) is not None:
@@ -220,13 +220,15 @@ def _run_in(folder: Path) -> RunRecord | None:
     return RunRecord.from_dict(fields, str(folder / RUN)) if fields.get("format") == RunRecord.FORMAT else None
 
 
-def _sampling_of(run: RunRecord, task: Task, *, of_data_set: bool) -> Sampling:
+def _sampling_of(run: RunRecord, task: Task, asked: EvaluationSettings) -> Sampling:
     """How a run sampled. Its limit of a completion holds for its own task and for data sets, which have none."""
-    settings = run.settings
-    own = sampling_of(load_algorithm(settings.algorithm), settings.config, "run.json: settings.config")
+    settings, fields = run.settings, dict(run.settings.config)
+    if "generation_kwargs" in asked.sampling:  # those of the run may be vLLM's, which cannot be followed
+        fields["generation_kwargs"] = None
+    own = sampling_of(load_algorithm(settings.algorithm), fields, "run.json: settings.config")
     own = read(Sampling, {**own.shape, **(settings.sampling or {})}, "run.json: settings.sampling")
     same = task.name == settings.source.name or (task.data and dict(task.data) == settings.source.data)
-    return own if same or of_data_set else replace(own, max_completion_tokens=None)
+    return own if same or asked.dataset is not None else replace(own, max_completion_tokens=None)
 
 
 def _report(update: Update, done: int) -> None:

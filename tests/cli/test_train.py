@@ -350,3 +350,18 @@ def test_the_default_of_a_setting_never_overrides_one_that_was_given(train):
     }
     assert len(run["results"]["rewards"]) == 2
     assert [path.name for path in (folder / "checkpoints").glob("checkpoint-*")] == ["checkpoint-4"]
+
+
+@pytest.mark.more
+def test_a_run_with_nothing_to_rank_by_resumes_at_the_rate_that_was_asked_for(train, tmp_path):
+    """Its rate is the asked one over the number of blocks, and the resumption is not told that the settings changed."""
+    (tmp_path / "hard.py").write_text("def reward(completions, **kwargs):\n    return [0.0] * len(completions)\n")
+    rows = [{"prompt": f"A{i:03d}+001="} for i in range(64)]
+    (tmp_path / "prompts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    data = ["--dataset", tmp_path / "prompts.jsonl", "--reward", f"{tmp_path / 'hard.py'}:reward"]
+    arguments = ["train", BASE, *data, "--steps", "8", *FAST, "--set", "max_completion_length=5"]
+    run, folder = train(*arguments)
+    written = json.loads((folder / "run.json").read_text()) | {"status": "unfinished"}
+    (folder / "run.json").write_text(json.dumps(written))
+    resumed, _ = train(*arguments, "--resume")
+    assert resumed["settings"] == run["settings"] and resumed["layers"] == run["layers"]

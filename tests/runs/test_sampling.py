@@ -75,6 +75,17 @@ def test_what_is_given_goes_before_the_run(run):
     assert not any("sampled as in the run" in note for note in told.notes)
 
 
+def test_prompts_are_chat_messages_as_in_the_run(model, tmp_path):
+    settings = TrainingSettings(
+        model=model, out=tmp_path / "run", task="arithmetic", layer=5, steps=1, chat=False, config=SMALL
+    )
+    run = train(settings)
+    record = evaluate(EvaluationSettings(model=str(run.folder), **MEASURED))
+    assert record.chat is False and record.results["greedy"].base.mean > 0.1
+    asked = evaluate(EvaluationSettings(model=str(run.folder), chat=True, **MEASURED))
+    assert asked.chat is True and asked.results["greedy"].base.mean == 0.0  # it thinks
+
+
 def test_the_runs_limit_is_not_that_of_another_task(run):
     record = evaluate(EvaluationSettings(model=str(run.folder), **MEASURED | {"task": "sort", "problems": 2}))
     assert record.max_completion_tokens != 6 and record.temperature == 0.6
@@ -112,6 +123,19 @@ def test_a_damaged_run_json_is_named(run, tmp_path, change, message):
     (tmp_path / "run.json").write_text(json.dumps(record))
     with pytest.raises(ValueError, match=message):
         evaluate(EvaluationSettings(model=str(tmp_path), **MEASURED))
+
+
+def test_what_only_vllm_understands_can_be_left_out(run, tmp_path):
+    for file in run.folder.iterdir():
+        if file.is_file():
+            (tmp_path / file.name).write_bytes(file.read_bytes())
+    record = json.loads((tmp_path / "run.json").read_text())
+    record["settings"]["config"] |= {"use_vllm": True, "generation_kwargs": {"logit_biases": {}}}
+    (tmp_path / "run.json").write_text(json.dumps(record))
+    given = {"model": str(tmp_path), **MEASURED, "problems": 2}
+    with pytest.raises(ValueError, match=r"logit_biases.* evaluate with --sampling generation_kwargs=\{\}"):
+        evaluate(EvaluationSettings(**given))
+    assert evaluate(EvaluationSettings(**given, sampling={"generation_kwargs": {}})).temperature == 0.6
 
 
 def test_a_ranking_samples_as_the_run_to_come(model):
