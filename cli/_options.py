@@ -23,6 +23,26 @@ Set = Annotated[
     list[str] | None,
     typer.Option("--set", metavar="FIELD=VALUE", help="Any field of the TRL config; repeatable."),
 ]
+Prompts = Annotated[
+    int | None,
+    typer.Option("--prompts", min=1, help="Prompts of an optimizer step. [default: 8]", show_default=False),
+]
+Completions = Annotated[
+    int | None,
+    typer.Option("--completions", min=2, help="Completions of each prompt. [default: 8]", show_default=False),
+]
+LearningRate = Annotated[
+    float | None,
+    typer.Option(
+        "--learning-rate", help="[default: found: a first step moves the policy far enough]", show_default=False
+    ),
+]
+Method = Annotated[
+    str, typer.Option("--method", help="Of a ranking: auto (race and depth prior), race, prior (free), or profile.")
+]
+Budget = Annotated[
+    float, typer.Option("--budget", help="Of a ranking: tokens to spend, as a share of those of the training run.")
+]
 Sampling = Annotated[
     list[str] | None,
     typer.Option(

@@ -9,7 +9,24 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from ._errors import user_error
-from ._options import Chat, Dataset, Json, ModelName, Revision, Reward, Seed, Set, TaskName, TrustRemoteCode, Unsafe
+from ._options import (
+    Budget,
+    Chat,
+    Completions,
+    Dataset,
+    Json,
+    LearningRate,
+    Method,
+    ModelName,
+    Prompts,
+    Revision,
+    Reward,
+    Seed,
+    Set,
+    TaskName,
+    TrustRemoteCode,
+    Unsafe,
+)
 from ._output import TerminalProgress, note, print_line, print_table, status
 
 if TYPE_CHECKING:
@@ -22,12 +39,8 @@ def probe(
     task: TaskName = None,
     dataset: Dataset = None,
     reward: Reward = None,
-    method: Annotated[
-        str, typer.Option(help="auto (race and depth prior), race, prior (free), or profile (with --profile).")
-    ] = "auto",
-    budget: Annotated[
-        float, typer.Option(help="Of a race: tokens to spend, as a share of those of the run of --steps.")
-    ] = 0.25,
+    method: Method = "auto",
+    budget: Budget = 0.25,
     profile: Annotated[
         str | None,
         typer.Option(help="A shipped model, layer_profile.json, or an adapter on the Hub.", show_default=False),
@@ -35,6 +48,9 @@ def probe(
     layers: Annotated[str, typer.Option(help="Blocks to choose from: all, or such as 3,5,8-13, mid-5.")] = "all",
     algorithm: Annotated[str, typer.Option(help="Of the run to come: grpo, dr_grpo, gigpo, ...")] = "grpo",
     steps: Annotated[int, typer.Option(min=1, help="Optimizer steps of the run to come.")] = 150,
+    prompts: Prompts = None,
+    completions: Completions = None,
+    learning_rate: LearningRate = None,
     settings: Set = None,
     seed: Seed = 0,
     chat: Chat = None,
@@ -65,6 +81,9 @@ def probe(
             layers=layers,
             algorithm=algorithm,
             steps=steps,
+            prompts=prompts,
+            completions=completions,
+            learning_rate=learning_rate,
             config=config_from_text(algorithm, settings or [], PROBE_OPTIONS),
             seed=seed,
             chat=chat,
@@ -91,9 +110,11 @@ def train_command(asked: ProbeSettings, set_options: list[str], ranking: LayerRa
     )
     command += ["--layer", ",".join(map(str, ranking.choice)), "--algorithm", asked.algorithm]
     command += ["--steps", str(asked.steps), "--seed", str(asked.seed)]
+    command += ["--prompts", str(asked.prompts)] if asked.prompts else []
+    command += ["--completions", str(asked.completions)] if asked.completions else []
     command += [part for text in set_options if not _sets_the_rate(text) for part in ("--set", text)]
     if ranking.choice_learning_rate is not None:
-        command += ["--set", f"learning_rate={ranking.choice_learning_rate!r}"]
+        command += ["--learning-rate", repr(ranking.choice_learning_rate)]
     command += [] if asked.chat is None else ["--chat" if asked.chat else "--plain"]
     command += ["--revision", asked.revision] if asked.revision else []
     command += ["--trust-remote-code"] if asked.trust_remote_code else []

@@ -9,7 +9,24 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from ._errors import user_error
-from ._options import Chat, Json, ModelName, Revision, Reward, Sampling, Seed, Set, TaskName, TrustRemoteCode, Unsafe
+from ._options import (
+    Budget,
+    Chat,
+    Completions,
+    Json,
+    LearningRate,
+    Method,
+    ModelName,
+    Prompts,
+    Revision,
+    Reward,
+    Sampling,
+    Seed,
+    Set,
+    TaskName,
+    TrustRemoteCode,
+    Unsafe,
+)
 from ._output import TerminalProgress, command_line, print_line, print_table, status
 
 if TYPE_CHECKING:
@@ -43,6 +60,11 @@ def train(
             show_default=False,
         ),
     ] = None,
+    prompts: Prompts = None,
+    completions: Completions = None,
+    learning_rate: LearningRate = None,
+    method: Method = "auto",
+    budget: Budget = 0.25,
     settings: Set = None,
     top_entropy: Annotated[
         float | None,
@@ -86,6 +108,11 @@ def train(
                 reward=reward,
                 algorithm=algorithm,
                 steps=steps,
+                prompts=prompts,
+                completions=completions,
+                learning_rate=learning_rate,
+                method=method,
+                budget=budget,
                 config=config_from_text(algorithm, settings or [], TRAINING_OPTIONS),
                 top_entropy=top_entropy,
                 pairs_from_task=pairs_from_task,

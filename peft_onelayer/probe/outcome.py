@@ -57,7 +57,7 @@ def make_ranking(
     model: str,
     revision: str | None,
     method: str,
-    learning_rate: float,
+    learning_rate: float | None,
     cost: dict[str, float],
     task: str,
     seed: int,
@@ -65,8 +65,9 @@ def make_ranking(
     """The ranking of `layers`, of which the candidates are those that ran.
 
     Args:
-        learning_rate: of the run that the block is chosen for; no candidate's is higher.
+        learning_rate: that the user gave the run, which no block's exceeds; None where the race decides.
     """
+    most = math.inf if learning_rate is None else learning_rate
     num_layers = len(posterior.mean)
     draws = posterior.draws()
     # How well blocks can be told apart, without what all share: the offset of a round, the base's luck.
@@ -93,7 +94,7 @@ def make_ranking(
         found = {k: float(values[k]) for k in among}
         return [found.get(k) for k in range(num_layers)]
 
-    rates = {k: min(c.learning_rate, learning_rate) for k, c in candidates.items()}
+    rates = {k: min(c.learning_rate, most) for k, c in candidates.items()}
     ranking = LayerRanking(
         model=model,
         revision=revision,
@@ -104,7 +105,7 @@ def make_ranking(
         order=order,
         tied=tied,
         pick=best if gain > z * math.sqrt(variance) else None,
-        learning_rate=learning_rate,
+        learning_rate=rates[best] if learning_rate is None else learning_rate,
         cost=cost,
         task=task,
         seed=seed,
@@ -113,10 +114,11 @@ def make_ranking(
         rounds={
             str(k): [[n, gain, math.sqrt(variance)] for n, gain, variance in values] for k, values in of_block.items()
         },
+        first_step_kl={str(k): [c.kl, c.kl_noise] for k, c in sorted(candidates.items()) if c.kl is not None},
     )
     if ranking.pick is not None:
         return ranking
-    return replace(ranking, rate_together=min(learning_rate, rate_together(candidates, ranking.choice)))
+    return replace(ranking, rate_together=min(most, rate_together(candidates, ranking.choice)))
 
 
 def rate_together(candidates: Mapping[int, Candidate], layers: Sequence[int]) -> float:

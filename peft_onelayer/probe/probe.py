@@ -15,9 +15,7 @@ from peft_onelayer.tuner.model import commit_hash
 
 from .prior import depth_prior
 from .race import BudgetError, OnCandidate, race
-from .settings import BUDGET
-
-METHODS = ("auto", "race", "prior", "profile")
+from .settings import BUDGET, METHODS
 
 
 def probe_layers(
@@ -100,7 +98,7 @@ def probe_layers(
         order=order,
         tied=[k for k in order if scores[k] == scores[order[0]]],
         pick=order[0],
-        learning_rate=recipe.settings.get("learning_rate"),
+        learning_rate=recipe.given.get("learning_rate"),
         cost=dict(cost),
         task=task.name,
         seed=seed,

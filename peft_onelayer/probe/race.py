@@ -33,7 +33,18 @@ from .outcome import likely_best, make_ranking, measured_rounds
 from .posterior import Posterior, fit
 from .prior import depth_prior
 from .settings import DEFAULT_SETTINGS, RaceSettings
-from .updates import Candidate, batch_starting_at, log_probabilities, most_tokens, trained_candidate, update
+from .updates import (
+    FOUND_RATE_KL,
+    GIVEN_RATE_KL,
+    SEQUENCES_FOR_KL,
+    Candidate,
+    batch_starting_at,
+    log_probabilities,
+    measure_noise,
+    most_tokens,
+    trained_candidate,
+    update,
+)
 
 OnCandidate = Callable[[int, int, float], None]
 
@@ -51,7 +62,15 @@ class BudgetError(ValueError):
 
 
 class NothingToLearnError(ValueError):
-    """All completions of each prompt got the same reward."""
+    """All completions of each prompt got the same reward.
+
+    Attributes:
+        rollouts: these completions.
+    """
+
+    def __init__(self, message: str, rollouts: Sequence[Rollout]) -> None:
+        super().__init__(message)
+        self.rollouts = rollouts
 
 
 def race(
@@ -155,7 +174,8 @@ class _Race:
         self.seed, self.settings, self.on_candidate = seed, settings, on_candidate
         config = recipe.config(output_dir="unused")
         values = config.to_dict()
-        self.learning_rate: float = config.learning_rate
+        self.learning_rate: float = config.learning_rate  # that the candidates start from
+        self.given_rate: float | None = recipe.given.get("learning_rate")
         self.temperature: float = values.get("temperature", 1.0)  # of the log-probabilities
         self.sampling = replace(
             sampling_of_run(recipe.algorithm, config), samples=settings.samples, batch_size=batch_size
@@ -225,7 +245,7 @@ class _Race:
             model=self.model.name_or_path,
             revision=commit_hash(self.model),
             method="auto" if use_prior else "race",
-            learning_rate=self.learning_rate,
+            learning_rate=self.given_rate,
             cost=self.cost,
             task=self.task.name,
             seed=self.seed,
@@ -284,7 +304,8 @@ class _Race:
             raise NothingToLearnError(
                 f"the rewards of the base's {self.settings.samples} completions are equal for each of {len(base)} "
                 f"prompts of {self.task.name} (mean {mean:.2f}), so that there is nothing to learn from; take an "
-                "easier or harder task, or warm the model up first"
+                "easier or harder task, or warm the model up first",
+                [rollout for group in base for rollout in group],
             )
         size = max(self.settings.minibatch[0], int(most / self.budget.sequence))
         batch = batch.shuffled(stream_seed(self.seed, "order, round 0")).part(slice(0, size))
@@ -292,8 +313,10 @@ class _Race:
             logps = [
                 log_probabilities(self.model, part, self.temperature) for part in batch.minibatches(self.micro_batch)
             ]
-        self.budget.trained += batch.tokens
-        return replace(batch, old_logps=torch.cat(logps))
+        batch = replace(batch, old_logps=torch.cat(logps))
+        self.kl_noise = measure_noise(self.model, batch, self.temperature)
+        self.budget.trained += batch.tokens + batch.part(slice(0, SEQUENCES_FOR_KL)).tokens
+        return batch
 
     def _learn_from(self, completions: Sequence[list[list[Rollout]]], number: int) -> None:
         """Make what some candidates wrote, each on the same prompts, the batch of the `number`-th round."""
@@ -314,7 +337,9 @@ class _Race:
         """Give the candidates, in the order of depth, their updates and their gains over the base, while it lasts."""
         batch = current.batch
         for layer in sorted(layers):
-            candidate = self.candidates.setdefault(layer, Candidate(layer, self.learning_rate))
+            if layer not in self.candidates:
+                self.candidates[layer] = Candidate(layer, self.learning_rate, kl_noise=self.kl_noise)
+            candidate = self.candidates[layer]
             self.on_candidate(current.number, layer, self.budget.spent / self.budget.limit)
             reserved = most_tokens(candidate, batch, self.settings.updates, current.minibatch)
             if self.budget.affordable_prompts(reserved) < self.settings.scoring_prompts[0]:
@@ -323,6 +348,10 @@ class _Race:
                 batch, tokens = batch_starting_at(self.model, batch, layer, self.micro_batch, self.temperature)
                 self.budget.trained += tokens
             self._give_turn(current, candidate, batch)
+            if self.given_rate is None:
+                self.learning_rate = (
+                    candidate.learning_rate
+                )  # the next block starts from, so that it finds its own soon
 
     def _give_turn(self, current: _Round, candidate: Candidate, batch: Batch) -> None:
         number = current.number
@@ -336,6 +365,7 @@ class _Race:
                 micro_batch=self.micro_batch,
                 temperature=self.temperature,
                 rate_factor=self.settings.rate_factors[number],
+                first_kl=FOUND_RATE_KL if self.given_rate is None else GIVEN_RATE_KL,
             )
             prompts = min(len(current.reference), self.budget.affordable_prompts())
             rollouts = self._generate(f"round {number}", prompts)

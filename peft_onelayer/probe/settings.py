@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+METHODS = ("auto", "race", "prior", "profile")  # of ranking the blocks
 BUDGET = 0.25  # of a race, by default, as a share of the tokens of the training run
 
 

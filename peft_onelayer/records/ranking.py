@@ -15,7 +15,12 @@ from .fields import Record, read
 from .text import printable
 
 FORMATS = ("onelayer-ranking-1", "onelayer-sweep-1", "onelayer-profile-1")  # of a probe, of a sweep, published
-OPTIONAL_PARTS = ("sweep", "source", "rate_together")  # fields that files have only where they say something
+OPTIONAL_PARTS = (
+    "sweep",
+    "source",
+    "rate_together",
+    "first_step_kl",
+)  # fields that files have only where they say something
 NO_COST: dict[str, float] = {"tokens_generated": 0, "tokens_trained": 0, "seconds": 0.0, "share": 0.0}
 
 
@@ -82,7 +87,8 @@ class LayerRanking(Record):
         order: measured blocks, best first.
         tied: blocks that cannot be told from the best at 95 %, the best one included.
         pick: the best block, or None when no block beats the untrained base.
-        learning_rate: of the run that the block is chosen for; of a sweep, of the best block.
+        learning_rate: of the run that the block is chosen for: the one given, else the pick's; of a sweep, of the best
+            block.
         cost: "tokens_generated", "tokens_trained", "seconds", and "share", the tokens (generated and trained) over
             those of one training run.
         task: name of the task.
@@ -95,6 +101,8 @@ class LayerRanking(Record):
         source: of a published profile, the paper.
         rate_together: of a race without a pick, the learning rate for the blocks of `choice`: lower than
             `learning_rate` where a step of all of them together would move the policy too far.
+        first_step_kl: of a race, by block, [nats per token that its first update moved the policy, the noise that was
+            taken off]: the learning rate was scaled until the former lay between .005 and .05, where it could be.
     """
 
     FORMAT: ClassVar[str] = FORMATS[0]
@@ -120,6 +128,7 @@ class LayerRanking(Record):
     sweep: Sweep | None = None
     source: str | None = None
     rate_together: float | None = None
+    first_step_kl: dict[str, list[float]] | None = None
 
     @property
     def measured(self) -> bool:
@@ -152,7 +161,8 @@ class LayerRanking(Record):
     def to_dict(self) -> dict[str, Any]:
         """The JSON object: the fields of `sweep` stand beside the others."""
         own = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in OPTIONAL_PARTS}
-        own |= {} if self.rate_together is None else {"rate_together": self.rate_together}
+        for name in ("rate_together", "first_step_kl"):
+            own |= {} if getattr(self, name) is None else {name: getattr(self, name)}
         if self.sweep is None:
             return {"format": self.FORMAT, **own}
         measured = {f.name: getattr(self.sweep, f.name) for f in fields(Sweep)}

@@ -116,6 +116,29 @@ class RunResults:
 
 
 @dataclass(frozen=True)
+class LearningRate:
+    """How a run that was given no learning rate got one.
+
+    Attributes:
+        asked: the value in the trainer's configuration before.
+        by: "ranking", of its choice of blocks, or "first step": `find_learning_rate`.
+        kl: of a first step at the rate found, in nats per token, less the noise; None where not measured.
+        kl_noise: what the same policy gives, measured twice.
+        tokens_generated: tokens that the search generated.
+        tokens_trained: tokens that it passed through the model.
+        seconds: its time.
+    """
+
+    asked: float
+    by: Literal["ranking", "first step"]
+    kl: float | None = None
+    kl_noise: float | None = None
+    tokens_generated: int = 0
+    tokens_trained: int = 0
+    seconds: float = 0.0
+
+
+@dataclass(frozen=True)
 class RunRecord(Record):
     """run.json.
 
@@ -128,6 +151,7 @@ class RunRecord(Record):
         why: how these blocks were chosen.
         results: None until the run has ended.
         resumed_from: names of the checkpoints from which it was continued.
+        learning_rate: how the learning rate in `settings.config` was found; None where it was given.
     """
 
     FORMAT: ClassVar[str] = "onelayer-run-1"
@@ -141,6 +165,7 @@ class RunRecord(Record):
     why: str | None = None
     results: RunResults | None = None
     resumed_from: list[str] | None = None
+    learning_rate: LearningRate | None = None
 
     @classmethod
     def from_dict(cls, fields: Mapping[str, Any], where: str) -> Self:

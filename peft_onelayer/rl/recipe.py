@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -16,7 +17,16 @@ from peft_onelayer.tasks import Task
 from .algorithms import Algorithm, load_algorithm
 from .settings import check_fields, convert_settings, parse_settings
 
-LEARNING_RATE = 5e-6  # arXiv 2607.01232, Table 8, for one block and for all parameters
+LEARNING_RATE = 5e-6  # arXiv 2607.01232, Table 8, for one block and for all parameters; where the search for one starts
+PROMPTS, COMPLETIONS = 8, 8  # of an optimizer step
+PASS = 8  # completions in one pass: TRL's default batch of a device
+# Fields that say how large a step is; with one of them given, and no prompts, a step is what TRL makes of them.
+BATCH_FIELDS = (
+    "per_device_train_batch_size",
+    "gradient_accumulation_steps",
+    "steps_per_generation",
+    "generation_batch_size",
+)
 # What a trainer sends on its own holds optimizer states, a pickle and paths, in a repository called "checkpoints".
 HUB_FIELDS = {"push_to_hub", "hub_model_id", "hub_strategy", "hub_token", "hub_private_repo", "hub_always_push"}
 HUB_FIELDS |= {"hub_revision"}
@@ -81,27 +91,42 @@ def make_recipe(
     task: Task | None = None,
     config: Mapping[str, Any] | None = None,
     *,
+    prompts: int | None = None,
+    completions: int | None = None,
+    learning_rate: float | None = None,
     top_entropy: float | None = None,
 ) -> Recipe:
     """The algorithm's settings for `task`, with the user's `config` over them.
 
-    What neither sets is TRL's default, but for the learning rate of an online algorithm (`LEARNING_RATE`), the length
-    of a completion (the task's), and on a machine without a GPU the dtype.
+    What neither sets is TRL's default, but for the learning rate of an online algorithm (`LEARNING_RATE`) and its step
+    (`PROMPTS` x `COMPLETIONS`, in passes of `PASS`), the length of a completion (the task's), and on a machine without
+    a GPU the dtype.
 
     Args:
         algorithm: a name for `load_algorithm`, or an algorithm.
         task: gives completions their length; None for offline data.
         config: values by field of the algorithm's configuration.
+        prompts: of an optimizer step, over all processes; None for `PROMPTS`, or what `BATCH_FIELDS` in `config` say.
+        completions: of a prompt; None for what `config` says, or `COMPLETIONS`.
+        learning_rate: the same as the field of `config`.
         top_entropy: train on this share of the tokens, those of highest entropy; None for all.
 
     Raises:
-        ValueError: an unknown algorithm or field, with the near ones; `top_entropy` that is no share, or with an
-            algorithm that does not take it.
+        ValueError: an unknown algorithm or field, with the near ones; a step that cannot be divided, or that is said
+            twice; `top_entropy` that is no share, or with an algorithm that does not take it.
     """
     algorithm = load_algorithm(algorithm) if isinstance(algorithm, str) else algorithm
     settings = device_settings()
+    given = dict(config or {})
+    if learning_rate is not None:
+        if "learning_rate" in given:
+            raise ValueError("--learning-rate and --set learning_rate say the same; give one of them")
+        given["learning_rate"] = learning_rate
     if algorithm.online:
         settings["learning_rate"] = LEARNING_RATE
+        settings |= _step(algorithm, given, prompts, completions)
+    elif prompts or completions:
+        raise ValueError(f"--prompts and --completions are of algorithms that generate; {algorithm.name} is offline")
     if algorithm.completion_length and task is not None:
         settings[algorithm.completion_length] = task.max_completion_tokens
     if top_entropy is not None:
@@ -111,9 +136,37 @@ def make_recipe(
                 f"{top_entropy} with {algorithm.name}"
             )
         settings["top_entropy_quantile"] = top_entropy
-    check_fields(algorithm.config_class, config or {})
-    given = dict(config or {})
+    check_fields(algorithm.config_class, given)
     return Recipe(algorithm, {**settings, **algorithm.settings, **given}, top_entropy is not None, given)
+
+
+def _step(
+    algorithm: Algorithm, given: Mapping[str, Any], prompts: int | None, completions: int | None
+) -> dict[str, Any]:
+    """The fields that make a step of so many prompts and completions, in passes that a device has room for."""
+    group = algorithm.group_size
+    if completions is not None and (group is None or group in given):
+        why = f"--set {group} says the same" if group else f"{algorithm.name} has its own number of them"
+        raise ValueError(f"--completions {completions}: {why}; leave it out")
+    size = 1
+    fields: dict[str, Any] = {}
+    if group is not None:
+        size = given.get(group, completions or COMPLETIONS)
+        fields[group] = size
+    set_by_hand = [name for name in BATCH_FIELDS if name in given]
+    if prompts is None and set_by_hand:
+        return fields
+    if others := [name for name in set_by_hand if name != BATCH_FIELDS[0]]:
+        raise ValueError(f"--prompts {prompts} and --set {others[0]} both say how large a step is; give one of them")
+    total, processes = (prompts or PROMPTS) * size, int(os.environ.get("WORLD_SIZE", "1"))
+    step = f"a step of {prompts or PROMPTS} prompts" + (f" x {size} completions" if group else "")
+    each, rest = divmod(total, processes)
+    if rest or not each:
+        raise ValueError(f"{step} does not divide among {processes} processes; change --prompts or --completions")
+    together = given.get(BATCH_FIELDS[0]) or max(n for n in range(1, min(PASS, each) + 1) if each % n == 0)
+    if each % together:
+        raise ValueError(f"{step} is {each} per process, which passes of {BATCH_FIELDS[0]}={together} do not divide")
+    return {**fields, BATCH_FIELDS[0]: together, "gradient_accumulation_steps": each // together}
 
 
 def config_from_text(

@@ -21,6 +21,7 @@ from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerB
 from peft_onelayer.seams import check
 from peft_onelayer.tasks import Task
 from peft_onelayer.tasks.rows import reward_columns
+from peft_onelayer.tuner.head import spare_head_copies
 
 from .settings import Sampling
 
@@ -105,15 +106,18 @@ def sample_rollouts(
 
 @contextmanager
 def _generating(model: PreTrainedModel | PeftModel, seed: int) -> Iterator[None]:
-    """Eval mode, no gradients, torch seeded; on exit all as before."""
+    """Eval mode, no gradients, torch seeded, no copies of the LM head; on exit all as before."""
     devices = [model.device] if model.device.type == "cuda" else []
     training_modules = [module for module in model.modules() if module.training]
     model.eval()
+    hooks = spare_head_copies(model)
     try:
         with torch.no_grad(), torch.random.fork_rng(devices=devices):
             torch.manual_seed(seed)
             yield
     finally:
+        for hook in hooks:
+            hook.remove()
         for module in training_modules:
             module.training = True
 

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import math
 from contextlib import nullcontext
 from pathlib import Path
 
 from peft_onelayer.hub.profiles import load_profile
 from peft_onelayer.layers import resolve_layers
-from peft_onelayer.probe.probe import METHODS
 from peft_onelayer.records.files import TargetError, check_file, output, write_whole
 from peft_onelayer.records.ranking import LayerRanking
 from peft_onelayer.rl.algorithms import load_algorithm
@@ -21,7 +19,7 @@ from peft_onelayer.tuner import find_decoder_stack
 from .models import check_model_name, load_causal_lm, quiet_logs, to_device, without_progress_bars
 from .progress import Progress
 from .ranking import rank_blocks
-from .settings import BUDGET, PROBE_OPTIONS, ProbeSettings
+from .settings import GENERATE, PROBE_OPTIONS, ProbeSettings, check_ranking
 
 
 def probe(settings: ProbeSettings, *, progress: Progress | None = None) -> LayerRanking:
@@ -38,10 +36,7 @@ def probe(settings: ProbeSettings, *, progress: Progress | None = None) -> Layer
 
 
 def _probe(settings: ProbeSettings, progress: Progress) -> LayerRanking:
-    if settings.method not in METHODS:
-        raise ValueError(f"no probe {settings.method!r}; the methods are {', '.join(METHODS)}")
-    if not 0 < settings.budget < math.inf:
-        raise ValueError(f"--budget is a share of a training run, above 0, such as {BUDGET}; got {settings.budget}")
+    check_ranking(settings.method, settings.budget)
     if (settings.method == "profile") != (settings.profile is not None):
         raise ValueError("--profile and --method profile go together; give both, or neither")
     algorithm = load_algorithm(settings.algorithm)
@@ -55,8 +50,16 @@ def _probe(settings: ProbeSettings, progress: Progress) -> LayerRanking:
             profile = load_profile(settings.profile) if settings.profile else None
         refuse_fields(settings.config, PROBE_OPTIONS)
         refuse_without_effect(settings.config, algorithm)
-        recipe = make_recipe(algorithm, task, settings.config)
-        sampling = sampling_of_run(algorithm, recipe.config(output_dir="unused"))  # before the model is loaded
+        recipe = make_recipe(
+            algorithm,
+            task,
+            settings.config,
+            prompts=settings.prompts,
+            completions=settings.completions,
+            learning_rate=settings.learning_rate,
+        )
+        config = recipe.config(output_dir="unused")
+        sampling = sampling_of_run(algorithm, config)  # before the model is loaded
         out = None if settings.out is None else Path(settings.out)
         if out is not None:
             check_outputs(out)
@@ -85,6 +88,7 @@ def _probe(settings: ProbeSettings, progress: Progress) -> LayerRanking:
             budget=settings.budget,
             layers=layers,
             profile=profile,
+            batch_size=max(GENERATE, config.per_device_train_batch_size),
         )
     if out is not None:
         from peft_onelayer.report.plots import plot_ranking

@@ -7,6 +7,7 @@ from typing import Any
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from peft_onelayer.probe.probe import probe_layers
+from peft_onelayer.probe.updates import LEAST_KL, MOST_KL
 from peft_onelayer.records.ranking import LayerRanking
 from peft_onelayer.records.text import name_blocks
 from peft_onelayer.tasks import Task
@@ -50,14 +51,24 @@ def describe(ranking: LayerRanking) -> list[str]:
     else:
         tie = f"indistinguishable from {', '.join(map(str, others))}"
     cost = ranking.cost
+    kls = ranking.first_step_kl or {}
+    outside = [f"{k} ({kl:.1g}, noise {noise:.1g})" for k, (kl, noise) in kls.items() if not LEAST_KL <= kl <= MOST_KL]
+    blind = [
+        f"rounding leaves no learning rate at which a first step of block {', '.join(outside)} moves the policy by "
+        f"{LEAST_KL} to {MOST_KL} nats a token; the nearest was taken"
+    ]
     spent = (
         f"the ranking took {cost['tokens_generated']:,.0f} tokens generated, {cost['tokens_trained']:,.0f} passed "
         f"through the model and {cost['seconds']:.0f} s: {cost['share']:.0%} of the tokens of the training run"
     )
     if ranking.pick is None:
         instead = name_blocks(ranking.choice)
-        return [f"no block gained beyond noise (most: block {best}, {gain}), so the choice is {instead}", spent]
+        return [
+            f"no block gained beyond noise (most: block {best}, {gain}), so the choice is {instead}",
+            *blind[: len(outside)],
+            spent,
+        ]
     lines = [f"block {best} gains {gain}, {tie}"]
     if ranking.expected is not None:
         lines.append(f"expected gain of block {best} over that of the best block: {ranking.expected:.2f}")
-    return [*lines, spent]
+    return [*lines, *blind[: len(outside)], spent]

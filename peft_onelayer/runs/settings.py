@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from peft_onelayer.probe.settings import BUDGET
+from peft_onelayer.probe.settings import BUDGET, METHODS
 
 if TYPE_CHECKING:
     from peft_onelayer.tasks import Task
 
 STEPS = 150  # optimizer steps of an online run
+GENERATE = 64  # completions at a time, at least, where there are no gradients
 # Fields of a TRL configuration that a setting of their own decides, and the option of the command line.
 _LOADING = "--revision and --trust-remote-code: the model is loaded before there is a trainer"
 TRAINING_OPTIONS = {
@@ -72,6 +74,12 @@ class TrainingSettings(Source):
         algorithm: a name for `load_algorithm`.
         steps: optimizer steps; None for those that `num_train_epochs` in `config` asks for, else for 150 and, offline,
             for those of TRL's default number of epochs.
+        prompts: of an optimizer step; None for 8 of an online algorithm, or what `config` says.
+        completions: of a prompt; None for 8, or what `config` says.
+        learning_rate: None for what `config` says and, online, for one that is found: it moves the policy far enough
+            (`find_learning_rate`, or the ranking's own).
+        method: of the ranking of `layer="auto"`, as `probe_layers` takes it.
+        budget: of that ranking: tokens to spend, as a share of those of the run.
         config: values by field of the algorithm's TRL configuration.
         sampling: with `pairs_from_task`: values by field of `Sampling`, over those in `config`.
         top_entropy: train only this share of the tokens, those of highest entropy.
@@ -84,6 +92,11 @@ class TrainingSettings(Source):
     full: bool = False
     algorithm: str = "grpo"
     steps: int | None = None
+    prompts: int | None = None
+    completions: int | None = None
+    learning_rate: float | None = None
+    method: str = "auto"
+    budget: float = BUDGET
     config: Mapping[str, Any] = field(default_factory=dict)
     top_entropy: float | None = None
     pairs_from_task: int | None = None
@@ -134,6 +147,7 @@ class ProbeSettings(Source):
         layers: blocks to choose from: "all", or as `SingleLayerConfig` takes them.
         algorithm: of the run to come.
         steps: of the run to come.
+        prompts, completions, learning_rate: of the run to come, as of `TrainingSettings`.
         config: of the run to come, by field of the algorithm's TRL configuration.
         out: JSON file for the ranking; its plot is put beside it.
     """
@@ -144,5 +158,16 @@ class ProbeSettings(Source):
     layers: int | str | Sequence[int] = "all"
     algorithm: str = "grpo"
     steps: int = STEPS
+    prompts: int | None = None
+    completions: int | None = None
+    learning_rate: float | None = None
     config: Mapping[str, Any] = field(default_factory=dict)
     out: str | Path | None = None
+
+
+def check_ranking(method: str, budget: float) -> None:
+    """Raise ValueError for a method that there is not, or a budget that is no share."""
+    if method not in METHODS:
+        raise ValueError(f"no probe {method!r}; the methods are {', '.join(METHODS)}")
+    if not 0 < budget < math.inf:
+        raise ValueError(f"--budget is a share of a training run, above 0, such as {BUDGET}; got {budget}")

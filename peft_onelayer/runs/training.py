@@ -17,17 +17,20 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainingArgum
 from peft_onelayer.hub.card import model_card
 from peft_onelayer.layers import resolve_layers
 from peft_onelayer.probe.race import NothingToLearnError
+from peft_onelayer.probe.rate import find_learning_rate
+from peft_onelayer.probe.updates import FOUND_RATE_KL
 from peft_onelayer.records.disk import disk_errors
 from peft_onelayer.records.files import CARD, CONFIG, PROFILE, WEIGHTS, file_digest, output, read_fields, read_text
 from peft_onelayer.records.privacy import holds_secrets
 from peft_onelayer.records.ranking import LayerRanking
-from peft_onelayer.records.run import DataSource, RunRecord, RunResults, RunSettings, differences
+from peft_onelayer.records.run import DataSource, LearningRate, RunRecord, RunResults, RunSettings, differences
 from peft_onelayer.records.text import name_blocks
 from peft_onelayer.rl.algorithms import Algorithm, load_algorithm
 from peft_onelayer.rl.preferences import OfflineData, load_preferences, pairs_from_rollouts
 from peft_onelayer.rl.recipe import Recipe, make_recipe, refuse_fields, refuse_without_effect
 from peft_onelayer.rl.sampling import PAIRS_OPTIONS, sampling_of_run, with_given
 from peft_onelayer.rl.training import prompts_needed, steps_of_epochs, train_rows
+from peft_onelayer.rollouts.completions import show_completions, why_equal
 from peft_onelayer.rollouts.prompts import check_prompt, with_chat_prompts
 from peft_onelayer.rollouts.settings import Sampling
 from peft_onelayer.tasks import Task, open_task
@@ -38,10 +41,9 @@ from .folder import RunFolder
 from .models import check_model_name, load_causal_lm, to_device, without_progress_bars
 from .progress import Progress
 from .ranking import describe, rank_blocks
-from .settings import STEPS, TRAINING_OPTIONS, TrainingSettings
+from .settings import GENERATE, STEPS, TRAINING_OPTIONS, TrainingSettings, check_ranking
 
 SAMPLES_PER_PAIR = 8
-GENERATE = 64  # completions at a time, at least, where there are no gradients
 PAIRS = "pairs.jsonl"
 KEPT = "complete checkpoints are kept, and --resume goes on from them"
 
@@ -96,6 +98,9 @@ class _Training:
 
     def __init__(self, settings: TrainingSettings, resume: bool, command: str | None, progress: Progress) -> None:
         self.settings, self.command, self.progress = settings, command, progress
+        check_ranking(settings.method, settings.budget)
+        if settings.method == "profile":
+            raise ValueError("--method profile is of onelayer probe, which says what to give --layer")
         self.task = _open_task(settings)
         if settings.sampling and not settings.pairs_from_task:
             raise ValueError(
@@ -120,7 +125,15 @@ class _Training:
         refuse_without_effect(self.settings.config, load_algorithm(self.settings.algorithm))
         if self.settings.steps and "num_train_epochs" in self.settings.config:
             raise ValueError("--steps and --set num_train_epochs both say how long to train; give one of them")
-        return make_recipe(self.settings.algorithm, task, self.settings.config, top_entropy=self.settings.top_entropy)
+        return make_recipe(
+            self.settings.algorithm,
+            task,
+            self.settings.config,
+            prompts=self.settings.prompts,
+            completions=self.settings.completions,
+            learning_rate=self.settings.learning_rate,
+            top_entropy=self.settings.top_entropy,
+        )
 
     def _config(self) -> TrainingArguments:
         settings, given = self.settings, self.recipe.given
@@ -171,9 +184,13 @@ class _Training:
             # What vLLM alone understands is no fault of a run that samples with it.
             return None if self.config.to_dict().get("use_vllm") else sampling_of_run(self.algorithm, self.config)
         own = sampling_of_run(self.algorithm, self.config)
-        size = max(GENERATE, self.config.per_device_train_batch_size)
-        own = replace(own, samples=SAMPLES_PER_PAIR, seed=settings.seed, batch_size=size)
+        own = replace(own, samples=SAMPLES_PER_PAIR, seed=settings.seed, batch_size=self.generate)
         return with_given(own, settings.sampling, PAIRS_OPTIONS)
+
+    @property
+    def generate(self) -> int:
+        """Completions at a time where there are no gradients."""
+        return max(GENERATE, self.config.per_device_train_batch_size)
 
     def run(self) -> Run:
         settings = self.settings
@@ -205,8 +222,14 @@ class _Training:
                 self.data = self._pairs(base, tokenizer, self.task, settings.pairs_from_task)
             if settings.full:
                 record = replace(record, why="the full-parameter baseline")
-            elif layers is None and self.task:
-                record = self._chosen(record, base, tokenizer, self.task)
+            if self.algorithm.online and self.task:
+                try:
+                    if record.layers is None and not settings.full:
+                        record = self._chosen(record, base, tokenizer, self.task)
+                    if "learning_rate" not in self.recipe.given and record.learning_rate is None:
+                        record = self._with_found_rate(record, base, tokenizer, self.task)
+                except NothingToLearnError as error:
+                    raise self._explain(error) from error
                 self.folder.write_record(record)
             if self.data is not None:
                 rows = self.data.rows
@@ -258,15 +281,11 @@ class _Training:
         )
 
     def _asked(self, previous: RunRecord) -> RunSettings:
-        """The settings of the interrupted run as they were asked for: with the learning rate before the ranking."""
-        if previous.settings.layer != "auto":
+        """The settings of the interrupted run as they were asked for: with the learning rate before one was found."""
+        if previous.learning_rate is None:
             return previous.settings
-        config, asked, kept = previous.settings.config, self.config.learning_rate, self._kept_ranking()
-        if kept is not None:
-            return replace(previous.settings, config={**config, "learning_rate": kept.learning_rate})
-        if previous.layers and config.get("learning_rate") == asked / len(previous.layers):  # as `_unranked` sets it
-            return replace(previous.settings, config={**config, "learning_rate": asked})
-        return previous.settings
+        config = {**previous.settings.config, "learning_rate": previous.learning_rate.asked}
+        return replace(previous.settings, config=config)
 
     def _kept_ranking(self) -> LayerRanking | None:
         path = self.folder.path / PROFILE
@@ -278,46 +297,67 @@ class _Training:
         """The run with the blocks and the learning rate that a ranking chooses; it is kept for a resumption."""
         ranking = self._kept_ranking()
         if ranking is None:
-            try:
-                ranking = rank_blocks(
+            ranking = rank_blocks(
+                base,
+                tokenizer,
+                task,
+                self.progress,
+                seed=self.settings.seed,
+                training_steps=self.config.max_steps,
+                recipe=self.recipe,
+                method=self.settings.method,
+                budget=self.settings.budget,
+                batch_size=self.generate,
+            )
+            ranking = _of_first_process(ranking)
+            self.folder.write(PROFILE, ranking.to_json())
+        rate, why = ranking.choice_learning_rate, describe(ranking)
+        if rate is not None and rate != self.config.learning_rate:
+            why.insert(1, f"trained at the learning rate {rate:.3g} that the ranking found for it")
+            record = self._with_rate(record, rate, LearningRate(self.config.learning_rate, "ranking"))
+        why_text = "; ".join(why)
+        self.progress.note(why_text)
+        return replace(record, layers=ranking.choice, why=why_text)
+
+    def _with_found_rate(
+        self, record: RunRecord, base: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, task: Task
+    ) -> RunRecord:
+        """The run with a learning rate that moves the policy far enough; on a resumption the one found before."""
+        previous = self.folder.previous
+        if previous and previous.learning_rate:
+            return self._with_rate(record, previous.settings.config["learning_rate"], previous.learning_rate)
+        with self.progress.status("finding a learning rate ..."):
+            found = _of_first_process(
+                find_learning_rate(
                     base,
                     tokenizer,
                     task,
-                    self.progress,
+                    record.layers,
+                    self.recipe,
                     seed=self.settings.seed,
-                    training_steps=self.config.max_steps,
-                    recipe=self.recipe,
-                    batch_size=max(GENERATE, self.config.per_device_train_batch_size),
+                    batch_size=self.generate,
                 )
-            except NothingToLearnError as error:
-                return self._unranked(record, len(find_decoder_stack(base).blocks), error)
-            ranking = _of_first_process(ranking)
-            self.folder.write(PROFILE, ranking.to_json())
-        rate = ranking.choice_learning_rate
-        why = describe(ranking)
-        if rate is not None and rate != self.config.learning_rate:
-            why.insert(1, f"trained at the learning rate {rate:.3g} that the ranking found for it")
-            self.config.learning_rate = rate
-        return self._with_choice(record, ranking.choice, "; ".join(why))
+            )
+        self.progress.note(
+            f"learning rate {found.learning_rate:g}: a first step at it moves the policy by {found.kl:.2g} nats a token"
+            + ("" if found.reached else f", and none was found that moves it by {' to '.join(map(str, FOUND_RATE_KL))}")
+            + "; --learning-rate sets another"
+        )
+        how = {name: value for name, value in asdict(found).items() if name != "learning_rate"}
+        return self._with_rate(
+            record, found.learning_rate, LearningRate(self.config.learning_rate, "first step", **how)
+        )
 
-    def _unranked(self, record: RunRecord, depth: int, error: NothingToLearnError) -> RunRecord:
-        """The run on the middle blocks where there is nothing to rank by.
+    def _with_rate(self, record: RunRecord, rate: float, how: LearningRate) -> RunRecord:
+        self.config.learning_rate = rate
+        config = {**record.settings.config, "learning_rate": rate}
+        return replace(record, settings=replace(record.settings, config=config), learning_rate=how)
 
-        The steps of several blocks add up, at most as if all moved the policy in one direction: at the run's rate over
-        their number they move it no further than one block does at the run's rate.
-        """
-        middle = resolve_layers("mid-5" if depth >= 5 else "middle", depth)
-        why = f"nothing to rank by, so {name_blocks(middle)}"
-        if len(middle) > 1:
-            self.config.learning_rate /= len(middle)
-            why += f" at the learning rate {self.config.learning_rate:.3g}, the run's over their number"
-        return self._with_choice(record, middle, f"{why}: {error}")
-
-    def _with_choice(self, record: RunRecord, layers: list[int], why: str) -> RunRecord:
-        """The run that trains these blocks at the configuration's learning rate."""
-        self.progress.note(why)
-        config = {**record.settings.config, "learning_rate": self.config.learning_rate}
-        return replace(record, settings=replace(record.settings, config=config), layers=layers, why=why)
+    def _explain(self, error: NothingToLearnError) -> ValueError:
+        """What to say, in one line, of completions that teach nothing; three of them are shown."""
+        assert self.task is not None
+        self.progress.note(show_completions(error.rollouts[:: max(1, len(error.rollouts) // 3)][:3], self.task))
+        return ValueError(f"{error}. The likely reason: {why_equal(error.rollouts, self.task)}.")
 
     def _pairs(
         self, base: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, task: Task, prompts: int

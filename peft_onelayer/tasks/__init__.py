@@ -36,6 +36,8 @@ class Task:
         max_completion_tokens: where a completion is cut by default.
         environment_factory: makes one environment per rollout, as TRL's `environment_factory`; None without turns.
         data: what identifies the data for a repetition of the run: versions, revisions, digests.
+        answer: the answer that the reward finds in a completion's text, None where it finds none; None for a task that
+            does not say what an answer is.
         train_size: rows of the train split; None where they are drawn without end, or it is not known.
     """
 
@@ -45,6 +47,7 @@ class Task:
     max_completion_tokens: int
     environment_factory: Callable[[], Any] | None = None
     data: Mapping[str, str] = field(default_factory=dict)
+    answer: Callable[[str], str | None] | None = None
     train_size: int | None = None
 
 

@@ -31,6 +31,7 @@ from peft.utils.constants import SEQ_CLS_HEAD_NAMES
 from torch import nn
 from transformers.modeling_layers import GradientCheckpointingLayer
 
+from .head import spare_head_copies
 from .instance import all_parameters
 from .layer import SingleLayerLayer
 from .sharding import refuse_unmerging_in_forward
@@ -72,6 +73,7 @@ class GraphCut:
         ]
         for block in stack.blocks:
             self.handles.append(block.register_forward_pre_hook(self._before_block, with_kwargs=True))
+        self.handles += spare_head_copies(model)
 
     @property
     def model(self) -> nn.Module | None:

@@ -20,20 +20,20 @@ RANKING = LayerRanking(
         (
             {"task": "sort"},
             [],
-            "--task sort --layer 7 --algorithm grpo --steps 150 --seed 0 --set learning_rate=0.00123456789",
+            "--task sort --layer 7 --algorithm grpo --steps 150 --seed 0 --learning-rate 0.00123456789",
         ),
         (
             {"task": "sort", "chat": False, "seed": 4, "revision": "v1", "unsafe": True, "algorithm": "gspo"}
             | {"steps": 9, "trust_remote_code": True},
             ["beta=0", " learning_rate = 1", "learning_rate_x=2"],
             "--task sort --layer 7 --algorithm gspo --steps 9 --seed 4 --set beta=0 --set learning_rate_x=2 "
-            "--set learning_rate=0.00123456789 --plain --revision v1 --trust-remote-code --unsafe",
+            "--learning-rate 0.00123456789 --plain --revision v1 --trust-remote-code --unsafe",
         ),
         (
             {"dataset": "my rows.jsonl", "reward": "r.py:f", "chat": True},
             [],
             "--dataset 'my rows.jsonl' --reward r.py:f --layer 7 --algorithm grpo --steps 150 --seed 0 "
-            "--set learning_rate=0.00123456789 --chat",
+            "--learning-rate 0.00123456789 --chat",
         ),
     ],
 )
@@ -45,4 +45,4 @@ def test_nothing_is_dropped_or_rounded(asked, options, expected):
 def test_several_blocks_are_named_as_train_takes_them():
     ranking = LayerRanking(**{**vars(RANKING), "pick": None, "learning_rates": None})
     words = shlex.split(train_command(ProbeSettings(model="m", task="sort"), [], ranking))
-    assert words[words.index("--layer") + 1] == "3,4,5,6,7" and "learning_rate=0.003" in words
+    assert words[words.index("--layer") + 1] == "3,4,5,6,7" and "0.003" in words

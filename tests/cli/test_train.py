@@ -160,16 +160,33 @@ def test_auto_without_room_for_a_race_goes_by_depth(train):
     assert profile["method"] == "prior" and run["layers"] == [5] and "by depth alone" in run["why"]
 
 
-def test_auto_with_nothing_to_learn_from_takes_mid_5(train, tmp_path):
-    """A reward that is always 0: the run can teach nothing either, and says so."""
-    (tmp_path / "hard.py").write_text("def reward(completions, **kwargs):\n    return [0.0] * len(completions)\n")
+@pytest.mark.parametrize(
+    ("reward", "layer", "reason"),
+    [(0.0, "auto", "too hard for this model"), (1.0, "5", "masters the task already")],
+)
+def test_where_every_reward_is_equal_the_run_stops_and_shows_three_completions(
+    onelayer, tmp_path, reward, layer, reason
+):
+    (tmp_path / "r.py").write_text(f"def reward(completions, **kwargs):\n    return [{reward}] * len(completions)\n")
     rows = [{"prompt": f"A{i:03d}+001="} for i in range(64)]
     (tmp_path / "prompts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    data = ["--dataset", tmp_path / "prompts.jsonl", "--reward", f"{tmp_path / 'hard.py'}:reward"]
-    run, _ = train("train", BASE, *data, "--steps", "8", *FAST, "--set", "max_completion_length=5")
-    assert run["layers"] == [3, 4, 5, 6, 7]
-    assert "nothing to rank by, so blocks 3, 4, 5, 6, 7 at the learning rate 0.0006, the run's over" in run["why"]
-    assert run["settings"]["config"]["learning_rate"] == 3e-3 / 5  # the steps of five blocks add up
+    data = ["--dataset", tmp_path / "prompts.jsonl", "--reward", f"{tmp_path / 'r.py'}:reward"]
+    arguments = ["train", BASE, *data, "--layer", layer, "--steps", "8", "--set", "max_completion_length=5"]
+    code, _, lines = onelayer(*arguments, "--out", tmp_path / "run")
+    assert code == 1 and not (tmp_path / "run").exists()
+    assert sum(line.startswith("completion: ") for line in lines) == 3
+    assert reason in lines[-1] and "there is nothing to learn from" in lines[-1]
+
+
+def test_the_defaults_train_a_block_that_moves(train):
+    """Model, task and folder alone, with the block given to save the ranking's time, and few steps."""
+    run, folder = train("train", BASE, "--task", "arithmetic", "--layer", "6", "--steps", "2")
+    config, found = run["settings"]["config"], run["learning_rate"]
+    assert (config["per_device_train_batch_size"], config["gradient_accumulation_steps"]) == (8, 8)
+    assert config["num_generations"] == 8
+    assert found["by"] == "first step" and 0.01 <= found["kl"] <= 0.025 and found["asked"] == 5e-6
+    assert config["learning_rate"] > 100 * 5e-6
+    assert changed_tensors(folder) == tensors_of(6)
 
 
 @pytest.mark.parametrize("algorithm", ["dpo", "kto"])
@@ -353,15 +370,10 @@ def test_the_default_of_a_setting_never_overrides_one_that_was_given(train):
 
 
 @pytest.mark.more
-def test_a_run_with_nothing_to_rank_by_resumes_at_the_rate_that_was_asked_for(train, tmp_path):
-    """Its rate is the asked one over the number of blocks, and the resumption is not told that the settings changed."""
-    (tmp_path / "hard.py").write_text("def reward(completions, **kwargs):\n    return [0.0] * len(completions)\n")
-    rows = [{"prompt": f"A{i:03d}+001="} for i in range(64)]
-    (tmp_path / "prompts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    data = ["--dataset", tmp_path / "prompts.jsonl", "--reward", f"{tmp_path / 'hard.py'}:reward"]
-    arguments = ["train", BASE, *data, "--steps", "8", *FAST, "--set", "max_completion_length=5"]
+def test_a_found_learning_rate_is_that_of_the_resumed_run(train):
+    arguments = ["train", BASE, "--task", "arithmetic", "--layer", "5", "--steps", "2"]
     run, folder = train(*arguments)
     written = json.loads((folder / "run.json").read_text()) | {"status": "unfinished"}
     (folder / "run.json").write_text(json.dumps(written))
     resumed, _ = train(*arguments, "--resume")
-    assert resumed["settings"] == run["settings"] and resumed["layers"] == run["layers"]
+    assert resumed["settings"] == run["settings"] and resumed["learning_rate"] == run["learning_rate"]

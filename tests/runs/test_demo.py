@@ -18,9 +18,6 @@ def untrained(tmp_path):
 
 
 def test_a_base_that_never_earns_a_reward(tmp_path, untrained):
-    record = demo.run_demo(tmp_path / "demo", model=untrained, steps=2)
-    assert record.layers == [3, 4, 5, 6, 7] and "nothing to rank by" in record.why
-    assert "did not help measurably" in record.verdict and record.probe_cost is None
-    assert demo.DemoRecord.from_json((tmp_path / "demo" / "demo.json").read_text()) == record
-    assert {path.name for path in (tmp_path / "demo" / "adapter").iterdir()} <= demo.ADAPTER_FILES
-    assert not (tmp_path / "demo" / "ranking.png").exists()
+    with pytest.raises(ValueError, match=r"nothing to learn from.* The likely reason: .*"):
+        demo.run_demo(tmp_path / "demo", model=untrained, steps=2)
+    assert not (tmp_path / "demo" / "adapter").exists()

@@ -1,0 +1,143 @@
+"""A learning rate for a run that was given none: the one that moves the policy as far as the race's candidates."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from statistics import fmean
+
+import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from peft_onelayer.rl.recipe import Recipe
+from peft_onelayer.rl.sampling import sampling_of_run
+from peft_onelayer.rollouts.sampling import Rollout, sample_rollouts
+from peft_onelayer.tasks import Task
+
+from .batch import graded_batch
+from .race import NothingToLearnError, stream_seed
+from .updates import (
+    FOUND_RATE_KL,
+    SEQUENCES_FOR_KL,
+    Candidate,
+    log_probabilities,
+    measure_noise,
+    trained_candidate,
+    trained_whole,
+    update,
+)
+
+SAMPLES = 8  # completions of a prompt
+PROMPTS = 8  # completed at a time
+MOST_PROMPTS = 64
+ENOUGH = 16  # informative completions
+
+
+@dataclass(frozen=True)
+class FoundRate:
+    """A learning rate and how it was found.
+
+    Attributes:
+        learning_rate: a first step of AdamW at this rate moves the policy by `kl`.
+        kl: nats per token, less the noise.
+        kl_noise: what the same policy gives, measured twice.
+        tokens_generated: tokens that finding it generated.
+        tokens_trained: tokens that it passed through the model.
+        seconds: its time.
+    """
+
+    learning_rate: float
+    kl: float
+    kl_noise: float
+    tokens_generated: int
+    tokens_trained: int
+    seconds: float
+
+    @property
+    def reached(self) -> bool:
+        """Whether the KL lies within `FOUND_RATE_KL`."""
+        return FOUND_RATE_KL[0] <= self.kl <= FOUND_RATE_KL[1]
+
+
+def find_learning_rate(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    task: Task,
+    layers: int | str | Sequence[int] | None,
+    recipe: Recipe,
+    *,
+    seed: int = 0,
+    batch_size: int = 64,
+) -> FoundRate:
+    """The rate at which a first step of `layers`, or with None of the whole model, moves the policy by `FOUND_RATE_KL`.
+
+    The step is one of AdamW on a batch of graded completions of the model, whose weights are afterwards what they were.
+
+    Args:
+        recipe: the run's temperature, length of completions and completions in a pass; its rate is where to start.
+        batch_size: completions generated at a time.
+
+    Raises:
+        NothingToLearnError: rewards that are equal within every group of completions of `MOST_PROMPTS` prompts.
+    """
+    start = time.perf_counter()
+    config = recipe.config(output_dir="unused")
+    temperature = config.to_dict().get("temperature", 1.0)
+    sampling = replace(sampling_of_run(recipe.algorithm, config), samples=SAMPLES, batch_size=batch_size)
+    pad = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
+    rows = task.rows("train", MOST_PROMPTS, stream_seed(seed, "prompts, learning rate"))
+    groups: list[list[Rollout]] = []
+    batch = None
+    for first in range(0, len(rows), PROMPTS):
+        sampling = replace(sampling, seed=stream_seed(seed, f"sampling, learning rate {first}"))
+        groups += sample_rollouts(model, tokenizer, task, rows[first : first + PROMPTS], sampling)
+        batch = graded_batch(groups, pad, model.device)
+        if batch is not None and len(batch) >= ENOUGH:
+            break
+    rollouts = [rollout for group in groups for rollout in group]
+    if batch is None:
+        raise NothingToLearnError(
+            f"the rewards of {SAMPLES} completions are equal for each of {len(groups)} prompts of {task.name} (mean "
+            f"{fmean(r.reward for r in rollouts):.2f}), so that there is nothing to learn from",
+            rollouts,
+        )
+    micro_batch = config.per_device_train_batch_size
+    with torch.no_grad():
+        logps = [log_probabilities(model, part, temperature) for part in batch.minibatches(micro_batch)]
+    batch = replace(batch, old_logps=torch.cat(logps))
+    noise = measure_noise(model, batch, temperature)
+    candidate = Candidate(layers, config.learning_rate, kl_noise=noise)
+    with trained_whole(model) if layers is None else trained_candidate(model, candidate) as trained:
+        passed = (
+            batch.tokens
+            + batch.part(slice(0, SEQUENCES_FOR_KL)).tokens
+            + update(
+                trained,
+                candidate,
+                batch,
+                steps=1,
+                size=len(batch),
+                micro_batch=micro_batch,
+                temperature=temperature,
+                first_kl=FOUND_RATE_KL,
+            )
+        )
+    assert candidate.kl is not None
+    return FoundRate(
+        learning_rate=_two_digits(candidate.learning_rate),
+        kl=candidate.kl,
+        kl_noise=candidate.kl_noise,
+        tokens_generated=sum(r.tokens for r in rollouts),
+        tokens_trained=passed,
+        seconds=round(time.perf_counter() - start, 1),
+    )
+
+
+def _two_digits(value: float) -> float:
+    """Rounded, since it is no more exact than that.
+
+    >>> _two_digits(0.000123456)
+    0.00012
+    """
+    return float(f"{value:.2g}")

@@ -1,0 +1,103 @@
+"""What completions look like, beside their rewards: how many were cut, how many hold no answer, and some to read."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from statistics import fmean
+
+from peft_onelayer.tasks import Task, completion_text
+
+from .sampling import Rollout
+
+SHOWN = 600  # characters of a prompt or a completion that are shown at most
+
+
+@dataclass(frozen=True)
+class CompletionStatistics:
+    """Of the completions behind a score.
+
+    Attributes:
+        completions: their number.
+        mean_length: tokens that the model generated, on average.
+        cut: share that did not end by itself and was cut at the token limit.
+        no_answer: share in which the task found no answer; None for a task that does not say what an answer is.
+    """
+
+    completions: int
+    mean_length: float
+    cut: float
+    no_answer: float | None
+
+
+def completion_statistics(rollouts: Sequence[Rollout], task: Task) -> CompletionStatistics:
+    """The statistics of at least one completion of `task`."""
+    return CompletionStatistics(
+        completions=len(rollouts),
+        mean_length=round(fmean(rollout.tokens for rollout in rollouts), 2),
+        cut=fmean(not rollout.ended for rollout in rollouts),
+        no_answer=None if task.answer is None else fmean(_answer(rollout, task) is None for rollout in rollouts),
+    )
+
+
+def describe_completions(statistics: CompletionStatistics) -> str:
+    """One sentence: "6.2 tokens on average; 12 % cut at the token limit; 3 % without an answer"."""
+    parts = [f"{statistics.mean_length:.1f} tokens on average", f"{statistics.cut:.0%} cut at the token limit"]
+    if statistics.no_answer is not None:
+        parts.append(f"{statistics.no_answer:.0%} without an answer")
+    return "; ".join(parts)
+
+
+def show_completions(rollouts: Sequence[Rollout], task: Task) -> str:
+    """Prompt, completion, answer found and reward of each, for a person to read; long texts are shortened."""
+    blocks = []
+    for rollout in rollouts:
+        answer = None if task.answer is None else _answer(rollout, task)
+        found = "" if task.answer is None else f"   answer found: {'none' if answer is None else _short(answer)}"
+        ended = "" if rollout.ended else "   cut at the token limit"
+        prompt = rollout.prompt if isinstance(rollout.prompt, str) else rollout.prompt[-1].get("content") or ""
+        blocks.append(
+            f"prompt:     {_short(prompt)}\ncompletion: {_short(_text(rollout))}\n"
+            f"reward:     {rollout.reward:g}   tokens: {rollout.tokens}{found}{ended}"
+        )
+    return "\n\n".join(blocks)
+
+
+def why_equal(rollouts: Sequence[Rollout], task: Task) -> str:
+    """The likely reason why the rewards of all these completions are equal within each prompt, and what mends it."""
+    statistics = completion_statistics(rollouts, task)
+    rewards = {rollout.reward for rollout in rollouts}
+    if max(rewards) > 0 and len(rewards) == 1:
+        return (
+            f"every completion gets {max(rewards):g}: the reward does not tell good from bad, or the model masters the "
+            "task already; look at the reward, or take a harder task"
+        )
+    if statistics.cut >= 0.5:
+        return (
+            f"{statistics.cut:.0%} of the completions were cut at the token limit before they ended: raise it with "
+            "--max-completion-length"
+        )
+    if statistics.no_answer is not None and statistics.no_answer >= 0.5:
+        return (
+            f"no answer was found in {statistics.no_answer:.0%} of the completions: the model does not write the form "
+            "that the task asks for; show it with --shots, say it with --system, or take an instruct model"
+        )
+    if max(rewards) == 0:
+        return "every completion gets 0: the task is too hard for this model; take an easier one or a larger model"
+    return "the completions of one prompt do not differ in reward: raise --completions or the temperature"
+
+
+def _answer(rollout: Rollout, task: Task) -> str | None:
+    assert task.answer is not None
+    return task.answer(_text(rollout))
+
+
+def _text(rollout: Rollout) -> str:
+    return completion_text(rollout.completion) or ""
+
+
+def _short(text: str) -> str:
+    """In one line: what cannot be printed is escaped, a long text loses its middle."""
+    if len(text) > SHOWN:
+        text = f"{text[: SHOWN // 2]} [...] {text[-SHOWN // 2 :]}"
+    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)

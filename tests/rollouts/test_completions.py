@@ -1,0 +1,63 @@
+"""What is said of completions beside their rewards."""
+
+import pytest
+
+from peft_onelayer.rollouts.completions import (
+    CompletionStatistics,
+    completion_statistics,
+    describe_completions,
+    show_completions,
+    why_equal,
+)
+from peft_onelayer.rollouts.sampling import Rollout
+from peft_onelayer.tasks import Task
+
+
+def digits(text):
+    return next((word for word in text.split() if word.isdigit()), None)
+
+
+def task(answer=digits):
+    return Task("sums", lambda split, n, seed: [], lambda **kwargs: [], 8, answer=answer)
+
+
+def rollout(text, reward=0.0, ended=True, tokens=4, prompt="1 + 1 ="):
+    return Rollout(prompt, text, reward, tokens, ended, [1], [2] * tokens, [True] * tokens)
+
+
+def test_statistics():
+    rollouts = [rollout("2 of course", 1.0), rollout("a couple", tokens=6), rollout("3 or", ended=False), rollout("")]
+    assert completion_statistics(rollouts, task()) == CompletionStatistics(4, 4.5, 0.25, 0.5)
+    assert completion_statistics(rollouts, task(None)) == CompletionStatistics(4, 4.5, 0.25, None)
+    said = describe_completions(completion_statistics(rollouts, task()))
+    assert said == "4.5 tokens on average; 25% cut at the token limit; 50% without an answer"
+
+
+def test_shown_for_a_person():
+    chat = [{"role": "system", "content": "Be short."}, {"role": "user", "content": "1 + 1 =\n"}]
+    shown = show_completions(
+        [
+            rollout([{"role": "assistant", "content": "it is\n2"}], 1.0, prompt=chat),
+            rollout("x" * 5000, ended=False),
+            rollout("\x1b[31mred \u202e", 0.0),
+        ],
+        task(),
+    )
+    blocks = shown.split("\n\n")
+    assert blocks[0] == ("prompt:     1 + 1 =\\n\ncompletion: it is\\n2\nreward:     1   tokens: 4   answer found: 2")
+    assert "[...]" in blocks[1] and len(blocks[1]) < 800 and blocks[1].endswith("none   cut at the token limit")
+    assert "\\x1b[31mred \\u202e" in blocks[2]
+
+
+@pytest.mark.parametrize(
+    ("rollouts", "said"),
+    [
+        ([rollout("2", 1.0)] * 4, "masters the task already"),
+        ([rollout("2 because", ended=False)] * 3 + [rollout("3")], "75% of the completions were cut"),
+        ([rollout("a couple")] * 4, "no answer was found in 100%"),
+        ([rollout("3")] * 4, "too hard"),
+        ([rollout("2", 1.0)] * 2 + [rollout("3")] * 2, "do not differ"),
+    ],
+)
+def test_why_the_rewards_are_equal(rollouts, said):
+    assert said in why_equal(rollouts, task())
