@@ -297,14 +297,13 @@ class Checks:
         """accelerate's hooks move the blocks below to the device for each pass; the trained block stays there."""
         with tempfile.TemporaryDirectory() as scratch:
             self.build(torch.bfloat16).save_pretrained(scratch)
-            parts = ["model.embed_tokens", "model.norm", "model.rotary_emb", "lm_head"]
-            places = dict.fromkeys(parts, 0) | {f"model.layers.{i}": 0 for i in range(2, self.layers)}
-            places |= {f"model.layers.{i}": "cpu" for i in range(2)}
+            places: dict[str, Any] = {f"model.layers.{i}": "cpu" if i < 2 else 0 for i in range(self.layers)}
+            places |= dict.fromkeys(("model.embed_tokens", "model.norm", "model.rotary_emb", "lm_head"), 0)
             plain = AutoModelForCausalLM.from_pretrained(scratch, dtype="auto", device_map={"": 0})
             parted = AutoModelForCausalLM.from_pretrained(scratch, dtype="auto", device_map=places)
-            models_ = [wrapped(plain, 3).train(), wrapped(parted, 3).train()]
-            first, second = (self.backward(model, masters(model)) for model in models_)
-            return {"ok": not differing(first, second), "differing": len(differing(first, second))}
+            both = [wrapped(plain, 3).train(), wrapped(parted, 3).train()]
+            wrong = differing(*(self.backward(model, masters(model)) for model in both))
+            return {"ok": not wrong, "differing": len(wrong)}
 
     def scaled(self) -> Row:
         """Mixed precision with float16 and a loss scale, two steps."""

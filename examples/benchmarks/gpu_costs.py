@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import gpu_models as models
@@ -10,7 +11,7 @@ import torch
 from gpu_models import Sizes, copied, freezing, lora, measured, wrapped
 from gpu_rows import Row, Rows
 from peft import PeftModel
-from trl.trainer.utils import selective_log_softmax
+from torch import nn
 
 
 class Costs:
@@ -35,25 +36,23 @@ class Costs:
     def steps(self, checkpointing: bool) -> None:
         group = f"checkpointing {'on' if checkpointing else 'off'}"
         for index, (name, make) in enumerate(self.variants().items()):
-            self.rows.check(
-                "training step",
-                name,
-                12,
-                40,
-                lambda make=make, name=name, index=index: {
-                    "group": group,
-                    "baseline": index == 0,
-                    **self.step(make(), name, checkpointing),
-                },
-            )
+            step = partial(self.step, make, name, checkpointing, group, index == 0)
+            self.rows.check("training step", name, 12, 40, step)
 
     def step(
-        self, model: Any, name: str, checkpointing: bool, rows: int | None = None, prompt: int | None = None
+        self,
+        make: Callable[[], Any],
+        name: str,
+        checkpointing: bool,
+        group: str,
+        baseline: bool,
+        rows: int | None = None,
+        prompt: int | None = None,
     ) -> Row:
         """Forward, backward and AdamW of a policy-gradient loss on the completion's tokens."""
         sizes, device = self.sizes, self.device
         rows, prompt, completion = rows or sizes.rows, prompt or sizes.prompt, sizes.completion
-        model.train()
+        model = make().train()
         if checkpointing:
             model.gradient_checkpointing_enable({"use_reentrant": False})
             if isinstance(model, PeftModel):  # as TRL does
@@ -67,7 +66,8 @@ class Costs:
         def run() -> None:
             with torch.autocast(device.type, torch.bfloat16):  # as TRL does on a GPU
                 out = model(input_ids=ids, attention_mask=mask, use_cache=False, logits_to_keep=completion + 1)
-                logps = selective_log_softmax(out.logits[:, :-1], ids[:, -completion:])  # (rows, completion)
+                logits, targets = out.logits[:, :-1].transpose(1, 2), ids[:, -completion:]
+                logps = -nn.functional.cross_entropy(logits, targets, reduction="none")  # (rows, completion)
                 loss = -(advantages[:, None] * logps).mean()
             loss.backward()
             optimizer.step()
@@ -82,6 +82,8 @@ class Costs:
         )
         operations = self.operations(name, checkpointing, rows, prompt)
         return {
+            "group": group,
+            "baseline": baseline,
             **figures,
             "operations": operations,
             "tflops": operations / figures["seconds"] / 1e12,
@@ -116,11 +118,11 @@ class Costs:
             f"LoRA r={models.RANK}, all linears": lambda: lora(copied(self.base)),
         }
         for name, make in makers.items():
-            self.rows.check("decoding", name, 15, 60, lambda name=name, make=make: self.decode(name, make()))
+            self.rows.check("decoding", name, 15, 60, partial(self.decode, name, make))
 
-    def decode(self, name: str, model: Any) -> None:
+    def decode(self, name: str, make: Callable[[], Any]) -> None:
         sizes, device = self.sizes, self.device
-        model.eval()
+        model = make().eval()
         for rows in sizes.decoding_rows:
             ids = models.tokens(rows, 64 if sizes.prompt >= 64 else 8, device, sizes.shape["vocab_size"])
             options = {"max_new_tokens": sizes.decoded, "min_new_tokens": sizes.decoded, "do_sample": False}
@@ -158,30 +160,21 @@ class Costs:
         return {"block_bytes": block, "model_bytes": whole, "share": block / whole, "blocks": self.sizes.layers}
 
     def growth(self) -> None:
-        """With the block's index, the prompt's length and the rows; the block nearest the middle at the last two."""
+        """With the block's index; at the middle block, with the prompt's length and the rows."""
         layers, middle = self.sizes.layers, self.sizes.blocks[1]
-        for layer in sorted({round(i * (layers - 1) / 7) for i in range(8)}):
-            name = f"ours, block {layer}"
-            self.grown("block", name, lambda layer=layer: wrapped(copied(self.base), layer), layer == 0)
-        for prompt in (64, 256, 1024) if self.sizes.prompt >= 64 else (4, 8):
-            name = f"ours, block {middle}"
-            self.grown(f"prompt of {prompt}", name, lambda: wrapped(copied(self.base), middle), True, prompt=prompt)
-            self.grown(
-                f"prompt of {prompt}",
-                f"LoRA r={models.RANK}, all linears",
-                lambda: lora(copied(self.base)),
-                False,
-                prompt=prompt,
-            )
-        for rows in (4, 8, 16):
-            name = f"ours, block {middle}"
-            self.grown("rows", f"{name}, {rows} rows", lambda: wrapped(copied(self.base), middle), rows == 8, rows=rows)
+        every = f"LoRA r={models.RANK}, all linears"
 
-    def grown(self, group: str, name: str, make: Callable[[], Any], baseline: bool, **options: int) -> None:
-        self.rows.check(
-            "growth",
-            name,
-            8,
-            25,
-            lambda: {"group": group, "baseline": baseline, **self.step(make(), name, True, **options)},
-        )
+        def block(layer: int) -> Any:
+            return wrapped(copied(self.base), layer)
+
+        for layer in sorted({round(i * (layers - 1) / 7) for i in range(8)}):
+            self.grown(f"ours, block {layer}", partial(block, layer), "block", layer == 0)
+        for prompt in (64, 256, 1024) if self.sizes.prompt >= 64 else (4,):
+            group = f"prompt of {prompt}"
+            self.grown(f"ours, block {middle}", partial(block, middle), group, True, prompt=prompt)
+            self.grown(every, lambda: lora(copied(self.base)), group, False, prompt=prompt)
+        for rows in (4, 8, 16) if self.sizes.prompt >= 64 else (2,):
+            self.grown(f"ours, block {middle}, {rows} rows", partial(block, middle), "rows", rows == 8, rows=rows)
+
+    def grown(self, name: str, make: Callable[[], Any], group: str, baseline: bool, **options: int) -> None:
+        self.rows.check("growth", name, 8, 25, partial(self.step, make, name, True, group, baseline, **options))
