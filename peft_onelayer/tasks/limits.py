@@ -128,7 +128,7 @@ def _ask(request: bytes) -> Any:
     global _process
     if _process is None:
         _process = subprocess.Popen(
-            [sys.executable, "-P", "-c", _START, *sys.path],
+            [sys.executable, "-P", "-W", "ignore", "-c", _START, *sys.path],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             bufsize=0,

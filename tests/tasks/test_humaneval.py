@@ -6,7 +6,7 @@ import pytest
 from data_sets import FULL, full, own
 
 from peft_onelayer import sandbox
-from peft_onelayer.tasks import load_task
+from peft_onelayer.tasks import limits, load_task
 from peft_onelayer.tasks.humaneval import INSTRUCTION, humaneval_reward, readings
 
 pytestmark = pytest.mark.skipif(bool(sandbox.available()), reason=str(sandbox.available()))
@@ -341,3 +341,18 @@ def test_without_a_sandbox_loading_is_refused_unless_unsafe(write, monkeypatch):
         task = load_task(name, unsafe=True)
     with pytest.warns(UserWarning, match="runs without a sandbox"):
         assert task.reward([STUB] * 2, [BODY, "    pass"], [TEST] * 2, ["roots"] * 2) == [1.0, 0.0]
+
+
+def test_programs_past_the_time_limit_score_0_and_are_counted(monkeypatch):
+    """And a text of a million characters is not even read."""
+    run = sandbox.run
+    monkeypatch.setattr(sandbox, "run", lambda *args, **kwargs: run(*args, **kwargs, timeout=2, cpu_seconds=1))
+    prompt, test = "def double(x):\n", "def check(candidate):\n    assert candidate(4) == 8"
+    loops = "    while True: pass", "    import time; time.sleep(60)"
+    completions = ["    return 2 * x", *loops, "    return 1", "    return 2 * x\n" + "# \n" * 300_000, "(" * 1_000_000]
+    log, n = [], len(completions)
+    rewards = humaneval_reward(
+        [prompt] * n, completions, [test] * n, ["double"] * n, log_metric=lambda *args: log.append(args)
+    )
+    assert rewards == [1.0, 0.0, 0.0, 0.0, 0.0, 0.0]
+    assert log == [(limits.OVER_LIMIT, 2.0)]
