@@ -1,4 +1,4 @@
-"""Whatever is asked for on the Hub and cannot be had: one line from every command, in the Hub's words and not a library's."""
+"""Whatever is asked for on the Hub and cannot be had: one line from every command, in the words of the Hub."""
 
 from importlib.resources import files
 from pathlib import Path
