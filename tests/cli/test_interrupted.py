@@ -75,7 +75,7 @@ def on_disks(arguments, disk, sizes):
     return [on_a_disk_of(size, disk, run) for size in sizes]
 
 
-@pytest.mark.parametrize("form", ["merge", *FORMATS])
+@pytest.mark.parametrize("form", ["peft", *(pytest.param(f, marks=pytest.mark.more) for f in ("merge", *FORMATS[1:]))])
 def test_a_full_disk(files, tmp_path, form):
     assert command(*filled(of_format(files, form), tmp_path / "whole"))[0] == 0
     needed = sum(size for size, _ in contents(tmp_path / "whole").values())
@@ -252,6 +252,7 @@ def test_a_killed_push_leaves_nothing_for_long(files, tmp_path):
     assert kills > 5 and half > 0
 
 
+@pytest.mark.more
 def test_evaluating_on_a_full_disk(tmp_path):
     def run(disk):
         code, err, _ = command(

@@ -53,7 +53,9 @@ def check(ask, repos, tmp_path, command, case):
     assert sorted(path.name for path in tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize("command", COMMANDS)
+@pytest.mark.parametrize(
+    "command", [c if c in ("train", "merge") else pytest.param(c, marks=pytest.mark.more) for c in COMMANDS]
+)
 def test_what_is_not_there(ask, repos, tmp_path, command):
     check(ask, repos, tmp_path, command, "missing")
 
