@@ -124,7 +124,8 @@ stage(Path(sys.argv[1]), staged, "me/x")
 """
 
 
-@pytest.mark.parametrize("locale", SOME)
+@pytest.mark.more
+@pytest.mark.parametrize("locale", LOCALES)
 def test_what_is_published_is_utf8(locale, adapter, tmp_path):
     environment = {name: value for name, value in os.environ.items() if not name.startswith(("LC_", "LANG", "PYTHON"))}
     command = [sys.executable, "-c", CARD, str(adapter), str(tmp_path)]

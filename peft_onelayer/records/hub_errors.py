@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import re
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from json import JSONDecodeError
@@ -24,7 +22,7 @@ from huggingface_hub.errors import (
 from .text import one_line
 
 OF_THE_HUB = (HTTPError, OfflineModeIsEnabled, EntryNotFoundError, HFValidationError, JSONDecodeError)
-_XET = re.compile(r"(?i)\bxet\b|\bCAS\b|xorb|reqwest|error sending request|data processing")
+TRANSFERS = ("huggingface_hub._commit_api", "huggingface_hub.file_download")
 LOG_IN = "log in with `hf auth login` or set HF_TOKEN"
 
 
@@ -44,32 +42,34 @@ def hub_errors(doing: str, repo_id: str | None = None) -> Iterator[None]:
         yield
     except HubError:
         raise
-    except (*OF_THE_HUB, *of_xet()) as error:
+    except OF_THE_HUB as error:
         raise HubError(f"cannot {doing}: {_reason(error, repo_id)}") from error
-    except RuntimeError as error:  # huggingface_hub._commit_api._upload_lfs_files wraps what ended an upload
-        cause = error.__cause__
-        if cause is None and not _XET.search(str(error)):
+    except (RuntimeError, OSError) as error:
+        if not _raised_by_the_client(error):
             raise
-        raise HubError(f"cannot {doing}: {_reason(cause or error, repo_id)}") from error
+        raise HubError(f"cannot {doing}: {_reason(error, repo_id)}") from error
 
 
 def hub_reason(error: BaseException | None, repo_id: str | None) -> str | None:
     """What the Hub has to do with an error that a library raised, in one sentence; None where it has nothing."""
     while error is not None:
-        if isinstance(error, (*OF_THE_HUB, *of_xet())) or (isinstance(error, RuntimeError) and _XET.search(str(error))):
+        if isinstance(error, OF_THE_HUB) or _raised_by_the_client(error):
             return _reason(error, repo_id)
         error = error.__cause__ or error.__context__
     return None
 
 
-def of_xet() -> tuple[type[Exception], ...]:
-    """The errors of hf_xet, through which huggingface_hub transfers large files where it is installed; others of its
-    errors are plain ones that say so."""
-    if "hf_xet" not in sys.modules:
-        return ()
-    import hf_xet
-
-    return (hf_xet.XetAuthenticationError, hf_xet.XetObjectNotFoundError, ConnectionError, TimeoutError)
+def _raised_by_the_client(error: BaseException) -> bool:
+    """Whether an error came out of huggingface_hub's own code and is not about a disk: hf_xet, through which it
+    transfers large files, raises plain RuntimeErrors and OSErrors, which have no frame of their own."""
+    if not isinstance(error, (RuntimeError, ConnectionError, TimeoutError, PermissionError, FileNotFoundError)):
+        return False
+    trace = error.__traceback__
+    while trace is not None and trace.tb_next is not None:
+        trace = trace.tb_next
+    if trace is None or (isinstance(error, OSError) and error.filename is not None):  # of a file on this machine
+        return False
+    return trace.tb_frame.f_globals.get("__name__", "") in TRANSFERS
 
 
 def _reason(error: BaseException, repo_id: str | None) -> str:
@@ -90,6 +90,14 @@ def _reason(error: BaseException, repo_id: str | None) -> str:
         return "HF_HUB_OFFLINE is set, which forbids requests to the Hub; unset it."
     if isinstance(error, JSONDecodeError):
         return f"{endpoint} answered with something that is not the Hub's; try again, or check HF_ENDPOINT."
+    if isinstance(error, RuntimeError) and error.__cause__ is not None:  # of an upload in parts
+        return _reason(error.__cause__, repo_id)
+    if _raised_by_the_client(error):
+        said = one_line(_hidden(str(error) or type(error).__name__, token))
+        return (
+            f"the Hub's store of large files failed (Xet: {said}); try again: what was already transferred is not sent "
+            "twice; or set HF_HUB_DISABLE_XET=1 to go without Xet."
+        )
     if isinstance(error, HTTPError):  # no answer: a time-out, a refused or a dropped connection
         what = f"{type(error).__name__}: {_hidden(str(error), token)}" if str(error) else type(error).__name__
         return f"{endpoint} cannot be reached ({one_line(what)}); try again."

@@ -117,8 +117,7 @@ class RunFolder:
     @contextmanager
     def scratch(self) -> Iterator[Path]:
         """Yield an empty folder that is removed when the block ends; the first process' is on the run's disk."""
-        where = {"prefix": PARTIAL, "dir": self.path} if self.main else {}
-        with tempfile.TemporaryDirectory(**where) as scratch:
+        with tempfile.TemporaryDirectory(prefix=PARTIAL, dir=self.path if self.main else None) as scratch:
             yield Path(scratch)
 
     @contextmanager

@@ -416,7 +416,7 @@ main()
     try:
         assert running.stdout.readline() == "now\n"
         time.sleep(0.2)
-        assert len(list(tmp_path.iterdir())) == 1
+        assert len(list(tmp_path.iterdir())) == 2  # the hidden folder and the lock
         running.send_signal(signal.SIGTERM)
         running.communicate(timeout=60)
     finally:

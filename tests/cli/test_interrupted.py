@@ -6,6 +6,7 @@ import os
 import shutil
 import subprocess
 import sys
+import tempfile
 
 import pytest
 import torch
@@ -74,7 +75,7 @@ def on_disks(arguments, disk, sizes):
     return [on_a_disk_of(size, disk, run) for size in sizes]
 
 
-@pytest.mark.parametrize("form", ["merge", *FORMATS])
+@pytest.mark.parametrize("form", ["peft", *(pytest.param(f, marks=pytest.mark.more) for f in ("merge", *FORMATS[1:]))])
 def test_a_full_disk(files, tmp_path, form):
     assert command(*filled(of_format(files, form), tmp_path / "whole"))[0] == 0
     needed = sum(size for size, _ in contents(tmp_path / "whole").values())
@@ -215,3 +216,62 @@ def test_training_killed_goes_on_to_the_same_weights(tmp_path):
         assert hidden(tmp_path) == [], (moment, hidden(tmp_path))
         assert (out / "adapter_model.safetensors").read_bytes() == expected
         shutil.rmtree(out)
+
+
+def staged_in(folder, adapter):
+    """A dry run of a push whose temporary files are in `folder`."""
+    tempfile.tempdir = str(folder)
+    try:
+        return command("push", adapter, "me/x", "--dry-run")
+    finally:
+        tempfile.tempdir = None
+
+
+def test_pushing_on_a_full_disk(files, tmp_path):
+    def run(disk):
+        code, err, _ = staged_in(disk, files / "dense")
+        return code, err, sorted(path.name for path in disk.iterdir())
+
+    for size in (4 * KB, 16 * KB, 40 * KB):
+        code, err, left = on_a_disk_of(size, tmp_path, run)
+        assert (code, len(err), left) == (1, 1, []) and f"no room in {tmp_path}" in err[0], (size, code, err, left)
+    code, err, left = on_a_disk_of(1000 * KB, tmp_path, run)
+    assert code == 0 and left == [], err
+
+
+@pytest.mark.more
+def test_a_killed_push_leaves_nothing_for_long(files, tmp_path):
+    kills = half = 0
+    moments = iter(range(1, 2000, 3))
+    while killed_at(next(moments), lambda: staged_in(tmp_path, files / "dense")):
+        kills += 1
+        half += len(hidden(tmp_path)) > 0
+        if kills % 3 == 0:
+            code, err, _ = staged_in(tmp_path, files / "dense")
+            assert code == 0 and list(tmp_path.iterdir()) == [], (err, hidden(tmp_path))
+    assert kills > 5 and half > 0
+
+
+@pytest.mark.more
+def test_evaluating_on_a_full_disk(tmp_path):
+    def run(disk):
+        code, err, _ = command(
+            *(
+                "eval",
+                models_demo(),
+                "--task",
+                "arithmetic",
+                "--problems",
+                "8",
+                "--samples",
+                "0",
+                "--out",
+                disk / "e.json",
+            )
+        )
+        return code, err, sorted(path.name for path in disk.iterdir())
+
+    code, err, left = on_a_disk_of(4 * KB, tmp_path, run)  # a page, which the lock takes
+    assert code == 1 and left == [] and f"no room in {tmp_path}" in err[-1], (code, err, left)
+    code, err, left = on_a_disk_of(100 * KB, tmp_path, run)
+    assert code == 0 and left == ["e.json"], err

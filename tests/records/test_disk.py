@@ -67,9 +67,9 @@ def test_a_limit_on_the_size_of_files(tmp_path):
 
 
 def test_the_outermost_says_what_was_kept_and_other_errors_stay(tmp_path):
-    with pytest.raises(DiskFullError) as caught, disk_errors(tmp_path / "out", "all is kept"):
-        with disk_errors(tmp_path / "out" / "inner", "nothing is kept"):
-            raise OSError(errno.EDQUOT, "quota", str(tmp_path / "there" / "file"))
+    outer, inner = disk_errors(tmp_path / "out", "all is kept"), disk_errors(tmp_path / "out" / "inner", "nothing is")
+    with pytest.raises(DiskFullError) as caught, outer, inner:
+        raise OSError(errno.EDQUOT, "quota", str(tmp_path / "there" / "file"))
     said = (
         f"there is no room in {tmp_path / 'there'} (Disk quota exceeded): all is kept; free some space and try again."
     )

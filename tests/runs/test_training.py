@@ -10,6 +10,7 @@ from peft_onelayer.records.ranking import LayerRanking
 from peft_onelayer.rl.recipe import demo_config
 from peft_onelayer.runs import ProbeSettings, Progress, TrainingSettings, train
 from peft_onelayer.runs import training as runs_training
+from peft_onelayer.runs.folder import RunFolder
 
 BASE = str(files("peft_onelayer") / "demo_model")
 FEW = {"per_device_train_batch_size": 16, "gradient_checkpointing": False, "learning_rate": 3e-3}
@@ -118,3 +119,48 @@ def test_the_demos_recipe_is_the_demos():
     assert (config["per_device_train_batch_size"], config["num_generations"], config["warmup_steps"]) == (192, 8, 5)
     assert demo_config(3)["warmup_steps"] == 2
     assert ProbeSettings(model="m").budget == 0.25
+
+
+SECRETS = {"vllm_server_base_url": "http://me:hunter2@h.co/?token=abcdef", "run_name": "ghp_" + "Ab1" * 12}
+
+
+def test_a_secret_among_the_settings_reaches_no_file_and_the_run_can_be_resumed(tmp_path, monkeypatch):
+    config = {**FEW, **SECRETS, "save_steps": 1}
+    command = f"onelayer train m --set vllm_server_base_url={SECRETS['vllm_server_base_url']} --token abcdef"
+    real = RunFolder.write_record
+
+    def write_record(folder, record):
+        if record.status == "finished":
+            raise KeyboardInterrupt
+        real(folder, record)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(RunFolder, "write_record", write_record)
+        train(settings(tmp_path, config=config, steps=2), command=command)
+    assert (tmp_path / "run" / "checkpoints" / "checkpoint-2").is_dir()
+    train(settings(tmp_path, config=config, steps=2), command=command, resume=True)
+    written = [path for path in tmp_path.rglob("*") if path.is_file()]
+    assert {path.name for path in written} >= {"run.json", "README.md", "optimizer.pt", "adapter_model.safetensors"}
+    for path in written:
+        content = path.read_bytes()
+        assert not any(secret in content for secret in (b"hunter2", b"abcdef", b"Ab1Ab1")), path
+        assert path.name != "training_args.bin"
+    run = json.loads((tmp_path / "run" / "run.json").read_text(encoding="utf-8"))
+    kept = run["settings"]["config"]["vllm_server_base_url"]
+    assert kept == "http://<removed>@h.co/?token=<removed>" and "<removed>" in run["command"]
+    with pytest.raises(ValueError, match="--set gives a secret, which --report-to would log"):
+        train(settings(tmp_path, out=tmp_path / "other", config=config, report_to="tensorboard"))
+    assert not (tmp_path / "other").exists()
+
+
+@pytest.mark.parametrize("field", ["push_to_hub", "hub_model_id", "hub_strategy", "hub_token", "hub_private_repo"])
+def test_what_a_trainer_would_send_on_its_own_is_refused_with_the_way(tmp_path, onelayer, field):
+    value = "every_save" if field == "hub_strategy" else "true"
+    for command in (("train", BASE, "--layer", "5", "--out", tmp_path / "a"), ("sweep", BASE, "--out", tmp_path / "a")):
+        code, lines, out = onelayer(*command, "--task", "arithmetic", "--set", f"{field}={value}")
+        assert (code, len(lines), out) == (1, 1, "") and field in lines[0] and "onelayer push" in lines[0], lines
+    code, lines, _ = onelayer("probe", BASE, "--task", "arithmetic", "--set", f"{field}={value}")
+    assert code == 1 and len(lines) == 1 and "onelayer push" in lines[0], lines
+    with pytest.raises(ValueError, match=r"onelayer push \(push_adapter\)"):
+        train(settings(tmp_path, config={**FEW, field: True}))
+    assert list(tmp_path.iterdir()) == [tmp_path / "work"]

@@ -20,7 +20,9 @@ from specs import DEMO
 from peft_onelayer.records.claim import TargetError, claimed
 from peft_onelayer.records.disk import DiskFullError
 from peft_onelayer.records.files import write_whole
+from peft_onelayer.records.privacy import without_private
 from peft_onelayer.records.ranking import LayerRanking
+from peft_onelayer.sweep import sweep as module
 from peft_onelayer.sweep.engines import RunsFailedError
 from peft_onelayer.sweep.metric import layer_contribution
 from peft_onelayer.sweep.plan import plan_sweep
@@ -283,6 +285,35 @@ def test_two_sweeps_do_not_share_a_folder(tmp_path):
         refused = in_a_process_to_kill(_sweep_while_another_runs, tmp_path)
         refused.join(60)
     assert refused.exitcode == 0 and not (tmp_path / "log").exists() and not (tmp_path / "out").exists()
+
+
+SECRETS = {"vllm_server_base_url": "http://me:hunter2@gpu.internal:8000/?token=abcdef", "run_name": "hf_" + "Ab1" * 9}
+
+
+def test_secrets_reach_no_file_and_nothing_of_this_machine_is_published(tmp_path):
+    profile = sweep(tmp_path / "out", config={**SECRETS, "trackio_space_id": "/home/me/logs"})
+    written = [path for path in tmp_path.rglob("*") if path.is_file()]
+    assert len(written) > ROWS
+    for path in written:
+        content = path.read_bytes()
+        assert not any(secret in content for secret in (b"hunter2", b"abcdef", b"Ab1Ab1")), path
+    assert fake_runs.stored(tmp_path / "out")  # known by the digests of what was asked for
+    again = sweep(tmp_path / "out", config={**SECRETS, "trackio_space_id": "/home/me/logs"})
+    assert max(started(tmp_path).values()) == 1 and again == profile
+    published = without_private(LayerRanking.from_file(tmp_path / "out" / "layer_profile.json").to_dict())
+    given = published["settings"]
+    assert (
+        given["vllm_server_base_url"] == "http://<removed>@<host>/?token=<removed>"
+        and given["trackio_space_id"] == "logs"
+    )
+
+
+@pytest.mark.parametrize("engine", ["ray", "slurm"])
+def test_an_engine_that_would_keep_a_secret_in_its_files_is_refused_it(tmp_path, engine, monkeypatch):
+    monkeypatch.setattr(module, "load_engine", lambda name: None)
+    with pytest.raises(ValueError, match=f"the settings hold a secret, and the engine {engine} would keep it"):
+        sweep_layers(settings(config=SECRETS), out=tmp_path / "out", engine=engine)
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_row_is_written_whole_or_not_at_all(tmp_path, monkeypatch):
