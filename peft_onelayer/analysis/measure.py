@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 
 import numpy as np
 import torch
 
 from peft_onelayer.records.movement import TensorMovement
 
-from .sources import Pair
+from .sources import Pair, Values
 from .spectrum import LIMIT, effective_rank, numerical_rank, singular_values
 
 PIECE = 2**19  # entries looked at in one go
@@ -184,16 +186,22 @@ def _ranks(pair: Pair, counts: _Counts, limit: int) -> dict:
         none: dict = {"rank": 0, "effective_rank": 0.0, "largest_rank": largest, "singular_values": []}
         return none | {"rank_official": 0}
 
-    def rows(start: int, stop: int) -> torch.Tensor:
-        base, other = (v.read(start * width, stop * width) for v in (pair.base, pair.other))
-        return (other.double() - base.double()).view(-1, width)
+    def part(values: Values, axis: int, start: int, stop: int) -> torch.Tensor:
+        return values.columns(start, stop) if axis else values.read(start * width, stop * width).view(-1, width)
 
-    def official_rows(start: int, stop: int) -> torch.Tensor:
-        base, other = (v.read(start * width, stop * width) for v in (pair.base, pair.other))
-        return (other.bfloat16() - base.bfloat16()).double().view(-1, width)
+    def stored(axis: int, start: int, stop: int) -> torch.Tensor:
+        base, other = (part(values, axis, start, stop) for values in (pair.base, pair.other))
+        return other.double() - base.double()
 
-    values, shape = singular_values(rows, (height, width), limit)
-    official = values if counts.exact else singular_values(official_rows, (height, width), limit)[0]
+    def in_bfloat16(axis: int, start: int, stop: int) -> torch.Tensor:
+        base, other = (part(values, axis, start, stop) for values in (pair.base, pair.other))
+        return (other.bfloat16() - base.bfloat16()).double()
+
+    def decompose(change: Callable[[int, int, int], torch.Tensor]) -> tuple[np.ndarray, tuple[int, int]]:
+        return singular_values(partial(change, 0), partial(change, 1), (height, width), limit)
+
+    values, shape = decompose(stored)
+    official = values if counts.exact else decompose(in_bfloat16)[0]
     return {
         "rank": numerical_rank(values, shape),
         "rank_official": numerical_rank(official, shape),

@@ -31,11 +31,13 @@ class Values:
         dtype: of the stored entries, as torch calls it.
         shape: of the tensor.
         read: gives the flat entries [start, stop) in that dtype, (stop - start,).
+        columns: gives the columns [start, stop) of a matrix, (rows, stop - start).
     """
 
     dtype: str
     shape: tuple[int, ...]
     read: Callable[[int, int], torch.Tensor]
+    columns: Callable[[int, int], torch.Tensor]
 
 
 @dataclass(frozen=True)
@@ -211,24 +213,43 @@ def names_in_files(checkpoint: Checkpoint) -> dict[str, str]:
 
 def held_values(tensor: torch.Tensor) -> Values:
     """The entries of a tensor in memory, on whatever device."""
-    flat = tensor.detach().flatten()
-    dtype = str(tensor.dtype).removeprefix("torch.")
-    return Values(dtype, tuple(tensor.shape), lambda start, stop: flat[start:stop].cpu())
+    tensor = tensor.detach()
+    flat = tensor.flatten()
+    return Values(
+        dtype=str(tensor.dtype).removeprefix("torch."),
+        shape=tuple(tensor.shape),
+        read=lambda start, stop: flat[start:stop].cpu(),
+        columns=lambda start, stop: tensor[:, start:stop].cpu(),
+    )
 
 
 def stored_values(place: StoredTensor) -> Values:
     """The entries of a tensor in a safetensors file."""
 
-    def read(start: int, stop: int) -> torch.Tensor:
+    size = place.bytes // place.entries
+
+    def gather(pieces: range, count: int) -> torch.Tensor:
+        """`count` entries from each of these on."""
         import torch
 
-        dtype = getattr(torch, DTYPES[place.dtype])
-        size = place.bytes // place.entries
-        data = bytearray(size * (stop - start))
-        with place.path.open("rb") as file:
-            file.seek(place.start + size * start)
-            if file.readinto(data) != len(data):
-                raise ValueError(f"{place.path} is truncated.")
-        return torch.frombuffer(data, dtype=dtype)
+        data = memoryview(bytearray(size * count * len(pieces)))
+        with place.path.open("rb", buffering=0) as file:
+            for i, first in enumerate(pieces):
+                file.seek(place.start + size * first)
+                piece = data[size * count * i : size * count * (i + 1)]
+                while piece:  # one call reads at most 2 GB
+                    if not (got := file.readinto(piece)):
+                        raise ValueError(f"{place.path} is truncated.")
+                    piece = piece[got:]
+        return torch.frombuffer(data, dtype=getattr(torch, DTYPES[place.dtype]))
 
-    return Values(DTYPES[place.dtype], place.shape, read)
+    def columns(start: int, stop: int) -> torch.Tensor:
+        height, width = place.shape
+        return gather(range(start, height * width, width), stop - start).view(height, -1)
+
+    return Values(
+        dtype=DTYPES[place.dtype],
+        shape=place.shape,
+        read=lambda start, stop: gather(range(start, start + 1), stop - start),
+        columns=columns,
+    )

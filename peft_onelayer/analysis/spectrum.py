@@ -16,51 +16,43 @@ import torch
 
 LIMIT = 4096  # of the shorter side; its Gram matrix takes 134 MB
 DIRECT = 2**20  # entries up to which a matrix is decomposed directly
-BLOCK = 2**22  # entries of the change in memory at a time, in float64
+BLOCK = 2**21  # entries of the change in memory at a time, in float64
 
-Rows = Callable[[int, int], torch.Tensor]  # rows [start, stop) of the change, (stop - start, columns) float64
+Part = Callable[[int, int], torch.Tensor]  # rows, or columns, [start, stop) of the change, a float64 matrix
 
 
-def singular_values(rows: Rows, shape: tuple[int, int], limit: int = LIMIT) -> tuple[np.ndarray, tuple[int, int]]:
-    """The singular values of a matrix that is read by rows.
+def singular_values(
+    rows: Part, columns: Part, shape: tuple[int, int], limit: int = LIMIT
+) -> tuple[np.ndarray, tuple[int, int]]:
+    """The singular values of a matrix that is read in parts.
 
     Args:
-        rows: reads it.
-        shape: its rows and columns.
+        rows: reads the rows [start, stop), (stop - start, width).
+        columns: reads the columns [start, stop), (height, stop - start).
+        shape: (height, width).
         limit: of the shorter side.
 
     Returns:
         The values, descending, float64 (min of the measured shape,), and the shape of the part that they are of.
     """
     height, width = shape
-    if height * width <= DIRECT and min(shape) <= limit:
+    short, long = min(shape), max(shape)
+    if height * width <= DIRECT and short <= limit:
         return torch.linalg.svdvals(rows(0, height)).numpy(), shape
-    part = min(min(shape), limit)
-    kept = np.linspace(0, min(shape) - 1, part).astype(int)  # ascending and distinct
+    part = min(short, limit)
+    kept = torch.from_numpy(np.linspace(0, short - 1, part).astype(int))  # ascending and distinct
     gram = torch.zeros(part, part, dtype=torch.float64)
-    if height >= width:
-        chosen = torch.from_numpy(kept)
-        step = max(1, BLOCK // width)
-        for start in range(0, height, step):
-            block = rows(start, min(start + step, height))
-            block = block if part == width else block[:, chosen]
-            if not block.any():  # the rule in an embedding
-                continue
+    step = max(1, BLOCK // short)
+    for start in range(0, long, step):
+        stop = min(start + step, long)
+        block = rows(start, stop) if height >= width else columns(start, stop).T  # (stop - start, short)
+        block = block if part == short else block[:, kept]
+        if block.any():  # an embedding changes in few rows
             gram.addmm_(block.T, block)
-        measured = (height, part)
-    else:
-        step = max(1, BLOCK // width * part // height)
-        for i in range(0, part, step):
-            above = _select(rows, kept[i : i + step])
-            for j in range(0, i + 1, step):
-                beside = above if i == j else _select(rows, kept[j : j + step])
-                product = above @ beside.T
-                gram[i : i + step, j : j + step] = product
-                gram[j : j + step, i : i + step] = product.T
-        measured = (part, width)
+    del block
     values = torch.linalg.eigvalsh(gram).flip(0).clamp_(min=0).sqrt_().numpy()
     values[values < math.sqrt(part * np.finfo(np.float64).eps) * values[0]] = 0.0  # beyond what a Gram matrix resolves
-    return values, measured
+    return values, (long, part) if height >= width else (part, long)
 
 
 def numerical_rank(values: np.ndarray, shape: tuple[int, int]) -> int:
@@ -85,8 +77,3 @@ def effective_rank(values: np.ndarray) -> float:
         return 0.0
     shares = positive / positive.sum()
     return float(np.exp(-(shares * np.log(shares)).sum()))
-
-
-def _select(rows: Rows, indices: np.ndarray) -> torch.Tensor:
-    first = int(indices[0])
-    return rows(first, int(indices[-1]) + 1)[torch.from_numpy(indices - first)]
