@@ -109,13 +109,10 @@ def build(sizes: dict[str, int], dtype: torch.dtype, device: torch.device, seed:
         bos_token_id=None,
         eos_token_id=16,
     )
-    default = torch.get_default_dtype()
-    torch.set_default_dtype(dtype)
-    try:
-        with torch.device(device):
-            model = Qwen3ForCausalLM(config)
-    finally:
-        torch.set_default_dtype(default)
+    with torch.device(device):
+        model = Qwen3ForCausalLM(config)
+    for parameter in model.parameters():  # and no buffer: the rotary frequencies stay float32, as in a loaded model
+        parameter.data = parameter.data.to(dtype)
     with torch.no_grad():
         for parameter in model.parameters():  # norms start at one, which hides mistakes
             parameter.add_(0.02 * torch.randn_like(parameter))

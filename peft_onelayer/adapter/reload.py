@@ -1,8 +1,8 @@
 """Checks that a saved adapter, loaded by a fresh process, is bit for bit the model that was trained.
 
-    python -m peft_onelayer.adapter.reload ADAPTER [--trust-remote-code] < token_ids.json
+    python -m peft_onelayer.adapter.reload ADAPTER DEVICE [--trust-remote-code] < token_ids.json
 
-prints the fingerprint of the adapter loaded from the folder ADAPTER, on the token ids read from standard input.
+prints the fingerprint of the adapter loaded from the folder ADAPTER to DEVICE, on the token ids from standard input.
 """
 
 from __future__ import annotations
@@ -32,17 +32,18 @@ def fingerprint(model: PeftModel, token_ids: list[list[int]]) -> dict[str, str]:
 
 
 def fingerprint_in_fresh_process(
-    adapter: Path, token_ids: list[list[int]], *, trust_remote_code: bool = False
+    adapter: Path, token_ids: list[list[int]], *, device: str | torch.device = "cpu", trust_remote_code: bool = False
 ) -> dict[str, str]:
     """`fingerprint` of the adapter saved in `adapter`, computed by a new Python process that loads it from there.
 
     Args:
+        device: to compute on: that of the model to compare with, since logits depend on it.
         trust_remote_code: run the Python code that comes with the base model.
 
     Raises:
         RuntimeError: the process failed; the message is the last line it printed.
     """
-    command = [sys.executable, "-m", "peft_onelayer.adapter.reload", str(adapter)]
+    command = [sys.executable, "-m", "peft_onelayer.adapter.reload", str(adapter), str(device)]
     command += ["--trust-remote-code"] if trust_remote_code else []
     # the same number of threads: another one may sum in another order
     environment = {**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads())}
@@ -71,6 +72,6 @@ if __name__ == "__main__":
     loaded = AutoPeftModelForCausalLM.from_pretrained(
         sys.argv[1],
         local_files_only=Path(sys.argv[1]).is_dir(),
-        trust_remote_code="--trust-remote-code" in sys.argv[2:],
+        trust_remote_code="--trust-remote-code" in sys.argv[3:],
     )
-    print(json.dumps(fingerprint(loaded, json.load(sys.stdin))))
+    print(json.dumps(fingerprint(loaded.to(sys.argv[2]), json.load(sys.stdin))))

@@ -190,7 +190,7 @@ def _record(run: Run, evaluation: EvaluationRecord, task: str, progress: Progres
     here = fingerprint(model, token_ids)
     try:
         trust = bool(record.settings.trust_remote_code)
-        there = fingerprint_in_fresh_process(run.folder, token_ids, trust_remote_code=trust)
+        there = fingerprint_in_fresh_process(run.folder, token_ids, device=run.model.device, trust_remote_code=trust)
     except RuntimeError as error:
         raise ValueError(str(error)) from error
     if here != there:
