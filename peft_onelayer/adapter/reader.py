@@ -195,8 +195,8 @@ def _check_parts(where: Path, name: str, parts: dict[str, StoredTensor], record:
         fits = len(part.shape) == 1 and part.entries <= max(math.prod(record.shape), 1)
         if not fits or (suffix == "values" and DTYPES[part.dtype] != record.dtype):
             raise ValueError(
-                f"{where} is damaged: {printable(name)}.{suffix} is {DTYPES[part.dtype]} {list(part.shape)}, which does "
-                f"not fit a base of {record.dtype} {list(record.shape)}."
+                f"{where} is damaged: {printable(name)}.{suffix} is {DTYPES[part.dtype]} {list(part.shape)}, which "
+                f"does not fit a base of {record.dtype} {list(record.shape)}."
             )
 
 
