@@ -16,7 +16,7 @@ from peft_onelayer.records.adapter_config import check_adapter_config
 from peft_onelayer.records.files import CONFIG, WEIGHTS, read_fields
 from peft_onelayer.records.text import one_line, printable
 from peft_onelayer.sparse.base import BaseRecord
-from peft_onelayer.sparse.encoding import SparseEncoding
+from peft_onelayer.sparse.encoding import SparseEncoding, TensorRecord
 from peft_onelayer.sparse.names import TRAINED, base_name, split_key
 
 from .stored import DTYPES, StoredTensor, read_header
@@ -176,20 +176,27 @@ def _check_contents(file: AdapterFile) -> None:
         raise ValueError(f"{where} lacks {printable(min(missing))}, which {CONFIG} says it holds: it is incomplete.")
     for name in trained:
         record = file.sparse.tensors[name] if file.sparse is not None else None
+        if record is not None:
+            _check_parts(where, name, file.stored_parts(name), record)
         values = file.stored_parts(name)["" if record is None else "values"]
         if not values.is_floating_point and "ulps" not in file.keys[name]:
             raise ValueError(f"{where} holds {printable(name)} as {values.dtype}, which is no floating-point weight.")
-        if record is not None and (
-            any(len(part.shape) != 1 for part in file.stored_parts(name).values())
-            or DTYPES[values.dtype] != record.dtype
-            or values.entries > math.prod(record.shape)
-        ):
-            raise ValueError(f"{where} holds values of {printable(name)} that {CONFIG} does not record: it is damaged.")
         shape = list(values.shape if record is None else record.shape)
         if file.trained_on is not None and shape != list(file.trained_on.block[name].shape):
             raise ValueError(
                 f"{where} holds {printable(name)} in shape {shape}, and {CONFIG} records "
                 f"{list(file.trained_on.block[name].shape)}."
+            )
+
+
+def _check_parts(where: Path, name: str, parts: dict[str, StoredTensor], record: TensorRecord) -> None:
+    """Raise ValueError for parts of the sparse encoding whose headers do not fit the record of the tensor."""
+    for suffix, part in parts.items():
+        fits = len(part.shape) == 1 and part.entries <= max(math.prod(record.shape), 1)
+        if not fits or (suffix == "values" and DTYPES[part.dtype] != record.dtype):
+            raise ValueError(
+                f"{where} is damaged: {printable(name)}.{suffix} is {DTYPES[part.dtype]} {list(part.shape)}, which "
+                f"does not fit a base of {record.dtype} {list(record.shape)}."
             )
 
 

@@ -124,7 +124,7 @@ def read_header(path: Path) -> dict[str, StoredTensor]:
         with safe_open(path, framework="np"):  # checks the header, and that the file is as long as it says
             pass
     except (SafetensorError, OSError) as error:
-        raise ValueError(f"{path} is damaged, incomplete or no safetensors file: {one_line(error)}") from None
+        raise ValueError(f"{path} is damaged, incomplete or no safetensors file: {one_line(error, 150)}") from None
     with path.open("rb") as file:
         length = int.from_bytes(file.read(8), "little")
         header = json.loads(file.read(length))

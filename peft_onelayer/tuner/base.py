@@ -56,7 +56,8 @@ def identify_base(model: nn.Module, config: SingleLayerConfig, trained: Collecti
         ValueError: another base, unless `config.allow_other_base`.
 
     Warns:
-        UserWarning: tensors that could not be compared, by name.
+        UserWarning: tensors that could not be compared, by name; another base, if it is a plain module without a
+            configuration of transformers.
     """
     found, unavailable = base_entries(model, config.modules_to_save or [])
     old = None if config.trained_on is None or config.base_is_recorded else BaseRecord.from_json(config.trained_on)
@@ -82,7 +83,11 @@ def _check_base(model: Any, config: SingleLayerConfig, old: BaseRecord, comparis
         problem = what_differs(comparison.other)
         if old.stages:
             problem += f"; it was trained after {name_stages(old.stages)}"
-        raise other_base(problem, recorded, describe_model(model))
+        found = describe_model(model)
+        if found["config"] is not None:
+            raise other_base(problem, recorded, found)
+        # a plain module, which has no checkpoint that it could be loaded from again
+        warnings.warn(str(other_base(problem, recorded, found, way_out=False)), stacklevel=2)
     if message := not_compared(comparison):
         warnings.warn(message, stacklevel=2)
 

@@ -328,3 +328,18 @@ def test_merging_in_effect_does_not_change_the_record(tmp_path):
     assert before.keys() == after.keys() and all(before[n].sampled == after[n].sampled for n in before)
     model.unmerge_adapter()
     assert same({n: e.values for n, e in before.items()}, {n: e.values for n, e in after.items()})
+
+
+def test_a_plain_module_is_warned_of(tmp_path):
+    """It has no checkpoint that it could be loaded from again; PEFT's own tests load adapters on another one."""
+
+    def plain(seed):
+        torch.manual_seed(seed)
+        module = torch.nn.Module()
+        module.layers = torch.nn.ModuleList(torch.nn.Sequential(torch.nn.Linear(4, 4)) for _ in range(3))
+        return module
+
+    get_peft_model(plain(0), SingleLayerConfig(layer=1)).save_pretrained(tmp_path)
+    PeftModel.from_pretrained(plain(0), tmp_path)
+    with pytest.warns(UserWarning, match=r"is not the base .* its layers\.0\.0\.bias holds other weights"):
+        PeftModel.from_pretrained(plain(1), tmp_path)
