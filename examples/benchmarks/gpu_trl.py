@@ -131,8 +131,8 @@ class GRPOChecks:
         return made
 
     def equal(self, beta: float) -> Row:
-        # With bf16=True accelerate puts autocast around the forward of what the trainer holds. generate() of a PEFT model
-        # calls the forward of the base inside it, and so samples without autocast, where a plain model samples with it.
+        # With bf16=True accelerate puts autocast around the forward of what the trainer holds. generate() of a PEFT
+        # model calls the forward of the base inside it, so it samples without autocast, and a plain model with it.
         config = SingleLayerConfig(layer=self.layer, task_type="CAUSAL_LM")
         ours = self.train(self.load(), beta, peft_config=config, bf16=False)
         plain = self.train(freezing(self.load(), self.layer), beta, bf16=False)
