@@ -137,7 +137,7 @@ def test_interrupted_in_the_middle(tmp_path, signum, code, stage):
             said.append(running.stderr.readline())
             assert said[-1], said  # it ended before that stage
         time.sleep(2)
-        assert len(list(tmp_path.iterdir())) == 1  # the hidden folder it works in
+        assert len(list(tmp_path.iterdir())) == 2  # the hidden folder it works in, and the lock
         running.send_signal(signum)
         out, err = running.communicate(timeout=60)
     finally:
