@@ -83,7 +83,7 @@ def measure(rows: Rows, device: torch.device, sizes: models.Sizes, checked: dict
     parts: dict[str, Callable[[], None]] = {
         "checks": lambda: checks.all(base),
         "GRPO checks": grpo_checks,
-        "commands": lambda: commands.finish(min(120, rows.left() - (60 if tiny else 270))),
+        "commands": lambda: commands.finish(rows.left() - 60 if tiny else min(90, rows.left() - 270)),
         "machine": costs.machine,
         "training steps": lambda: costs.steps(checkpointing=True),
         "decoding": costs.decoding,
