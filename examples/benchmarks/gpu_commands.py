@@ -26,7 +26,7 @@ class Commands:
     """
 
     def __init__(self, rows: Rows, few: bool) -> None:
-        self.rows, self.steps, self.few = rows, "2" if few else "40", few
+        self.rows, self.steps, self.few = rows, "2" if few else "80", few
         self.results: list[tuple[str, Row]] = []
         self.processes: list[subprocess.Popen[str]] = []
         self.stopped = False
@@ -52,7 +52,8 @@ class Commands:
         low = str(self.folder / "bfloat16")
         AutoModelForCausalLM.from_pretrained(DEMO, dtype=torch.bfloat16).save_pretrained(low)
         models.tokenizer().save_pretrained(low)
-        self._run("probe, bfloat16 base", ["probe", low, "--task", "arithmetic", "--steps", self.steps, "--json"])
+        run = ["--steps", "150", "--set", "per_device_train_batch_size=192"]  # long enough for a race of the blocks
+        self._run("probe, bfloat16 base", ["probe", low, "--task", "arithmetic", *run, "--json"])
 
     def _demo(self) -> None:
         self._run("demo", ["demo", "--steps", self.steps, "--out", str(self.folder / "demo"), "--json"])
@@ -106,7 +107,18 @@ def figures(out: str) -> Row:
         found = json.loads(out)
     except ValueError:
         return {"said": first_line(out)}
-    kept = ("verdict", "layers", "pick", "results", "reload_bit_equal", "bytes", "learning_rate", "tied", "cost")
+    kept = (
+        "verdict",
+        "layers",
+        "pick",
+        "results",
+        "reload_bit_equal",
+        "bytes",
+        "learning_rate",
+        "tied",
+        "method",
+        "cost",
+    )
     row = {name: found[name] for name in kept if name in found}
     if "machine" in found:
         row["device"] = found["machine"]["device"]
