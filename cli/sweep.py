@@ -98,7 +98,7 @@ def sweep(
             shown: list[Bar] = []
 
             def start(total: int) -> None:
-                shown.append(stack.enter_context(progress_bar(f"sweep of {model}", total)))
+                shown.append(stack.enter_context(progress_bar(f"sweep of {model}", total, "run")))
 
             def show(done: int, total: int, spec: Any, row: dict[str, Any]) -> None:
                 score = f"stopped after {row['stopped']} steps" if "stopped" in row else f"score {row['mean']:.4f}"

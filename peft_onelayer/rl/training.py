@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,6 +26,7 @@ from .recipe import Recipe, demo_recipe
 from .rows import graded_by_row, numbered, reset_by_row
 
 OnStep = Callable[[int, float], None]
+OnLog = Callable[[int, Mapping[str, float]], None]
 
 
 @dataclass(frozen=True)
@@ -50,13 +51,14 @@ class TrainingResult:
 
 
 class _Progress(TrainerCallback):
-    """Reports the reward, or where there is none the loss, of every log."""
+    """Reports every log of a step, and its reward or, where there is none, its loss."""
 
-    def __init__(self, on_step: OnStep) -> None:
-        self.on_step = on_step
+    def __init__(self, on_step: OnStep, on_log: OnLog) -> None:
+        self.on_step, self.on_log_of_step = on_step, on_log
 
     def on_log(self, args, state, control, logs=None, **kwargs) -> None:
         if logs and ("reward" in logs or "loss" in logs):
+            self.on_log_of_step(state.global_step, logs)
             self.on_step(state.global_step, logs.get("reward", logs.get("loss")))
 
 
@@ -80,6 +82,7 @@ def train_rows(
     resume_from: Path | None = None,
     save_to: Path | None = None,
     on_step: OnStep = lambda step, value: None,
+    on_log: OnLog = lambda step, logs: None,
 ) -> TrainingResult:
     """Train `layers` of `model` on `rows` with the trainer of the recipe's algorithm.
 
@@ -94,6 +97,7 @@ def train_rows(
         resume_from: a checkpoint of an interrupted run.
         save_to: folder for what `Trainer.save_model` writes: the adapter in float32, or the model in its own dtype.
         on_step: called at every log with the step and the mean reward, or the loss where there is no reward.
+        on_log: called before it with the step and all that the trainer logged.
     """
     algorithm = recipe.algorithm
     trainer_class = algorithm.trainer_class(adapter=layers is not None)
@@ -123,7 +127,7 @@ def train_rows(
         model,
         args=config,
         processing_class=tokenizer,
-        callbacks=[_Progress(on_step)],
+        callbacks=[_Progress(on_step, on_log)],
         **arguments,
     )
     trainer.add_callback(_NoPickle())

@@ -18,6 +18,8 @@ from peft_onelayer.records.claim import PARTIAL
 from peft_onelayer.records.files import RUN, check_folder, make_readable, read_fields, write_whole
 from peft_onelayer.records.run import RunRecord
 
+from .log import LOG
+
 
 class RunFolder:
     """The folder of one run, new or to be resumed.
@@ -101,7 +103,7 @@ class RunFolder:
         except BaseException:
             self._remove_unfinished()  # such as on a full disk
             entries = {entry.name for entry in self.path.iterdir()}
-            if entries <= {RUN, self.checkpoints.name} and not self.last_checkpoint():
+            if entries <= {RUN, LOG, self.checkpoints.name} and not self.last_checkpoint():
                 shutil.rmtree(self.path)
             raise
 
@@ -133,6 +135,11 @@ class RunFolder:
                 os.replace(file, self.path / file.name)
         if self.checkpoints.is_dir() and not any(self.checkpoints.iterdir()):
             self.checkpoints.rmdir()  # the trainer makes it even if it saves none
+
+
+def step_of(checkpoint: Path) -> int:
+    """The step that a complete checkpoint was written after."""
+    return int(read_fields(checkpoint / "trainer_state.json")["global_step"])
 
 
 def _is_unfinished(folder: Path) -> bool:

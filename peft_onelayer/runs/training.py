@@ -37,7 +37,8 @@ from peft_onelayer.tasks import Task, open_task
 from peft_onelayer.tuner import find_decoder_stack
 
 from .describe import describe_config, describe_machine, describe_model, is_main_process
-from .folder import RunFolder
+from .folder import RunFolder, step_of
+from .log import RunLog
 from .models import check_model_name, load_causal_lm, to_device, without_progress_bars
 from .progress import Progress
 from .ranking import describe, rank_blocks
@@ -368,7 +369,7 @@ class _Training:
         if kept.exists():
             lines = kept.read_text(encoding="utf-8").splitlines()
             return OfflineData([json.loads(line) for line in lines], task.data, {})
-        with self.progress.bar(f"sampling {prompts} prompts", prompts * SAMPLES_PER_PAIR) as update:
+        with self.progress.bar(f"sampling {prompts} prompts", prompts * SAMPLES_PER_PAIR, "completion") as update:
             data = pairs_from_rollouts(
                 base,
                 tokenizer,
@@ -404,7 +405,8 @@ class _Training:
         what = "all blocks" if layers is None else name_blocks(layers)
         kind = "reward" if self.algorithm.online else "loss"
         with folder.publishing() as published, folder.scratch() as scratch:
-            with self.progress.bar(f"training {what}", steps) as update:
+            log = RunLog(folder.path, step_of(checkpoint) if checkpoint else None) if folder.main else None
+            with self.progress.bar(f"training {what}", steps, "step") as update:
                 result = train_rows(
                     base,
                     tokenizer,
@@ -416,6 +418,7 @@ class _Training:
                     resume_from=checkpoint,
                     save_to=scratch,
                     on_step=lambda step, value: update(step, f"{kind} {value:.3g}"),
+                    on_log=log.write if log else lambda step, logs: None,
                 )
             for file in sorted(scratch.iterdir()):
                 # The tokenizer is the base's, and training_args.bin is a pickle of what run.json holds.
