@@ -19,6 +19,7 @@ from peft_onelayer.records.files import RUN, check_folder, make_readable, read_f
 from peft_onelayer.records.run import RunRecord
 
 from .log import LOG
+from .recipes import RUN_YAML
 
 
 class RunFolder:
@@ -103,7 +104,7 @@ class RunFolder:
         except BaseException:
             self._remove_unfinished()  # such as on a full disk
             entries = {entry.name for entry in self.path.iterdir()}
-            if entries <= {RUN, LOG, self.checkpoints.name} and not self.last_checkpoint():
+            if entries <= {RUN, RUN_YAML, LOG, self.checkpoints.name} and not self.last_checkpoint():
                 shutil.rmtree(self.path)
             raise
 

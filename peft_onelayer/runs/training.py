@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import json
+import os
+import shlex
 import shutil
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -42,6 +46,8 @@ from .log import RunLog
 from .models import check_model_name, load_causal_lm, to_device, without_progress_bars
 from .progress import Progress
 from .ranking import describe, rank_blocks
+from .recipes import RUN_YAML, recipe_of
+from .reporting import reporters
 from .settings import GENERATE, STEPS, TRAINING_OPTIONS, TrainingSettings, check_ranking
 
 SAMPLES_PER_PAIR = 8
@@ -149,7 +155,7 @@ class _Training:
             "output_dir": str(self.folder.checkpoints),
             "seed": settings.seed,
             "max_steps": settings.steps or (STEPS if self.algorithm.online else -1),
-            "report_to": settings.report_to,
+            "report_to": reporters(settings.report_to),
         }
         if settings.report_to != "none" and holds_secrets(given):
             raise ValueError(
@@ -218,7 +224,9 @@ class _Training:
                     f"{'; '.join(changed)}."
                 )
             record = replace(record, command=previous.command)
-        with self.folder.running(record):
+        with self._telling_what_is_kept(), self.folder.running(record):
+            if text := recipe_of(settings):
+                self.folder.write(RUN_YAML, text)
             if settings.pairs_from_task and self.task:
                 self.data = self._pairs(base, tokenizer, self.task, settings.pairs_from_task)
             if settings.full:
@@ -241,6 +249,23 @@ class _Training:
                     needed = self.task.train_size
                 rows = self.task.rows("train", needed, settings.seed)
             return self._train(record, base, tokenizer, rows)
+
+    @contextmanager
+    def _telling_what_is_kept(self) -> Iterator[None]:
+        """On an error or Ctrl-C say which checkpoint is kept, and how to go on from it."""
+        try:
+            yield
+        except BaseException as error:
+            if self.folder.main and (last := self.folder.last_checkpoint()):
+                again = shlex.join(["onelayer", "train", "--resume", "--out", str(self.settings.out)])
+                launched = int(os.environ.get("WORLD_SIZE", "1")) > 1
+                self.progress.note(
+                    f"{last.name} is kept in {self.folder.checkpoints}; go on from it with: {again}"
+                    + (" (started by the same launcher)" if launched else "")
+                )
+            elif self.folder.main and not isinstance(error, Exception):
+                self.progress.note("no checkpoint had been written yet")
+            raise
 
     def _check_prompts(self, tokenizer: PreTrainedTokenizerBase) -> None:
         """Refuse prompts that are too few for a step or that the tokenizer cannot write."""
