@@ -106,6 +106,10 @@ def train(
     chat: Chat = None,
     revision: Revision = None,
     trust_remote_code: TrustRemoteCode = False,
+    init_adapter: Annotated[
+        str | None,
+        typer.Option(help="Adapter to start from, a folder or a Hub id; its blocks are trained.", show_default=False),
+    ] = None,
     resume: Annotated[
         bool, typer.Option("--resume", help="Go on with the run in --out; nothing else need be given.")
     ] = False,

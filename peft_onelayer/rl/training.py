@@ -12,7 +12,7 @@ from typing import Any
 import transformers
 from datasets import Dataset
 from packaging.version import Version
-from peft import PeftModel, get_peft_model
+from peft import PeftModel, get_peft_model, load_peft_weights, set_peft_model_state_dict
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, PrinterCallback, TrainerCallback, TrainingArguments
 from transformers.trainer import TRAINING_ARGS_NAME
@@ -80,6 +80,7 @@ def train_rows(
     layers: int | str | list[int] | None,
     task: Task | None = None,
     resume_from: Path | None = None,
+    init_adapter: Path | None = None,
     save_to: Path | None = None,
     on_step: OnStep = lambda step, value: None,
     on_log: OnLog = lambda step, logs: None,
@@ -95,6 +96,7 @@ def train_rows(
         layers: what `SingleLayerConfig` takes, or None to train every parameter of the model.
         task: gives an online algorithm its reward and, for agents, its environments.
         resume_from: a checkpoint of an interrupted run.
+        init_adapter: folder of an adapter of the same blocks to start from. A reference model stays the base.
         save_to: folder for what `Trainer.save_model` writes: the adapter in float32, or the model in its own dtype.
         on_step: called at every log with the step and the mean reward, or the loss where there is no reward.
         on_log: called before it with the step and all that the trainer logged.
@@ -132,6 +134,8 @@ def train_rows(
     )
     trainer.add_callback(_NoPickle())
     trainer.remove_callback(PrinterCallback)  # it prints every log to stdout
+    if init_adapter is not None and resume_from is None:
+        set_peft_model_state_dict(trainer.model, load_peft_weights(str(init_adapter), device="cpu"))
     if resume_from is not None:
         refuse_incomplete_resume(trainer.model)
     trainer.train(resume_from_checkpoint=str(resume_from) if resume_from else None)

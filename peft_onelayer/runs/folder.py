@@ -47,7 +47,7 @@ class RunFolder:
         state = self.previous.status if self.previous else None
         if resume and state is None:
             raise ValueError(f"{path} holds no run to resume; leave out --resume to start one.")
-        if state == "finished":
+        if state == "finished" and not (resume and self.last_checkpoint()):  # with more steps it can go on
             raise ValueError(f"the run in {path} is finished; choose a new output folder.")
         if state and not resume:
             raise ValueError(f"{path} holds an unfinished run; continue it with --resume or choose a new folder.")

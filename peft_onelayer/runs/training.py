@@ -25,6 +25,7 @@ from peft_onelayer.probe.rate import find_learning_rate
 from peft_onelayer.probe.updates import FOUND_RATE_KL
 from peft_onelayer.records.disk import disk_errors
 from peft_onelayer.records.files import CARD, CONFIG, PROFILE, WEIGHTS, file_digest, output, read_fields, read_text
+from peft_onelayer.records.locate import adapter_folder
 from peft_onelayer.records.privacy import holds_secrets
 from peft_onelayer.records.ranking import LayerRanking
 from peft_onelayer.records.run import DataSource, LearningRate, RunRecord, RunResults, RunSettings, differences
@@ -120,6 +121,7 @@ class _Training:
         self.config = self._config()
         self.sampling = self._sampling()
         self.data: OfflineData | None = None
+        self.init_adapter: Path | None = None
         if settings.dataset and self.task is None:
             self.data = load_preferences(settings.dataset, self.algorithm.data)
         check_model_name(settings.model)
@@ -208,7 +210,9 @@ class _Training:
         to_device(base)
         num_layers, chat = len(find_decoder_stack(base).blocks), None
         layers = None
-        if not settings.full and settings.layer != "auto":
+        if settings.init_adapter is not None:
+            layers = self._blocks_of_adapter(settings.init_adapter, num_layers)
+        elif not settings.full and settings.layer != "auto":
             layers = resolve_layers(settings.layer, num_layers)
         if self.task is not None:
             self.task, chat = with_chat_prompts(self.task, tokenizer, settings.chat)
@@ -216,14 +220,25 @@ class _Training:
         if self.algorithm.note:
             self.progress.note(f"{self.algorithm.name}: {self.algorithm.note}")
         record = self._record(base, layers, chat)
-        previous = self.folder.previous
+        previous, raised = self.folder.previous, 0
         if self.folder.main and previous:
-            if changed := differences(asdict(self._asked(previous)), asdict(record.settings)):
+            asked = self._asked(previous)
+            if self.config.max_steps > previous.settings.config.get("max_steps", -1) > 0 and settings.steps:
+                asked = replace(asked, config={**asked.config, "max_steps": self.config.max_steps})
+                raised = previous.settings.config["max_steps"]
+            if changed := differences(asdict(asked), asdict(record.settings)):
                 raise ValueError(
                     f"the run in {settings.out} has other settings, so it cannot go on with these: "
                     f"{'; '.join(changed)}."
                 )
             record = replace(record, command=previous.command)
+            if raised:
+                self._tell_of_more_steps(raised)
+            elif previous.status == "finished":
+                raise ValueError(
+                    f"the run in {settings.out} is finished; choose a new output folder, or raise --steps above "
+                    f"{self.config.max_steps} to train it further."
+                )
         with self._telling_what_is_kept(), self.folder.running(record):
             if text := recipe_of(settings):
                 self.folder.write(RUN_YAML, text)
@@ -250,6 +265,15 @@ class _Training:
                 rows = self.task.rows("train", needed, settings.seed)
             return self._train(record, base, tokenizer, rows)
 
+    def _tell_of_more_steps(self, before: int) -> None:
+        """What a run that was begun with fewer steps is, and is not."""
+        schedule = getattr(self.config.lr_scheduler_type, "value", self.config.lr_scheduler_type)
+        self.progress.note(
+            f"{self.config.max_steps} steps instead of {before}: after its first step, which has the old rate, the "
+            f"learning rate follows the {schedule} schedule to the new end, and prompts are drawn from a longer list, "
+            f"so this is not the run that {self.config.max_steps} steps from the start would have been"
+        )
+
     @contextmanager
     def _telling_what_is_kept(self) -> Iterator[None]:
         """On an error or Ctrl-C say which checkpoint is kept, and how to go on from it."""
@@ -266,6 +290,24 @@ class _Training:
             elif self.folder.main and not isinstance(error, Exception):
                 self.progress.note("no checkpoint had been written yet")
             raise
+
+    def _blocks_of_adapter(self, name: str, num_layers: int) -> list[int]:
+        """The blocks of the adapter to start from, of which it keeps the folder and the digest.
+
+        Raises:
+            ValueError: no adapter of this method, or other blocks than --layer says.
+        """
+        self.init_adapter = adapter_folder(name)
+        fields = read_fields(self.init_adapter / CONFIG)
+        if fields.get("peft_type") != "SINGLE_LAYER" or not (self.init_adapter / WEIGHTS).exists():
+            raise ValueError(f"--init-adapter {name} is no adapter that onelayer train wrote; export keeps its folder")
+        layers = resolve_layers(fields["layer"], num_layers)
+        if self.settings.layer != "auto" and resolve_layers(self.settings.layer, num_layers) != layers:
+            raise ValueError(
+                f"--init-adapter {name} holds {name_blocks(layers)} and --layer {self.settings.layer} names others; "
+                "leave out --layer"
+            )
+        return layers
 
     def _check_prompts(self, tokenizer: PreTrainedTokenizerBase) -> None:
         """Refuse prompts that are too few for a step or that the tokenizer cannot write."""
@@ -299,11 +341,14 @@ class _Training:
                 pairs_from_task=settings.pairs_from_task,
                 sampling=dict(settings.sampling) or None,
                 trust_remote_code=settings.trust_remote_code or None,
+                init_adapter=_describe_adapter(str(settings.init_adapter), self.init_adapter)
+                if self.init_adapter
+                else None,
             ),
             machine=describe_machine(),
             status="unfinished",
             layers=layers,
-            why=None if layers is None else "chosen by the user",
+            why=None if layers is None else "those of the adapter" if self.init_adapter else "chosen by the user",
         )
 
     def _asked(self, previous: RunRecord) -> RunSettings:
@@ -426,7 +471,9 @@ class _Training:
         checkpoint = folder.last_checkpoint() if folder.previous else None
         if folder.previous and checkpoint:
             self.progress.note(f"going on from {checkpoint.name}")
-            record = replace(record, resumed_from=[*(folder.previous.resumed_from or []), checkpoint.name])
+            before = folder.previous.settings.config.get("max_steps")
+            of = f" of {before} steps" if before != config.max_steps else ""
+            record = replace(record, resumed_from=[*(folder.previous.resumed_from or []), checkpoint.name + of])
         what = "all blocks" if layers is None else name_blocks(layers)
         kind = "reward" if self.algorithm.online else "loss"
         with folder.publishing() as published, folder.scratch() as scratch:
@@ -441,6 +488,7 @@ class _Training:
                     layers=layers,
                     task=self.task,
                     resume_from=checkpoint,
+                    init_adapter=self.init_adapter,
                     save_to=scratch,
                     on_step=lambda step, value: update(step, f"{kind} {value:.3g}"),
                     on_log=log.write if log else lambda step, logs: None,
@@ -483,7 +531,9 @@ def _check_choice(settings: TrainingSettings, algorithm: Algorithm, task: Task |
     """Refuse combinations that cannot train what was asked for."""
     if settings.full and settings.layer != "auto":
         raise ValueError(f"--full trains every parameter and --layer {settings.layer} a block; give one of them")
-    if settings.layer == "auto" and not settings.full and not algorithm.online:
+    if settings.init_adapter is not None and settings.full:
+        raise ValueError("--full trains every parameter and --init-adapter a block; give one of them")
+    if settings.layer == "auto" and not (settings.full or settings.init_adapter) and not algorithm.online:
         raise ValueError(f"--layer auto ranks the blocks with online RL; for {algorithm.name} name one, such as mid-5")
     if task is not None and task.environment_factory is not None and not algorithm.environments:
         raise ValueError(
@@ -491,6 +541,11 @@ def _check_choice(settings: TrainingSettings, algorithm: Algorithm, task: Task |
         )
     if algorithm.needs_environment and (task is None or task.environment_factory is None):
         raise ValueError(f"{algorithm.name} needs a task with an environment, such as textworld")
+
+
+def _describe_adapter(name: str, folder: Path) -> dict[str, str]:
+    """The adapter that a run starts from: its name and the SHA-256 of its weights."""
+    return {"name": name, WEIGHTS: file_digest(folder / WEIGHTS)}
 
 
 def _of_first_process(value: Any) -> Any:

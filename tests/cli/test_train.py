@@ -57,7 +57,15 @@ def test_it_trains_the_block_and_records_the_run(train, algorithm):
     run, folder = train(*ON_BLOCK_5, "--steps", "3", "--algorithm", algorithm)
     assert changed_tensors(folder) == tensors_of(5)
     assert {p.name for p in folder.iterdir()} == {
-        *("README.md", "adapter_config.json", "adapter_model.safetensors", "checkpoints", "log.jsonl", "run.json")
+        *(
+            "README.md",
+            "adapter_config.json",
+            "adapter_model.safetensors",
+            "checkpoints",
+            "log.jsonl",
+            "run.json",
+            "run.yaml",
+        )
     }
     assert not list(folder.glob("*.bin"))
     config = run["settings"]["config"]
