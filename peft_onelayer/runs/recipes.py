@@ -73,21 +73,30 @@ def recipe_names() -> list[str]:
     return sorted(name.removesuffix(".yaml").replace("_", ":") for name in found if name.endswith(".yaml"))
 
 
-def read_recipe(recipe: str | Path) -> dict[str, Any]:
-    """What a recipe, by its name or its file (.yaml, .yml), holds, by name; values are not checked.
+def recipe_file(recipe: str | Path) -> Path:
+    """The file of a recipe by its name, or by the file itself (.yaml, .yml).
 
     Raises:
-        ValueError: in one line: no such recipe, with the near ones, or file; a file that is no flat YAML.
+        ValueError: in one line: no such recipe, with the near ones.
     """
     text = str(recipe)
-    path = Path(text).expanduser()
-    if not text.endswith(SUFFIXES):
-        names = recipe_names()
-        if text not in names:
-            near = [name for name in names if name.partition(":")[0] == text]
-            near = near or difflib.get_close_matches(text, names, NEAR, 0.5) or names
-            raise ValueError(f"no recipe {text!r}; expected a .yaml file or one of {', '.join(near)}")
-        path = Path(str(files("peft_onelayer") / "recipes" / f"{text.replace(':', '_')}.yaml"))
+    if text.endswith(SUFFIXES):
+        return Path(text).expanduser()
+    names = recipe_names()
+    if text not in names:
+        near = [name for name in names if name.partition(":")[0] == text]
+        near = near or difflib.get_close_matches(text, names, NEAR, 0.5) or names
+        raise ValueError(f"no recipe {text!r}; expected a .yaml file or one of {', '.join(near)}")
+    return Path(str(files("peft_onelayer") / "recipes" / f"{text.replace(':', '_')}.yaml"))
+
+
+def read_recipe(recipe: str | Path) -> dict[str, Any]:
+    """What a recipe, by its name or its file, holds, by name; values are not checked.
+
+    Raises:
+        ValueError: in one line: as `recipe_file`; a file that is not there or no flat YAML.
+    """
+    path = recipe_file(recipe)
     content = read_text(path)
     try:
         found = yaml.load(content, _Loader)
