@@ -38,6 +38,7 @@ RATES = {
     "r1-7b-skywork:paper": (5e-6, 5e-6),
     "r1-7b-skywork:scripts": (5e-6, 1e-6),
 }
+BASE = Path(__file__).parents[2] / "peft_onelayer" / "demo_model"
 PROFILES = Path(__file__).parents[2] / "peft_onelayer" / "profiles"
 
 
@@ -207,15 +208,12 @@ def test_the_command_lists_and_prints_recipes_and_evaluates_by_one(onelayer, tmp
 
 
 def test_a_recipe_says_how_to_evaluate_and_options_go_before_it(onelayer, tmp_path):
-    from demo_model import DEMO_MODEL
-
     few = ["--task", "arithmetic", "--problems", "2", "--samples", "1", "--no-greedy", "--out", tmp_path / "eval.json"]
     given = ["--recipe", "qwen3-1.7b-numina:paper", "--max-tokens", "3", "--sampling", "top_p=0.5"]
-    code, lines, _ = onelayer("eval", DEMO_MODEL, *few, *given)
+    code, lines, _ = onelayer("eval", BASE, *few, *given)
     assert code == 0, lines
     found = json.loads((tmp_path / "eval.json").read_text())["sampling"]
-    assert found == {"temperature": 0.6, "top_k": 20, "top_p": 0.5, "max_completion_tokens": 3} | {
-        name: found[name] for name in found.keys() - {"temperature", "top_k", "top_p", "max_completion_tokens"}
-    }
-    code, lines, _ = onelayer("eval", DEMO_MODEL, *few, "--recipe", "alfworld-gigpo-3b:paper")
+    expected = {"temperature": 0.6, "top_k": 20, "top_p": 0.5, "max_completion_tokens": 3}
+    assert {name: found[name] for name in expected} == expected
+    code, lines, _ = onelayer("eval", BASE, *few, "--recipe", "alfworld-gigpo-3b:paper")
     assert code == 1 and "does not say how to evaluate" in lines[0]
