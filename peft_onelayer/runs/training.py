@@ -507,7 +507,8 @@ class _Training:
                 sha256={file.name: file_digest(file) for file in sorted(published.glob("*.safetensors"))},
             )
             record = replace(record, status="finished", results=results)
-            (published / CARD).write_text(_card(record, published), encoding="utf-8")
+            if folder.main:  # the trainer of another process saves nothing that a card could be of
+                (published / CARD).write_text(_card(record, published), encoding="utf-8")
         folder.write_record(record)
         return Run(record, result.model, tokenizer, folder.path, folder.main)
 
