@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from peft_onelayer.records.claim import PARTIAL
 from peft_onelayer.records.files import RUN, check_folder, make_readable, read_fields, write_whole
@@ -120,7 +121,7 @@ class RunFolder:
     @contextmanager
     def scratch(self) -> Iterator[Path]:
         """Yield an empty folder that is removed when the block ends; the first process' is on the run's disk."""
-        where = {"prefix": PARTIAL, "dir": self.path} if self.main else {}
+        where: dict[str, Any] = {"prefix": PARTIAL, "dir": self.path} if self.main else {}
         with tempfile.TemporaryDirectory(**where) as scratch:
             yield Path(scratch)
 
