@@ -6,6 +6,8 @@ import json
 import os
 import shlex
 import sys
+import threading
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from typing import Any
@@ -19,6 +21,7 @@ from peft_onelayer.records.text import printable
 from peft_onelayer.runs import progress
 
 LINE = 4000  # characters of a printed line
+EVERY = 30.0  # seconds between two lines where there is no terminal
 
 # The first of the processes that torchrun or accelerate started, or the only one, speaks.
 err = Console(stderr=True, highlight=False, quiet=os.environ.get("RANK", "0") != "0")
@@ -30,8 +33,41 @@ def note(message: str) -> None:
 
 
 def status(message: str) -> AbstractContextManager[object]:
-    """Shows `message` on a terminal while the block runs, and leaves nothing behind."""
-    return err.status(Text(plain(message)))
+    """Shows `message` on a terminal while the block runs, and leaves nothing; without one, a line every `EVERY` s."""
+    if err.is_terminal:
+        return err.status(Text(plain(message)))
+    began = time.monotonic()
+    return _every_so_often(lambda: f"{message} {duration(time.monotonic() - began)}")
+
+
+@contextmanager
+def _every_so_often(line: Callable[[], str]) -> Iterator[None]:
+    """Print `line()` every `EVERY` seconds while the block runs."""
+    ended = threading.Event()
+
+    def speak() -> None:
+        while not ended.wait(EVERY):
+            note(line())
+
+    speaker = threading.Thread(target=speak, daemon=True)
+    speaker.start()
+    try:
+        yield
+    finally:
+        ended.set()
+        speaker.join()
+
+
+def duration(seconds: float) -> str:
+    """A time in words.
+
+    >>> duration(42), duration(200), duration(7300)
+    ('42 s', '3 min', '2 h 2 min')
+    """
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    minutes = round(seconds / 60)
+    return f"{minutes} min" if minutes < 60 else f"{minutes // 60} h {minutes % 60} min"
 
 
 def print_json(data: Any) -> None:
@@ -67,31 +103,54 @@ def plain(text: str) -> str:
 
 
 class Bar:
-    """One progress bar; without a terminal, one line when it starts."""
+    """One progress bar; without a terminal, a line when it starts and every `EVERY` seconds."""
 
-    def __init__(self, description: str, total: int) -> None:
+    def __init__(self, description: str, total: int, unit: str = "") -> None:
+        self.description, self.total, self.unit = description, total, unit
+        self.completed, self.detail = 0, ""
+        self.first: tuple[int, float] | None = None  # done at the first update, and when: a resumed run starts late
+        self.each: float | None = None  # seconds
         self.progress = Progress(
             TextColumn("{task.description:<24}", markup=False),
             BarColumn(),
             TextColumn("{task.completed:.0f}/{task.total:.0f}"),
             TimeElapsedColumn(),
+            TextColumn("{task.fields[left]}", markup=False),
             TextColumn("{task.fields[detail]}", markup=False),
             console=err,
             disable=not err.is_terminal,
         )
-        self.task = self.progress.add_task(plain(description), total=total, detail="")
+        self.task = self.progress.add_task(plain(description), total=total, detail="", left="")
 
     def update(self, completed: int, detail: str = "") -> None:
-        self.progress.update(self.task, completed=completed, detail=plain(detail))
+        now = time.monotonic()
+        self.completed, self.detail = completed, detail
+        if self.first is None:
+            self.first = completed, now
+        elif completed > self.first[0]:
+            self.each = (now - self.first[1]) / (completed - self.first[0])
+        self.progress.update(self.task, completed=completed, detail=plain(detail), left=self.left())
+
+    def left(self) -> str:
+        return "" if self.each is None else f"{duration(self.each * (self.total - self.completed))} left"
+
+    def line(self) -> str:
+        """In a line: "training block 5: step 12 of 150, reward 0.3, 2.1 s per step, 5 min left"."""
+        pace = f"{self.each:.3g} s per {self.unit}" if self.unit and self.each is not None else ""
+        done = f"{self.unit} {self.completed} of {self.total}".strip()
+        return f"{self.description}: " + ", ".join(part for part in (done, self.detail, pace, self.left()) if part)
 
 
 @contextmanager
-def progress_bar(description: str, total: int) -> Iterator[Bar]:
-    bar = Bar(description, total)
-    if not err.is_terminal:
+def progress_bar(description: str, total: int, unit: str = "") -> Iterator[Bar]:
+    bar = Bar(description, total, unit)
+    if err.is_terminal:
+        with bar.progress:
+            yield bar
+    else:
         note(f"{description} ...")
-    with bar.progress:
-        yield bar
+        with _every_so_often(bar.line):
+            yield bar
 
 
 @contextmanager
@@ -119,8 +178,8 @@ class TerminalProgress(progress.Progress):
         return status(message)
 
     @contextmanager
-    def bar(self, description: str, total: int) -> Iterator[progress.Update]:
-        with progress_bar(description, total) as shown:
+    def bar(self, description: str, total: int, unit: str = "") -> Iterator[progress.Update]:
+        with progress_bar(description, total, unit) as shown:
             yield shown.update
 
 

@@ -49,6 +49,14 @@ def evaluate(
         typer.Option(min=1, help="Where a completion is cut. [default: the run's or the task's]", show_default=False),
     ] = None,
     sampling: Sampling = None,
+    recipe: Annotated[
+        str | None,
+        typer.Option(help="Sample as a recipe evaluates: a name of onelayer recipes.", show_default=False),
+    ] = None,
+    config: Annotated[
+        Path | None,
+        typer.Option(help="Sample as `evaluation` in a YAML file says. Options go before it.", show_default=False),
+    ] = None,
     batch_size: Annotated[int, typer.Option(min=1, help="Completions at a time; the samples depend on it.")] = 64,
     seed: Annotated[int, typer.Option(min=0, max=2**31 - 1, help="Seed of the problems and of sampling.")] = 0,
     chat: Chat = None,
@@ -65,9 +73,17 @@ def evaluate(
     with status("loading ..."):
         from peft_onelayer.rl.sampling import sampling_from_text
         from peft_onelayer.runs.evaluation import evaluate as run_evaluation
+        from peft_onelayer.runs.recipes import decoding_of
         from peft_onelayer.runs.settings import EvaluationSettings
 
     with user_error(ValueError, OSError):
+        if recipe and config:
+            raise ValueError("--recipe and --config both say how to sample; give one of them")
+        source = recipe or config
+        decoding = decoding_of(source) if source else {}
+        for name, value in (("temperature", temperature), ("max_completion_tokens", max_tokens)):
+            if value is not None:
+                decoding.pop(name, None)
         record = run_evaluation(
             EvaluationSettings(
                 model=model,
@@ -81,7 +97,7 @@ def evaluate(
                 greedy=greedy,
                 temperature=temperature,
                 max_completion_tokens=max_tokens,
-                sampling=sampling_from_text(sampling or []),
+                sampling=decoding | sampling_from_text(sampling or []),
                 batch_size=batch_size,
                 seed=seed,
                 chat=chat,

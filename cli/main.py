@@ -19,7 +19,7 @@ import typer
 from peft_onelayer.records.privacy import without_secrets
 from peft_onelayer.records.text import one_line
 
-from . import analyze, compare, demo, eval, export, inspect, merge, probe, pull, push, search, sweep, train
+from . import analyze, compare, demo, eval, export, inspect, merge, probe, pull, push, recipes, search, sweep, train
 from ._errors import LIMIT, UserError
 
 app = typer.Typer(
@@ -53,6 +53,7 @@ def _onelayer(
 app.command("demo")(demo.demo)
 app.command("probe")(probe.probe)
 app.command("train")(train.train)
+app.command("recipes")(recipes.recipes)
 app.command("eval")(eval.evaluate)
 app.command("sweep")(sweep.sweep)
 app.command("inspect")(inspect.inspect)

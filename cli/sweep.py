@@ -98,7 +98,7 @@ def sweep(
             shown: list[Bar] = []
 
             def start(total: int) -> None:
-                shown.append(stack.enter_context(progress_bar(f"sweep of {model}", total)))
+                shown.append(stack.enter_context(progress_bar(f"sweep of {model}", total, "run")))
 
             def show(done: int, total: int, spec: Any, row: dict[str, Any]) -> None:
                 score = f"stopped after {row['stopped']} steps" if "stopped" in row else f"score {row['mean']:.4f}"
@@ -106,9 +106,14 @@ def sweep(
                 if shown[0].progress.disable:
                     note(f"{done}/{total} {spec}: {score}")
 
-            profile = sweep_layers(
-                asked, out=out, engine=engine, workers=workers, engine_options=options, on_start=start, on_row=show
-            )
+            try:
+                profile = sweep_layers(
+                    asked, out=out, engine=engine, workers=workers, engine_options=options, on_start=start, on_row=show
+                )
+            except BaseException:
+                if shown and (rows := len(list(out.glob("rows/*.json")))):
+                    note(f"{rows} finished runs are kept in {out / 'rows'}; the same command goes on with the others")
+                raise
     plot_profile(profile, out / "layer_profile.png", f"{algorithm} on {task}, {steps} steps")
     if as_json:
         print(profile.to_json(), end="")

@@ -16,7 +16,6 @@ from ._options import (
     Json,
     LearningRate,
     Method,
-    ModelName,
     Prompts,
     Revision,
     Reward,
@@ -33,9 +32,32 @@ if TYPE_CHECKING:
     from peft_onelayer.records.run import RunRecord
 
 
+# Parameters that say how to run, or are read in another way.
+NOT_SETTINGS = {"settings", "sampling", "out", "recipe", "config", "resume", "as_json"}
+
+
 def train(
-    model: ModelName,
-    out: Annotated[Path, typer.Option(help="New folder for the adapter, run.json and the checkpoints.")],
+    context: typer.Context,
+    model: Annotated[
+        str | None,
+        typer.Argument(help="Base model: a folder or a Hub id. [default: of --recipe, --config or --resume]"),
+    ] = None,
+    out: Annotated[
+        Path | None,
+        typer.Option(help="New folder for the adapter, run.json and the checkpoints.", show_default=False),
+    ] = None,
+    recipe: Annotated[
+        str | None,
+        typer.Option(
+            help="Settings of a paper, such as qwen3-1.7b-numina:paper; see onelayer recipes.", show_default=False
+        ),
+    ] = None,
+    config: Annotated[
+        Path | None,
+        typer.Option(
+            help="Settings from a YAML file, such as run.yaml of a run. Options go before it.", show_default=False
+        ),
+    ] = None,
     layer: Annotated[
         str,
         typer.Option(
@@ -84,46 +106,53 @@ def train(
     chat: Chat = None,
     revision: Revision = None,
     trust_remote_code: TrustRemoteCode = False,
-    resume: Annotated[bool, typer.Option("--resume", help="Go on with the interrupted run in --out.")] = False,
+    init_adapter: Annotated[
+        str | None,
+        typer.Option(help="Adapter to start from, a folder or a Hub id; its blocks are trained.", show_default=False),
+    ] = None,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Go on with the run in --out; nothing else need be given.")
+    ] = False,
     report_to: Annotated[str, typer.Option(help="TRL's own logging: wandb, trackio, tensorboard, ...")] = "none",
     unsafe: Unsafe = False,
     as_json: Json = False,
 ) -> None:
     """Train one block of MODEL (or several, or all) with an algorithm of TRL; the result is a PEFT adapter."""
+    for name, value in (("MODEL", model), ("--out", out)):
+        if value is None and not (recipe or config or (resume and name == "MODEL")):
+            raise typer.BadParameter(f"{name} is missing; give it, or --recipe or --config", param_hint=name)
+    given = {
+        name: context.params[name]
+        for name in context.params
+        if name not in NOT_SETTINGS and getattr(context.get_parameter_source(name), "name", "") == "COMMANDLINE"
+    }
     with status("loading ..."):
         from peft_onelayer.rl.recipe import config_from_text
         from peft_onelayer.rl.sampling import PAIRS_OPTIONS, sampling_from_text
-        from peft_onelayer.runs.settings import TRAINING_OPTIONS, TrainingSettings
+        from peft_onelayer.rl.settings import parse_settings
+        from peft_onelayer.runs.recipes import RUN_YAML, merged, read_recipe, settings_from
+        from peft_onelayer.runs.settings import TRAINING_OPTIONS
         from peft_onelayer.runs.training import train as run_training
 
     with user_error(ValueError, OSError, ImportError):
+        if recipe and config:
+            raise ValueError("--recipe and --config both say what to run; give one of them")
+        source: str | Path | None = recipe or config
+        if resume and source is None and out is not None and (out / RUN_YAML).exists():
+            source = out / RUN_YAML
+        kept = read_recipe(source) if source else {}
+        fields = parse_settings(settings or [])
+        if "learning_rate" in fields and "learning_rate" in given:
+            raise ValueError("--learning-rate and --set learning_rate say the same; give one of them")
+        if sampling:
+            given["sampling"] = sampling_from_text(sampling, PAIRS_OPTIONS)
+        if out is not None:
+            given["out"] = str(out)
+        # for its messages; the texts are read with those of the file
+        config_from_text(given.get("algorithm") or kept.get("algorithm") or "grpo", settings or [], TRAINING_OPTIONS)
+        asked = settings_from(merged(kept, fields | given), str(source or "this command"))
         run = run_training(
-            TrainingSettings(
-                model=model,
-                out=out,
-                layer=layer,
-                full=full,
-                task=task,
-                dataset=dataset,
-                reward=reward,
-                algorithm=algorithm,
-                steps=steps,
-                prompts=prompts,
-                completions=completions,
-                learning_rate=learning_rate,
-                method=method,
-                budget=budget,
-                config=config_from_text(algorithm, settings or [], TRAINING_OPTIONS),
-                top_entropy=top_entropy,
-                pairs_from_task=pairs_from_task,
-                sampling=sampling_from_text(sampling or [], PAIRS_OPTIONS),
-                seed=seed,
-                chat=chat,
-                revision=revision,
-                trust_remote_code=trust_remote_code,
-                report_to=report_to,
-                unsafe=unsafe,
-            ),
+            asked,
             resume=resume,
             command=command_line(),
             progress=TerminalProgress(),
@@ -133,7 +162,7 @@ def train(
     if as_json:
         print(run.record.to_json(), end="")
     else:
-        _print_summary(run.record, out)
+        _print_summary(run.record, Path(asked.out))
 
 
 def _print_summary(run: RunRecord, out: Path) -> None:

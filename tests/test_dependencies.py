@@ -30,7 +30,8 @@ def imported(tree: ast.AST):
 
 
 def requirements(lines):
-    return {Requirement(line).name.replace("-", "_") for line in lines}
+    names = {Requirement(line).name.replace("-", "_") for line in lines}
+    return {"yaml" if name == "pyyaml" else name for name in names}
 
 
 def test_what_is_imported_is_declared_and_the_other_way_round():

@@ -64,6 +64,7 @@ class RunSettings:
         trust_remote_code: whether the code that comes with the base was allowed to run; None for no.
         seed: of data, sampling and training.
         config: fields of the trainer's configuration.
+        init_adapter: name of the adapter that the run started from, and SHA-256 of its weights; None for none.
     """
 
     model: BaseModel
@@ -79,6 +80,7 @@ class RunSettings:
     pairs_from_task: int | None = None
     sampling: dict[str, Any] | None = None
     trust_remote_code: bool | None = None
+    init_adapter: dict[str, str] | None = None
 
     @property
     def source(self) -> DataSource:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,7 +12,7 @@ from typing import Any
 import transformers
 from datasets import Dataset
 from packaging.version import Version
-from peft import PeftModel, get_peft_model
+from peft import PeftModel, get_peft_model, load_peft_weights, set_peft_model_state_dict
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, PrinterCallback, TrainerCallback, TrainingArguments
 from transformers.trainer import TRAINING_ARGS_NAME
@@ -26,6 +26,7 @@ from .recipe import Recipe, demo_recipe
 from .rows import graded_by_row, numbered, reset_by_row
 
 OnStep = Callable[[int, float], None]
+OnLog = Callable[[int, Mapping[str, float]], None]
 
 
 @dataclass(frozen=True)
@@ -50,13 +51,14 @@ class TrainingResult:
 
 
 class _Progress(TrainerCallback):
-    """Reports the reward, or where there is none the loss, of every log."""
+    """Reports every log of a step, and its reward or, where there is none, its loss."""
 
-    def __init__(self, on_step: OnStep) -> None:
-        self.on_step = on_step
+    def __init__(self, on_step: OnStep, on_log: OnLog) -> None:
+        self.on_step, self.on_log_of_step = on_step, on_log
 
     def on_log(self, args, state, control, logs=None, **kwargs) -> None:
         if logs and ("reward" in logs or "loss" in logs):
+            self.on_log_of_step(state.global_step, logs)
             self.on_step(state.global_step, logs.get("reward", logs.get("loss")))
 
 
@@ -78,8 +80,10 @@ def train_rows(
     layers: int | str | list[int] | None,
     task: Task | None = None,
     resume_from: Path | None = None,
+    init_adapter: Path | None = None,
     save_to: Path | None = None,
     on_step: OnStep = lambda step, value: None,
+    on_log: OnLog = lambda step, logs: None,
 ) -> TrainingResult:
     """Train `layers` of `model` on `rows` with the trainer of the recipe's algorithm.
 
@@ -92,8 +96,10 @@ def train_rows(
         layers: what `SingleLayerConfig` takes, or None to train every parameter of the model.
         task: gives an online algorithm its reward and, for agents, its environments.
         resume_from: a checkpoint of an interrupted run.
+        init_adapter: folder of an adapter of the same blocks to start from. A reference model stays the base.
         save_to: folder for what `Trainer.save_model` writes: the adapter in float32, or the model in its own dtype.
         on_step: called at every log with the step and the mean reward, or the loss where there is no reward.
+        on_log: called before it with the step and all that the trainer logged.
     """
     algorithm = recipe.algorithm
     trainer_class = algorithm.trainer_class(adapter=layers is not None)
@@ -123,11 +129,13 @@ def train_rows(
         model,
         args=config,
         processing_class=tokenizer,
-        callbacks=[_Progress(on_step)],
+        callbacks=[_Progress(on_step, on_log)],
         **arguments,
     )
     trainer.add_callback(_NoPickle())
     trainer.remove_callback(PrinterCallback)  # it prints every log to stdout
+    if init_adapter is not None and resume_from is None:
+        set_peft_model_state_dict(trainer.model, load_peft_weights(str(init_adapter), device="cpu"))
     if resume_from is not None:
         refuse_incomplete_resume(trainer.model)
     trainer.train(resume_from_checkpoint=str(resume_from) if resume_from else None)

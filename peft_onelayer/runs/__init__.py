@@ -13,6 +13,7 @@ from .settings import EvaluationSettings, ProbeSettings, TrainingSettings
 if TYPE_CHECKING:
     from .evaluation import evaluate
     from .probing import probe
+    from .recipes import load_recipe
     from .training import Run, train
 
 __all__ = [
@@ -22,11 +23,18 @@ __all__ = [
     "Run",
     "TrainingSettings",
     "evaluate",
+    "load_recipe",
     "probe",
     "train",
 ]
 
-_MODULES = {"Run": ".training", "evaluate": ".evaluation", "probe": ".probing", "train": ".training"}
+_MODULES = {
+    "Run": ".training",
+    "evaluate": ".evaluation",
+    "load_recipe": ".recipes",
+    "probe": ".probing",
+    "train": ".training",
+}
 
 
 def __getattr__(name: str) -> Any:

@@ -193,7 +193,7 @@ class _Evaluation:
         for decoding in self.decodings:
             started = time.perf_counter()
             count = 1 if decoding == "greedy" else settings.samples
-            with self.progress.bar(f"{name}, {decoding}", len(self.rows) * count) as update:
+            with self.progress.bar(f"{name}, {decoding}", len(self.rows) * count, "completion") as update:
                 evaluation = evaluate_rows(
                     policy,
                     tokenizer,

@@ -13,10 +13,14 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from peft_onelayer.records.claim import PARTIAL
 from peft_onelayer.records.files import RUN, check_folder, make_readable, read_fields, write_whole
 from peft_onelayer.records.run import RunRecord
+
+from .log import LOG
+from .recipes import RUN_YAML
 
 
 class RunFolder:
@@ -44,7 +48,7 @@ class RunFolder:
         state = self.previous.status if self.previous else None
         if resume and state is None:
             raise ValueError(f"{path} holds no run to resume; leave out --resume to start one.")
-        if state == "finished":
+        if state == "finished" and not (resume and self.last_checkpoint()):  # with more steps it can go on
             raise ValueError(f"the run in {path} is finished; choose a new output folder.")
         if state and not resume:
             raise ValueError(f"{path} holds an unfinished run; continue it with --resume or choose a new folder.")
@@ -101,7 +105,7 @@ class RunFolder:
         except BaseException:
             self._remove_unfinished()  # such as on a full disk
             entries = {entry.name for entry in self.path.iterdir()}
-            if entries <= {RUN, self.checkpoints.name} and not self.last_checkpoint():
+            if entries <= {RUN, RUN_YAML, LOG, self.checkpoints.name} and not self.last_checkpoint():
                 shutil.rmtree(self.path)
             raise
 
@@ -132,6 +136,11 @@ class RunFolder:
                 os.replace(file, self.path / file.name)
         if self.checkpoints.is_dir() and not any(self.checkpoints.iterdir()):
             self.checkpoints.rmdir()  # the trainer makes it even if it saves none
+
+
+def step_of(checkpoint: Path) -> int:
+    """The step that a complete checkpoint was written after."""
+    return int(read_fields(checkpoint / "trainer_state.json")["global_step"])
 
 
 def _is_unfinished(folder: Path) -> bool:

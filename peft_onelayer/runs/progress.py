@@ -18,6 +18,6 @@ class Progress:
         """Shows `message` while the block runs."""
         return nullcontext()
 
-    def bar(self, description: str, total: int) -> AbstractContextManager[Update]:
-        """Shows how much of `total` is done; the block is given what to call."""
+    def bar(self, description: str, total: int, unit: str = "") -> AbstractContextManager[Update]:
+        """Shows how much of `total` is done, counted in `unit`; the block is given what to call."""
         return nullcontext(lambda completed, detail="": None)

@@ -84,7 +84,9 @@ class TrainingSettings(Source):
         sampling: with `pairs_from_task`: values by field of `Sampling`, over those in `config`.
         top_entropy: train only this share of the tokens, those of highest entropy.
         pairs_from_task: offline: make the data from graded completions of so many prompts of the task.
-        report_to: TRL's own logging: "wandb", "trackio", "tensorboard", ...
+        report_to: TRL's own logging: "wandb", "trackio", "tensorboard", or several with commas.
+        init_adapter: adapter to start from, a folder or a Hub id, whose blocks are trained; the KL term of an
+            algorithm stays one to the base.
     """
 
     out: str | Path
@@ -102,6 +104,7 @@ class TrainingSettings(Source):
     pairs_from_task: int | None = None
     sampling: Mapping[str, Any] = field(default_factory=dict)
     report_to: str = "none"
+    init_adapter: str | None = None
 
 
 @dataclass(frozen=True, kw_only=True)

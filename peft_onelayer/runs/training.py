@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import json
+import os
+import shlex
 import shutil
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -21,6 +25,7 @@ from peft_onelayer.probe.rate import find_learning_rate
 from peft_onelayer.probe.updates import FOUND_RATE_KL
 from peft_onelayer.records.disk import disk_errors
 from peft_onelayer.records.files import CARD, CONFIG, PROFILE, WEIGHTS, file_digest, output, read_fields, read_text
+from peft_onelayer.records.locate import adapter_folder
 from peft_onelayer.records.privacy import holds_secrets
 from peft_onelayer.records.ranking import LayerRanking
 from peft_onelayer.records.run import DataSource, LearningRate, RunRecord, RunResults, RunSettings, differences
@@ -37,10 +42,13 @@ from peft_onelayer.tasks import Task, open_task
 from peft_onelayer.tuner import find_decoder_stack
 
 from .describe import describe_config, describe_machine, describe_model, is_main_process
-from .folder import RunFolder
+from .folder import RunFolder, step_of
+from .log import RunLog
 from .models import check_model_name, load_causal_lm, to_device, without_progress_bars
 from .progress import Progress
 from .ranking import describe, rank_blocks
+from .recipes import RUN_YAML, recipe_of
+from .reporting import reporters
 from .settings import GENERATE, STEPS, TRAINING_OPTIONS, TrainingSettings, check_ranking
 
 SAMPLES_PER_PAIR = 8
@@ -113,6 +121,7 @@ class _Training:
         self.config = self._config()
         self.sampling = self._sampling()
         self.data: OfflineData | None = None
+        self.init_adapter: Path | None = None
         if settings.dataset and self.task is None:
             self.data = load_preferences(settings.dataset, self.algorithm.data)
         check_model_name(settings.model)
@@ -148,7 +157,7 @@ class _Training:
             "output_dir": str(self.folder.checkpoints),
             "seed": settings.seed,
             "max_steps": settings.steps or (STEPS if self.algorithm.online else -1),
-            "report_to": settings.report_to,
+            "report_to": reporters(settings.report_to),
         }
         if settings.report_to != "none" and holds_secrets(given):
             raise ValueError(
@@ -201,7 +210,9 @@ class _Training:
         to_device(base)
         num_layers, chat = len(find_decoder_stack(base).blocks), None
         layers = None
-        if not settings.full and settings.layer != "auto":
+        if settings.init_adapter is not None:
+            layers = self._blocks_of_adapter(settings.init_adapter, num_layers)
+        elif not settings.full and settings.layer != "auto":
             layers = resolve_layers(settings.layer, num_layers)
         if self.task is not None:
             self.task, chat = with_chat_prompts(self.task, tokenizer, settings.chat)
@@ -209,15 +220,28 @@ class _Training:
         if self.algorithm.note:
             self.progress.note(f"{self.algorithm.name}: {self.algorithm.note}")
         record = self._record(base, layers, chat)
-        previous = self.folder.previous
+        previous, raised = self.folder.previous, 0
         if self.folder.main and previous:
-            if changed := differences(asdict(self._asked(previous)), asdict(record.settings)):
+            asked = self._asked(previous)
+            if self.config.max_steps > previous.settings.config.get("max_steps", -1) > 0 and settings.steps:
+                asked = replace(asked, config={**asked.config, "max_steps": self.config.max_steps})
+                raised = previous.settings.config["max_steps"]
+            if changed := differences(asdict(asked), asdict(record.settings)):
                 raise ValueError(
                     f"the run in {settings.out} has other settings, so it cannot go on with these: "
                     f"{'; '.join(changed)}."
                 )
             record = replace(record, command=previous.command)
-        with self.folder.running(record):
+            if raised:
+                self._tell_of_more_steps(raised)
+            elif previous.status == "finished":
+                raise ValueError(
+                    f"the run in {settings.out} is finished; choose a new output folder, or raise --steps above "
+                    f"{self.config.max_steps} to train it further."
+                )
+        with self._telling_what_is_kept(), self.folder.running(record):
+            if text := recipe_of(settings):
+                self.folder.write(RUN_YAML, text)
             if settings.pairs_from_task and self.task:
                 self.data = self._pairs(base, tokenizer, self.task, settings.pairs_from_task)
             if settings.full:
@@ -240,6 +264,50 @@ class _Training:
                     needed = self.task.train_size
                 rows = self.task.rows("train", needed, settings.seed)
             return self._train(record, base, tokenizer, rows)
+
+    def _tell_of_more_steps(self, before: int) -> None:
+        """What a run that was begun with fewer steps is, and is not."""
+        schedule = getattr(self.config.lr_scheduler_type, "value", self.config.lr_scheduler_type)
+        self.progress.note(
+            f"{self.config.max_steps} steps instead of {before}: after its first step, which has the old rate, the "
+            f"learning rate follows the {schedule} schedule to the new end, and prompts are drawn from a longer list, "
+            f"so this is not the run that {self.config.max_steps} steps from the start would have been"
+        )
+
+    @contextmanager
+    def _telling_what_is_kept(self) -> Iterator[None]:
+        """On an error or Ctrl-C say which checkpoint is kept, and how to go on from it."""
+        try:
+            yield
+        except BaseException as error:
+            if self.folder.main and (last := self.folder.last_checkpoint()):
+                again = shlex.join(["onelayer", "train", "--resume", "--out", str(self.settings.out)])
+                launched = int(os.environ.get("WORLD_SIZE", "1")) > 1
+                self.progress.note(
+                    f"{last.name} is kept in {self.folder.checkpoints}; go on from it with: {again}"
+                    + (" (started by the same launcher)" if launched else "")
+                )
+            elif self.folder.main and not isinstance(error, Exception):
+                self.progress.note("no checkpoint had been written yet")
+            raise
+
+    def _blocks_of_adapter(self, name: str, num_layers: int) -> list[int]:
+        """The blocks of the adapter to start from, of which it keeps the folder and the digest.
+
+        Raises:
+            ValueError: no adapter of this method, or other blocks than --layer says.
+        """
+        self.init_adapter = adapter_folder(name)
+        fields = read_fields(self.init_adapter / CONFIG)
+        if fields.get("peft_type") != "SINGLE_LAYER" or not (self.init_adapter / WEIGHTS).exists():
+            raise ValueError(f"--init-adapter {name} is no adapter that onelayer train wrote; export keeps its folder")
+        layers = resolve_layers(fields["layer"], num_layers)
+        if self.settings.layer != "auto" and resolve_layers(self.settings.layer, num_layers) != layers:
+            raise ValueError(
+                f"--init-adapter {name} holds {name_blocks(layers)} and --layer {self.settings.layer} names others; "
+                "leave out --layer"
+            )
+        return layers
 
     def _check_prompts(self, tokenizer: PreTrainedTokenizerBase) -> None:
         """Refuse prompts that are too few for a step or that the tokenizer cannot write."""
@@ -273,11 +341,14 @@ class _Training:
                 pairs_from_task=settings.pairs_from_task,
                 sampling=dict(settings.sampling) or None,
                 trust_remote_code=settings.trust_remote_code or None,
+                init_adapter=_describe_adapter(str(settings.init_adapter), self.init_adapter)
+                if self.init_adapter
+                else None,
             ),
             machine=describe_machine(),
             status="unfinished",
             layers=layers,
-            why=None if layers is None else "chosen by the user",
+            why=None if layers is None else "those of the adapter" if self.init_adapter else "chosen by the user",
         )
 
     def _asked(self, previous: RunRecord) -> RunSettings:
@@ -368,7 +439,7 @@ class _Training:
         if kept.exists():
             lines = kept.read_text(encoding="utf-8").splitlines()
             return OfflineData([json.loads(line) for line in lines], task.data, {})
-        with self.progress.bar(f"sampling {prompts} prompts", prompts * SAMPLES_PER_PAIR) as update:
+        with self.progress.bar(f"sampling {prompts} prompts", prompts * SAMPLES_PER_PAIR, "completion") as update:
             data = pairs_from_rollouts(
                 base,
                 tokenizer,
@@ -400,11 +471,14 @@ class _Training:
         checkpoint = folder.last_checkpoint() if folder.previous else None
         if folder.previous and checkpoint:
             self.progress.note(f"going on from {checkpoint.name}")
-            record = replace(record, resumed_from=[*(folder.previous.resumed_from or []), checkpoint.name])
+            before = folder.previous.settings.config.get("max_steps")
+            of = f" of {before} steps" if before != config.max_steps else ""
+            record = replace(record, resumed_from=[*(folder.previous.resumed_from or []), checkpoint.name + of])
         what = "all blocks" if layers is None else name_blocks(layers)
         kind = "reward" if self.algorithm.online else "loss"
         with folder.publishing() as published, folder.scratch() as scratch:
-            with self.progress.bar(f"training {what}", steps) as update:
+            log = RunLog(folder.path, step_of(checkpoint) if checkpoint else None) if folder.main else None
+            with self.progress.bar(f"training {what}", steps, "step") as update:
                 result = train_rows(
                     base,
                     tokenizer,
@@ -414,8 +488,10 @@ class _Training:
                     layers=layers,
                     task=self.task,
                     resume_from=checkpoint,
+                    init_adapter=self.init_adapter,
                     save_to=scratch,
                     on_step=lambda step, value: update(step, f"{kind} {value:.3g}"),
+                    on_log=log.write if log else lambda step, logs: None,
                 )
             for file in sorted(scratch.iterdir()):
                 # The tokenizer is the base's, and training_args.bin is a pickle of what run.json holds.
@@ -431,7 +507,8 @@ class _Training:
                 sha256={file.name: file_digest(file) for file in sorted(published.glob("*.safetensors"))},
             )
             record = replace(record, status="finished", results=results)
-            (published / CARD).write_text(_card(record, published), encoding="utf-8")
+            if folder.main:  # the trainer of another process saves nothing that a card could be of
+                (published / CARD).write_text(_card(record, published), encoding="utf-8")
         folder.write_record(record)
         return Run(record, result.model, tokenizer, folder.path, folder.main)
 
@@ -455,7 +532,9 @@ def _check_choice(settings: TrainingSettings, algorithm: Algorithm, task: Task |
     """Refuse combinations that cannot train what was asked for."""
     if settings.full and settings.layer != "auto":
         raise ValueError(f"--full trains every parameter and --layer {settings.layer} a block; give one of them")
-    if settings.layer == "auto" and not settings.full and not algorithm.online:
+    if settings.init_adapter is not None and settings.full:
+        raise ValueError("--full trains every parameter and --init-adapter a block; give one of them")
+    if settings.layer == "auto" and not (settings.full or settings.init_adapter) and not algorithm.online:
         raise ValueError(f"--layer auto ranks the blocks with online RL; for {algorithm.name} name one, such as mid-5")
     if task is not None and task.environment_factory is not None and not algorithm.environments:
         raise ValueError(
@@ -463,6 +542,11 @@ def _check_choice(settings: TrainingSettings, algorithm: Algorithm, task: Task |
         )
     if algorithm.needs_environment and (task is None or task.environment_factory is None):
         raise ValueError(f"{algorithm.name} needs a task with an environment, such as textworld")
+
+
+def _describe_adapter(name: str, folder: Path) -> dict[str, str]:
+    """The adapter that a run starts from: its name and the SHA-256 of its weights."""
+    return {"name": name, WEIGHTS: file_digest(folder / WEIGHTS)}
 
 
 def _of_first_process(value: Any) -> Any:

@@ -57,7 +57,15 @@ def test_it_trains_the_block_and_records_the_run(train, algorithm):
     run, folder = train(*ON_BLOCK_5, "--steps", "3", "--algorithm", algorithm)
     assert changed_tensors(folder) == tensors_of(5)
     assert {p.name for p in folder.iterdir()} == {
-        *("README.md", "adapter_config.json", "adapter_model.safetensors", "checkpoints", "run.json")
+        *(
+            "README.md",
+            "adapter_config.json",
+            "adapter_model.safetensors",
+            "checkpoints",
+            "log.jsonl",
+            "run.json",
+            "run.yaml",
+        )
     }
     assert not list(folder.glob("*.bin"))
     config = run["settings"]["config"]
@@ -72,6 +80,14 @@ def test_it_trains_the_block_and_records_the_run(train, algorithm):
     # 32 completions of at most 5 tokens to prompts of 9, three times
     assert results["tokens_trained"] == results["tokens_generated"] + 3 * 32 * 9
     assert 3 * 32 * 4 < results["tokens_generated"] <= 3 * 32 * 5
+    log = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in log] == [1, 2, 3]
+    assert [line["reward"] for line in log] == results["rewards"]
+    assert [line["loss"] for line in log] == results["losses"]
+    assert log[2]["running_mean"] == pytest.approx(sum(results["rewards"]) / 3, abs=1e-12)
+    assert sum(line["length"] for line in log) * 32 == pytest.approx(results["tokens_generated"], abs=1e-3)
+    assert all(("kl" in line) == (config["beta"] > 0) and line["seconds"] > 0 for line in log)
+    assert [line["learning_rate"] for line in log] == pytest.approx([3e-3, 2e-3, 1e-3])
     assert run["machine"]["versions"].keys() >= {"torch", "trl", "peft", "transformers", "python"}
     assert set(run["settings"]["model"]["sha256"]) == {"config.json", "model.safetensors"}
     card = (folder / "README.md").read_text()
@@ -127,6 +143,11 @@ def test_a_resumed_run_equals_an_uninterrupted_one(train, onelayer, tmp_path, si
     assert resumed["results"]["sha256"] == whole["results"]["sha256"]
     assert resumed["results"]["rewards"] == whole["results"]["rewards"]
     assert resumed["results"]["tokens_generated"] == whole["results"]["tokens_generated"]
+    logs = [[json.loads(line) for line in (tmp_path / name / "log.jsonl").open()] for name in ("killed", "whole")]
+    for log in logs:
+        assert [line["step"] for line in log] == list(range(1, 21))
+        assert all(line.pop("seconds") > 0 for line in log)
+    assert logs[0] == logs[1]
 
 
 @pytest.mark.parametrize("algorithm", GRPO_OR_DR_GRPO)

@@ -111,3 +111,16 @@ def test_the_models_own_mistakes(sweep, tmp_path, monkeypatch):
 def _without_weights(tmp_path):
     folder = tmp_path / "weightless"
     return shutil.copytree(DEMO, folder, ignore=shutil.ignore_patterns("*.safetensors"))
+
+
+def test_ctrl_c_says_what_is_kept_and_the_same_command_goes_on(sweep, tmp_path, monkeypatch):
+    def interrupt(self, completed, detail=""):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr("onelayer_cli._output.Bar.update", interrupt)
+        code, lines, _ = sweep("--layers", "0,5", "--steps", "3", "--problems", "50", "--workers", "1")
+    rows = len(list((tmp_path / "out" / "rows").glob("*.json")))
+    kept = f"{rows} finished runs are kept in {tmp_path}/out/rows; the same command goes on with the others"
+    assert code == 130 and rows > 0 and kept in lines, lines
+    assert sweep("--layers", "0,5", "--steps", "3", "--problems", "50", "--workers", "1")[0] == 0

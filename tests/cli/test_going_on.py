@@ -1,0 +1,152 @@
+"""A run that was interrupted, was too short, or is to start from another: what is said, and how it goes on."""
+
+import json
+from importlib.resources import files
+
+import pytest
+import torch
+import yaml
+from safetensors.torch import load_file
+
+from peft_onelayer.runs.log import RunLog
+
+BASE = str(files("peft_onelayer") / "demo_model")
+RUN = ["train", BASE, "--task", "arithmetic", "--layer", "5", "--learning-rate", "3e-3"]
+RUN += ["--set", "per_device_train_batch_size=8", "--set", "save_steps=1"]
+
+
+def record(folder):
+    return json.loads((folder / "run.json").read_text())
+
+
+def log(folder):
+    return [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+
+
+def weights(folder):
+    return load_file(folder / "adapter_model.safetensors")
+
+
+def stopped_at(step, monkeypatch, error):
+    """The next run meets `error` when it has done this step and before it has saved it."""
+    write = RunLog.write
+
+    def stop(self, at, logs):
+        if at == step:
+            raise error
+        write(self, at, logs)
+
+    monkeypatch.setattr(RunLog, "write", stop)
+
+
+@pytest.mark.parametrize(
+    ("error", "code"),
+    [
+        (KeyboardInterrupt(), 130),
+        pytest.param(ValueError("the reward broke"), 1, marks=pytest.mark.more),
+        pytest.param(SystemExit(143), 143, marks=pytest.mark.more),
+    ],
+    ids=repr,
+)
+def test_what_is_kept_and_the_command_that_goes_on(onelayer, tmp_path, monkeypatch, error, code):
+    out = tmp_path / "a run"
+    with monkeypatch.context() as patch:
+        stopped_at(3, patch, error)
+        ended, lines, _ = onelayer(*RUN, "--steps", "4", "--out", out)
+    again = f"onelayer train --resume --out '{out}'"
+    kept = [line for line in lines if "checkpoint-2 is kept" in line]
+    assert ended == code and kept == [f"checkpoint-2 is kept in {out}/checkpoints; go on from it with: {again}"], lines
+    assert [line["step"] for line in log(out)] == [1, 2]
+    code, lines, _ = onelayer("train", "--resume", "--out", out, "--seed", "1")
+    assert code == 1 and "other settings, so it cannot go on with these: config.seed: 0 -> 1" in lines[-1]
+    code, lines, _ = onelayer("train", "--resume", "--out", out)
+    assert code == 0 and "going on from checkpoint-2" in lines
+    assert onelayer(*RUN, "--steps", "4", "--out", tmp_path / "whole")[0] == 0
+    resumed, whole = record(out), record(tmp_path / "whole")
+    assert resumed["results"]["sha256"] == whole["results"]["sha256"]
+    assert resumed["settings"] == whole["settings"] and resumed["resumed_from"] == ["checkpoint-2"]
+    assert [line["step"] for line in log(out)] == [1, 2, 3, 4]
+    assert [line["reward"] for line in log(out)] == whole["results"]["rewards"]
+
+
+def test_nothing_is_kept_of_a_run_that_was_interrupted_before_its_first_checkpoint(onelayer, tmp_path, monkeypatch):
+    stopped_at(1, monkeypatch, KeyboardInterrupt())
+    code, lines, _ = onelayer(*RUN, "--steps", "2", "--out", tmp_path / "run")
+    assert code == 130 and lines[-2:] == ["no checkpoint had been written yet", "onelayer: interrupted."]
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.more
+def test_the_number_of_steps_can_be_raised_and_the_schedule_is_told(onelayer, tmp_path):
+    out = tmp_path / "run"
+    assert onelayer(*RUN, "--steps", "2", "--out", out)[0] == 0
+    for arguments, message in (
+        ([], "is finished; choose a new output folder, or raise --steps above 2"),
+        (["--steps", "1"], "cannot go on with these: config.max_steps: 2 -> 1"),
+        (["--steps", "4", "--seed", "1"], "cannot go on with these: config.seed: 0 -> 1; seed: 0 -> 1."),
+    ):
+        code, lines, _ = onelayer("train", "--resume", "--out", out, *arguments)
+        assert code == 1 and message in lines[-1], lines
+        assert record(out)["status"] == "finished" and not any("kept" in line for line in lines), lines
+    code, lines, _ = onelayer("train", "--resume", "--out", out, "--steps", "4")
+    assert code == 0, lines
+    assert any("4 steps instead of 2" in line and "the linear schedule to the new end" in line for line in lines), lines
+    # the first step has the rate that the checkpoint's optimizer had: the old schedule's end
+    assert [line["learning_rate"] for line in log(out)] == pytest.approx([3e-3, 1.5e-3, 0, 7.5e-4], abs=1e-9)
+    assert record(out)["resumed_from"] == ["checkpoint-2 of 2 steps"]
+    assert record(out)["results"]["steps"] == record(out)["settings"]["config"]["max_steps"] == 4
+    assert yaml.safe_load((out / "run.yaml").read_text())["steps"] == 4
+
+
+@pytest.mark.more
+def test_a_run_from_its_own_yaml_is_the_same(onelayer, tmp_path):
+    assert onelayer(*RUN, "--steps", "1", "--set", "temperature=0.7", "--out", tmp_path / "one")[0] == 0
+    code, lines, _ = onelayer("train", "--config", tmp_path / "one" / "run.yaml", "--out", tmp_path / "two")
+    assert code == 0, lines
+    one, two = record(tmp_path / "one"), record(tmp_path / "two")
+    for run in (one, two):
+        del run["command"], run["results"]["seconds"]
+    assert one == two
+    assert (tmp_path / "one" / "run.yaml").read_text() == (tmp_path / "two" / "run.yaml").read_text()
+
+
+@pytest.mark.more
+def test_training_starts_from_an_adapter(onelayer, tmp_path):
+    assert onelayer(*RUN, "--steps", "2", "--out", tmp_path / "first")[0] == 0
+    rest = ["train", BASE, "--task", "arithmetic", "--set", "per_device_train_batch_size=8"]
+    rest += ["--steps", "1", "--init-adapter", tmp_path / "first"]
+    for wrong, message in (
+        (["--layer", "4"], "holds block 5 and --layer 4 names others"),
+        (["--full"], "--full trains every parameter and --init-adapter a block"),
+    ):
+        code, lines, _ = onelayer(*rest, *wrong, "--out", tmp_path / "second")
+        assert code == 1 and len(lines) == 1 and message in lines[0], lines
+    # weight decay is 0 and the rate as well: what is left is what it started from
+    assert onelayer(*rest, "--learning-rate", "0", "--out", tmp_path / "second")[0] == 0
+    first, second = weights(tmp_path / "first"), weights(tmp_path / "second")
+    assert first.keys() == second.keys() and all(torch.equal(first[name], second[name]) for name in first)
+    run = record(tmp_path / "second")
+    assert run["layers"] == [5]
+    assert run["settings"]["init_adapter"] == {
+        "name": str(tmp_path / "first"),
+        **record(tmp_path / "first")["results"]["sha256"],
+    }
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ("trackio", "--report-to trackio: trackio is not installed; pip install trackio, or leave it out"),
+        ("tensorboard,wandb", "is not installed; pip install"),
+        ("wandbb", "--report-to takes none, all, or some of"),
+    ],
+)
+def test_a_reporter_that_is_not_there_is_refused_before_the_model_is_loaded(
+    onelayer, tmp_path, monkeypatch, given, message
+):
+    from peft_onelayer.runs import training
+
+    monkeypatch.setattr(training, "load_causal_lm", None)
+    code, lines, _ = onelayer(*RUN, "--report-to", given, "--out", tmp_path / "run")
+    assert code == 1 and len(lines) == 1 and message in lines[0], lines
+    assert not (tmp_path / "run").exists()
