@@ -15,7 +15,8 @@ from typing import Any
 
 from huggingface_hub import EvalResult, EvalResultEntry, ModelCardData, eval_result_entries_to_yaml
 
-from peft_onelayer.records.evaluation import EvaluationRecord, Figures, Measured
+from peft_onelayer.records.evaluation import EvaluationRecord
+from peft_onelayer.records.figures import Figures, Measured
 from peft_onelayer.records.files import PROFILE, RUN
 from peft_onelayer.records.locate import last_part
 from peft_onelayer.records.ranking import LayerRanking

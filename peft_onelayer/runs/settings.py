@@ -120,7 +120,11 @@ class EvaluationSettings(Source):
         sampling: values by field of `Sampling`, over those of the run that made the adapter or the model.
         batch_size: completions at a time, on which the samples depend.
         allow_other_base: evaluate an adapter of our method on a base that it was not trained on.
+        top_p, top_k, min_p: of sampling; None for the run's, or no bound.
+        also: names of other tasks to measure on their test splits, with as many problems and samples.
+        show: so many problems are shown with a completion of each model, its answer and reward.
         out: JSON file for the figures and every problem's score.
+        completions: JSONL file for every completion with its reward.
     """
 
     adapter: str | None = None
@@ -129,11 +133,17 @@ class EvaluationSettings(Source):
     samples: int = 4
     greedy: bool = True
     temperature: float | None = None
+    top_p: float | None = None
+    top_k: int | None = None
+    min_p: float | None = None
     max_completion_tokens: int | None = None
     sampling: Mapping[str, Any] = field(default_factory=dict)
     batch_size: int = 64
     allow_other_base: bool = False
+    also: Sequence[str] = ()
+    show: int = 0
     out: str | Path | None = None
+    completions: str | Path | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
