@@ -150,9 +150,10 @@ def _print_report(record: EvaluationRecord) -> None:
     for title, results in tables.items():
         print_table(title, header[:shown], [row[:shown] for row in rows(results)])
         described = {
-            f"{labels[mode]}, {name}": figures
+            f"{labels[mode]}, {name}": figures.completions
             for mode, m in results.items()
             for name, figures in (("base", m.base), ("adapter", m.adapter))
+            if figures is not None
         }
         print_completions(described)
     paired = ", paired by problem" if record.adapter else ""

@@ -6,7 +6,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from peft_onelayer.probe.settings import BUDGET, METHODS
 
@@ -85,6 +85,12 @@ class TrainingSettings(Source):
         top_entropy: train only this share of the tokens, those of highest entropy.
         pairs_from_task: offline: make the data from graded completions of so many prompts of the task.
         report_to: TRL's own logging: "wandb", "trackio", "tensorboard", ...
+        eval_problems: held-out problems on which base and result are compared, 4 completions of each; 0 for none, None
+            for 128, or fewer of a short run: both together take a fifth of the completions of the run at most.
+        eval_every: steps between two measurements of as many other held-out problems; None for none.
+        keep: with `eval_every`: put out the state that scored "best", or the "last".
+        also: names of other tasks to measure before and after.
+        show: so many held-out problems are shown with a completion of base and result.
     """
 
     out: str | Path
@@ -102,6 +108,11 @@ class TrainingSettings(Source):
     pairs_from_task: int | None = None
     sampling: Mapping[str, Any] = field(default_factory=dict)
     report_to: str = "none"
+    eval_problems: int | None = None
+    eval_every: int | None = None
+    keep: Literal["best", "last"] = "best"
+    also: Sequence[str] = ()
+    show: int = 0
 
 
 @dataclass(frozen=True, kw_only=True)

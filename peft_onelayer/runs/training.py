@@ -38,6 +38,7 @@ from peft_onelayer.tuner import find_decoder_stack
 
 from .describe import describe_config, describe_machine, describe_model, is_main_process
 from .folder import RunFolder
+from .judging import Judge
 from .models import check_model_name, load_causal_lm, to_device, without_progress_bars
 from .progress import Progress
 from .ranking import describe, rank_blocks
@@ -112,6 +113,7 @@ class _Training:
         self.folder = RunFolder(Path(settings.out), resume, main=is_main_process())
         self.config = self._config()
         self.sampling = self._sampling()
+        self.judge = Judge(settings, self.algorithm, self.config, self.task, self.generate, self.progress)
         self.data: OfflineData | None = None
         if settings.dataset and self.task is None:
             self.data = load_preferences(settings.dataset, self.algorithm.data)
@@ -273,6 +275,10 @@ class _Training:
                 pairs_from_task=settings.pairs_from_task,
                 sampling=dict(settings.sampling) or None,
                 trust_remote_code=settings.trust_remote_code or None,
+                eval_problems=settings.eval_problems,
+                eval_every=settings.eval_every,
+                keep=settings.keep if settings.eval_every else None,
+                also=list(settings.also) or None,
             ),
             machine=describe_machine(),
             status="unfinished",
@@ -392,6 +398,7 @@ class _Training:
         rows: list[dict[str, Any]],
     ) -> Run:
         """Train the record's blocks, and put the result and the finished run.json into the folder."""
+        self.judge.before(base, tokenizer, self.task)
         start = time.perf_counter()
         config, folder, layers = self.config, self.folder, record.layers
         steps = config.max_steps
@@ -416,7 +423,10 @@ class _Training:
                     resume_from=checkpoint,
                     save_to=scratch,
                     on_step=lambda step, value: update(step, f"{kind} {value:.3g}"),
+                    callbacks=self.judge.during(folder.checkpoints, folder.main),
+                    at_end=self.judge.choose,
                 )
+            seconds = round(time.perf_counter() - start, 1)
             for file in sorted(scratch.iterdir()):
                 # The tokenizer is the base's, and training_args.bin is a pickle of what run.json holds.
                 if file.name in (CONFIG, WEIGHTS) or (layers is None and file.name != "training_args.bin"):
@@ -427,11 +437,13 @@ class _Training:
                 losses=result.losses,
                 tokens_generated=result.tokens_generated,
                 tokens_trained=result.tokens_trained,
-                seconds=round(time.perf_counter() - start, 1),
+                seconds=seconds,
                 sha256={file.name: file_digest(file) for file in sorted(published.glob("*.safetensors"))},
+                **self.judge.after(result, full=layers is None),
             )
             record = replace(record, status="finished", results=results)
             (published / CARD).write_text(_card(record, published), encoding="utf-8")
+        self.judge.watch.remove()
         folder.write_record(record)
         return Run(record, result.model, tokenizer, folder.path, folder.main)
 
