@@ -7,13 +7,14 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from accelerate import PartialState
 from accelerate.utils import extract_model_from_parallel
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback, TrainingArguments
 
 from peft_onelayer.records.figures import Measured
 from peft_onelayer.rl.algorithms import Algorithm
-from peft_onelayer.rl.sampling import sampling_of_run
+from peft_onelayer.rl.sampling import PAIRS_OPTIONS, sampling_of_run, with_given
 from peft_onelayer.rl.training import TrainingResult, completions_per_step
 from peft_onelayer.rollouts.completions import compare_completions
 from peft_onelayer.rollouts.evaluation import Evaluation
@@ -93,7 +94,7 @@ class Judge:
             return 0
         if settings.eval_problems is not None:
             return settings.eval_problems
-        if settings.eval_every or settings.show:
+        if settings.eval_every or settings.show or settings.also:
             return PROBLEMS
         if settings.pairs_from_task:
             completions = settings.pairs_from_task * 8
@@ -118,6 +119,7 @@ class Judge:
     def _sampling(self) -> Sampling:
         """As the run samples."""
         own = sampling_of_run(self.algorithm, self.config)
+        own = with_given(own, self.settings.sampling, PAIRS_OPTIONS)
         return replace(own, samples=SAMPLES, seed=self.settings.seed, batch_size=self.batch_size)
 
     def before(self, base: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, task: Task | None) -> None:
@@ -164,6 +166,7 @@ class Judge:
         if self.watch.stopped:
             self.progress.note(self.watch.stopped)
         if self.kept is not None:
+            PartialState().wait_for_everyone()  # until the first process has written it
             self.watch.restore(model)
             self.progress.note(f"kept: the state after step {self.kept}, which scored best on held-out problems")
 

@@ -103,7 +103,7 @@ def test_measuring_on_the_way_changes_nothing_and_the_best_state_is_put_out(tmp_
 
 def all_at(judge, mean):
     """Every watched problem with this score."""
-    return replace(judge.watched[0], scores=(mean,) * 8)
+    return replace(judge.watched[0], scores=(mean,) * judge.watched[0].n)
 
 
 def made(mean):
@@ -121,6 +121,25 @@ def killed_after(step):
 
     original = runs_training.train_rows
     return train_rows
+
+
+@pytest.mark.more
+@pytest.mark.parametrize("changes", [{"full": True, "layer": "auto"}, {"algorithm": "dpo", "pairs_from_task": 16}])
+def test_a_full_run_and_an_offline_one_are_measured_too(tmp_path, monkeypatch, changes):
+    scores = iter([0.9, 0.1])
+    monkeypatch.setattr("peft_onelayer.runs.judging.Judge._score", lambda judge, model: all_at(judge, next(scores)))
+    config = {"per_device_train_batch_size": 8}
+    first = train(settings(tmp_path, out=tmp_path / "1", steps=1, eval_problems=0, config=config, **changes))
+    run = train(
+        settings(tmp_path, steps=2, eval_problems=16, eval_every=1, config={**config, "save_steps": 1}, **changes)
+    )
+    results = run.record.results
+    assert results.kept_step == 1 and results.held_out.n == 16 and results.verdict
+    one, kept = (load_file(next(folder.glob("*.safetensors"))) for folder in (first.folder, run.folder))
+    last = load_file(next((run.folder / "checkpoints" / "checkpoint-2").glob("*.safetensors")))
+    assert not same(kept, last)
+    at_1 = load_file(next((run.folder / "checkpoints" / "checkpoint-1").glob("*.safetensors")))
+    assert same(kept, at_1) and one.keys() == kept.keys()
 
 
 def test_a_run_whose_reward_falls_stops_and_says_so(tmp_path, onelayer):
