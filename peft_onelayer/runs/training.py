@@ -362,7 +362,9 @@ class _Training:
     def _explain(self, error: NothingToLearnError) -> ValueError:
         """What to say, in one line, of completions that teach nothing; three of them are shown."""
         assert self.task is not None
-        self.progress.note(show_completions(error.rollouts[:: max(1, len(error.rollouts) // 3)][:3], self.task))
+        shown = show_completions(error.rollouts[:: max(1, len(error.rollouts) // 3)][:3], self.task)
+        for line in shown.splitlines():
+            self.progress.note(line)
         return ValueError(f"{error}. The likely reason: {why_equal(error.rollouts, self.task)}.")
 
     def _pairs(
