@@ -51,6 +51,15 @@ Sampling = Annotated[
         help='How to sample: top_p=0.9, chat_template_kwargs={"enable_thinking": false}, ...; repeatable.',
     ),
 ]
+Also = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--also",
+        metavar="TASK",
+        help="Another task to measure, for what was kept of it; repeatable.",
+        show_default=False,
+    ),
+]
 Seed = Annotated[int, typer.Option(min=0, max=2**31 - 1, help="Seed of data, sampling and training.")]
 Chat = Annotated[
     bool | None,

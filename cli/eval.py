@@ -8,8 +8,10 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from ._errors import user_error
+from ._figures import print_completions, score
 from ._options import (
     AllowOtherBase,
+    Also,
     Chat,
     Dataset,
     Json,
@@ -23,7 +25,8 @@ from ._options import (
 from ._output import TerminalProgress, command_line, print_json, print_line, print_table, status
 
 if TYPE_CHECKING:
-    from peft_onelayer.records.evaluation import EvaluationRecord, Figures
+    from peft_onelayer.records.evaluation import EvaluationRecord
+    from peft_onelayer.records.figures import Measured
 
 
 def evaluate(
@@ -42,6 +45,24 @@ def evaluate(
         float | None,
         typer.Option(
             min=0.0, help="Temperature of sampling, above 0. [default: the run's, else 1]", show_default=False
+        ),
+    ] = None,
+    top_p: Annotated[
+        float | None,
+        typer.Option(
+            min=0.0, max=1.0, help="Sample among the likeliest tokens of this probability.", show_default=False
+        ),
+    ] = None,
+    top_k: Annotated[
+        int | None, typer.Option(min=0, help="Sample among so many tokens; 0 for all.", show_default=False)
+    ] = None,
+    min_p: Annotated[
+        float | None,
+        typer.Option(
+            min=0.0,
+            max=1.0,
+            help="Sample among tokens at least this share as likely as the likeliest.",
+            show_default=False,
         ),
     ] = None,
     max_tokens: Annotated[
@@ -64,6 +85,13 @@ def evaluate(
     trust_remote_code: TrustRemoteCode = False,
     unsafe: Unsafe = False,
     allow_other_base: AllowOtherBase = False,
+    also: Also = None,
+    show: Annotated[
+        int, typer.Option(min=0, help="Print so many problems with completions, answer found and reward.")
+    ] = 0,
+    save_completions: Annotated[
+        Path | None, typer.Option(help="JSONL file for every completion with its reward.", show_default=False)
+    ] = None,
     out: Annotated[
         Path | None, typer.Option(help="JSON file for the figures and every problem's score.", show_default=False)
     ] = None,
@@ -96,6 +124,9 @@ def evaluate(
                 samples=samples,
                 greedy=greedy,
                 temperature=temperature,
+                top_p=top_p,
+                top_k=top_k,
+                min_p=min_p,
                 max_completion_tokens=max_tokens,
                 sampling=decoding | sampling_from_text(sampling or []),
                 batch_size=batch_size,
@@ -105,7 +136,10 @@ def evaluate(
                 trust_remote_code=trust_remote_code,
                 unsafe=unsafe,
                 allow_other_base=allow_other_base,
+                also=also or (),
+                show=show,
                 out=out,
+                completions=save_completions,
             ),
             command=command_line(),
             progress=TerminalProgress(),
@@ -117,19 +151,26 @@ def evaluate(
 
 
 def _print_report(record: EvaluationRecord) -> None:
-    def cell(figures: Figures | None, sign: str = "") -> str:
-        if figures is None:
-            return ""
-        error = "?" if figures.standard_error is None else f"{figures.standard_error:.4f}"
-        return f"{figures.mean:{sign}.4f} ± {error}"
-
     labels = {"sampled": f"avg@{record.samples}", "greedy": "greedy"}
-    rows = [
-        [labels[mode], str(m.n), cell(m.base), cell(m.adapter), cell(m.difference, "+")]
-        for mode, m in record.results.items()
-    ]
+
+    def rows(results: dict[str, Measured]) -> list[list[str]]:
+        return [
+            [labels[mode], str(m.n), score(m.base), score(m.adapter), score(m.difference, "+")]
+            for mode, m in results.items()
+        ]
+
     header = ["", "n", "base", "adapter", "difference"]
     shown = len(header) if record.adapter else 3
-    print_table(f"{record.task.name}, {record.split} split", header[:shown], [row[:shown] for row in rows])
+    tables = {f"{record.task.name}, {record.split} split": record.results}
+    tables |= {f"{name}, test split": results for name, results in (record.also or {}).items()}
+    for title, results in tables.items():
+        print_table(title, header[:shown], [row[:shown] for row in rows(results)])
+        described = {
+            f"{labels[mode]}, {name}": figures.completions
+            for mode, m in results.items()
+            for name, figures in (("base", m.base), ("adapter", m.adapter))
+            if figures is not None
+        }
+        print_completions(described)
     paired = ", paired by problem" if record.adapter else ""
     print_line(f"Mean reward ± its standard error over the n problems{paired}.")

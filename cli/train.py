@@ -9,7 +9,9 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from ._errors import user_error
+from ._figures import print_completions, print_held_out
 from ._options import (
+    Also,
     Budget,
     Chat,
     Completions,
@@ -113,6 +115,26 @@ def train(
     resume: Annotated[
         bool, typer.Option("--resume", help="Go on with the run in --out; nothing else need be given.")
     ] = False,
+    eval_problems: Annotated[
+        int | None,
+        typer.Option(
+            min=0,
+            help="Held-out problems to compare base and result on, 4 completions each; 0 for none. [default: 128, "
+            "fewer of a short run: a fifth of its completions at most]",
+            show_default=False,
+        ),
+    ] = None,
+    eval_every: Annotated[
+        int | None,
+        typer.Option(min=1, help="Measure other held-out problems every so many steps.", show_default=False),
+    ] = None,
+    keep: Annotated[
+        str, typer.Option(help="With --eval-every: put out the state that scored best, or the last.")
+    ] = "best",
+    also: Also = None,
+    show: Annotated[
+        int, typer.Option(min=0, help="Print so many held-out problems with completions of base and result.")
+    ] = 0,
     report_to: Annotated[str, typer.Option(help="TRL's own logging: wandb, trackio, tensorboard, ...")] = "none",
     unsafe: Unsafe = False,
     as_json: Json = False,
@@ -163,6 +185,8 @@ def train(
         print(run.record.to_json(), end="")
     else:
         _print_summary(run.record, Path(asked.out))
+    if run.record.results and run.record.results.stopped:
+        raise typer.Exit(1)
 
 
 def _print_summary(run: RunRecord, out: Path) -> None:
@@ -180,6 +204,16 @@ def _print_summary(run: RunRecord, out: Path) -> None:
             ["time", f"{results.seconds:.0f} s"],
         ],
     )
+    if results.completions:
+        print_completions({"in training": results.completions})
+    held_out = {settings.source.name: results.held_out} if results.held_out else {}
+    print_held_out(held_out | (results.also or {}))
+    if results.kept_step is not None:
+        print_line(f"Kept: the state after step {results.kept_step}, which scored best on held-out problems.")
+    if results.verdict:
+        print_line(f"Verdict: {results.verdict}.")
+    if results.stopped:
+        print_line(f"The run {results.stopped}.")
     print_line(f"Written to {out}: " + ", ".join(sorted(p.name for p in out.iterdir())))
 
 

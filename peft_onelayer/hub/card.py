@@ -15,7 +15,8 @@ from typing import Any
 
 from huggingface_hub import EvalResult, EvalResultEntry, ModelCardData, eval_result_entries_to_yaml
 
-from peft_onelayer.records.evaluation import EvaluationRecord, Figures, Measured
+from peft_onelayer.records.evaluation import EvaluationRecord
+from peft_onelayer.records.figures import Figures, Measured
 from peft_onelayer.records.files import PROFILE, RUN
 from peft_onelayer.records.locate import last_part
 from peft_onelayer.records.ranking import LayerRanking
@@ -198,21 +199,66 @@ def _summary(base: _Base, full: bool) -> str:
 
 def _results(evaluation: EvaluationRecord | None, run: RunRecord | None) -> str:
     if not evaluation:
-        return "No evaluation is recorded here; `onelayer eval` measures it against the base.\n\n"
+        return _held_out(run) or "No evaluation is recorded here; `onelayer eval` measures it against the base.\n\n"
     lines = ["## Results", "", "| | n | base | adapter | difference |", "|---|---|---|---|---|"]
     for decoding, result in evaluation.results.items():
-        assert result.difference is not None  # as `_of_adapter`
-        cells = [_figure(result.base), _figure(_of_adapter(result)), _figure(result.difference, "+")]
-        lines.append(f"| {_decoding(decoding, evaluation)} | {result.n} | " + " | ".join(cells) + " |")
+        lines.append(_row(_decoding(decoding, evaluation), result))
     lines += [
         "",
         f"Mean reward ± its standard error over the n problems of `{evaluation.task.name}`, "
         f"{evaluation.split} split; the difference is paired by problem. Seed {evaluation.seed}, "
         f"at most {evaluation.max_completion_tokens} tokens a completion.",
     ]
+    if evaluation.also:
+        lines += [
+            "",
+            "Other tasks, before and after:",
+            "",
+            "| | | n | base | adapter | difference |",
+            "|---|" + "---|" * 5,
+        ]
+        for task, results in evaluation.also.items():
+            lines += [
+                _row(f"{task} | {_decoding(decoding, evaluation)}", result) for decoding, result in results.items()
+            ]
     if run and run.results and run.results.verdict:
-        lines += ["", run.results.verdict]
+        lines += ["", f"At the end of training: {run.results.verdict}."]
+    if not evaluation.also and run and run.results and run.results.also:
+        lines += ["", *_also(run.results.also)]
     return "\n".join(lines) + "\n\n"
+
+
+def _held_out(run: RunRecord | None) -> str:
+    """What the run itself measured; "" where it measured nothing."""
+    results = run.results if run else None
+    if run is None or results is None or not (results.held_out or results.also):
+        return ""
+    lines = ["## Results", ""]
+    if results.held_out:
+        lines += ["| | n | base | adapter | difference |", "|---|---|---|---|---|"]
+        lines += [_row(run.settings.source.name, results.held_out), ""]
+        lines += [
+            f"Mean reward ± its standard error over n held-out problems, {results.held_out.samples} samples of each, "
+            "measured by the run itself; the difference is paired by problem.",
+            "",
+        ]
+    if results.verdict:
+        lines += [f"At the end of training: {results.verdict}.", ""]
+    return "\n".join([*lines, *_also(results.also or {})]).rstrip() + "\n\n"
+
+
+def _also(also: dict[str, Measured]) -> list[str]:
+    """The lines on other tasks that the run measured."""
+    if not also:
+        return []
+    header = ["Other tasks, before and after:", "", "| | n | base | adapter | difference |", "|---|---|---|---|---|"]
+    return [*header, *(_row(task, result) for task, result in also.items())]
+
+
+def _row(name: str, result: Measured) -> str:
+    assert result.difference is not None
+    cells = [_figure(result.base), _figure(_of_adapter(result)), _figure(result.difference, "+")]
+    return f"| {name} | {result.n} | " + " | ".join(cells) + " |"
 
 
 def _profile(profile: LayerRanking) -> str:

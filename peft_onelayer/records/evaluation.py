@@ -2,57 +2,14 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, Self
 
 from .fields import Record
+from .figures import Measured
 from .run import BaseModel, DataSource
 from .text import printable
-
-
-@dataclass(frozen=True)
-class Figures:
-    """A mean over problems.
-
-    Attributes:
-        mean: reward.
-        standard_error: of the mean over problems; None for a single problem.
-        tokens_generated: of all completions; None of a difference.
-        seconds: that the measurement took; None of a difference.
-        over_limit: completions that the reward stopped scoring at its limit and that count 0; None of a difference.
-    """
-
-    mean: float
-    standard_error: float | None
-    tokens_generated: int | None = None
-    seconds: float | None = None
-    over_limit: int | None = None
-
-    @classmethod
-    def of(cls, mean: float, error: float, **more: Any) -> Figures:
-        """With the error of a single problem, NaN, as None: JSON has no NaN."""
-        return cls(mean, None if math.isnan(error) else error, **more)
-
-
-@dataclass(frozen=True)
-class Measured:
-    """One decoding mode.
-
-    Attributes:
-        n: number of problems.
-        samples: completions of each.
-        base: of the base.
-        adapter: of the base with the adapter; None without one.
-        difference: adapter minus base, paired by problem.
-    """
-
-    n: int
-    samples: int
-    base: Figures
-    adapter: Figures | None = None
-    difference: Figures | None = None
 
 
 @dataclass(frozen=True)
@@ -95,6 +52,7 @@ class EvaluationRecord(Record):
         seconds: of the whole evaluation.
         scores: of every problem, by model ("base", "adapter") and decoding mode.
         problems: the rows.
+        also: results on other tasks, by their names; None where none was asked for.
     """
 
     FORMAT: ClassVar[str] = "onelayer-eval-1"
@@ -118,6 +76,7 @@ class EvaluationRecord(Record):
     seconds: float | None = None
     scores: dict[str, dict[str, list[float]]] | None = None
     problems: list[dict[str, Any]] | None = None
+    also: dict[str, dict[str, Measured]] | None = None
 
     @classmethod
     def from_dict(cls, fields: Mapping[str, Any], where: str) -> Self:
@@ -126,9 +85,12 @@ class EvaluationRecord(Record):
         if not record.results or not record.results.keys() <= {"sampled", "greedy"}:
             found = ", ".join(printable(mode, 40) for mode in record.results)
             raise ValueError(f'{where}: results holds {found or "nothing"}, expected "sampled", "greedy" or both')
-        for mode, result in record.results.items():
+        places = {f"results.{mode}": result for mode, result in record.results.items()}
+        for task, results in (record.also or {}).items():
+            places |= {f"also.{printable(task, 60)}.{printable(mode, 40)}": result for mode, result in results.items()}
+        for place, result in places.items():
             for name in ("adapter", "difference"):
                 if (getattr(result, name) is None) != (record.adapter is None):
                     stands = "is missing" if record.adapter else "is there without an adapter"
-                    raise ValueError(f"{where}: results.{mode}.{name} {stands}")
+                    raise ValueError(f"{where}: {place}.{name} {stands}")
         return record

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal, Self
 
 from .fields import Record
+from .figures import CompletionStatistics, Measured
 from .movement import Movement
 
 
@@ -62,6 +63,10 @@ class RunSettings:
         pairs_from_task: prompts that an offline algorithm's data was made from; None for none.
         sampling: how that data was sampled, by field of `Sampling`, where it was asked for; None where it was not.
         trust_remote_code: whether the code that comes with the base was allowed to run; None for no.
+        eval_problems: held-out problems that were asked for; None for as many as the run's length pays for.
+        eval_every: steps between two measurements of held-out problems during training; None for none.
+        keep: with `eval_every`: "best", the state that scored best, or "last".
+        also: other tasks that were measured before and after.
         seed: of data, sampling and training.
         config: fields of the trainer's configuration.
         init_adapter: name of the adapter that the run started from, and SHA-256 of its weights; None for none.
@@ -81,6 +86,10 @@ class RunSettings:
     sampling: dict[str, Any] | None = None
     trust_remote_code: bool | None = None
     init_adapter: dict[str, str] | None = None
+    eval_problems: int | None = None
+    eval_every: int | None = None
+    keep: Literal["best", "last"] | None = None
+    also: list[str] | None = None
 
     @property
     def source(self) -> DataSource:
@@ -88,6 +97,21 @@ class RunSettings:
         found = self.task or self.dataset
         assert found is not None
         return found
+
+
+@dataclass(frozen=True)
+class HeldOutScore:
+    """What a run scored on held-out problems on its way.
+
+    Attributes:
+        step: after which it was measured.
+        mean: reward.
+        standard_error: of the mean over problems; None for a single problem.
+    """
+
+    step: int
+    mean: float
+    standard_error: float | None
 
 
 @dataclass(frozen=True)
@@ -104,6 +128,12 @@ class RunResults:
         sha256: SHA-256 of each safetensors file.
         verdict: what a held-out evaluation says of it, in a sentence.
         movement: how far the trained tensors moved; None of a run that was not asked.
+        held_out: base and trained model ("adapter") on held-out problems; None where none were measured.
+        also: the same of other tasks, by their names.
+        completions: what the completions of training looked like; None where the trainer does not say.
+        evaluations: the scores during training, on other held-out problems than `held_out`; None for none.
+        kept_step: the step whose state was put out, where it was chosen by these scores.
+        stopped: why the run ended early; None where it did not.
     """
 
     steps: int
@@ -115,6 +145,12 @@ class RunResults:
     sha256: dict[str, str] = field(default_factory=dict)
     verdict: str | None = None
     movement: Movement | None = None
+    held_out: Measured | None = None
+    also: dict[str, Measured] | None = None
+    completions: CompletionStatistics | None = None
+    evaluations: list[HeldOutScore] | None = None
+    kept_step: int | None = None
+    stopped: str | None = None
 
 
 @dataclass(frozen=True)

@@ -9,16 +9,19 @@ from __future__ import annotations
 
 import copy
 import functools
+import statistics
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from datasets import Dataset
 
+from peft_onelayer.tasks import completion_text
 from peft_onelayer.tasks.rows import reward_columns
 
 Row = Mapping[str, Any]
 
 NUMBER = "onelayer_row"
+NO_ANSWER = "completions/no_answer"
 OF_TRAINERS = ("prompt", "privileged_context")  # the columns that a trainer reads; the second is SDPOTrainer's
 
 
@@ -44,10 +47,13 @@ def numbered(rows: Sequence[Row]) -> Dataset:
     return dataset
 
 
-def graded_by_row(reward: Callable[..., list[float]], rows: Sequence[Row]) -> Callable[..., list[float]]:
+def graded_by_row(
+    reward: Callable[..., list[float]], rows: Sequence[Row], answer: Callable[[str], str | None] | None = None
+) -> Callable[..., list[float]]:
     """`reward` for a trainer that was given `numbered(rows)`: with the rows' columns, by name.
 
-    A completion of a chat prompt is a list of messages also with A2POTrainer, which gives its text.
+    A completion of a chat prompt is a list of messages also with A2POTrainer, which gives its text. Where `answer`
+    finds the answer in a completion, the share without one is logged as `NO_ANSWER`.
     """
 
     @functools.wraps(reward)  # trainers name the metric after it
@@ -59,6 +65,9 @@ def graded_by_row(reward: Callable[..., list[float]], rows: Sequence[Row]) -> Ca
             else [{"role": "assistant", "content": completion}]
             for prompt, completion in zip(prompts, completions, strict=True)
         ]
+        if answer is not None and "log_metric" in passed:
+            none = [answer(completion_text(completion) or "") is None for completion in completions]
+            passed["log_metric"](NO_ANSWER, statistics.fmean(none))
         return reward(prompts=prompts, completions=completions, **{**columns, **passed})
 
     return graded

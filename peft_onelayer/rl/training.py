@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
+import statistics
 import tempfile
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,15 +20,17 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, PrinterCallba
 from transformers.trainer import TRAINING_ARGS_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
+from peft_onelayer.records.figures import CompletionStatistics
 from peft_onelayer.tasks import Task
 from peft_onelayer.tuner import SingleLayerConfig
 
 from .algorithms import Algorithm
 from .recipe import Recipe, demo_recipe
-from .rows import graded_by_row, numbered, reset_by_row
+from .rows import NO_ANSWER, graded_by_row, numbered, reset_by_row
 
 OnStep = Callable[[int, float], None]
 OnLog = Callable[[int, Mapping[str, float]], None]
+EQUALS_BASE = r"every weight of the adapter .* equals the base model's"  # how the warning of saving begins
 
 
 @dataclass(frozen=True)
@@ -40,6 +44,8 @@ class TrainingResult:
         steps: optimizer steps, those before a resumption counted.
         tokens_generated: tokens of all completions of the run; 0 for offline algorithms.
         tokens_trained: prompt and completion tokens that the trainer counted.
+        completions: what the completions looked like; None where the trainer does not say.
+        equal_rewards: share of the prompts whose completions all got one reward; None where the trainer does not say.
     """
 
     model: PeftModel | PreTrainedModel
@@ -48,6 +54,8 @@ class TrainingResult:
     steps: int
     tokens_generated: int
     tokens_trained: int
+    completions: CompletionStatistics | None = None
+    equal_rewards: float | None = None
 
 
 class _Progress(TrainerCallback):
@@ -84,6 +92,8 @@ def train_rows(
     save_to: Path | None = None,
     on_step: OnStep = lambda step, value: None,
     on_log: OnLog = lambda step, logs: None,
+    callbacks: Sequence[TrainerCallback] = (),
+    at_end: Callable[[nn.Module], None] = lambda model: None,
 ) -> TrainingResult:
     """Train `layers` of `model` on `rows` with the trainer of the recipe's algorithm.
 
@@ -100,6 +110,8 @@ def train_rows(
         save_to: folder for what `Trainer.save_model` writes: the adapter in float32, or the model in its own dtype.
         on_step: called at every log with the step and the mean reward, or the loss where there is no reward.
         on_log: called before it with the step and all that the trainer logged.
+        callbacks: for the trainer.
+        at_end: is given the trained model before it is saved.
     """
     algorithm = recipe.algorithm
     trainer_class = algorithm.trainer_class(adapter=layers is not None)
@@ -114,7 +126,7 @@ def train_rows(
     arguments: dict[str, Any] = {}
     if algorithm.online and task is not None:
         arguments["train_dataset"] = numbered(rows)
-        arguments["reward_funcs"] = graded_by_row(task.reward, rows)
+        arguments["reward_funcs"] = graded_by_row(task.reward, rows, task.answer)
         if task.environment_factory is not None:
             arguments["environment_factory"] = reset_by_row(task.environment_factory, rows)
     else:
@@ -129,7 +141,7 @@ def train_rows(
         model,
         args=config,
         processing_class=tokenizer,
-        callbacks=[_Progress(on_step, on_log)],
+        callbacks=[_Progress(on_step, on_log), *callbacks],
         **arguments,
     )
     trainer.add_callback(_NoPickle())
@@ -138,8 +150,12 @@ def train_rows(
         set_peft_model_state_dict(trainer.model, load_peft_weights(str(init_adapter), device="cpu"))
     if resume_from is not None:
         refuse_incomplete_resume(trainer.model)
-    trainer.train(resume_from_checkpoint=str(resume_from) if resume_from else None)
+    with warnings.catch_warnings():
+        # A checkpoint early in a run may well hold the base's weights; what is left at the end is saved below.
+        warnings.filterwarnings("ignore", EQUALS_BASE)
+        trainer.train(resume_from_checkpoint=str(resume_from) if resume_from else None)
     trained = trainer.accelerator.unwrap_model(trainer.model)
+    at_end(trained)
     if layers is None:
         trained.to(dtype)
     if save_to is not None:
@@ -152,6 +168,8 @@ def train_rows(
         steps=trainer.state.global_step,
         tokens_generated=_tokens_generated(logs, config),
         tokens_trained=int(trainer.state.num_input_tokens_seen),
+        completions=_completions(logs, config),
+        equal_rewards=_mean(logs, "frac_reward_zero_std"),
     )
 
 
@@ -199,6 +217,20 @@ def _tokens_generated(logs: list[dict[str, float]], config: TrainingArguments) -
             tokens += log["completions/mean_length"] * completions_per_step(config) * (log["step"] - step)
             step = log["step"]
     return round(tokens)
+
+
+def _completions(logs: list[dict[str, float]], config: TrainingArguments) -> CompletionStatistics | None:
+    """What the completions looked like, from what TRL logs of them."""
+    length, cut = _mean(logs, "completions/mean_length"), _mean(logs, "completions/clipped_ratio")
+    if length is None or cut is None:
+        return None
+    steps = max(int(log["step"]) for log in logs)
+    return CompletionStatistics(completions_per_step(config) * steps, round(length, 2), cut, _mean(logs, NO_ANSWER))
+
+
+def _mean(logs: list[dict[str, float]], name: str) -> float | None:
+    values = [log[name] for log in logs if name in log]
+    return statistics.fmean(values) if values else None
 
 
 def train_layer(

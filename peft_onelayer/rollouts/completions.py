@@ -2,32 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
 from statistics import fmean
+from typing import Any
 
+from peft_onelayer.records.figures import CompletionStatistics
 from peft_onelayer.tasks import Task, completion_text
 
 from .sampling import Rollout
 
 SHOWN = 600  # characters of a prompt or a completion that are shown at most
-
-
-@dataclass(frozen=True)
-class CompletionStatistics:
-    """Of the completions behind a score.
-
-    Attributes:
-        completions: their number.
-        mean_length: tokens that the model generated, on average.
-        cut: share that did not end by itself and was cut at the token limit.
-        no_answer: share in which the task found no answer; None for a task that does not say what an answer is.
-    """
-
-    completions: int
-    mean_length: float
-    cut: float
-    no_answer: float | None
 
 
 def completion_statistics(rollouts: Sequence[Rollout], task: Task) -> CompletionStatistics:
@@ -55,12 +39,43 @@ def show_completions(rollouts: Sequence[Rollout], task: Task) -> str:
         answer = None if task.answer is None else _answer(rollout, task)
         found = "" if task.answer is None else f"   answer found: {'none' if answer is None else _short(answer)}"
         ended = "" if rollout.ended else "   cut at the token limit"
-        prompt = rollout.prompt if isinstance(rollout.prompt, str) else rollout.prompt[-1].get("content") or ""
         blocks.append(
-            f"prompt:     {_short(prompt)}\ncompletion: {_short(_text(rollout))}\n"
+            f"prompt:     {_short(_question(rollout))}\ncompletion: {_short(_text(rollout))}\n"
             f"reward:     {rollout.reward:g}   tokens: {rollout.tokens}{found}{ended}"
         )
     return "\n\n".join(blocks)
+
+
+def compare_completions(rollouts: Mapping[str, Rollout], task: Task) -> list[str]:
+    """Lines with one prompt and what each model made of it, by the model's name."""
+    lines = [f"prompt:     {_short(_question(next(iter(rollouts.values()))))}"]
+    for name, rollout in rollouts.items():
+        answer = None if task.answer is None else _answer(rollout, task)
+        found = "" if task.answer is None else f"   answer found: {'none' if answer is None else _short(answer)}"
+        ended = "" if rollout.ended else "   cut at the token limit"
+        lines += [
+            f"  {name + ':':<9} {_short(_text(rollout))}",
+            f"            reward: {rollout.reward:g}   tokens: {rollout.tokens}{found}{ended}",
+        ]
+    return lines
+
+
+def completion_lines(rollouts: Sequence[Sequence[Rollout]], task: Task, **about: Any) -> Iterator[dict[str, Any]]:
+    """The completions of each problem as JSON objects for a file, `about` in each."""
+    for problem, group in enumerate(rollouts):
+        for sample, rollout in enumerate(group):
+            answer = {} if task.answer is None else {"answer_found": _answer(rollout, task)}
+            yield {
+                **about,
+                "problem": problem,
+                "sample": sample,
+                "prompt": rollout.prompt,
+                "completion": rollout.completion,
+                "reward": rollout.reward,
+                "tokens": rollout.tokens,
+                "ended": rollout.ended,
+                **answer,
+            }
 
 
 def why_equal(rollouts: Sequence[Rollout], task: Task) -> str:
@@ -90,6 +105,11 @@ def why_equal(rollouts: Sequence[Rollout], task: Task) -> str:
 def _answer(rollout: Rollout, task: Task) -> str | None:
     assert task.answer is not None
     return task.answer(_text(rollout))
+
+
+def _question(rollout: Rollout) -> str:
+    prompt = rollout.prompt
+    return prompt if isinstance(prompt, str) else prompt[-1].get("content") or ""
 
 
 def _text(rollout: Rollout) -> str:

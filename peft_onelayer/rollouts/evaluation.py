@@ -4,16 +4,18 @@ import json
 import math
 import statistics
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from peft import PeftModel
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from peft_onelayer.records.figures import CompletionStatistics
 from peft_onelayer.tasks import Task
 from peft_onelayer.tasks.limits import OVER_LIMIT
 
-from .sampling import DEFAULT, sample_rollouts
+from .completions import completion_statistics
+from .sampling import DEFAULT, Rollout, sample_rollouts
 from .settings import Sampling
 
 
@@ -27,6 +29,8 @@ class Evaluation:
         samples: completions per problem; 1 for greedy decoding.
         tokens_generated: tokens of all completions, padding behind their end not counted.
         over_limit: completions that the reward stopped scoring at its limit (`tasks/limits.py`); they score 0.
+        completions: what the completions look like; None where nothing was sampled for the scores.
+        rollouts: the completions of each problem.
     """
 
     problems: tuple[str, ...]
@@ -34,6 +38,8 @@ class Evaluation:
     samples: int
     tokens_generated: int = 0
     over_limit: int = 0
+    completions: CompletionStatistics | None = None
+    rollouts: Sequence[Sequence[Rollout]] = field(default=(), repr=False, compare=False)
 
     @property
     def n(self) -> int:
@@ -103,6 +109,8 @@ def evaluate(
         samples=len(rollouts[0]),
         tokens_generated=sum(rollout.tokens for group in rollouts for rollout in group),
         over_limit=sum(int(value) for name, value in logged if name == OVER_LIMIT),
+        completions=completion_statistics([rollout for group in rollouts for rollout in group], task),
+        rollouts=rollouts,
     )
 
 

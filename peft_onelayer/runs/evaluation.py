@@ -5,8 +5,8 @@ from __future__ import annotations
 
 import json
 import time
-from contextlib import nullcontext
-from dataclasses import replace
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -14,14 +14,16 @@ from typing import Any
 from peft import PeftModel
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from peft_onelayer.records.evaluation import EvaluationRecord, Figures, Measured, MeasuredAdapter
+from peft_onelayer.records.evaluation import EvaluationRecord, MeasuredAdapter
 from peft_onelayer.records.fields import read
+from peft_onelayer.records.figures import Measured
 from peft_onelayer.records.files import CONFIG, RUN, WEIGHTS, check_file, file_digest, output, read_fields, write_whole
 from peft_onelayer.records.locate import adapter_folder
 from peft_onelayer.records.run import DataSource, RunRecord
 from peft_onelayer.rl.algorithms import load_algorithm
 from peft_onelayer.rl.sampling import OWN_OPTIONS, sampling_of, with_given
-from peft_onelayer.rollouts.evaluation import Evaluation, paired_difference
+from peft_onelayer.rollouts.completions import compare_completions, completion_lines
+from peft_onelayer.rollouts.evaluation import Evaluation
 from peft_onelayer.rollouts.evaluation import evaluate as evaluate_rows
 from peft_onelayer.rollouts.prompts import check_prompt, with_chat_prompts
 from peft_onelayer.rollouts.settings import Sampling
@@ -29,6 +31,7 @@ from peft_onelayer.tasks import Task, open_task
 from peft_onelayer.tuner.config import SingleLayerPeftType
 
 from .describe import describe_machine, describe_model
+from .measuring import measured
 from .models import (
     check_adapter_folder,
     check_model_name,
@@ -42,6 +45,23 @@ from .progress import Progress, Update
 from .settings import EvaluationSettings
 
 Measurements = dict[str, tuple[Evaluation, float]]  # by decoding mode, with seconds
+
+
+@dataclass(frozen=True)
+class _Problems:
+    """What one task measures.
+
+    Attributes:
+        task: with prompts as the tokenizer takes them.
+        rows: the problems.
+        sampling: how they are completed.
+        chat: whether prompts are messages.
+    """
+
+    task: Task
+    rows: list[dict[str, Any]]
+    sampling: Sampling
+    chat: bool
 
 
 def evaluate(
@@ -67,8 +87,11 @@ def evaluate(
         ValueError: in one line: settings that cannot work, a model, adapter or data that are not there or do not fit
             (`TargetError` for `settings.out`).
     """
-    out = nullcontext() if settings.out is None else output(Path(settings.out))
-    with out, without_progress_bars():
+    with ExitStack() as stack:
+        for file in (settings.out, settings.completions):
+            if file is not None:
+                stack.enter_context(output(Path(file)))
+        stack.enter_context(without_progress_bars())
         return _Evaluation(settings, command, progress or Progress()).run()
 
 
@@ -86,6 +109,10 @@ class _Evaluation:
         self.out = None if settings.out is None else Path(settings.out)
         if self.out is not None:
             check_file(self.out, _is_evaluation)
+        if settings.completions is not None:
+            if self.out is not None and Path(settings.completions).resolve() == self.out.resolve():
+                raise ValueError(f"--out and --save-completions both name {self.out}; give two files.")
+            check_file(Path(settings.completions), _holds_completions)
         self.model, self.adapter, self.revision = settings.model, settings.adapter, settings.revision
         if (Path(self.model).expanduser() / CONFIG).is_file():
             if self.adapter is not None:
@@ -102,7 +129,13 @@ class _Evaluation:
         self.run_record = _run_in(self.folder or Path(self.model).expanduser())
         with progress.status("loading the task ..."), quiet_logs():
             self.task: Task = open_task(settings.task, settings.dataset, settings.reward, unsafe=settings.unsafe)
+            self.also = [open_task(name, unsafe=settings.unsafe) for name in settings.also]
+            names = [self.task.name, *(task.name for task in self.also)]
+            if twice := [name for name in names if names.count(name) > 1]:
+                raise ValueError(f"--also {twice[0]} is measured already; name other tasks.")
             self.task.rows(settings.split, 1, settings.seed)  # a split that is not there, before the model is loaded
+            for task in self.also:
+                task.rows("test", 1, settings.seed)
         self.sampling = self._sampling()
 
     def run(self) -> EvaluationRecord:
@@ -111,45 +144,74 @@ class _Evaluation:
         asked = settings.chat
         if asked is None and self.run_record is not None:
             asked = self.run_record.settings.source.chat
-        self.task, chat = with_chat_prompts(self.task, tokenizer, asked)
-        self.rows = self.task.rows(settings.split, settings.problems, settings.seed)
-        check_prompt(self.rows[0], tokenizer, self.model, settings.sampling.get("chat_template_kwargs", ()))
+        main = self._problems(self.task, tokenizer, settings.split, self.sampling, asked)
+        limit = settings.max_completion_tokens or settings.sampling.get("max_completion_tokens")
+        elsewhere = replace(self.sampling, max_completion_tokens=limit)  # the run's limit is its own task's
+        measured_tasks = [main, *(self._problems(task, tokenizer, "test", elsewhere, asked) for task in self.also)]
         description = describe_model(self.base)
-        if len(self.rows) < settings.problems:
-            self.progress.note(f"the {settings.split} split of {self.task.name} has {len(self.rows)} problems")
-        before, after = self._measure_both(tokenizer)
+        before, after = self._measure_both(tokenizer, measured_tasks)
+        results = [self._results(i, before, after) for i in range(len(measured_tasks))]
+        self._show(main.task, before[0], after[0] if after else None)
         record = EvaluationRecord(
             command=self.command,
             model=description,
             adapter=self._measured_adapter(),
             task=DataSource(self.task.name, dict(self.task.data)),
             split=settings.split,
-            n=len(self.rows),
+            n=len(main.rows),
             samples=settings.samples,
             temperature=self.sampling.temperature,
             max_completion_tokens=self.sampling.max_completion_tokens or self.task.max_completion_tokens,
             seed=settings.seed,
-            results={
-                decoding: _measured(before[decoding], after[decoding] if after else None) for decoding in self.decodings
-            },
+            results=results[0],
             batch_size=settings.batch_size,
-            chat=chat,
+            chat=main.chat,
             sampling=self.sampling.shape,
             machine=describe_machine(),
             seconds=round(time.perf_counter() - self.start, 1),
-            scores=_scores(before, after) if self.out else None,
-            problems=[json.loads(problem) for problem in before[self.decodings[0]][0].problems] if self.out else None,
+            scores=_scores(before[0], after[0] if after else None) if self.out else None,
+            problems=[json.loads(problem) for problem in before[0][self.decodings[0]][0].problems]
+            if self.out
+            else None,
+            also={problems.task.name: result for problems, result in zip(measured_tasks[1:], results[1:], strict=True)}
+            or None,
         )
         if self.out is not None:
             write_whole(self.out, record.to_json())
+        if settings.completions is not None:
+            write_whole(Path(settings.completions), _lines(main.task, before[0], after[0] if after else None))
         return record
+
+    def _problems(
+        self, task: Task, tokenizer: PreTrainedTokenizerBase, split: str, sampling: Sampling, asked: bool | None
+    ) -> _Problems:
+        settings = self.settings
+        task, chat = with_chat_prompts(task, tokenizer, asked)
+        rows = task.rows(split, settings.problems, settings.seed)
+        check_prompt(rows[0], tokenizer, self.model, settings.sampling.get("chat_template_kwargs", ()))
+        if len(rows) < settings.problems:
+            self.progress.note(f"the {split} split of {task.name} has {len(rows)} problems")
+        return _Problems(task, rows, sampling, chat)
+
+    def _results(self, i: int, before: list[Measurements], after: list[Measurements] | None) -> dict[str, Measured]:
+        return {mode: measured(before[i][mode], after[i][mode] if after else None) for mode in self.decodings}
+
+    def _show(self, task: Task, before: Measurements, after: Measurements | None) -> None:
+        """Tell the first problems with a completion of each model."""
+        mode = self.decodings[0]
+        models = {"base": before} | ({} if after is None else {"adapter": after})
+        groups = {name: modes[mode][0].rollouts[: self.settings.show] for name, modes in models.items()}
+        for i in range(len(groups["base"])):
+            self.progress.note("")
+            for line in compare_completions({name: rollouts[i][0] for name, rollouts in groups.items()}, task):
+                self.progress.note(line)
 
     def _sampling(self) -> Sampling:
         """The run's settings with those that were given over them."""
         settings, run = self.settings, self.run_record
         own = Sampling() if run is None else _sampling_of(run, self.task, settings)
         given: dict[str, Any] = {}
-        for name in ("temperature", "max_completion_tokens"):
+        for name in ("temperature", "top_p", "top_k", "min_p", "max_completion_tokens"):
             if (value := getattr(settings, name)) is not None:
                 given[name] = value
         if both := given.keys() & settings.sampling.keys():
@@ -170,42 +232,55 @@ class _Evaluation:
         to_device(base)
         return base, tokenizer
 
-    def _measure_both(self, tokenizer: PreTrainedTokenizerBase) -> tuple[Measurements, Measurements | None]:
-        """The base's figures, and the adapter's where there is one."""
+    def _measure_both(
+        self, tokenizer: PreTrainedTokenizerBase, tasks: list[_Problems]
+    ) -> tuple[list[Measurements], list[Measurements] | None]:
+        """The base's figures of each task, and the adapter's where there is one."""
         if self.folder is None:
-            return self._measure(self.base, tokenizer, "base"), None
+            return self._measure(self.base, tokenizer, "base", tasks), None
         trained_on = self.adapter_config.get("base_model_name_or_path")
         if trained_on and trained_on != self.base.name_or_path:
             self.progress.note(f"the adapter was trained on {trained_on}; compared here with {self.model}")
         adapted = load_adapter(self.base, self.folder, self.settings.allow_other_base)
-        after = self._measure(adapted, tokenizer, "adapter")
+        after = self._measure(adapted, tokenizer, "adapter", tasks)
         if self.adapter_config.get("peft_type") == SingleLayerPeftType.SINGLE_LAYER.value:
             with adapted.disable_adapter():
-                return self._measure(adapted, tokenizer, "base"), after
+                return self._measure(adapted, tokenizer, "base", tasks), after
         del self.base, adapted
         self.base, _ = self._load()
-        return self._measure(self.base, tokenizer, "base"), after
+        return self._measure(self.base, tokenizer, "base", tasks), after
 
     def _measure(
-        self, policy: PreTrainedModel | PeftModel, tokenizer: PreTrainedTokenizerBase, name: str
+        self,
+        policy: PreTrainedModel | PeftModel,
+        tokenizer: PreTrainedTokenizerBase,
+        name: str,
+        tasks: list[_Problems],
+    ) -> list[Measurements]:
+        return [self._measure_task(policy, tokenizer, name, problems) for problems in tasks]
+
+    def _measure_task(
+        self, policy: PreTrainedModel | PeftModel, tokenizer: PreTrainedTokenizerBase, name: str, problems: _Problems
     ) -> Measurements:
-        settings, measured = self.settings, {}
+        settings, measurements = self.settings, {}
+        if problems.task.name != self.task.name:
+            name = f"{name}, {problems.task.name}"
         for decoding in self.decodings:
             started = time.perf_counter()
             count = 1 if decoding == "greedy" else settings.samples
-            with self.progress.bar(f"{name}, {decoding}", len(self.rows) * count, "completion") as update:
+            with self.progress.bar(f"{name}, {decoding}", len(problems.rows) * count, "completion") as update:
                 evaluation = evaluate_rows(
                     policy,
                     tokenizer,
-                    self.task,
-                    self.rows,
-                    replace(self.sampling, greedy=decoding == "greedy", samples=count),
+                    problems.task,
+                    problems.rows,
+                    replace(problems.sampling, greedy=decoding == "greedy", samples=count),
                     on_progress=partial(_report, update),
                 )
             if evaluation.over_limit:
                 self.progress.note(f"{name}, {decoding}: {evaluation.over_limit} completions passed the reward's limit")
-            measured[decoding] = evaluation, round(time.perf_counter() - started, 1)
-        return measured
+            measurements[decoding] = evaluation, round(time.perf_counter() - started, 1)
+        return measurements
 
     def _measured_adapter(self) -> MeasuredAdapter | None:
         if self.folder is None:
@@ -247,6 +322,27 @@ def _is_evaluation(file: Path) -> bool:
         return False
 
 
+def _holds_completions(file: Path) -> bool:
+    """Whether an earlier evaluation wrote `file`: completions, one a line."""
+    try:
+        with file.open(encoding="utf-8") as lines:
+            first = json.loads(next(lines))
+    except (ValueError, StopIteration):
+        return False
+    return isinstance(first, dict) and {"model", "decoding", "completion", "reward"} <= first.keys()
+
+
+def _lines(task: Task, before: Measurements, after: Measurements | None) -> str:
+    """The completions of both models, as JSON lines."""
+    models = {"base": before} | ({} if after is None else {"adapter": after})
+    return "".join(
+        json.dumps(line, default=str) + "\n"
+        for name, modes in models.items()
+        for decoding, (evaluation, _) in modes.items()
+        for line in completion_lines(evaluation.rollouts, task, model=name, decoding=decoding)
+    )
+
+
 def _base_of(adapter: str, revision: str | None) -> tuple[str, str, str | None]:
     """(base, adapter, revision of the base) of an adapter's folder."""
     config = read_fields(Path(adapter).expanduser() / CONFIG)
@@ -254,24 +350,6 @@ def _base_of(adapter: str, revision: str | None) -> tuple[str, str, str | None]:
     if not base:
         raise ValueError(f"{adapter} does not name its base model; give the base and --adapter {adapter}.")
     return base, adapter, revision or config.get("revision")
-
-
-def _measured(before: tuple[Evaluation, float], after: tuple[Evaluation, float] | None) -> Measured:
-    base = before[0]
-    if after is None:
-        return Measured(base.n, base.samples, _figures(*before))
-    difference = Figures.of(*paired_difference(after[0], base))
-    return Measured(base.n, base.samples, _figures(*before), _figures(*after), difference)
-
-
-def _figures(evaluation: Evaluation, seconds: float) -> Figures:
-    return Figures.of(
-        evaluation.mean,
-        evaluation.standard_error,
-        tokens_generated=evaluation.tokens_generated,
-        seconds=seconds,
-        over_limit=evaluation.over_limit,
-    )
 
 
 def _scores(before: Measurements, after: Measurements | None) -> dict[str, dict[str, list[float]]]:

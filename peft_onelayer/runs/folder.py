@@ -13,7 +13,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 from peft_onelayer.records.claim import PARTIAL
 from peft_onelayer.records.files import RUN, check_folder, make_readable, read_fields, write_whole

@@ -6,7 +6,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from peft_onelayer.probe.settings import BUDGET, METHODS
 
@@ -87,6 +87,12 @@ class TrainingSettings(Source):
         report_to: TRL's own logging: "wandb", "trackio", "tensorboard", or several with commas.
         init_adapter: adapter to start from, a folder or a Hub id, whose blocks are trained; the KL term of an
             algorithm stays one to the base.
+        eval_problems: held-out problems on which base and result are compared, 4 completions of each; 0 for none, None
+            for 128, or fewer of a short run: both together take a fifth of the completions of the run at most.
+        eval_every: steps between two measurements of as many other held-out problems; None for none.
+        keep: with `eval_every`: put out the state that scored "best", or the "last".
+        also: names of other tasks to measure before and after.
+        show: so many held-out problems are shown with a completion of base and result.
     """
 
     out: str | Path
@@ -105,6 +111,11 @@ class TrainingSettings(Source):
     sampling: Mapping[str, Any] = field(default_factory=dict)
     report_to: str = "none"
     init_adapter: str | None = None
+    eval_problems: int | None = None
+    eval_every: int | None = None
+    keep: Literal["best", "last"] = "best"
+    also: Sequence[str] = ()
+    show: int = 0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -123,7 +134,11 @@ class EvaluationSettings(Source):
         sampling: values by field of `Sampling`, over those of the run that made the adapter or the model.
         batch_size: completions at a time, on which the samples depend.
         allow_other_base: evaluate an adapter of our method on a base that it was not trained on.
+        top_p, top_k, min_p: of sampling; None for the run's, or no bound.
+        also: names of other tasks to measure on their test splits, with as many problems and samples.
+        show: so many problems are shown with a completion of each model, its answer and reward.
         out: JSON file for the figures and every problem's score.
+        completions: JSONL file for every completion with its reward.
     """
 
     adapter: str | None = None
@@ -132,11 +147,17 @@ class EvaluationSettings(Source):
     samples: int = 4
     greedy: bool = True
     temperature: float | None = None
+    top_p: float | None = None
+    top_k: int | None = None
+    min_p: float | None = None
     max_completion_tokens: int | None = None
     sampling: Mapping[str, Any] = field(default_factory=dict)
     batch_size: int = 64
     allow_other_base: bool = False
+    also: Sequence[str] = ()
+    show: int = 0
     out: str | Path | None = None
+    completions: str | Path | None = None
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -43,6 +43,7 @@ from peft_onelayer.tuner import find_decoder_stack
 
 from .describe import describe_config, describe_machine, describe_model, is_main_process
 from .folder import RunFolder, step_of
+from .judging import Judge
 from .log import RunLog
 from .models import check_model_name, load_causal_lm, to_device, without_progress_bars
 from .progress import Progress
@@ -120,6 +121,7 @@ class _Training:
         self.folder = RunFolder(Path(settings.out), resume, main=is_main_process())
         self.config = self._config()
         self.sampling = self._sampling()
+        self.judge = Judge(settings, self.algorithm, self.config, self.task, self.generate, self.progress)
         self.data: OfflineData | None = None
         self.init_adapter: Path | None = None
         if settings.dataset and self.task is None:
@@ -344,6 +346,10 @@ class _Training:
                 init_adapter=_describe_adapter(str(settings.init_adapter), self.init_adapter)
                 if self.init_adapter
                 else None,
+                eval_problems=settings.eval_problems,
+                eval_every=settings.eval_every,
+                keep=settings.keep if settings.eval_every else None,
+                also=list(settings.also) or None,
             ),
             machine=describe_machine(),
             status="unfinished",
@@ -427,7 +433,9 @@ class _Training:
     def _explain(self, error: NothingToLearnError) -> ValueError:
         """What to say, in one line, of completions that teach nothing; three of them are shown."""
         assert self.task is not None
-        self.progress.note(show_completions(error.rollouts[:: max(1, len(error.rollouts) // 3)][:3], self.task))
+        shown = show_completions(error.rollouts[:: max(1, len(error.rollouts) // 3)][:3], self.task)
+        for line in shown.splitlines():
+            self.progress.note(line)
         return ValueError(f"{error}. The likely reason: {why_equal(error.rollouts, self.task)}.")
 
     def _pairs(
@@ -463,6 +471,7 @@ class _Training:
         rows: list[dict[str, Any]],
     ) -> Run:
         """Train the record's blocks, and put the result and the finished run.json into the folder."""
+        self.judge.before(base, tokenizer, self.task)
         start = time.perf_counter()
         config, folder, layers = self.config, self.folder, record.layers
         steps = config.max_steps
@@ -492,7 +501,10 @@ class _Training:
                     save_to=scratch,
                     on_step=lambda step, value: update(step, f"{kind} {value:.3g}"),
                     on_log=log.write if log else lambda step, logs: None,
+                    callbacks=self.judge.during(folder.checkpoints, folder.main),
+                    at_end=self.judge.choose,
                 )
+            seconds = round(time.perf_counter() - start, 1)
             for file in sorted(scratch.iterdir()):
                 # The tokenizer is the base's, and training_args.bin is a pickle of what run.json holds.
                 if file.name in (CONFIG, WEIGHTS) or (layers is None and file.name != "training_args.bin"):
@@ -503,12 +515,14 @@ class _Training:
                 losses=result.losses,
                 tokens_generated=result.tokens_generated,
                 tokens_trained=result.tokens_trained,
-                seconds=round(time.perf_counter() - start, 1),
+                seconds=seconds,
                 sha256={file.name: file_digest(file) for file in sorted(published.glob("*.safetensors"))},
+                **self.judge.after(result, full=layers is None),
             )
             record = replace(record, status="finished", results=results)
             if folder.main:  # the trainer of another process saves nothing that a card could be of
                 (published / CARD).write_text(_card(record, published), encoding="utf-8")
+        self.judge.watch.remove()
         folder.write_record(record)
         return Run(record, result.model, tokenizer, folder.path, folder.main)
 

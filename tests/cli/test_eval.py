@@ -119,6 +119,68 @@ def test_the_table_and_what_may_be_left_out(onelayer, adapters):
     assert code == 0 and "greedy" not in out and "± ?" in out and "difference" not in out
 
 
+def test_what_the_completions_look_like_is_said_shown_and_kept(onelayer, adapters, tmp_path):
+    kept, out = tmp_path / "kept.jsonl", tmp_path / "e.json"
+    arguments = ["eval", adapters / "block", "--task", "arithmetic", *SMALL, "--also", "sort", "--show", 2]
+    arguments += ["--save-completions", kept, "--out", out]
+    code, stderr, stdout = onelayer(*arguments)
+    assert code == 0, stderr
+    record = json.loads(out.read_text())
+    lines = [json.loads(line) for line in kept.read_text().splitlines()]
+    assert len(lines) == 2 * 40 * (2 + 1)  # both models, sampled and greedy
+    for model in ("base", "adapter"):
+        for decoding in ("sampled", "greedy"):
+            mine = [line for line in lines if (line["model"], line["decoding"]) == (model, decoding)]
+            figures = record["results"][decoding][model]
+            assert math.fsum(line["reward"] for line in mine) / len(mine) == pytest.approx(figures["mean"])
+            assert figures["completions"]["completions"] == len(mine)
+            assert figures["completions"]["cut"] == sum(not line["ended"] for line in mine) / len(mine)
+            length = sum(line["tokens"] for line in mine) / len(mine)
+            assert figures["completions"]["mean_length"] == pytest.approx(length, abs=0.005)
+            assert f"{figures['completions']['cut']:.1%}" in stdout
+    assert record["problems"][lines[-1]["problem"]]["prompt"] == lines[-1]["prompt"]
+    first = next(line for line in lines if line["model"] == "adapter" and line["problem"] == 0)
+    assert f"  adapter:  {first['completion']}" in stderr and sum(line.startswith("prompt:") for line in stderr) == 2
+    assert sum(line.strip().startswith("reward: ") for line in stderr) == 4
+    assert record["also"]["sort"]["sampled"].keys() == {"n", "samples", "base", "adapter", "difference"}
+    assert "sort, test split" in stdout and record["also"]["sort"]["greedy"]["n"] == 40
+    alone = evaluate(
+        demo_model.load()[0],
+        demo_model.load()[1],
+        load_task("sort"),
+        load_task("sort").rows("test", 40, 3),
+        Sampling(samples=2, seed=3, batch_size=64),
+    )
+    assert record["also"]["sort"]["sampled"]["base"]["mean"] == alone.mean
+
+    code, stderr, _ = onelayer(*arguments[:-2], "--problems", 2)  # replaces what an evaluation wrote, and nothing else
+    assert code == 0 and len(kept.read_text().splitlines()) == 2 * 2 * 3, stderr
+    kept.write_text('{"prompt": "mine"}\n')
+    code, stderr, _ = onelayer(*arguments[:-2])
+    assert code == 1 and "is another file" in stderr[-1] and kept.read_text() == '{"prompt": "mine"}\n'
+
+
+def test_the_decoding_of_a_recipe_by_its_options(onelayer):
+    arguments = ["eval", FOLDER, "--task", "arithmetic", *SMALL, "--no-greedy", "--json"]
+    given = ["--temperature", 0.6, "--top-p", 0.95, "--top-k", 20, "--min-p", 0.1]
+    by_option, by_sampling = (
+        json.loads(onelayer(*arguments, *more)[2])
+        for more in (given, ["--sampling", "top_p=0.95", "--sampling", "top_k=20", *given[:2], *given[-2:]])
+    )
+    assert {n: by_option["sampling"][n] for n in ("temperature", "top_p", "top_k", "min_p")} == {
+        "temperature": 0.6,
+        "top_p": 0.95,
+        "top_k": 20,
+        "min_p": 0.1,
+    }
+    assert by_option["sampling"] == by_sampling["sampling"]
+    assert by_option["results"]["sampled"]["base"]["mean"] == by_sampling["results"]["sampled"]["base"]["mean"]
+    code, lines, _ = onelayer(*arguments, "--top-k", 3, "--sampling", "top_k=4")
+    assert code == 1 and "top_k is given twice" in lines[-1]
+    code, lines, _ = onelayer(*arguments, "--also", "arithmetic")
+    assert code == 1 and "--also arithmetic is measured already" in lines[-1]
+
+
 def test_chat_prompts_where_the_tokenizer_has_a_template(onelayer, tmp_path):
     model, tokenizer = demo_model.load()
     tokenizer.chat_template = "{% for message in messages %}{{ message['content'] }}{% endfor %}"  # so that both agree

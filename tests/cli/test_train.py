@@ -193,7 +193,7 @@ def test_where_every_reward_is_equal_the_run_stops_and_shows_three_completions(
     (tmp_path / "prompts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     data = ["--dataset", tmp_path / "prompts.jsonl", "--reward", f"{tmp_path / 'r.py'}:reward"]
     arguments = ["train", BASE, *data, "--layer", layer, "--steps", "8", "--set", "max_completion_length=5"]
-    code, _, lines = onelayer(*arguments, "--out", tmp_path / "run")
+    code, lines, _ = onelayer(*arguments, "--out", tmp_path / "run")
     assert code == 1 and not (tmp_path / "run").exists()
     assert sum(line.startswith("completion: ") for line in lines) == 3
     assert reason in lines[-1] and "there is nothing to learn from" in lines[-1]

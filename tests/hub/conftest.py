@@ -11,7 +11,8 @@ from worker import Worker
 
 import models
 from peft_onelayer import SingleLayerConfig
-from peft_onelayer.records.evaluation import EvaluationRecord, Figures, Measured, MeasuredAdapter
+from peft_onelayer.records.evaluation import EvaluationRecord, MeasuredAdapter
+from peft_onelayer.records.figures import Figures, Measured
 from peft_onelayer.records.files import CARD, EVALUATION, PROFILE, RUN, WEIGHTS, file_digest
 from peft_onelayer.records.ranking import LayerRanking
 from peft_onelayer.records.run import BaseModel, DataSource, RunRecord, RunResults, RunSettings

@@ -62,6 +62,16 @@ def test_it_says_what_was_measured_and_how_to_use_it(adapter, tmp_path):
     assert "onelayer train org/tiny --layer auto --task gsm8k" in card.split("## Reproduce")[1]
 
 
+def test_other_tasks_stand_beside_the_gain(adapter, tmp_path):
+    record = EvaluationRecord.from_file(adapter / "eval.json")
+    other = record.results["greedy"]
+    (adapter / "eval.json").write_text(replace(record, also={"/home/me/sums.py": {"greedy": other}}).to_json())
+    card = (staged(adapter, tmp_path) / "README.md").read_text()
+    assert "Other tasks, before and after:" in card and "/home" not in card
+    assert "| sums.py | greedy | 64 | 0.2500 ± 0.0312 | 0.3750 ± 0.0341 | +0.1250 ± 0.0123 |" in card
+    assert metadata_errors(card) == []
+
+
 def test_nothing_is_invented_where_nothing_is_known(adapter, tmp_path):
     for name in ("run.json", "layer_profile.json", "eval.json"):
         (adapter / name).unlink()

@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 from run_records import MODEL, RECORD, TASK
 
-from peft_onelayer.records.evaluation import EvaluationRecord, Figures, Measured, MeasuredAdapter
+from peft_onelayer.records.evaluation import EvaluationRecord, MeasuredAdapter
+from peft_onelayer.records.figures import Figures, Measured
 from peft_onelayer.records.run import RunRecord, RunResults
 
 OLD = Path(__file__).with_name("old")

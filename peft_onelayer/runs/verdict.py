@@ -1,0 +1,91 @@
+"""What a run came to, in a sentence, from what was measured on held-out problems; and whether a reward has fallen."""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Sequence
+
+from peft_onelayer.records.figures import Figures
+from peft_onelayer.rollouts.evaluation import Evaluation
+from peft_onelayer.statistics import Z_95
+
+WINDOW = 10  # steps at the start and at the end of a training curve that are compared
+FALLEN = 0.5  # of the reward at the start
+ERRORS = 3.0  # standard errors that a fall has to be
+SAME = 0.9  # share of completions that are the base's word for word: the policy did not move
+EQUAL = 0.8  # share of prompts whose completions all get one reward: they teach nothing
+
+
+def verdict(difference: Figures, n: int, *, same: float, prompts: int | None = None, equal: float | None = None) -> str:
+    """What a difference between trained model and base on `n` held-out problems means.
+
+    Args:
+        difference: trained minus base, paired by problem.
+        same: share of the trained model's completions that equal the base's.
+        prompts: of an optimizer step; None where the algorithm samples none.
+        equal: share of the training prompts whose completions all got the same reward; None where not known.
+    """
+    points, error = difference.mean, difference.standard_error
+    noise = f" ± {error:.4f}" if error is not None else ""
+    measured = f"{points:+.4f}{noise} on {n} held-out problems"
+    if error is not None and points > Z_95 * error:
+        return f"gained: {measured}"
+    if error is not None and points < -Z_95 * error:
+        return (
+            f"got worse: {measured}; take a smaller --learning-rate or more --prompts a step, and keep the best state "
+            "with --eval-every"
+        )
+    return f"nothing changed beyond noise: {measured}; the likely reason: {_reason(error, same, prompts, equal)}"
+
+
+def _reason(error: float | None, same: float, prompts: int | None, equal: float | None) -> str:
+    if same >= SAME:
+        return (
+            f"the rate: {same:.0%} of the completions are the base's word for word, so the policy hardly moved; "
+            "raise --learning-rate or --steps"
+        )
+    if equal is not None and equal >= EQUAL:
+        return (
+            f"the reward: for {equal:.0%} of the prompts all completions got the same reward, which teaches nothing; "
+            "take a task that is neither too easy nor too hard, or raise --completions"
+        )
+    if prompts is not None and prompts < 4:
+        return f"the batch: {prompts} prompts a step are mostly noise; raise --prompts"
+    seen = "" if error is None else f" (a gain below {Z_95 * error:.3f} cannot be seen on so few)"
+    return f"too few steps or problems{seen}; raise --steps or --eval-problems"
+
+
+def same_completions(a: Evaluation, b: Evaluation) -> float:
+    """The share of the completions of the same problems and samples that two models wrote alike."""
+    pairs = [(x, y) for i, j in zip(a.rollouts, b.rollouts, strict=True) for x, y in zip(i, j, strict=True)]
+    return statistics.fmean(x.ids == y.ids for x, y in pairs)
+
+
+def fallen(rewards: Sequence[float]) -> str | None:
+    """Why a run whose steps had these mean rewards is lost; None while it is not.
+
+    It is when the mean of the last `WINDOW` steps lies below `FALLEN` of the first's, by more than `ERRORS` standard
+    errors of their difference. Rewards that are not above 0 at the start, and the first two windows, tell nothing.
+
+    >>> fallen([0.5] * 10 + [0.01] * 9) is None
+    True
+    >>> fallen([0.5, 0.52] * 5 + [0.01, 0.02] * 5)
+    'the mean reward fell from 0.51 (first 10 steps) to 0.015 (last 10)'
+    """
+    if len(rewards) < 2 * WINDOW:
+        return None
+    first, last = list(rewards[:WINDOW]), list(rewards[-WINDOW:])
+    start, end = statistics.fmean(first), statistics.fmean(last)
+    error = math.sqrt((statistics.variance(first) + statistics.variance(last)) / WINDOW)
+    if start > 0 and end < FALLEN * start and start - end > ERRORS * error:
+        return f"the mean reward fell from {start:.3g} (first {WINDOW} steps) to {end:.3g} (last {WINDOW})"
+    return None
+
+
+def far_below(difference: Figures, base: Evaluation, after: Evaluation) -> str | None:
+    """Why a model that scores so on held-out problems is lost; None where it is not. As `fallen`, against the base."""
+    error = difference.standard_error
+    if base.mean > 0 and after.mean < FALLEN * base.mean and error is not None and -difference.mean > ERRORS * error:
+        return f"the score on {base.n} held-out problems fell from {base.mean:.3g} (the base's) to {after.mean:.3g}"
+    return None
