@@ -28,7 +28,7 @@ def test_a_race_prints_and_writes_its_ranking(onelayer, tmp_path):
     )
     assert arguments[arguments.index("--learning-rate") + 1] == repr(ranking.choice_learning_rate)
     assert "beta=0" in arguments
-    assert arguments.count("--set") == 3
+    assert arguments.count("--set") == 2
     # and train takes it
     code, lines, _ = onelayer(*arguments[1:-2], "--steps", "1", "--out", tmp_path / "run")
     assert code == 0, lines

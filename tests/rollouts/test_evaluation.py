@@ -169,5 +169,5 @@ def test_completions_over_the_rewards_limit_are_counted_over_all_batches(base):
         log_metric(OVER_LIMIT, float(len(completions) // 2))
         return [0.0] * len(completions)
 
-    assert evaluate(*base, graded_by(reward), ROWS[:10], samples=2, batch_size=8).over_limit == 4 + 4 + 2
+    assert evaluate(*base, graded_by(reward), ROWS[:10], Sampling(samples=2, batch_size=8)).over_limit == 4 + 4 + 2
     assert evaluate(*base, TASK, ROWS[:2]).over_limit == 0
