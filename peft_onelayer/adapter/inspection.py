@@ -183,6 +183,7 @@ def _provenance(file: AdapterFile) -> dict[str, Any]:
             "seed": run.settings.seed,
             "command": run.command,
             "machine": run.machine,
+            "moved": run.results.movement.summary() if run.results and run.results.movement else None,
         }
     if profile is not None:
         found["layer_profile"] = {"method": profile.method, "pick": profile.pick}

@@ -60,7 +60,7 @@ def model_card(
     text = template.substitute(
         metadata=_metadata(base, run, evaluation, repo_id, full).to_yaml(),
         title=_title(base, run),
-        summary=_summary(base, full),
+        summary=_summary(base, run, full),
         results=_results(evaluation, run),
         profile=_profile(profile) if profile else "",
         training="\n".join(f"- {line}" for line in _training(base, run, parameters)),
@@ -185,15 +185,17 @@ def _title(base: _Base, run: RunRecord | None) -> str:
     return f"{title}, trained with {run.settings.algorithm} on `{run.settings.source.name}`" if run else title
 
 
-def _summary(base: _Base, full: bool) -> str:
+def _summary(base: _Base, run: RunRecord | None, full: bool) -> str:
+    movement = run.results.movement if run and run.results else None
+    moved = f" What moved: {movement.summary()}." if movement else ""
     name = f"`{base.name}`" if base.name else "its base model"
     if base.on_hub:
         name = f"[{base.name}](https://huggingface.co/{base.name})"
     if full:
-        return f"{name}, trained in full: the baseline for adapters of single blocks."
+        return f"{name}, trained in full: the baseline for adapters of single blocks.{moved}"
     return (
         f"A PEFT adapter of `peft-onelayer`: {name_blocks(base.layers)} of {name}, trained as a whole; every other "
-        "weight of the base is untouched."
+        f"weight of the base is untouched.{moved}"
     )
 
 

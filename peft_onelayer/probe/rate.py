@@ -15,7 +15,7 @@ from peft_onelayer.rl.sampling import sampling_of_run
 from peft_onelayer.rollouts.sampling import Rollout, sample_rollouts
 from peft_onelayer.tasks import Task
 
-from .batch import graded_batch
+from .batch import Batch, graded_batch
 from .race import NothingToLearnError, stream_seed
 from .updates import (
     FOUND_RATE_KL,
@@ -60,6 +60,47 @@ class FoundRate:
         return FOUND_RATE_KL[0] <= self.kl <= FOUND_RATE_KL[1]
 
 
+def informative_completions(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    task: Task,
+    recipe: Recipe,
+    *,
+    seed: int = 0,
+    batch_size: int = 64,
+) -> tuple[list[Rollout], Batch]:
+    """Completions of the model for some prompts of the task, and those of them that a first step can learn from.
+
+    Args:
+        recipe: how the run samples.
+        batch_size: completions generated at a time.
+
+    Raises:
+        NothingToLearnError: rewards that are equal within every group of completions of `MOST_PROMPTS` prompts.
+    """
+    sampling = replace(
+        sampling_of_run(recipe.algorithm, recipe.config(output_dir="unused")), samples=SAMPLES, batch_size=batch_size
+    )
+    pad = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
+    rows = task.rows("train", MOST_PROMPTS, stream_seed(seed, "prompts, learning rate"))
+    groups: list[list[Rollout]] = []
+    batch = None
+    for first in range(0, len(rows), PROMPTS):
+        sampling = replace(sampling, seed=stream_seed(seed, f"sampling, learning rate {first}"))
+        groups += sample_rollouts(model, tokenizer, task, rows[first : first + PROMPTS], sampling)
+        batch = graded_batch(groups, pad, model.device)
+        if batch is not None and len(batch) >= ENOUGH:
+            break
+    rollouts = [rollout for group in groups for rollout in group]
+    if batch is None:
+        raise NothingToLearnError(
+            f"the rewards of {SAMPLES} completions are equal for each of {len(groups)} prompts of {task.name} (mean "
+            f"{fmean(r.reward for r in rollouts):.2f}), so that there is nothing to learn from",
+            rollouts,
+        )
+    return rollouts, batch
+
+
 def find_learning_rate(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
@@ -82,26 +123,9 @@ def find_learning_rate(
         NothingToLearnError: rewards that are equal within every group of completions of `MOST_PROMPTS` prompts.
     """
     start = time.perf_counter()
+    rollouts, batch = informative_completions(model, tokenizer, task, recipe, seed=seed, batch_size=batch_size)
     config = recipe.config(output_dir="unused")
     temperature = config.to_dict().get("temperature", 1.0)
-    sampling = replace(sampling_of_run(recipe.algorithm, config), samples=SAMPLES, batch_size=batch_size)
-    pad = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
-    rows = task.rows("train", MOST_PROMPTS, stream_seed(seed, "prompts, learning rate"))
-    groups: list[list[Rollout]] = []
-    batch = None
-    for first in range(0, len(rows), PROMPTS):
-        sampling = replace(sampling, seed=stream_seed(seed, f"sampling, learning rate {first}"))
-        groups += sample_rollouts(model, tokenizer, task, rows[first : first + PROMPTS], sampling)
-        batch = graded_batch(groups, pad, model.device)
-        if batch is not None and len(batch) >= ENOUGH:
-            break
-    rollouts = [rollout for group in groups for rollout in group]
-    if batch is None:
-        raise NothingToLearnError(
-            f"the rewards of {SAMPLES} completions are equal for each of {len(groups)} prompts of {task.name} (mean "
-            f"{fmean(r.reward for r in rollouts):.2f}), so that there is nothing to learn from",
-            rollouts,
-        )
     micro_batch = config.per_device_train_batch_size
     with torch.no_grad():
         logps = [log_probabilities(model, part, temperature) for part in batch.minibatches(micro_batch)]

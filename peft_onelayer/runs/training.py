@@ -18,14 +18,16 @@ from accelerate.utils import broadcast_object_list
 from peft import PeftModel
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainingArguments
 
+from peft_onelayer.analysis.movement import movement_of_files, movement_of_model
 from peft_onelayer.hub.card import model_card
 from peft_onelayer.layers import resolve_layers
 from peft_onelayer.probe.race import NothingToLearnError
-from peft_onelayer.probe.rate import find_learning_rate
+from peft_onelayer.probe.rate import find_learning_rate, informative_completions
 from peft_onelayer.probe.updates import FOUND_RATE_KL
 from peft_onelayer.records.disk import disk_errors
 from peft_onelayer.records.files import CARD, CONFIG, PROFILE, WEIGHTS, file_digest, output, read_fields, read_text
 from peft_onelayer.records.locate import adapter_folder
+from peft_onelayer.records.movement import Movement
 from peft_onelayer.records.privacy import holds_secrets
 from peft_onelayer.records.ranking import LayerRanking
 from peft_onelayer.records.run import DataSource, LearningRate, RunRecord, RunResults, RunSettings, differences
@@ -193,7 +195,7 @@ class _Training:
         settings = self.settings
         if not (settings.pairs_from_task or (settings.layer == "auto" and not settings.full)):
             # What vLLM alone understands is no fault of a run that samples with it.
-            return None if self.config.to_dict().get("use_vllm") else sampling_of_run(self.algorithm, self.config)
+            return None if self._uses_vllm else sampling_of_run(self.algorithm, self.config)
         own = sampling_of_run(self.algorithm, self.config)
         own = replace(own, samples=SAMPLES_PER_PAIR, seed=settings.seed, batch_size=self.generate)
         return with_given(own, settings.sampling, PAIRS_OPTIONS)
@@ -254,6 +256,8 @@ class _Training:
                         record = self._chosen(record, base, tokenizer, self.task)
                     if "learning_rate" not in self.recipe.given and record.learning_rate is None:
                         record = self._with_found_rate(record, base, tokenizer, self.task)
+                    elif record.learning_rate is None and not self.folder.previous and not self._uses_vllm:
+                        self._check_rewards(base, tokenizer, self.task)
                 except NothingToLearnError as error:
                     raise self._explain(error) from error
                 self.folder.write_record(record)
@@ -425,6 +429,17 @@ class _Training:
             record, found.learning_rate, LearningRate(self.config.learning_rate, "first step", **how)
         )
 
+    @property
+    def _uses_vllm(self) -> bool:
+        return bool(self.config.to_dict().get("use_vllm"))
+
+    def _check_rewards(self, base: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, task: Task) -> None:
+        """Raise NothingToLearnError where the base's completions teach nothing, before a step is wasted on them."""
+        with self.progress.status("sampling the base ..."):
+            informative_completions(
+                base, tokenizer, task, self.recipe, seed=self.settings.seed, batch_size=self.generate
+            )
+
     def _with_rate(self, record: RunRecord, rate: float, how: LearningRate) -> RunRecord:
         self.config.learning_rate = rate
         config = {**record.settings.config, "learning_rate": rate}
@@ -517,6 +532,7 @@ class _Training:
                 tokens_trained=result.tokens_trained,
                 seconds=seconds,
                 sha256={file.name: file_digest(file) for file in sorted(published.glob("*.safetensors"))},
+                movement=self._movement(result.model, published),
                 **self.judge.after(result, full=layers is None),
             )
             record = replace(record, status="finished", results=results)
@@ -525,6 +541,18 @@ class _Training:
         self.judge.watch.remove()
         folder.write_record(record)
         return Run(record, result.model, tokenizer, folder.path, folder.main)
+
+    def _movement(self, model: PeftModel | PreTrainedModel, published: Path) -> Movement | None:
+        """How far the trained tensors moved, and a word where some did not; None where that cannot be measured."""
+        if isinstance(model, PeftModel):
+            movement = movement_of_model(model)
+        elif self.folder.main:
+            movement = movement_of_files(self.settings.model, published, revision=self.settings.revision)
+        else:
+            movement = None
+        for line in [movement.summary(), *movement.notes()] if movement else []:
+            self.progress.note(line)
+        return movement
 
 
 def _open_task(settings: TrainingSettings) -> Task | None:
