@@ -133,7 +133,7 @@ def run_demo(
             chat=False,
             trust_remote_code=trust_remote_code,
         )
-        run = train(settings, command=command, progress=progress)
+        run = train(settings, command=command, progress=progress, keeps=False)
         evaluation = _evaluate(settings, command, progress)
         record = _record(run, evaluation, task, progress)
         _write_plots(run, record, folder)

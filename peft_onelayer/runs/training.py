@@ -84,6 +84,7 @@ def train(
     resume: bool = False,
     command: str | None = None,
     progress: Progress | None = None,
+    keeps: bool = True,
 ) -> Run:
     """Train what `settings` say with an algorithm of TRL, and write the adapter, its card and run.json to a new folder.
 
@@ -94,6 +95,7 @@ def train(
         resume: go on with the interrupted run in `settings.out`.
         command: for run.json.
         progress: is told what goes on.
+        keeps: whether to say what is kept of a run that ends early; False where the caller removes the folder then.
 
     Raises:
         ValueError: settings that cannot work, a model or data that are not there, or other settings than those of the
@@ -101,14 +103,16 @@ def train(
     """
     out = Path(settings.out)
     with output(out, KEPT) if is_main_process() else disk_errors(out, KEPT), without_progress_bars():
-        return _Training(settings, resume, command, progress or Progress()).run()
+        return _Training(settings, resume, command, progress or Progress(), keeps).run()
 
 
 class _Training:
     """The steps of `train` in their order, and what they share."""
 
-    def __init__(self, settings: TrainingSettings, resume: bool, command: str | None, progress: Progress) -> None:
-        self.settings, self.command, self.progress = settings, command, progress
+    def __init__(
+        self, settings: TrainingSettings, resume: bool, command: str | None, progress: Progress, keeps: bool
+    ) -> None:
+        self.settings, self.command, self.progress, self.keeps = settings, command, progress, keeps
         check_ranking(settings.method, settings.budget)
         if settings.method == "profile":
             raise ValueError("--method profile is of onelayer probe, which says what to give --layer")
@@ -286,14 +290,14 @@ class _Training:
         try:
             yield
         except BaseException as error:
-            if self.folder.main and (last := self.folder.last_checkpoint()):
+            if self.keeps and self.folder.main and (last := self.folder.last_checkpoint()):
                 again = shlex.join(["onelayer", "train", "--resume", "--out", str(self.settings.out)])
                 launched = int(os.environ.get("WORLD_SIZE", "1")) > 1
                 self.progress.note(
                     f"{last.name} is kept in {self.folder.checkpoints}; go on from it with: {again}"
                     + (" (started by the same launcher)" if launched else "")
                 )
-            elif self.folder.main and not isinstance(error, Exception):
+            elif self.keeps and self.folder.main and not isinstance(error, Exception):
                 self.progress.note("no checkpoint had been written yet")
             raise
 
