@@ -46,7 +46,7 @@ def movement_of_model(model: Any, adapter_name: str | None = None) -> Movement |
         if layer.merged:
             raise ValueError("an adapter is merged into the base; call unmerge_adapter() first.")
         for part, parameter in layer.base_layer.named_parameters(recurse=False):
-            master = layer.single_layer_params[adapter_name][part]
+            master = layer.single_layer_params[adapter_name].get_parameter(part)
             both = (parameter, master)
             if any(isinstance(t, DTensor) or t.is_meta or not t.numel() for t in both):
                 return None
