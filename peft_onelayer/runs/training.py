@@ -16,7 +16,7 @@ from typing import Any
 
 from accelerate.utils import broadcast_object_list
 from peft import PeftModel
-from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainingArguments
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback, TrainingArguments
 
 from peft_onelayer.analysis.movement import movement_of_files, movement_of_model
 from peft_onelayer.hub.card import model_card
@@ -36,7 +36,7 @@ from peft_onelayer.rl.algorithms import Algorithm, load_algorithm
 from peft_onelayer.rl.preferences import OfflineData, load_preferences, pairs_from_rollouts
 from peft_onelayer.rl.recipe import Recipe, make_recipe, refuse_fields, refuse_without_effect
 from peft_onelayer.rl.sampling import PAIRS_OPTIONS, sampling_of_run, with_given
-from peft_onelayer.rl.training import prompts_needed, steps_of_epochs, train_rows
+from peft_onelayer.rl.training import completions_per_step, prompts_needed, steps_of_epochs, train_rows
 from peft_onelayer.rollouts.completions import show_completions, why_equal
 from peft_onelayer.rollouts.prompts import check_prompt, with_chat_prompts
 from peft_onelayer.rollouts.settings import Sampling
@@ -44,6 +44,7 @@ from peft_onelayer.tasks import Task, open_task
 from peft_onelayer.tuner import find_decoder_stack
 
 from .describe import describe_config, describe_machine, describe_model, is_main_process
+from .first_rewards import FirstRewards
 from .folder import RunFolder, step_of
 from .judging import Judge
 from .log import RunLog
@@ -165,13 +166,13 @@ class _Training:
             "output_dir": str(self.folder.checkpoints),
             "seed": settings.seed,
             "max_steps": settings.steps or (STEPS if self.algorithm.online else -1),
-            "report_to": reporters(settings.report_to),
         }
         if settings.report_to != "none" and holds_secrets(given):
             raise ValueError(
                 "--set gives a secret, which --report-to would log with all settings; leave one of them out, or give "
                 "the secret by an environment variable"
             )
+        fixed["report_to"] = reporters(settings.report_to)
         make = partial(self.recipe.config, **{k: v for k, v in defaults.items() if k not in given})
         if self.algorithm.online and "num_train_epochs" in given:
             fixed["max_steps"] = self._steps_of_epochs(make(**fixed | {"max_steps": 1}))
@@ -199,7 +200,7 @@ class _Training:
         settings = self.settings
         if not (settings.pairs_from_task or (settings.layer == "auto" and not settings.full)):
             # What vLLM alone understands is no fault of a run that samples with it.
-            return None if self._uses_vllm else sampling_of_run(self.algorithm, self.config)
+            return None if self.config.to_dict().get("use_vllm") else sampling_of_run(self.algorithm, self.config)
         own = sampling_of_run(self.algorithm, self.config)
         own = replace(own, samples=SAMPLES_PER_PAIR, seed=settings.seed, batch_size=self.generate)
         return with_given(own, settings.sampling, PAIRS_OPTIONS)
@@ -260,8 +261,6 @@ class _Training:
                         record = self._chosen(record, base, tokenizer, self.task)
                     if "learning_rate" not in self.recipe.given and record.learning_rate is None:
                         record = self._with_found_rate(record, base, tokenizer, self.task)
-                    elif record.learning_rate is None and not self.folder.previous and not self._uses_vllm:
-                        self._check_rewards(base, tokenizer, self.task)
                 except NothingToLearnError as error:
                     raise self._explain(error) from error
                 self.folder.write_record(record)
@@ -273,7 +272,10 @@ class _Training:
                 if "num_train_epochs" in self.recipe.given and self.task.train_size:
                     needed = self.task.train_size
                 rows = self.task.rows("train", needed, settings.seed)
-            return self._train(record, base, tokenizer, rows)
+            try:
+                return self._train(record, base, tokenizer, rows)
+            except NothingToLearnError as error:
+                raise self._explain(error) from error
 
     def _tell_of_more_steps(self, before: int) -> None:
         """What a run that was begun with fewer steps is, and is not."""
@@ -433,17 +435,6 @@ class _Training:
             record, found.learning_rate, LearningRate(self.config.learning_rate, "first step", **how)
         )
 
-    @property
-    def _uses_vllm(self) -> bool:
-        return bool(self.config.to_dict().get("use_vllm"))
-
-    def _check_rewards(self, base: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, task: Task) -> None:
-        """Raise NothingToLearnError where the base's completions teach nothing, before a step is wasted on them."""
-        with self.progress.status("sampling the base ..."):
-            informative_completions(
-                base, tokenizer, task, self.recipe, seed=self.settings.seed, batch_size=self.generate
-            )
-
     def _with_rate(self, record: RunRecord, rate: float, how: LearningRate) -> RunRecord:
         self.config.learning_rate = rate
         config = {**record.settings.config, "learning_rate": rate}
@@ -520,7 +511,10 @@ class _Training:
                     save_to=scratch,
                     on_step=lambda step, value: update(step, f"{kind} {value:.3g}"),
                     on_log=log.write if log else lambda step, logs: None,
-                    callbacks=self.judge.during(folder.checkpoints, folder.main),
+                    callbacks=[
+                        *self.judge.during(folder.checkpoints, folder.main),
+                        *self._first_rewards(base, tokenizer),
+                    ],
                     at_end=self.judge.choose,
                 )
             seconds = round(time.perf_counter() - start, 1)
@@ -545,6 +539,15 @@ class _Training:
         self.judge.watch.remove()
         folder.write_record(record)
         return Run(record, result.model, tokenizer, folder.path, folder.main)
+
+    def _first_rewards(self, base: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[TrainerCallback]:
+        """What looks at the first rewards of a run whose learning rate was given: nothing else sampled its task."""
+        group = self.algorithm.group_size
+        if self.task is None or group is None or "learning_rate" not in self.recipe.given:
+            return []
+        prompts = completions_per_step(self.config) / self.config.to_dict()[group]
+        look = partial(informative_completions, base, tokenizer, self.task, self.recipe, batch_size=self.generate)
+        return [FirstRewards(prompts, look)]
 
     def _movement(self, model: PeftModel | PreTrainedModel, published: Path) -> Movement | None:
         """How far the trained tensors moved, and a word where some did not; None where that cannot be measured."""

@@ -173,12 +173,12 @@ def test_nothing_is_picked_among_fewer_than_five_blocks():
 def test_the_recipe_is_by_default_that_of_the_commands():
     """GRPO with TRL's batch; the race finds the learning rates."""
     model, tokenizer = demo_model.load()
-    ranking = probe_layers(model, tokenizer, ARITHMETIC, method="race", budget=0.9, layers=[2, 5, 9])
+    ranking = probe_layers(model, tokenizer, ARITHMETIC, method="race", budget=0.5, layers=[2, 5, 9], training_steps=30)
     assert ranking.learning_rate in ranking.learning_rates
     assert all(0.01 <= kl <= 0.025 for kl, noise in ranking.first_step_kl.values())
     spent = ranking.cost["tokens_generated"] + ranking.cost["tokens_trained"]
     config = make_recipe("grpo", ARITHMETIC).config(output_dir="unused")
-    one_run = 150 * completions_per_step(config) * (5 + 14)  # tokens of a completion; with its prompt
+    one_run = 30 * completions_per_step(config) * (5 + 14)  # tokens of a completion; with its prompt
     assert spent / one_run == pytest.approx(ranking.cost["share"], rel=0.03)
 
 

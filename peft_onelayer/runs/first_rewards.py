@@ -1,0 +1,32 @@
+"""Looks closer where the first steps of a run find no two completions of a prompt that differ in reward."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+from transformers import TrainerCallback
+
+PROMPTS = 32  # without a difference in reward, after which to look
+
+
+class FirstRewards(TrainerCallback):
+    """Calls `look` once if TRL's share of groups of equal rewards is 1 in all steps of the first `PROMPTS` prompts.
+
+    Args:
+        prompts: of a step.
+        look: samples the task, and raises where it can teach nothing.
+    """
+
+    def __init__(self, prompts: float, look: Callable[[], object]) -> None:
+        self.left, self.look = math.ceil(PROMPTS / prompts), look
+
+    def on_log(self, args, state, control, logs=None, **kwargs) -> None:
+        if self.left == 0 or "frac_reward_zero_std" not in (logs or {}):
+            return
+        if logs["frac_reward_zero_std"] < 1:
+            self.left = 0
+            return
+        self.left -= 1
+        if self.left == 0:
+            self.look()
