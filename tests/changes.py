@@ -18,7 +18,7 @@ def save_tensors(folder, tensors):
     """A checkpoint of a model that transformers does not know: names are those in the file."""
     folder.mkdir()
     save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, folder / "model.safetensors")
-    (folder / "config.json").write_text(json.dumps({"model_type": "none_of_transformers"}))
+    (folder / "config.json").write_text(json.dumps({"model_type": "none_of_transformers"}), encoding="utf-8")
     return folder
 
 

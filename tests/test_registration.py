@@ -149,6 +149,7 @@ def test_threads_that_import_at_once(run, codes):
     run(f"{REGISTER}{THREADS.replace('CODES', repr(codes))}{CHECK}{NO_TRACE}")
 
 
+@pytest.mark.more
 def test_the_real_peft_after_us_with_transformers_looking_for_it_first():
     code = """
 import pickle, sys, peft_onelayer

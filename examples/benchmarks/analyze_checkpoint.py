@@ -54,7 +54,7 @@ def shapes(gigabytes: float) -> dict[str, tuple[int, ...]]:
 def write_checkpoint(folder: Path, tensors: dict[str, tuple[int, ...]], changed: int) -> None:
     """Write a checkpoint of zeros, but for random values in the first `changed` blocks."""
     folder.mkdir()
-    (folder / "config.json").write_text('{"model_type": "none_of_transformers"}')
+    (folder / "config.json").write_text('{"model_type": "none_of_transformers"}', encoding="utf-8")
     offsets, end = {}, 0
     for name, shape in tensors.items():
         offsets[name] = (end, end + 2 * int(np.prod(shape)))
@@ -92,7 +92,7 @@ def main() -> None:
         print(f"two checkpoints of {size / 1e9:.2f} GB, {len(tensors)} tensors, {arguments.changed} blocks changed")
         start = time.perf_counter()
         command = [sys.executable, "-c", PEAK, str(root / "base"), str(root / "other"), str(arguments.spectrum)]
-        peak, changed, entries, summary = subprocess.check_output(command, text=True).splitlines()
+        peak, changed, entries, summary = subprocess.check_output(command, encoding="utf-8").splitlines()
         print(f"peak memory {int(peak) / 1e3:.0f} MB, {time.perf_counter() - start:.0f} s, imports included")
         print(f"{changed} of {entries} entries changed: {summary}")
     finally:

@@ -104,7 +104,7 @@ def _work(scorer: Callable[..., float], calls: Sequence[tuple[Any, ...]], second
     signal.signal(signal.SIGPROF, signal.SIG_DFL)
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     if sys.platform == "linux":  # macOS does not hold to it
-        with open("/proc/self/statm") as file:
+        with open("/proc/self/statm", encoding="utf-8") as file:
             size = int(file.read().split()[0]) * resource.getpagesize() + MEMORY
         _, highest = resource.getrlimit(resource.RLIMIT_AS)
         if highest == resource.RLIM_INFINITY or size < highest:

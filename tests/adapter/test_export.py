@@ -120,6 +120,7 @@ def in_plain_peft(bases):
     assert done.returncode == 0, done.stderr
 
 
+@pytest.mark.more
 @pytest.mark.parametrize("name", ["peft", "of_sparse", "in_its_dtype"])
 def test_peft_loads_it_without_this_package(made, in_plain_peft, name):
     results, weights = torch.load(made / name / "outputs")

@@ -393,6 +393,7 @@ def test_killed_at_any_moment(sharded, tmp_path):
     assert contents(out) == contents(expected)
 
 
+@pytest.mark.more
 def test_terminated_in_the_middle(sharded, tmp_path):
     """The command removes what it has written when it is asked to end."""
     slow = """

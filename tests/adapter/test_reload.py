@@ -36,6 +36,7 @@ def test_fingerprint_leaves_the_model_in_its_mode(saved):
     assert model.training
 
 
+@pytest.mark.more
 def test_a_folder_without_an_adapter_is_one_line(tmp_path):
     with pytest.raises(RuntimeError, match="in a fresh process failed") as caught:
         fingerprint_in_fresh_process(tmp_path, [[3]])

@@ -165,6 +165,7 @@ def test_layers_as_the_tuner_takes_them(train, layer, blocks):
     assert run["layers"] == blocks and changed_tensors(folder) == tensors_of(*blocks)
 
 
+@pytest.mark.more
 def test_auto_ranks_first(train, onelayer, tmp_path):
     wide = ["--set", "per_device_train_batch_size=256", *FAST[2:]]  # few, large batches
     run, folder = train("train", BASE, "--task", "arithmetic", "--steps", "16", *wide)
@@ -230,6 +231,7 @@ def test_offline_on_a_file_of_preferences(train, tmp_path):
     assert run["settings"]["dataset"]["data"]["pairs.jsonl"]
 
 
+@pytest.mark.more
 def test_top_entropy_is_ours_and_not_trls(train):
     options = ["--top-entropy", "0.2", "--set", "loss_type=dapo"]
     ours, folder = train(*ON_BLOCK_5, "--steps", "2", *options)

@@ -113,7 +113,7 @@ def test_help_and_version(onelayer):
 @pytest.mark.parametrize(
     ("signum", "code", "stage"),
     [
-        (signal.SIGINT, 130, "training block 5"),
+        pytest.param(signal.SIGINT, 130, "training block 5", marks=pytest.mark.more),
         pytest.param(signal.SIGTERM, 143, "training block 5", marks=pytest.mark.more),
         pytest.param(signal.SIGINT, 130, "ranking the blocks", marks=pytest.mark.more),
         pytest.param(signal.SIGTERM, 143, "ranking the blocks", marks=pytest.mark.more),

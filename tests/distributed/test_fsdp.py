@@ -12,6 +12,8 @@ from distributed.launch import run_on_two
 from distributed.runs import copies, distance, fresh, train
 from models import build
 
+pytestmark = pytest.mark.more
+
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 POLICIES = ("blocks", "kept", "root", "mixed_precision", "cpu_offload", "accelerate", "accelerate-ram")
 TRAINING = [

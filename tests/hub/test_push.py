@@ -200,6 +200,7 @@ def test_one_line_and_the_second_try_completes(hub, ask, quick, step, what):
     assert len(hub.repos["me/gsm"].commits) == 2
 
 
+@pytest.mark.more
 @pytest.mark.parametrize(("step", "what"), [("PUT /upload", "drop"), ("PUT /upload", 500), ("/objects/batch", 502)])
 def test_a_fault_that_passes_is_not_even_seen(hub, ask, quick, step, what):
     hub.faults = [Fault(step, what)]

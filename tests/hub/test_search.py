@@ -72,6 +72,7 @@ def test_wrong_use(ask, hub):
     assert answer.code == 1 and answer.err[0].startswith("onelayer: cannot search: the Hub refused the token")
 
 
+@pytest.mark.more
 @pytest.mark.parametrize("what", [503, "drop", "hang"])
 def test_a_fault_ends_right_or_in_one_line_and_the_second_try_completes(shelf, hub, ask, what):
     hub.hang = 3.5  # longer than the client waits

@@ -79,6 +79,7 @@ def test_it_ranks_every_block_and_leaves_the_model_as_it_was(default):
     assert [spent for *_, spent in turns] == sorted(spent for *_, spent in turns)
 
 
+@pytest.mark.more
 def test_the_same_seed_gives_the_same_ranking(default):
     ranking, *_ = default
     again = demo_race(rank=probe_layers, budget=0.1)
@@ -102,6 +103,7 @@ def test_it_spends_no_more_than_its_budget(budget, steps):
     assert spent / one_run == pytest.approx(ranking.cost["share"], rel=0.03)
 
 
+@pytest.mark.more
 def test_the_share_is_of_what_a_run_counts():
     """The same tokens that TRL counts in a run of the demo's recipe."""
     ranking = demo_race(budget=0.05, training_steps=100)
@@ -124,6 +126,7 @@ def test_a_budget_too_small_says_what_it_needs():
     assert fallen_back.method == "prior" and 0 < fallen_back.cost["share"] <= 0.002  # it had a look at the base
 
 
+@pytest.mark.more
 def test_a_later_round_in_which_nobody_had_a_turn(monkeypatch):
     give_turns = _Race._give_turns
 

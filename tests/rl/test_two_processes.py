@@ -9,6 +9,8 @@ from test_entropy import make, make_inputs, reference
 from test_gigpo_trainer import expected, rollouts
 from tuner.helpers import same
 
+pytestmark = pytest.mark.more
+
 
 @pytest.fixture(scope="module")
 def found(tmp_path_factory):

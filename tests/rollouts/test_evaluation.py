@@ -101,6 +101,7 @@ def test_the_models_own_sampling_settings_play_no_part(sampled):
     assert evaluate(model, tokenizer, TASK, ROWS) == sampled
 
 
+@pytest.mark.more
 def test_prompts_of_different_lengths_are_padded_on_the_left(base):
     rows = [row for pair in zip(ROWS[:20], SORT_ROWS, strict=True) for row in pair]
     together, alone = Recorder(), Recorder()

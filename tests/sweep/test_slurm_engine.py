@@ -19,6 +19,7 @@ def specs(layers, **settings):
     return [RunSpec("m", "t", layer, "grpo", 1, 0, settings, problems=3) for layer in layers]
 
 
+@pytest.mark.more
 def test_every_row_once_and_lost_jobs_are_submitted_again(tmp_path, monkeypatch):
     monkeypatch.setattr(submitit.Job, "_results_timeout_s", 0.2)  # it waits so long for a slow file system
     todo = specs(range(4), kill={"1": 2, "2": 99}, fail={"3": "no luck"})

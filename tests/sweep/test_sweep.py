@@ -205,6 +205,7 @@ def test_killed_at_random_moments_it_ends_with_the_same_rows(tmp_path):
     assert [path.name for path in out.parent.iterdir() if "onelayer-lock" in path.name] == []
 
 
+@pytest.mark.more
 def test_workers_that_die_leave_the_same_rows(tmp_path):
     kill = {"kill": {"3": 1, "full": 2}}
     sweep(tmp_path / "dying", fate=kill)

@@ -87,6 +87,7 @@ def test_seeds_of_train_and_test_never_meet_and_those_of_test_are_distinct():
         task.rows("valid", 1, 0)
 
 
+@pytest.mark.more
 def test_no_game_of_test_has_the_content_of_a_game_of_train_whatever_the_seeds():
     # From sixty games only, so that without the rule many a game would be in both splits.
     few = cache(lambda number: TINY.make(number))
@@ -96,10 +97,12 @@ def test_no_game_of_test_has_the_content_of_a_game_of_train_whatever_the_seeds()
     assert not contents["train"] & contents["test"]
 
 
+@pytest.mark.more
 def test_the_held_out_games_differ_in_content():
     assert len({game_content(draw_game(TINY, "test", row["seed"])) for row in rows("textworld:tiny", "test")}) == 20
 
 
+@pytest.mark.more
 def test_another_process_makes_the_same_game_from_a_seed():
     code = (
         "from peft_onelayer.tasks.textworld import FAMILIES, draw_game, game_content\n"

@@ -89,6 +89,7 @@ def test_an_ema_teacher_starts_as_the_student(tmp_path, chat_tokenizer, cell):
     assert losses["live"][0] == losses["ema"][0] and losses["live"][1] != losses["ema"][1]
 
 
+@pytest.mark.more
 def test_a_moving_reference_survives_a_resumed_run(tmp_path, chat_tokenizer):
     def run(folder, resume=None):
         model = wrap(build(num_layers=3, dtype=torch.bfloat16), layer=1, task_type="CAUSAL_LM")

@@ -11,6 +11,8 @@ from peft_onelayer import SingleLayerConfig
 from peft_onelayer.tuner import find_decoder_stack
 from tuner.helpers import masters, move, same, wrap
 
+pytestmark = pytest.mark.more
+
 # Traces forward and backward exactly as for a GPU, then runs the operators as they are: no compiler is needed, and the
 # results can be compared bit for bit.
 BACKEND = "aot_eager"

@@ -250,6 +250,7 @@ def test_everything_is_pushed_again_after_sleep(run):
     assert all(p.isnan().all() for p in r.engine.model.parameters())
 
 
+@pytest.mark.more
 @pytest.mark.parametrize(
     ("mode", "then"),
     [("colocate", "train"), ("server", "train"), ("colocate", "forward"), ("server", "sync")],
