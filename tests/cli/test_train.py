@@ -313,7 +313,7 @@ def prompts(tmp_path):
 EPOCHS = [
     ("grpo", "2", 8, 2 * 8),  # 32 completions a step, 8 of a prompt
     pytest.param("grpo", "0.5", 2, None, marks=pytest.mark.more),
-    pytest.param("rloo", "1", 1, 2, marks=pytest.mark.more),  # 2 of a prompt
+    pytest.param("rloo", "1", 4, 8, marks=pytest.mark.more),
     pytest.param("online_dpo", "2", 4, 2 * 2, marks=pytest.mark.more),  # 8 prompts a step, 2 completions of each
     pytest.param("a2po", "3", 6, None, marks=pytest.mark.more),
 ]
