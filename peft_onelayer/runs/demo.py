@@ -35,14 +35,16 @@ from peft_onelayer.rl.recipe import demo_config
 from peft_onelayer.tasks import load_task
 
 from .evaluation import evaluate
+from .log import LOG
 from .models import check_model_name
 from .progress import Progress
+from .recipes import RUN_YAML
 from .settings import STEPS, EvaluationSettings, TrainingSettings
 from .training import Run, train
 
 DEMO, ADAPTER = "demo.json", "adapter"
 FILES = {ADAPTER, DEMO, "ranking.png", "reward.png"}
-ADAPTER_FILES = {CONFIG, WEIGHTS, CARD, PROFILE, RUN, EVALUATION}
+ADAPTER_FILES = {CONFIG, WEIGHTS, CARD, PROFILE, RUN, EVALUATION, RUN_YAML, LOG}
 TASKS = ("arithmetic", "sort")
 PROBLEMS, SAMPLES = 1024, 4
 PACKAGES = ("peft-onelayer", "peft", "trl", "transformers", "torch")

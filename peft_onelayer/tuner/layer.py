@@ -272,6 +272,8 @@ _tuned: weakref.WeakKeyDictionary[nn.Module, tuple[int, list[SingleLayerLayer]]]
 
 def tuned_layers(model: nn.Module) -> list[SingleLayerLayer]:
     """The wrapped modules in `model`."""
+    if torch.compiler.is_compiling():  # a trace would guard on the models that the cache held then
+        return [module for module in model.modules() if isinstance(module, SingleLayerLayer)]
     made, layers = _tuned.get(model, (-1, []))
     if made != SingleLayerLayer.made:
         layers = [module for module in model.modules() if isinstance(module, SingleLayerLayer)]

@@ -553,7 +553,9 @@ down()
 import threading
 def loop():
     while True: pass
-for _ in range(4): threading.Thread(target=loop).start()
+threads = [threading.Thread(target=loop) for _ in range(4)]
+for thread in threads: thread.start()
+threads[0].join()
 # --- blocked signals and a pipe that nobody writes to
 import os, signal
 signal.pthread_sigmask(signal.SIG_BLOCK, range(1, 65))
