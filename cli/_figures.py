@@ -1,14 +1,17 @@
-"""How commands print a score and what the completions behind it look like."""
+"""How commands print a score, what the completions behind it look like, and a finished run."""
 
 from __future__ import annotations
 
+import statistics
 from collections.abc import Mapping
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ._output import print_line, print_table
 
 if TYPE_CHECKING:
     from peft_onelayer.records.figures import CompletionStatistics, Figures, Measured
+    from peft_onelayer.records.run import RunRecord
 
 
 def score(figures: Figures | None, sign: str = "") -> str:
@@ -45,3 +48,39 @@ def print_held_out(results: Mapping[str, Measured]) -> None:
         }
     )
     print_line("Mean reward ± its standard error over the n problems, paired by problem.")
+
+
+def print_run(run: RunRecord, out: Path) -> None:
+    """What a training run did, and what it was worth."""
+    settings, results = run.settings, run.results
+    assert results is not None
+    blocks = "all" if run.layers is None else ", ".join(map(str, run.layers))
+    print_table(
+        f"{settings.algorithm} on {settings.source.name}",
+        ["", ""],
+        [
+            ["blocks trained", f"{blocks} of {settings.model.num_layers}"],
+            ["steps", str(results.steps)],
+            _first_and_last("reward", results.rewards) if results.rewards else _first_and_last("loss", results.losses),
+            ["tokens generated, trained on", f"{results.tokens_generated:,}, {results.tokens_trained:,}"],
+            ["time", f"{results.seconds:.0f} s"],
+        ],
+    )
+    if results.completions:
+        print_completions({"in training": results.completions})
+    held_out = {settings.source.name: results.held_out} if results.held_out else {}
+    print_held_out(held_out | (results.also or {}))
+    if results.kept_step is not None:
+        print_line(f"Kept: the state after step {results.kept_step}, which scored best on held-out problems.")
+    if results.verdict:
+        print_line(f"Verdict: {results.verdict}.")
+    if results.stopped:
+        print_line(f"The run {results.stopped}.")
+    print_line(f"Written to {out}: " + ", ".join(sorted(p.name for p in out.iterdir())))
+
+
+def _first_and_last(name: str, values: list[float]) -> list[str]:
+    """What the first and the last tenth of the run had on average."""
+    tenth = max(1, len(values) // 10)
+    first, last = statistics.fmean(values[:tenth]), statistics.fmean(values[-tenth:])
+    return [f"mean {name} in training", f"{first:.3g} -> {last:.3g} (first and last {tenth} of {len(values)} logs)"]

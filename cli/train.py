@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import statistics
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
 from ._errors import user_error
-from ._figures import print_completions, print_held_out
+from ._figures import print_run
 from ._options import (
     Also,
     Budget,
@@ -28,11 +27,7 @@ from ._options import (
     TrustRemoteCode,
     Unsafe,
 )
-from ._output import TerminalProgress, command_line, print_line, print_table, status
-
-if TYPE_CHECKING:
-    from peft_onelayer.records.run import RunRecord
-
+from ._output import TerminalProgress, command_line, status
 
 # Parameters that say how to run, or are read in another way.
 NOT_SETTINGS = {"settings", "sampling", "out", "recipe", "config", "resume", "as_json"}
@@ -184,41 +179,6 @@ def train(
     if as_json:
         print(run.record.to_json(), end="")
     else:
-        _print_summary(run.record, Path(asked.out))
+        print_run(run.record, Path(asked.out))
     if run.record.results and run.record.results.stopped:
         raise typer.Exit(1)
-
-
-def _print_summary(run: RunRecord, out: Path) -> None:
-    settings, results = run.settings, run.results
-    assert results is not None
-    blocks = "all" if run.layers is None else ", ".join(map(str, run.layers))
-    print_table(
-        f"{settings.algorithm} on {settings.source.name}",
-        ["", ""],
-        [
-            ["blocks trained", f"{blocks} of {settings.model.num_layers}"],
-            ["steps", str(results.steps)],
-            _progress("reward", results.rewards) if results.rewards else _progress("loss", results.losses),
-            ["tokens generated, trained on", f"{results.tokens_generated:,}, {results.tokens_trained:,}"],
-            ["time", f"{results.seconds:.0f} s"],
-        ],
-    )
-    if results.completions:
-        print_completions({"in training": results.completions})
-    held_out = {settings.source.name: results.held_out} if results.held_out else {}
-    print_held_out(held_out | (results.also or {}))
-    if results.kept_step is not None:
-        print_line(f"Kept: the state after step {results.kept_step}, which scored best on held-out problems.")
-    if results.verdict:
-        print_line(f"Verdict: {results.verdict}.")
-    if results.stopped:
-        print_line(f"The run {results.stopped}.")
-    print_line(f"Written to {out}: " + ", ".join(sorted(p.name for p in out.iterdir())))
-
-
-def _progress(name: str, values: list[float]) -> list[str]:
-    """What the first and the last tenth of the run had on average."""
-    tenth = max(1, len(values) // 10)
-    first, last = statistics.fmean(values[:tenth]), statistics.fmean(values[-tenth:])
-    return [f"mean {name} in training", f"{first:.3g} -> {last:.3g} (first and last {tenth} of {len(values)} logs)"]

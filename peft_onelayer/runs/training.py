@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import shlex
 import shutil
@@ -14,33 +13,22 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from accelerate.utils import broadcast_object_list
 from peft import PeftModel
-from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback, TrainingArguments
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
 
 from peft_onelayer.analysis.movement import movement_of_files, movement_of_model
 from peft_onelayer.hub.card import model_card
 from peft_onelayer.layers import resolve_layers
 from peft_onelayer.probe.race import NothingToLearnError
-from peft_onelayer.probe.rate import find_learning_rate, informative_completions
-from peft_onelayer.probe.updates import FOUND_RATE_KL
+from peft_onelayer.probe.rate import informative_completions
 from peft_onelayer.records.disk import disk_errors
-from peft_onelayer.records.files import CARD, CONFIG, PROFILE, WEIGHTS, file_digest, output, read_fields, read_text
+from peft_onelayer.records.files import CARD, CONFIG, WEIGHTS, file_digest, output, read_fields
 from peft_onelayer.records.locate import adapter_folder
 from peft_onelayer.records.movement import Movement
-from peft_onelayer.records.privacy import holds_secrets
-from peft_onelayer.records.ranking import LayerRanking
-from peft_onelayer.records.run import DataSource, LearningRate, RunRecord, RunResults, RunSettings, differences
+from peft_onelayer.records.run import DataSource, RunRecord, RunResults, RunSettings, differences
 from peft_onelayer.records.text import name_blocks
-from peft_onelayer.rl.algorithms import Algorithm, load_algorithm
-from peft_onelayer.rl.preferences import OfflineData, load_preferences, pairs_from_rollouts
-from peft_onelayer.rl.recipe import Recipe, make_recipe, refuse_fields, refuse_without_effect
-from peft_onelayer.rl.sampling import PAIRS_OPTIONS, sampling_of_run, with_given
-from peft_onelayer.rl.training import completions_per_step, prompts_needed, steps_of_epochs, train_rows
-from peft_onelayer.rollouts.completions import show_completions, why_equal
-from peft_onelayer.rollouts.prompts import check_prompt, with_chat_prompts
-from peft_onelayer.rollouts.settings import Sampling
-from peft_onelayer.tasks import Task, open_task
+from peft_onelayer.rl.training import completions_per_step, steps_of_epochs, train_rows
+from peft_onelayer.rollouts.prompts import with_chat_prompts
 from peft_onelayer.tuner import find_decoder_stack
 
 from .describe import describe_config, describe_machine, describe_model, is_main_process
@@ -48,15 +36,13 @@ from .first_rewards import FirstRewards
 from .folder import RunFolder, step_of
 from .judging import Judge
 from .log import RunLog
-from .models import check_model_name, load_causal_lm, to_device, without_progress_bars
+from .models import load_causal_lm, to_device, without_progress_bars
+from .plan import TrainingPlan
+from .preparation import Preparation
 from .progress import Progress
-from .ranking import describe, rank_blocks
 from .recipes import RUN_YAML, recipe_of
-from .reporting import reporters
-from .settings import GENERATE, STEPS, TRAINING_OPTIONS, TrainingSettings, check_ranking
+from .settings import TrainingSettings
 
-SAMPLES_PER_PAIR = 8
-PAIRS = "pairs.jsonl"
 KEPT = "complete checkpoints are kept, and --resume goes on from them"
 
 
@@ -114,104 +100,14 @@ class _Training:
         self, settings: TrainingSettings, resume: bool, command: str | None, progress: Progress, keeps: bool
     ) -> None:
         self.settings, self.command, self.progress, self.keeps = settings, command, progress, keeps
-        check_ranking(settings.method, settings.budget)
-        if settings.method == "profile":
-            raise ValueError("--method profile is of onelayer probe, which says what to give --layer")
-        self.task = _open_task(settings)
-        if settings.sampling and not settings.pairs_from_task:
-            raise ValueError(
-                "--sampling is of --pairs-from-task; --set has the fields that an online algorithm samples by"
-            )
-        self.recipe = self._recipe(self.task)
-        self.algorithm: Algorithm = self.recipe.algorithm
-        _check_choice(settings, self.algorithm, self.task)
         self.folder = RunFolder(Path(settings.out), resume, main=is_main_process())
-        self.config = self._config()
-        self.sampling = self._sampling()
-        self.judge = Judge(settings, self.algorithm, self.config, self.task, self.generate, self.progress)
-        self.data: OfflineData | None = None
+        self.plan = plan = TrainingPlan(settings, self.folder.checkpoints)
+        self.preparation = Preparation(plan, self.folder, progress)
+        self.judge = Judge(settings, plan.algorithm, plan.config, plan.task, plan.generate, progress)
         self.init_adapter: Path | None = None
-        if settings.dataset and self.task is None:
-            self.data = load_preferences(settings.dataset, self.algorithm.data)
-        check_model_name(settings.model)
-
-    def _recipe(self, task: Task | None) -> Recipe:
-        own = TRAINING_OPTIONS
-        if self.settings.top_entropy is not None:
-            own = {**own, "top_entropy_quantile": "--top-entropy"}
-        refuse_fields(self.settings.config, own)
-        refuse_without_effect(self.settings.config, load_algorithm(self.settings.algorithm))
-        if self.settings.steps and "num_train_epochs" in self.settings.config:
-            raise ValueError("--steps and --set num_train_epochs both say how long to train; give one of them")
-        return make_recipe(
-            self.settings.algorithm,
-            task,
-            self.settings.config,
-            prompts=self.settings.prompts,
-            completions=self.settings.completions,
-            learning_rate=self.settings.learning_rate,
-            top_entropy=self.settings.top_entropy,
-        )
-
-    def _config(self) -> TrainingArguments:
-        settings, given = self.settings, self.recipe.given
-        defaults: dict[str, Any] = {"logging_steps": 1, "disable_tqdm": True, "save_total_limit": 2}
-        defaults["save_steps"] = 0.1  # of all steps
-        if settings.full:  # TRL loads the reference model anew
-            if settings.revision:
-                defaults["model_init_kwargs"] = {"revision": settings.revision}
-            if settings.trust_remote_code:
-                defaults["trust_remote_code"] = True
-        fixed: dict[str, Any] = {
-            "output_dir": str(self.folder.checkpoints),
-            "seed": settings.seed,
-            "max_steps": settings.steps or (STEPS if self.algorithm.online else -1),
-        }
-        if settings.report_to != "none" and holds_secrets(given):
-            raise ValueError(
-                "--set gives a secret, which --report-to would log with all settings; leave one of them out, or give "
-                "the secret by an environment variable"
-            )
-        fixed["report_to"] = reporters(settings.report_to)
-        make = partial(self.recipe.config, **{k: v for k, v in defaults.items() if k not in given})
-        if self.algorithm.online and "num_train_epochs" in given:
-            fixed["max_steps"] = self._steps_of_epochs(make(**fixed | {"max_steps": 1}))
-        return make(**fixed)
-
-    def _steps_of_epochs(self, config: TrainingArguments) -> int:
-        """The optimizer steps of `num_train_epochs` over the task's train split, all of which is then drawn."""
-        assert self.task is not None
-        size = self.task.train_size
-        if size is None:
-            raise ValueError(
-                f"num_train_epochs needs data with an end, and task {self.task.name} draws prompts without one; use "
-                "--steps"
-            )
-        steps = steps_of_epochs(self.algorithm, config, size)
-        if steps < 1:
-            raise ValueError(
-                f"{size} prompts, num_train_epochs={config.num_train_epochs:g}: no step; use more epochs or a smaller "
-                "--set per_device_train_batch_size"
-            )
-        return steps
-
-    def _sampling(self) -> Sampling | None:
-        """How the ranking or the pairs are sampled, as the run itself is; None where neither is wanted."""
-        settings = self.settings
-        if not (settings.pairs_from_task or (settings.layer == "auto" and not settings.full)):
-            # What vLLM alone understands is no fault of a run that samples with it.
-            return None if self.config.to_dict().get("use_vllm") else sampling_of_run(self.algorithm, self.config)
-        own = sampling_of_run(self.algorithm, self.config)
-        own = replace(own, samples=SAMPLES_PER_PAIR, seed=settings.seed, batch_size=self.generate)
-        return with_given(own, settings.sampling, PAIRS_OPTIONS)
-
-    @property
-    def generate(self) -> int:
-        """Completions at a time where there are no gradients."""
-        return max(GENERATE, self.config.per_device_train_batch_size)
 
     def run(self) -> Run:
-        settings = self.settings
+        settings, plan = self.settings, self.plan
         with self.progress.status(f"loading {settings.model} ..."):
             base, tokenizer = load_causal_lm(
                 settings.model, settings.revision, trust_remote_code=settings.trust_remote_code
@@ -223,67 +119,55 @@ class _Training:
             layers = self._blocks_of_adapter(settings.init_adapter, num_layers)
         elif not settings.full and settings.layer != "auto":
             layers = resolve_layers(settings.layer, num_layers)
-        if self.task is not None:
-            self.task, chat = with_chat_prompts(self.task, tokenizer, settings.chat)
-            self._check_prompts(tokenizer)
-        if self.algorithm.note:
-            self.progress.note(f"{self.algorithm.name}: {self.algorithm.note}")
+        if plan.task is not None:
+            plan.task, chat = with_chat_prompts(plan.task, tokenizer, settings.chat)
+            plan.check_prompts(tokenizer)
+        if plan.algorithm.note:
+            self.progress.note(f"{plan.algorithm.name}: {plan.algorithm.note}")
         record = self._record(base, layers, chat)
-        previous, raised = self.folder.previous, 0
-        if self.folder.main and previous:
-            asked = self._asked(previous)
-            if self.config.max_steps > previous.settings.config.get("max_steps", -1) > 0 and settings.steps:
-                asked = replace(asked, config={**asked.config, "max_steps": self.config.max_steps})
-                raised = previous.settings.config["max_steps"]
-            if changed := differences(asdict(asked), asdict(record.settings)):
-                raise ValueError(
-                    f"the run in {settings.out} has other settings, so it cannot go on with these: "
-                    f"{'; '.join(changed)}."
-                )
-            record = replace(record, command=previous.command)
-            if raised:
-                self._tell_of_more_steps(raised)
-            elif previous.status == "finished":
-                raise ValueError(
-                    f"the run in {settings.out} is finished; choose a new output folder, or raise --steps above "
-                    f"{self.config.max_steps} to train it further."
-                )
+        if self.folder.main and self.folder.previous:
+            record = self._resumed(record, self.folder.previous)
         with self._telling_what_is_kept(), self.folder.running(record):
             if text := recipe_of(settings):
                 self.folder.write(RUN_YAML, text)
-            if settings.pairs_from_task and self.task:
-                self.data = self._pairs(base, tokenizer, self.task, settings.pairs_from_task)
+            if settings.pairs_from_task and plan.task:
+                plan.data = self.preparation.pairs(base, tokenizer, plan.task, settings.pairs_from_task)
             if settings.full:
                 record = replace(record, why="the full-parameter baseline")
-            if self.algorithm.online and self.task:
-                try:
-                    if record.layers is None and not settings.full:
-                        record = self._chosen(record, base, tokenizer, self.task)
-                    if "learning_rate" not in self.recipe.given and record.learning_rate is None:
-                        record = self._with_found_rate(record, base, tokenizer, self.task)
-                except NothingToLearnError as error:
-                    raise self._explain(error) from error
-                self.folder.write_record(record)
-            if self.data is not None:
-                rows = self.data.rows
-            else:
-                assert self.task is not None
-                needed = prompts_needed(self.algorithm, self.config)
-                if "num_train_epochs" in self.recipe.given and self.task.train_size:
-                    needed = self.task.train_size
-                rows = self.task.rows("train", needed, settings.seed)
+            record = self.preparation.choices(record, base, tokenizer)
             try:
-                return self._train(record, base, tokenizer, rows)
+                return self._train(record, base, tokenizer, plan.rows())
             except NothingToLearnError as error:
-                raise self._explain(error) from error
+                raise self.preparation.explain(error) from error
+
+    def _resumed(self, record: RunRecord, previous: RunRecord) -> RunRecord:
+        """The run that goes on from `previous`, whose settings must be the same; only more steps may be asked for."""
+        asked, raised, config = self._asked(previous), 0, self.plan.config
+        if config.max_steps > previous.settings.config.get("max_steps", -1) > 0 and self.settings.steps:
+            asked = replace(asked, config={**asked.config, "max_steps": config.max_steps})
+            raised = previous.settings.config["max_steps"]
+        if changed := differences(asdict(asked), asdict(record.settings)):
+            raise ValueError(
+                f"the run in {self.settings.out} has other settings, so it cannot go on with these: "
+                f"{'; '.join(changed)}."
+            )
+        if raised:
+            self._tell_of_more_steps(raised)
+        elif previous.status == "finished":
+            raise ValueError(
+                f"the run in {self.settings.out} is finished; choose a new output folder, or raise --steps above "
+                f"{config.max_steps} to train it further."
+            )
+        return replace(record, command=previous.command)
 
     def _tell_of_more_steps(self, before: int) -> None:
         """What a run that was begun with fewer steps is, and is not."""
-        schedule = getattr(self.config.lr_scheduler_type, "value", self.config.lr_scheduler_type)
+        config = self.plan.config
+        schedule = getattr(config.lr_scheduler_type, "value", config.lr_scheduler_type)
         self.progress.note(
-            f"{self.config.max_steps} steps instead of {before}: after its first step, which has the old rate, the "
+            f"{config.max_steps} steps instead of {before}: after its first step, which has the old rate, the "
             f"learning rate follows the {schedule} schedule to the new end, and prompts are drawn from a longer list, "
-            f"so this is not the run that {self.config.max_steps} steps from the start would have been"
+            f"so this is not the run that {config.max_steps} steps from the start would have been"
         )
 
     @contextmanager
@@ -321,32 +205,19 @@ class _Training:
             )
         return layers
 
-    def _check_prompts(self, tokenizer: PreTrainedTokenizerBase) -> None:
-        """Refuse prompts that are too few for a step or that the tokenizer cannot write."""
-        assert self.task is not None
-        needed = prompts_needed(self.algorithm, self.config, steps=1) if self.algorithm.online else 1
-        rows = self.task.rows("train", needed, self.settings.seed)
-        if len(rows) < needed:
-            raise ValueError(
-                f"one step draws {needed} prompts and task {self.task.name} has {len(rows)}; use a smaller "
-                "--set per_device_train_batch_size"
-            )
-        kwargs = self.sampling.chat_template_kwargs if self.sampling else self.recipe.given.get("chat_template_kwargs")
-        check_prompt(rows[0], tokenizer, self.settings.model, kwargs or {})
-
     def _record(self, base: PreTrainedModel, layers: list[int] | None, chat: bool | None) -> RunRecord:
-        settings, task = self.settings, self.task
+        settings, task, data = self.settings, self.plan.task, self.plan.data
         layer = settings.layer if isinstance(settings.layer, (int, str)) else list(settings.layer)
         return RunRecord(
             command=self.command,
             settings=RunSettings(
                 model=describe_model(base),
-                algorithm=self.algorithm.name,
-                trainer=self.algorithm.trainer,
+                algorithm=self.plan.algorithm.name,
+                trainer=self.plan.algorithm.trainer,
                 task=DataSource(task.name, dict(task.data), chat) if task else None,
                 seed=settings.seed,
-                config=describe_config(self.config),
-                dataset=DataSource(str(settings.dataset), dict(self.data.data)) if self.data and not task else None,
+                config=describe_config(self.plan.config),
+                dataset=DataSource(str(settings.dataset), dict(data.data)) if data and not task else None,
                 layer=None if settings.full else layer,
                 full=settings.full,
                 top_entropy=settings.top_entropy,
@@ -374,105 +245,6 @@ class _Training:
         config = {**previous.settings.config, "learning_rate": previous.learning_rate.asked}
         return replace(previous.settings, config=config)
 
-    def _kept_ranking(self) -> LayerRanking | None:
-        path = self.folder.path / PROFILE
-        return LayerRanking.from_json(read_text(path), str(path)) if path.exists() else None
-
-    def _chosen(
-        self, record: RunRecord, base: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, task: Task
-    ) -> RunRecord:
-        """The run with the blocks and the learning rate that a ranking chooses; it is kept for a resumption."""
-        ranking = self._kept_ranking()
-        if ranking is None:
-            ranking = rank_blocks(
-                base,
-                tokenizer,
-                task,
-                self.progress,
-                seed=self.settings.seed,
-                training_steps=self.config.max_steps,
-                recipe=self.recipe,
-                method=self.settings.method,
-                budget=self.settings.budget,
-                batch_size=self.generate,
-            )
-            ranking = _of_first_process(ranking)
-            self.folder.write(PROFILE, ranking.to_json())
-        rate, why = ranking.choice_learning_rate, describe(ranking)
-        if rate is not None and rate != self.config.learning_rate:
-            why.insert(1, f"trained at the learning rate {rate:.3g} that the ranking found for it")
-            record = self._with_rate(record, rate, LearningRate(self.config.learning_rate, "ranking"))
-        why_text = "; ".join(why)
-        self.progress.note(why_text)
-        return replace(record, layers=ranking.choice, why=why_text)
-
-    def _with_found_rate(
-        self, record: RunRecord, base: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, task: Task
-    ) -> RunRecord:
-        """The run with a learning rate that moves the policy far enough; on a resumption the one found before."""
-        previous = self.folder.previous
-        if previous and previous.learning_rate:
-            return self._with_rate(record, previous.settings.config["learning_rate"], previous.learning_rate)
-        with self.progress.status("finding a learning rate ..."):
-            found = _of_first_process(
-                find_learning_rate(
-                    base,
-                    tokenizer,
-                    task,
-                    record.layers,
-                    self.recipe,
-                    seed=self.settings.seed,
-                    batch_size=self.generate,
-                )
-            )
-        self.progress.note(
-            f"learning rate {found.learning_rate:g}: a first step at it moves the policy by {found.kl:.2g} nats a token"
-            + ("" if found.reached else f", and none was found that moves it by {' to '.join(map(str, FOUND_RATE_KL))}")
-            + "; --learning-rate sets another"
-        )
-        how = {name: value for name, value in asdict(found).items() if name != "learning_rate"}
-        return self._with_rate(
-            record, found.learning_rate, LearningRate(self.config.learning_rate, "first step", **how)
-        )
-
-    def _with_rate(self, record: RunRecord, rate: float, how: LearningRate) -> RunRecord:
-        self.config.learning_rate = rate
-        config = {**record.settings.config, "learning_rate": rate}
-        return replace(record, settings=replace(record.settings, config=config), learning_rate=how)
-
-    def _explain(self, error: NothingToLearnError) -> ValueError:
-        """What to say, in one line, of completions that teach nothing; three of them are shown."""
-        assert self.task is not None
-        shown = show_completions(error.rollouts[:: max(1, len(error.rollouts) // 3)][:3], self.task)
-        for line in shown.splitlines():
-            self.progress.note(line)
-        return ValueError(f"{error}. The likely reason: {why_equal(error.rollouts, self.task)}.")
-
-    def _pairs(
-        self, base: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, task: Task, prompts: int
-    ) -> OfflineData:
-        """Offline data from graded rollouts of the base, kept in pairs.jsonl so that a resumed run has the same."""
-        assert self.sampling is not None
-        kept = self.folder.path / PAIRS
-        if kept.exists():
-            lines = kept.read_text(encoding="utf-8").splitlines()
-            return OfflineData([json.loads(line) for line in lines], task.data, {})
-        with self.progress.bar(f"sampling {prompts} prompts", prompts * SAMPLES_PER_PAIR, "completion") as update:
-            data = pairs_from_rollouts(
-                base,
-                tokenizer,
-                task,
-                task.rows("train", prompts, self.settings.seed),
-                self.algorithm.data,
-                self.sampling,
-                kwargs_as_column="chat_template_kwargs" not in self.config.to_dict(),
-                on_progress=lambda done: update(done, ""),
-            )
-        data = _of_first_process(data)
-        self.progress.note(", ".join(f"{count} {what}" for what, count in data.counts.items()))
-        self.folder.write(PAIRS, "".join(json.dumps(row) + "\n" for row in data.rows))
-        return data
-
     def _train(
         self,
         record: RunRecord,
@@ -481,12 +253,12 @@ class _Training:
         rows: list[dict[str, Any]],
     ) -> Run:
         """Train the record's blocks, and put the result and the finished run.json into the folder."""
-        self.judge.before(base, tokenizer, self.task)
+        self.judge.before(base, tokenizer, self.plan.task)
         start = time.perf_counter()
-        config, folder, layers = self.config, self.folder, record.layers
+        config, folder, layers = self.plan.config, self.folder, record.layers
         steps = config.max_steps
         if steps < 1:
-            steps = steps_of_epochs(self.algorithm, config, len(rows))
+            steps = steps_of_epochs(self.plan.algorithm, config, len(rows))
         checkpoint = folder.last_checkpoint() if folder.previous else None
         if folder.previous and checkpoint:
             self.progress.note(f"going on from {checkpoint.name}")
@@ -494,18 +266,18 @@ class _Training:
             of = f" of {before} steps" if before != config.max_steps else ""
             record = replace(record, resumed_from=[*(folder.previous.resumed_from or []), checkpoint.name + of])
         what = "all blocks" if layers is None else name_blocks(layers)
-        kind = "reward" if self.algorithm.online else "loss"
+        kind = "reward" if self.plan.algorithm.online else "loss"
         with folder.publishing() as published, folder.scratch() as scratch:
             log = RunLog(folder.path, step_of(checkpoint) if checkpoint else None) if folder.main else None
             with self.progress.bar(f"training {what}", steps, "step") as update:
                 result = train_rows(
                     base,
                     tokenizer,
-                    self.recipe,
+                    self.plan.recipe,
                     config,
                     rows,
                     layers=layers,
-                    task=self.task,
+                    task=self.plan.task,
                     resume_from=checkpoint,
                     init_adapter=self.init_adapter,
                     save_to=scratch,
@@ -542,11 +314,12 @@ class _Training:
 
     def _first_rewards(self, base: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[TrainerCallback]:
         """What looks at the first rewards of a run whose learning rate was given: nothing else sampled its task."""
-        group = self.algorithm.group_size
-        if self.task is None or group is None or "learning_rate" not in self.recipe.given:
+        plan = self.plan
+        group = plan.algorithm.group_size
+        if plan.task is None or group is None or "learning_rate" not in plan.recipe.given:
             return []
-        prompts = completions_per_step(self.config) / self.config.to_dict()[group]
-        look = partial(informative_completions, base, tokenizer, self.task, self.recipe, batch_size=self.generate)
+        prompts = completions_per_step(plan.config) / plan.config.to_dict()[group]
+        look = partial(informative_completions, base, tokenizer, plan.task, plan.recipe, batch_size=plan.generate)
         return [FirstRewards(prompts, look)]
 
     def _movement(self, model: PeftModel | PreTrainedModel, published: Path) -> Movement | None:
@@ -562,45 +335,9 @@ class _Training:
         return movement
 
 
-def _open_task(settings: TrainingSettings) -> Task | None:
-    """The task that prompts and rewards come from; None where an offline algorithm reads its data."""
-    algorithm = load_algorithm(settings.algorithm)
-    if algorithm.online and settings.pairs_from_task:
-        raise ValueError(f"--pairs-from-task makes data for offline algorithms; {algorithm.name} generates its own")
-    if algorithm.online or settings.pairs_from_task:
-        return open_task(settings.task, settings.dataset, settings.reward, unsafe=settings.unsafe)
-    if settings.task or settings.reward or not settings.dataset:
-        raise ValueError(
-            f"{algorithm.name} is offline and trains on {algorithm.data} data: give --dataset alone, or --task with "
-            "--pairs-from-task"
-        )
-    return None
-
-
-def _check_choice(settings: TrainingSettings, algorithm: Algorithm, task: Task | None) -> None:
-    """Refuse combinations that cannot train what was asked for."""
-    if settings.full and settings.layer != "auto":
-        raise ValueError(f"--full trains every parameter and --layer {settings.layer} a block; give one of them")
-    if settings.init_adapter is not None and settings.full:
-        raise ValueError("--full trains every parameter and --init-adapter a block; give one of them")
-    if settings.layer == "auto" and not (settings.full or settings.init_adapter) and not algorithm.online:
-        raise ValueError(f"--layer auto ranks the blocks with online RL; for {algorithm.name} name one, such as mid-5")
-    if task is not None and task.environment_factory is not None and not algorithm.environments:
-        raise ValueError(
-            f"task {task.name} plays through an environment, which {algorithm.name} cannot; use grpo or gigpo"
-        )
-    if algorithm.needs_environment and (task is None or task.environment_factory is None):
-        raise ValueError(f"{algorithm.name} needs a task with an environment, such as textworld")
-
-
 def _describe_adapter(name: str, folder: Path) -> dict[str, str]:
     """The adapter that a run starts from: its name and the SHA-256 of its weights."""
     return {"name": name, WEIGHTS: file_digest(folder / WEIGHTS)}
-
-
-def _of_first_process(value: Any) -> Any:
-    """The first process' value: on a GPU the others may have rounded differently."""
-    return broadcast_object_list([value])[0]
 
 
 def _card(record: RunRecord, folder: Path) -> str:

@@ -9,6 +9,7 @@ import pytest
 from peft_onelayer.records.ranking import LayerRanking
 from peft_onelayer.rl.recipe import demo_config
 from peft_onelayer.runs import ProbeSettings, Progress, TrainingSettings, train
+from peft_onelayer.runs import preparation
 from peft_onelayer.runs import training as runs_training
 from peft_onelayer.runs.folder import RunFolder
 
@@ -72,7 +73,7 @@ def ranking_of(base, tokenizer, task, progress, *, recipe, seed, **others):
 
 
 def test_the_choice_is_trained_at_the_rate_that_goes_with_it(tmp_path, monkeypatch):
-    monkeypatch.setattr(runs_training, "rank_blocks", ranking_of)
+    monkeypatch.setattr(preparation, "rank_blocks", ranking_of)
     told = Told()
     run = train(settings(tmp_path, layer="auto"), progress=told)
     assert run.record.layers == [7]
@@ -87,7 +88,7 @@ def test_the_choice_is_trained_at_the_rate_that_goes_with_it(tmp_path, monkeypat
 
 
 def test_a_run_that_was_ranked_resumes_with_what_was_asked_for(tmp_path, monkeypatch):
-    monkeypatch.setattr(runs_training, "rank_blocks", ranking_of)
+    monkeypatch.setattr(preparation, "rank_blocks", ranking_of)
     asked = settings(tmp_path, layer="auto")
     train_rows = runs_training.train_rows
 
@@ -101,7 +102,7 @@ def test_a_run_that_was_ranked_resumes_with_what_was_asked_for(tmp_path, monkeyp
     other = replace(asked, config={**FEW, "learning_rate": 1e-3})  # the rate it was trained at, not the one asked for
     with pytest.raises(ValueError, match=r"config\.learning_rate: 0\.003 -> 0\.001"):
         train(other, resume=True)
-    monkeypatch.delattr(runs_training, "rank_blocks")  # the ranking is kept
+    monkeypatch.delattr(preparation, "rank_blocks")  # the ranking is kept
     run = train(asked, resume=True)
     assert run.record.layers == [7] and run.record.settings.config["learning_rate"] == pytest.approx(1e-3)
 

@@ -1,0 +1,190 @@
+"""What a run's settings come to before a model is loaded: task, recipe, configuration; or one line why not."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from transformers import PreTrainedTokenizerBase, TrainingArguments
+
+from peft_onelayer.records.privacy import holds_secrets
+from peft_onelayer.rl.algorithms import Algorithm, load_algorithm
+from peft_onelayer.rl.preferences import OfflineData, load_preferences
+from peft_onelayer.rl.recipe import Recipe, make_recipe, refuse_fields, refuse_without_effect
+from peft_onelayer.rl.sampling import PAIRS_OPTIONS, sampling_of_run, with_given
+from peft_onelayer.rl.training import prompts_needed, steps_of_epochs
+from peft_onelayer.rollouts.prompts import check_prompt
+from peft_onelayer.rollouts.settings import Sampling
+from peft_onelayer.tasks import Task, open_task
+
+from .models import check_model_name
+from .reporting import reporters
+from .settings import GENERATE, STEPS, TRAINING_OPTIONS, TrainingSettings, check_ranking
+
+SAMPLES_PER_PAIR = 8
+
+
+class TrainingPlan:
+    """What `settings` come to.
+
+    Attributes:
+        task: prompts and rewards; None where an offline algorithm reads its data.
+        data: that data, or None.
+        algorithm: and the `recipe` with it, as `make_recipe` has it.
+        config: of the trainer.
+        sampling: of a ranking or of pairs, as the run itself samples; None where neither is wanted and vLLM samples.
+
+    Raises:
+        ValueError: settings that cannot work, in one line.
+    """
+
+    def __init__(self, settings: TrainingSettings, checkpoints: Path) -> None:
+        self.settings, self.checkpoints = settings, checkpoints
+        check_ranking(settings.method, settings.budget)
+        if settings.method == "profile":
+            raise ValueError("--method profile is of onelayer probe, which says what to give --layer")
+        self.task = _open_task(settings)
+        if settings.sampling and not settings.pairs_from_task:
+            raise ValueError(
+                "--sampling is of --pairs-from-task; --set has the fields that an online algorithm samples by"
+            )
+        self.recipe = self._recipe(self.task)
+        self.algorithm: Algorithm = self.recipe.algorithm
+        _check_choice(settings, self.algorithm, self.task)
+        self.config = self._config()
+        self.sampling = self._sampling()
+        self.data: OfflineData | None = None
+        if settings.dataset and self.task is None:
+            self.data = load_preferences(settings.dataset, self.algorithm.data)
+        check_model_name(settings.model)
+
+    def _recipe(self, task: Task | None) -> Recipe:
+        own = TRAINING_OPTIONS
+        if self.settings.top_entropy is not None:
+            own = {**own, "top_entropy_quantile": "--top-entropy"}
+        refuse_fields(self.settings.config, own)
+        refuse_without_effect(self.settings.config, load_algorithm(self.settings.algorithm))
+        if self.settings.steps and "num_train_epochs" in self.settings.config:
+            raise ValueError("--steps and --set num_train_epochs both say how long to train; give one of them")
+        return make_recipe(
+            self.settings.algorithm,
+            task,
+            self.settings.config,
+            prompts=self.settings.prompts,
+            completions=self.settings.completions,
+            learning_rate=self.settings.learning_rate,
+            top_entropy=self.settings.top_entropy,
+        )
+
+    def _config(self) -> TrainingArguments:
+        settings, given = self.settings, self.recipe.given
+        defaults: dict[str, Any] = {"logging_steps": 1, "disable_tqdm": True, "save_total_limit": 2}
+        defaults["save_steps"] = 0.1  # of all steps
+        if settings.full:  # TRL loads the reference model anew
+            if settings.revision:
+                defaults["model_init_kwargs"] = {"revision": settings.revision}
+            if settings.trust_remote_code:
+                defaults["trust_remote_code"] = True
+        fixed: dict[str, Any] = {
+            "output_dir": str(self.checkpoints),
+            "seed": settings.seed,
+            "max_steps": settings.steps or (STEPS if self.algorithm.online else -1),
+        }
+        if settings.report_to != "none" and holds_secrets(given):
+            raise ValueError(
+                "--set gives a secret, which --report-to would log with all settings; leave one of them out, or give "
+                "the secret by an environment variable"
+            )
+        fixed["report_to"] = reporters(settings.report_to)
+        make = partial(self.recipe.config, **{k: v for k, v in defaults.items() if k not in given})
+        if self.algorithm.online and "num_train_epochs" in given:
+            fixed["max_steps"] = self._steps_of_epochs(make(**fixed | {"max_steps": 1}))
+        return make(**fixed)
+
+    def _steps_of_epochs(self, config: TrainingArguments) -> int:
+        """The optimizer steps of `num_train_epochs` over the task's train split, all of which is then drawn."""
+        assert self.task is not None
+        size = self.task.train_size
+        if size is None:
+            raise ValueError(
+                f"num_train_epochs needs data with an end, and task {self.task.name} draws prompts without one; use "
+                "--steps"
+            )
+        steps = steps_of_epochs(self.algorithm, config, size)
+        if steps < 1:
+            raise ValueError(
+                f"{size} prompts, num_train_epochs={config.num_train_epochs:g}: no step; use more epochs or a smaller "
+                "--set per_device_train_batch_size"
+            )
+        return steps
+
+    def _sampling(self) -> Sampling | None:
+        """How the ranking or the pairs are sampled, as the run itself is; None where neither is wanted."""
+        settings = self.settings
+        if not (settings.pairs_from_task or (settings.layer == "auto" and not settings.full)):
+            # What vLLM alone understands is no fault of a run that samples with it.
+            return None if self.config.to_dict().get("use_vllm") else sampling_of_run(self.algorithm, self.config)
+        own = sampling_of_run(self.algorithm, self.config)
+        own = replace(own, samples=SAMPLES_PER_PAIR, seed=settings.seed, batch_size=self.generate)
+        return with_given(own, settings.sampling, PAIRS_OPTIONS)
+
+    @property
+    def generate(self) -> int:
+        """Completions at a time where there are no gradients."""
+        return max(GENERATE, self.config.per_device_train_batch_size)
+
+    def check_prompts(self, tokenizer: PreTrainedTokenizerBase) -> None:
+        """Refuse prompts that are too few for a step or that the tokenizer cannot write."""
+        assert self.task is not None
+        needed = prompts_needed(self.algorithm, self.config, steps=1) if self.algorithm.online else 1
+        rows = self.task.rows("train", needed, self.settings.seed)
+        if len(rows) < needed:
+            raise ValueError(
+                f"one step draws {needed} prompts and task {self.task.name} has {len(rows)}; use a smaller "
+                "--set per_device_train_batch_size"
+            )
+        kwargs = self.sampling.chat_template_kwargs if self.sampling else self.recipe.given.get("chat_template_kwargs")
+        check_prompt(rows[0], tokenizer, self.settings.model, kwargs or {})
+
+    def rows(self) -> list[dict[str, Any]]:
+        """What is trained on, in its order."""
+        if self.data is not None:
+            return self.data.rows
+        assert self.task is not None
+        needed = prompts_needed(self.algorithm, self.config)
+        if "num_train_epochs" in self.recipe.given and self.task.train_size:
+            needed = self.task.train_size
+        return self.task.rows("train", needed, self.settings.seed)
+
+
+def _open_task(settings: TrainingSettings) -> Task | None:
+    """The task that prompts and rewards come from; None where an offline algorithm reads its data."""
+    algorithm = load_algorithm(settings.algorithm)
+    if algorithm.online and settings.pairs_from_task:
+        raise ValueError(f"--pairs-from-task makes data for offline algorithms; {algorithm.name} generates its own")
+    if algorithm.online or settings.pairs_from_task:
+        return open_task(settings.task, settings.dataset, settings.reward, unsafe=settings.unsafe)
+    if settings.task or settings.reward or not settings.dataset:
+        raise ValueError(
+            f"{algorithm.name} is offline and trains on {algorithm.data} data: give --dataset alone, or --task with "
+            "--pairs-from-task"
+        )
+    return None
+
+
+def _check_choice(settings: TrainingSettings, algorithm: Algorithm, task: Task | None) -> None:
+    """Refuse combinations that cannot train what was asked for."""
+    if settings.full and settings.layer != "auto":
+        raise ValueError(f"--full trains every parameter and --layer {settings.layer} a block; give one of them")
+    if settings.init_adapter is not None and settings.full:
+        raise ValueError("--full trains every parameter and --init-adapter a block; give one of them")
+    if settings.layer == "auto" and not (settings.full or settings.init_adapter) and not algorithm.online:
+        raise ValueError(f"--layer auto ranks the blocks with online RL; for {algorithm.name} name one, such as mid-5")
+    if task is not None and task.environment_factory is not None and not algorithm.environments:
+        raise ValueError(
+            f"task {task.name} plays through an environment, which {algorithm.name} cannot; use grpo or gigpo"
+        )
+    if algorithm.needs_environment and (task is None or task.environment_factory is None):
+        raise ValueError(f"{algorithm.name} needs a task with an environment, such as textworld")
