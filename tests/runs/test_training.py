@@ -8,8 +8,7 @@ import pytest
 
 from peft_onelayer.records.ranking import LayerRanking
 from peft_onelayer.rl.recipe import demo_config
-from peft_onelayer.runs import ProbeSettings, Progress, TrainingSettings, train
-from peft_onelayer.runs import preparation
+from peft_onelayer.runs import ProbeSettings, Progress, TrainingSettings, preparation, train
 from peft_onelayer.runs import training as runs_training
 from peft_onelayer.runs.folder import RunFolder
 
