@@ -8,6 +8,7 @@ if TYPE_CHECKING:
     from .ema import EMAAdapterCallback, EMATeacherMixin
     from .entropy import TopEntropyMixin
     from .gigpo import GiGPOConfig, GiGPOTrainer
+    from .prefix import shared_prefix
 
 __all__ = [
     "EMAAdapterCallback",
@@ -16,6 +17,7 @@ __all__ = [
     "GiGPOTrainer",
     "TopEntropyMixin",
     "gigpo_advantages",
+    "shared_prefix",
 ]
 
 _MODULES = {
@@ -25,6 +27,7 @@ _MODULES = {
     "GiGPOTrainer": ".gigpo",
     "TopEntropyMixin": ".entropy",
     "gigpo_advantages": ".advantages",
+    "shared_prefix": ".prefix",
 }
 
 
