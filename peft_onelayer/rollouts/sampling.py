@@ -22,6 +22,7 @@ from peft_onelayer.seams import check
 from peft_onelayer.tasks import Task
 from peft_onelayer.tasks.rows import reward_columns
 from peft_onelayer.tuner.head import spare_head_copies
+from peft_onelayer.tuner.rounded import keeping_rounded
 
 from .settings import Sampling
 
@@ -112,7 +113,7 @@ def _generating(model: PreTrainedModel | PeftModel, seed: int) -> Iterator[None]
     model.eval()
     hooks = spare_head_copies(model)
     try:
-        with torch.no_grad(), torch.random.fork_rng(devices=devices):
+        with torch.no_grad(), keeping_rounded(), torch.random.fork_rng(devices=devices):
             torch.manual_seed(seed)
             yield
     finally:
