@@ -9,6 +9,7 @@ if TYPE_CHECKING:
     from .entropy import TopEntropyMixin
     from .gigpo import GiGPOConfig, GiGPOTrainer
     from .prefix import shared_prefix
+    from .prompts import shared_prompts
 
 __all__ = [
     "EMAAdapterCallback",
@@ -18,6 +19,7 @@ __all__ = [
     "TopEntropyMixin",
     "gigpo_advantages",
     "shared_prefix",
+    "shared_prompts",
 ]
 
 _MODULES = {
@@ -28,6 +30,7 @@ _MODULES = {
     "TopEntropyMixin": ".entropy",
     "gigpo_advantages": ".advantages",
     "shared_prefix": ".prefix",
+    "shared_prompts": ".prompts",
 }
 
 

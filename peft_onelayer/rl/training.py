@@ -26,6 +26,7 @@ from peft_onelayer.tuner import SingleLayerConfig
 
 from .algorithms import Algorithm
 from .prefix import shared_prefix
+from .prompts import shared_prompts
 from .recipe import Recipe, demo_recipe
 from .rows import NO_ANSWER, graded_by_row, numbered, reset_by_row
 
@@ -147,6 +148,8 @@ def train_rows(
     )
     if layers is not None:
         shared_prefix(trainer)
+    if algorithm.online:
+        shared_prompts(trainer)
     trainer.add_callback(_NoPickle())
     trainer.remove_callback(PrinterCallback)  # it prints every log to stdout
     if init_adapter is not None and resume_from is None:
