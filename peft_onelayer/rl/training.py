@@ -25,6 +25,8 @@ from peft_onelayer.tasks import Task
 from peft_onelayer.tuner import SingleLayerConfig
 
 from .algorithms import Algorithm
+from .prefix import shared_prefix
+from .prompts import shared_prompts
 from .recipe import Recipe, demo_recipe
 from .rows import NO_ANSWER, graded_by_row, numbered, reset_by_row
 
@@ -147,6 +149,10 @@ def train_rows(
         callbacks=[_Progress(on_step, on_log), *callbacks],
         **arguments,
     )
+    if layers is not None:
+        shared_prefix(trainer)
+    if algorithm.online:
+        shared_prompts(trainer)
     trainer.add_callback(_NoPickle())
     trainer.remove_callback(PrinterCallback)  # it prints every log to stdout
     if init_adapter is not None and resume_from is None:

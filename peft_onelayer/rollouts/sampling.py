@@ -22,6 +22,8 @@ from peft_onelayer.seams import check
 from peft_onelayer.tasks import Task
 from peft_onelayer.tasks.rows import reward_columns
 from peft_onelayer.tuner.head import spare_head_copies
+from peft_onelayer.tuner.prompts import sharing_prompts
+from peft_onelayer.tuner.rounded import keeping_rounded
 
 from .settings import Sampling
 
@@ -106,13 +108,18 @@ def sample_rollouts(
 
 @contextmanager
 def _generating(model: PreTrainedModel | PeftModel, seed: int) -> Iterator[None]:
-    """Eval mode, no gradients, torch seeded, no copies of the LM head; on exit all as before."""
+    """Eval mode, no gradients, torch seeded, nothing computed twice; on exit all as before."""
     devices = [model.device] if model.device.type == "cuda" else []
     training_modules = [module for module in model.modules() if module.training]
     model.eval()
     hooks = spare_head_copies(model)
     try:
-        with torch.no_grad(), torch.random.fork_rng(devices=devices):
+        with (
+            torch.no_grad(),
+            keeping_rounded(),
+            sharing_prompts(model),
+            torch.random.fork_rng(devices=devices),
+        ):
             torch.manual_seed(seed)
             yield
     finally:

@@ -31,6 +31,7 @@ from .layer import SingleLayerLayer
 from .loading import intercept_transformers, loadable_state_dict, stop_intercepting
 from .merging import MergingTuner
 from .mixed_batch import row_adapters
+from .rounded import keeping_rounded
 from .stack import find_decoder_stack
 from .targets import check_blocks, is_name, target_names, targetable
 from .threads import no_switch_by_others
@@ -292,7 +293,7 @@ class SingleLayerModel(MergingTuner):
             yield
             return
         rows = nullcontext() if names is None else row_adapters(self, names, args, kwargs)
-        with rows, no_switch_by_others(self.model):
+        with rows, no_switch_by_others(self.model), keeping_rounded():
             yield
 
     def _unload_and_optionally_merge(
