@@ -99,8 +99,8 @@ def gsm8k_reward(
     The final answer is the number in the last of `\boxed{...}`, `<answer>...</answer>` and `#### ...`; without any of
     these, the one that follows the last "answer is" or "answer:"; without that, the single number of the last sentence,
     when that sentence is complete ("So she makes $18.") or begins with the number ("18 dollars"). Other numbers of the
-    reasoning never count, nor does what stands before </think>, so that a completion cut off before its final answer gets 0. Numbers are equal when they
-    differ by less than a millionth: 18.0000001 is 18, and .333333 is 1/3.
+    reasoning never count, nor does what stands before </think>, so that a completion cut off before its final answer
+    gets 0. Numbers are equal when they differ by less than a millionth: 18.0000001 is 18, and .333333 is 1/3.
 
     Args:
         prompts: not used.
@@ -258,7 +258,7 @@ def load(argument: str = "") -> Task:
             question=lambda row: f"Question: {row['question']}\nAnswer:",
             solution=lambda row: f" {row['answer']}",
             message=_message,
-            end="\n\nQuestion:",
+            end="\nQuestion:",
         ),
     )
 

@@ -248,9 +248,7 @@ def load(argument: str = "", *, unsafe: bool = False) -> Task:
         shown=Shown(
             question=lambda row: row["prompt"],
             solution=lambda row: solution(row).rstrip(),
-            message=lambda row: (
-                f"```python\n{row['prompt'].removeprefix(INSTRUCTION)}{solution(row).rstrip()}\n```"
-            ),
+            message=lambda row: f"```python\n{row['prompt'].removeprefix(INSTRUCTION)}{solution(row).rstrip()}\n```",
         ),
     )
 

@@ -74,9 +74,7 @@ def mbpp_reward(
     """
     sandbox.require(unsafe=unsafe)
     names = [name for name in ("test_setup_code", "test_imports", "code") if name in kwargs]
-    rows = [
-        {"test_list": tests} | {name: kwargs[name][i] for name in names} for i, tests in enumerate(test_list)
-    ]
+    rows = [{"test_list": tests} | {name: kwargs[name][i] for name in names} for i, tests in enumerate(test_list)]
 
     def grade(problem: tuple[Any, Row]) -> float | None:
         completion, row = problem
@@ -88,7 +86,7 @@ def mbpp_reward(
 
 
 def _outcome(text: str, row: Row, unsafe: bool) -> sandbox.Outcome:
-    functions = tested_functions(row)
+    functions = called_functions(row)
     if len(text) > LONGEST:
         return sandbox.Outcome(False, "the answer is too long")
     programs = list(readings(_program(text), "", functions[0]))
@@ -116,22 +114,20 @@ def _tests(row: Row) -> str:
     return "\n".join([*imports, row.get("test_setup_code") or "", *row["test_list"]])
 
 
-def tested_functions(row: Row) -> list[str]:
+def called_functions(row: Row) -> list[str]:
     """The names of the program's functions that the tests call.
 
     Raises:
         ValueError: for tests that are not Python or call no function of the program.
 
-    >>> tested_functions({"test_list": ["assert set(common((1, 2), (2, 3))) == set((2,))"]})
+    >>> called_functions({"test_list": ["assert set(common((1, 2), (2, 3))) == set((2,))"]})
     ['common']
     """
     try:
         tree = ast.parse(_tests(row))
     except SyntaxError as error:
         raise ValueError(f"the tests of MBPP's {_name(row)} are not Python: {one_line(error)}") from error
-    called = [
-        node.func.id for node in ast.walk(tree) if isinstance(node, ast.Call) and isinstance(node.func, ast.Name)
-    ]
+    called = [node.func.id for node in ast.walk(tree) if isinstance(node, ast.Call) and isinstance(node.func, ast.Name)]
     made = {node.id for node in ast.walk(tree) if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store)}
     made |= {node.name for node in ast.walk(tree) if isinstance(node, ast.FunctionDef | ast.ClassDef)}
     made |= {
@@ -236,12 +232,12 @@ def _check(source: str, row: Row) -> None:
         raise ValueError(f"{source}: test_list must be a list of assertions, got {one_line(repr(tests), 60)}")
     if not isinstance(row.get("text", row.get("prompt")), str):
         raise ValueError(f"{source}: {_name(row)} has no text in a column 'text' or 'prompt'")
-    tested_functions(row)
+    called_functions(row)
 
 
 def _gradable(where: str, rows: Sequence[dict[str, Any]], unsafe: bool) -> list[dict[str, Any]]:
     """The rows without those that the sandbox cannot grade."""
-    of_class = [row for row in rows if any(_defines(row, name, ast.ClassDef) for name in tested_functions(row))]
+    of_class = [row for row in rows if any(_defines(row, name, ast.ClassDef) for name in called_functions(row))]
     kept = [row for row in rows if row not in of_class]
     solved = [row for row in kept if isinstance(row.get("code"), str)]
     chosen = [solved[i * len(solved) // CHECKED] for i in range(CHECKED)] if len(solved) > CHECKED else solved

@@ -12,9 +12,9 @@ the splits cannot overlap. A test problem takes eight draws on average: minutes 
 knight_swap and futoshiki. "entry" is the library's own entry as text, since columns cannot hold its mixed types.
 
 The answer stands in the last <answer>...</answer>. Where a data set's answers are whole numbers or single words
-(`WHOLE_NUMBERS` and `WORDS` in `gym_answers.py`) the tags may be missing: the answer is then the final one, read as that
-of `gsm8k`: in a box, behind "the answer is", or alone in the last line; a whole number also as the only number of the
-last sentence. What stands before </think> is not looked at.
+(`WHOLE_NUMBERS` and `WORDS` in `gym_answers.py`) the tags may be missing: the answer is then the one in a box, behind
+"the answer is", or alone in the last line; a whole number is read as `gsm8k` reads it, also from the last sentence.
+What stands before </think> is not looked at.
 
 `gym_answers.py` says which answers the library's scorers may see: nothing that Python could run, and nothing that they
 pay for without its being right. Every other answer scores 0, as does a completion without one. A scorer that takes
@@ -40,7 +40,16 @@ import numpy
 
 from peft_onelayer.tasks import Shown, Task, behind_thinking, completion_text, limits
 from peft_onelayer.tasks.files import is_held_out
-from peft_onelayer.tasks.gym_answers import EVALUATED, INTEGRALS, LONGEST, WHOLE_NUMBERS, WORDS, is_answer, whole_number, word
+from peft_onelayer.tasks.gym_answers import (
+    EVALUATED,
+    INTEGRALS,
+    LONGEST,
+    WHOLE_NUMBERS,
+    WORDS,
+    is_answer,
+    whole_number,
+    word,
+)
 
 MAX_COMPLETION_TOKENS = 1024
 INSTRUCTION = "Reason step by step, and put the final answer between <answer> and </answer>."
@@ -177,14 +186,16 @@ def load(argument: str) -> Task:
             question=lambda row: f"Question: {row['question']}\nAnswer:",
             solution=lambda row: f" {_bare(row)}",
             message=_tagged,
-            end="\n\nQuestion:",
+            end="\nQuestion:",
         ),
     )
 
 
 def _tagged(row: Mapping[str, Any]) -> str:
     if row["answer"] is None:
-        raise ValueError(f"reasoning_gym:{row['dataset']} comes without solutions, so none can be shown; leave out --shots")
+        raise ValueError(
+            f"reasoning_gym:{row['dataset']} comes without solutions, so none can be shown; leave out --shots"
+        )
     return f"<answer>{row['answer']}</answer>"
 
 

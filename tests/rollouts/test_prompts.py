@@ -3,7 +3,7 @@
 import demo_model
 import pytest
 
-from peft_onelayer.rollouts.prompts import check_prompt, with_chat_prompts
+from peft_onelayer.rollouts.prompts import Shape, check_prompt, shaped
 from peft_onelayer.tasks import load_task
 
 TASK = load_task("arithmetic")
@@ -23,7 +23,7 @@ def chat_tokenizer(tokenizer):
 
 @pytest.mark.parametrize(("chat", "expected"), [(None, True), (True, True), (False, False)])
 def test_a_chat_template_makes_messages_unless_plain_is_asked_for(chat_tokenizer, chat, expected):
-    task, is_chat = with_chat_prompts(TASK, chat_tokenizer, chat)
+    task, is_chat = shaped(TASK, chat_tokenizer, Shape(chat))
     assert is_chat is expected
     plain, given = TASK.rows("test", 3, 0), task.rows("test", 3, 0)
     if not expected:
@@ -31,17 +31,17 @@ def test_a_chat_template_makes_messages_unless_plain_is_asked_for(chat_tokenizer
         return
     assert [row["prompt"] for row in given] == [[{"role": "user", "content": row["prompt"]}] for row in plain]
     assert [row["answer"] for row in given] == [row["answer"] for row in plain]
-    assert with_chat_prompts(task, chat_tokenizer, True)[0].rows("test", 3, 0) == given  # messages stay as they are
+    assert shaped(task, chat_tokenizer, Shape(True))[0].rows("test", 3, 0) == given  # messages stay as they are
 
 
 @pytest.mark.parametrize("chat", [None, False])
 def test_without_a_chat_template_prompts_stay_plain(demo_tokenizer, chat):
-    assert with_chat_prompts(TASK, demo_tokenizer, chat) == (TASK, False)
+    assert shaped(TASK, demo_tokenizer, Shape(chat)) == (TASK, False)
 
 
 def test_messages_without_a_chat_template_are_refused(demo_tokenizer):
     with pytest.raises(ValueError, match="needs a chat template, and the model's tokenizer has none"):
-        with_chat_prompts(TASK, demo_tokenizer, True)
+        shaped(TASK, demo_tokenizer, Shape(True))
 
 
 def test_a_prompt_without_tokens_is_refused_with_its_beginning(demo_tokenizer, tokenizer):
