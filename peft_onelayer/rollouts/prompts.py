@@ -111,12 +111,12 @@ def _prompt(
 ) -> str | Messages:
     """The prompt of a row of `task` in its shape."""
     if isinstance(row["prompt"], str) and not chat:
-        paragraphs = [system] if system else []
-        if not examples:
-            return "\n\n".join([*paragraphs, row["prompt"]])
-        assert task.shown is not None
-        paragraphs += [task.shown.question(one) + task.shown.solution(one) for one in examples]
-        return "\n\n".join([*paragraphs, task.shown.question(row)])
+        text = row["prompt"]
+        if examples:
+            assert task.shown is not None
+            solved = [task.shown.question(one) + task.shown.solution(one) for one in examples]
+            text = task.shown.between.join([*solved, task.shown.question(row)])
+        return f"{system}\n\n{text}" if system else text
     messages: Messages = [dict(message) for message in as_chat([row])[0]["prompt"]]
     if examples:
         assert task.shown is not None

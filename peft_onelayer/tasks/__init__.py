@@ -31,6 +31,7 @@ class Shown:
         question: a row as a base model is asked it: plain text that the solution continues.
         solution: what continues it.
         message: the solution as the assistant's message of a chat; it answers the row's "prompt".
+        between: what stands between two problems in plain text.
         end: with which the next problem would begin. A plain completion is graded up to there, because a base model
             goes on with a problem of its own. None where the reward reads no further by itself.
     """
@@ -38,6 +39,7 @@ class Shown:
     question: Callable[[Mapping[str, Any]], str]
     solution: Callable[[Mapping[str, Any]], str]
     message: Callable[[Mapping[str, Any]], str]
+    between: str = "\n\n"
     end: str | None = None
 
 

@@ -55,7 +55,7 @@ def load(argument: str = "") -> Task:
     """
     if argument:
         raise ValueError(f"task 'arithmetic' takes no argument, got {argument!r}; write just 'arithmetic'")
-    shown = Shown(lambda row: row["prompt"], lambda row: row["answer"], lambda row: row["answer"])
+    shown = Shown(lambda row: row["prompt"], lambda row: row["answer"], lambda row: row["answer"], between="")
     return Task(
         "arithmetic", rows, arithmetic_reward, MAX_COMPLETION_TOKENS, answer=number_before_the_stop, shown=shown
     )

@@ -55,5 +55,5 @@ def load(argument: str = "") -> Task:
     """
     if argument:
         raise ValueError(f"task 'sort' takes no argument, got {argument!r}; write just 'sort'")
-    shown = Shown(lambda row: row["prompt"], lambda row: row["answer"], lambda row: row["answer"])
+    shown = Shown(lambda row: row["prompt"], lambda row: row["answer"], lambda row: row["answer"], between="")
     return Task("sort", rows, sort_reward, MAX_COMPLETION_TOKENS, answer=number_before_the_stop, shown=shown)
