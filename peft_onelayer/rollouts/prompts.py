@@ -172,7 +172,7 @@ def _graded(task: Task, opening: str, end: str | None) -> Task:
         return text if text.lstrip().startswith(THINK) else opening + text
 
     def first(text: str) -> str:
-        start = len(text) - len(text.lstrip("\n"))
+        start = len(text) - len(text.lstrip())
         return text if end is None or (found := text.find(end, start)) < 0 else text[:found]
 
     def seen(completion: str | Messages) -> str | Messages:

@@ -186,7 +186,7 @@ def load(argument: str) -> Task:
             question=lambda row: f"Question: {row['question']}\nAnswer:",
             solution=lambda row: f" {_bare(row)}",
             message=_tagged,
-            end="\nQuestion:",
+            end="\n\n",
         ),
     )
 
