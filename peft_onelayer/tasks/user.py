@@ -129,9 +129,16 @@ def load_dataset_task(dataset: str, reward: str) -> Task:
     )
 
 
+def _optional(path: Path, module: ModuleType, name: str) -> Callable[..., Any] | None:
+    found = vars(module).get(name)
+    if found is not None and not callable(found):
+        raise ValueError(f"{name} of {path} must be a function, got {one_line(repr(found), 60)}")
+    return found
+
+
 def _answer(path: Path, module: ModuleType) -> Callable[[str], str | None] | None:
     """The file's `extract_answer` with its result checked, given what stands behind a completion's thinking."""
-    extract = vars(module).get("extract_answer")
+    extract = _optional(path, module, "extract_answer")
     if extract is None:
         return None
 
@@ -146,7 +153,7 @@ def _answer(path: Path, module: ModuleType) -> Callable[[str], str | None] | Non
 
 def _shown(path: Path, module: ModuleType) -> Shown | None:
     """How the file's `solution` shows a row; None where it has none."""
-    solve = vars(module).get("solution")
+    solve = _optional(path, module, "solution")
     if solve is None:
         return None
 
