@@ -16,7 +16,7 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 from peft_onelayer.records.text import one_line
-from peft_onelayer.tasks import Task, as_chat
+from peft_onelayer.tasks import Task, as_chat, up_to_end
 
 THINK = "<think>"
 SHOTS_SEED = 1234  # of the problems that are shown: the same in every run, whatever its seed
@@ -78,7 +78,7 @@ def shaped(task: Task, tokenizer: PreTrainedTokenizerBase, shape: Shape) -> tupl
 
     size = task.train_size
     end = _end(task, examples) if examples and not chat else None
-    given = replace(task, rows=rows, train_size=None if size is None else size - len(examples))
+    given = replace(task, rows=rows, train_size=None if size is None else size - len(examples), end=end)
     return _graded(given, opening, end), chat
 
 
@@ -171,13 +171,9 @@ def _graded(task: Task, opening: str, end: str | None) -> Task:
     def whole(text: str) -> str:
         return text if text.lstrip().startswith(THINK) else opening + text
 
-    def first(text: str) -> str:
-        start = len(text) - len(text.lstrip())
-        return text if end is None or (found := text.find(end, start)) < 0 else text[:found]
-
     def seen(completion: str | Messages) -> str | Messages:
         if isinstance(completion, str):
-            return first(completion)
+            return up_to_end(completion, end)
         last = completion[-1]
         if "reasoning_content" in last or "thinking" in last:  # told apart by the tokenizer already
             return completion
@@ -191,7 +187,7 @@ def _graded(task: Task, opening: str, end: str | None) -> Task:
 
     def answer_seen(text: str) -> str | None:
         assert answer is not None
-        return answer(first(whole(text)))
+        return answer(up_to_end(whole(text), end))
 
     return replace(task, reward=reward, answer=None if answer is None else answer_seen)
 

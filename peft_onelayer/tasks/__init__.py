@@ -60,6 +60,8 @@ class Task:
             does not say what an answer is.
         train_size: rows of the train split; None where they are drawn without end, or it is not known.
         shown: how its problems are shown with their solutions; None where it has no solutions to show.
+        end: with which a plain completion goes over to a problem of its own; it counts up to there. None for no such
+            text.
     """
 
     name: str
@@ -71,6 +73,7 @@ class Task:
     answer: Callable[[str], str | None] | None = None
     train_size: int | None = None
     shown: Shown | None = None
+    end: str | None = None
 
 
 def load_task(name: str, *, unsafe: bool = False) -> Task:
@@ -188,6 +191,16 @@ def behind_thinking(text: str) -> str:
 def answer_text(completion: str | Sequence[dict[str, Any]]) -> str:
     """Return the text of a completion that may hold its answer: `behind_thinking` of its `completion_text`."""
     return behind_thinking(completion_text(completion) or "")
+
+
+def up_to_end(text: str, end: str | None) -> str:
+    """Return a completion's text up to `end` (`Task.end`), which does not count where nothing stands before it.
+
+    >>> up_to_end(" 7\\n\\nQuestion: 1 + 1", "\\nQuestion:"), up_to_end("7", None)
+    (' 7\\n', '7')
+    """
+    start = len(text) - len(text.lstrip())
+    return text if end is None or (found := text.find(end, start)) < 0 else text[:found]
 
 
 def number_before_the_stop(text: str) -> str | None:
