@@ -125,7 +125,8 @@ def _prompt(
             for one in as_chat(examples)
             for message in (one["prompt"][-1], {"role": "assistant", "content": task.shown.message(one)})
         ]
-        messages[-1:] = [*shown, messages[-1]]
+        start = int(messages[0]["role"] == "system")
+        messages[start:start] = shown
     if system:
         own = messages.pop(0)["content"] if messages[0]["role"] == "system" else None
         messages.insert(0, {"role": "system", "content": f"{system}\n\n{own}" if own else system})

@@ -116,7 +116,8 @@ class TrainingPlan:
                 f"num_train_epochs needs data with an end, and task {self.task.name} draws prompts without one; use "
                 "--steps"
             )
-        steps = steps_of_epochs(self.algorithm, config, size)
+        size -= self.settings.shots or 0  # those that are shown are not trained on
+        steps = steps_of_epochs(self.algorithm, config, size) if size > 0 else 0
         if steps < 1:
             raise ValueError(
                 f"{size} prompts, num_train_epochs={config.num_train_epochs:g}: no step; use more epochs or a smaller "

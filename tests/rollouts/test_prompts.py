@@ -130,6 +130,14 @@ def test_a_chat_shows_solved_problems_as_messages_behind_the_system_text(chat_to
     assert given.rows("train", 9, 0)[0]["answer"] == "2" and len(given.rows("train", 9, 0)) == 4
 
 
+def test_solved_problems_stand_ahead_of_a_dialogue_and_behind_the_tasks_system_message(chat_tokenizer):
+    turns = [{"role": role, "content": role} for role in ("system", "user", "assistant", "user")]
+    rows = [{"prompt": [*turns[:-1], {"role": "user", "content": str(i)}], "answer": "yes"} for i in range(2)]
+    (row,) = shaped(Echo(rows, SHOWN).task, chat_tokenizer, Shape(shots=1))[0].rows("train", 1, 0)
+    said = [message["content"] for message in row["prompt"]]
+    assert said == ["system", "0", "yes", "user", "assistant", "1"]
+
+
 def test_a_system_text_begins_a_plain_prompt(demo_tokenizer):
     (row,) = shaped(Echo(ROWS).task, demo_tokenizer, Shape(system="Be short."))[0].rows("test", 1, 0)
     assert row["prompt"] == "Be short.\n\n0 + 1"

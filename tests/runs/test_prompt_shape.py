@@ -9,6 +9,7 @@ import pytest
 from tokenizers import normalizers
 
 from peft_onelayer.runs import EvaluationSettings, ProbeSettings, Progress, TrainingSettings, evaluate, probe, train
+from peft_onelayer.runs.plan import TrainingPlan
 from peft_onelayer.sweep.plan import plan_sweep
 from peft_onelayer.sweep.run_layer import run_layer
 from peft_onelayer.sweep.settings import SweepSettings
@@ -168,3 +169,23 @@ def test_rows_of_offline_data_have_prompts_of_their_own(shape, tmp_path):
     )
     with pytest.raises(ValueError, match="--system and --shots are of a task's prompts"):
         train(asked)
+
+
+def test_an_epoch_leaves_out_what_is_shown(model, tmp_path):
+    (tmp_path / "own.py").write_text(OWN)
+    rows = [{"prompt": f"A{i:03d}+001="} for i in range(20)]
+    (tmp_path / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    asked = TrainingSettings(
+        model=model,
+        out=tmp_path / "out",
+        dataset=str(tmp_path / "train.jsonl"),
+        reward=f"{tmp_path / 'own.py'}:my_reward",
+        layer=5,
+        chat=False,
+        shots=4,
+        config={"num_train_epochs": 1, "per_device_train_batch_size": 16, "num_generations": 8, "learning_rate": 1e-4},
+    )
+    plan = TrainingPlan(asked, tmp_path / "checkpoints")
+    assert plan.config.max_steps == 8  # of 2 prompts each
+    with pytest.raises(ValueError, match="0 prompts, num_train_epochs=1: no step"):
+        TrainingPlan(dataclasses.replace(asked, shots=20), tmp_path / "checkpoints")
