@@ -19,6 +19,7 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from peft_onelayer.records.ranking import NO_COST, LayerRanking
+from peft_onelayer.rl.algorithms import Algorithm
 from peft_onelayer.rl.recipe import Recipe, make_recipe
 from peft_onelayer.rl.sampling import sampling_of_run
 from peft_onelayer.rl.training import completions_per_step
@@ -73,10 +74,17 @@ class NothingToLearnError(ValueError):
         super().__init__(message)
         self.rollouts = rollouts
 
-    def explained(self, task: Task) -> tuple[list[str], str]:
-        """Three of the completions in lines to read, and the message in one line with the likely reason."""
+    def explained(self, task: Task, algorithm: Algorithm) -> tuple[list[str], str]:
+        """Three of the completions in lines to read, and the message in one line with the likely reason.
+
+        Args:
+            task: that the completions are of.
+            algorithm: of the run.
+        """
         shown = show_completions(self.rollouts[:: max(1, len(self.rollouts) // 3)][:3], task)
-        return shown.splitlines(), f"{self}. The likely reason: {why_equal(self.rollouts, task)}."
+        assert algorithm.completion_length is not None
+        why = why_equal(self.rollouts, task, algorithm.completion_length)
+        return shown.splitlines(), f"{self}. The likely reason: {why}."
 
 
 def race(

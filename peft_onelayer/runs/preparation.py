@@ -115,7 +115,7 @@ class Preparation:
     def explain(self, error: NothingToLearnError) -> ValueError:
         """What to say, in one line, of completions that teach nothing; three of them are shown."""
         assert self.plan.task is not None
-        shown, why = error.explained(self.plan.task)
+        shown, why = error.explained(self.plan.task, self.plan.algorithm)
         for line in shown:
             self.progress.note(line)
         return ValueError(why)

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from peft_onelayer.hub.profiles import load_profile
 from peft_onelayer.layers import resolve_layers
+from peft_onelayer.probe.race import NothingToLearnError
 from peft_onelayer.records.files import TargetError, check_file, output, write_whole
 from peft_onelayer.records.ranking import LayerRanking
 from peft_onelayer.rl.algorithms import load_algorithm
@@ -76,20 +77,26 @@ def _probe(settings: ProbeSettings, progress: Progress) -> LayerRanking:
         task, _ = with_chat_prompts(task, tokenizer, settings.chat)
         row = task.rows("train", 1, settings.seed)[0]
         check_prompt(row, tokenizer, settings.model, sampling.chat_template_kwargs)
-        ranking = rank_blocks(
-            base,
-            tokenizer,
-            task,
-            progress,
-            recipe=recipe,
-            training_steps=settings.steps,
-            seed=settings.seed,
-            method=settings.method,
-            budget=settings.budget,
-            layers=layers,
-            profile=profile,
-            batch_size=max(GENERATE, config.per_device_train_batch_size),
-        )
+        try:
+            ranking = rank_blocks(
+                base,
+                tokenizer,
+                task,
+                progress,
+                recipe=recipe,
+                training_steps=settings.steps,
+                seed=settings.seed,
+                method=settings.method,
+                budget=settings.budget,
+                layers=layers,
+                profile=profile,
+                batch_size=max(GENERATE, config.per_device_train_batch_size),
+            )
+        except NothingToLearnError as error:
+            shown, why = error.explained(task, algorithm)
+            for line in shown:
+                progress.note(line)
+            raise ValueError(why) from error
     if out is not None:
         from peft_onelayer.report.plots import plot_ranking
 

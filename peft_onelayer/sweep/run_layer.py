@@ -226,18 +226,19 @@ def _find_rate(spec: RunSpec, model: Any, tokenizer: PreTrainedTokenizerBase, ta
     from peft_onelayer.probe.rate import find_learning_rate
     from peft_onelayer.rl.recipe import make_recipe
 
+    recipe = make_recipe(spec.algorithm, task, spec.settings)
     try:
         found = find_learning_rate(
             model,
             tokenizer,
             task,
             None if spec.layer == "full" else spec.layer,
-            make_recipe(spec.algorithm, task, spec.settings),
+            recipe,
             seed=spec.seed,
             batch_size=spec.batch_size,
         )
     except NothingToLearnError as error:
-        shown, why = error.explained(task)
+        shown, why = error.explained(task, recipe.algorithm)
         generated = sum(rollout.tokens for rollout in error.rollouts)
         return {"nothing": why, "shown": shown, "steps": 0, "tokens_generated": generated, "tokens_trained": 0}
     return {
