@@ -66,7 +66,7 @@ def _probe(settings: ProbeSettings, progress: Progress) -> LayerRanking:
             check_outputs(out)
         if profile is not None:
             progress.note(f"the profile is of {profile.model}: {profile.method}, {profile.task}; {profile.source}")
-        check_model_name(settings.model)
+        check_model_name(settings.model, settings.revision)
         with progress.status(f"loading {settings.model} ..."):
             base, tokenizer = load_causal_lm(
                 settings.model, settings.revision, trust_remote_code=settings.trust_remote_code

@@ -13,7 +13,7 @@ from peft_onelayer.rl.algorithms import load_algorithm
 from peft_onelayer.rl.recipe import make_recipe, refuse_fields, refuse_without_effect, step_fields
 from peft_onelayer.rl.sampling import sampling_of_run
 from peft_onelayer.rollouts.prompts import check_prompt, with_chat_prompts
-from peft_onelayer.runs.models import load_skeleton
+from peft_onelayer.runs.models import check_model_name, load_skeleton
 from peft_onelayer.tasks import load_task
 from peft_onelayer.tuner import find_decoder_stack
 from peft_onelayer.tuner.model import commit_hash
@@ -130,6 +130,7 @@ def plan_sweep(settings: SweepSettings) -> Plan:
     for name in ("steps", "problems", "samples", "batch_size"):
         if getattr(settings, name) < 1:
             raise ValueError(f"{name} must be at least 1, got {getattr(settings, name)}")
+    check_model_name(settings.model, settings.revision)
     task = load_task(settings.task, unsafe=settings.unsafe)
     recipe = make_recipe(algorithm, task, settings.config, prompts=settings.prompts, completions=settings.completions)
     config = recipe.config(output_dir="unused", max_steps=settings.steps)
