@@ -169,6 +169,8 @@ class LayerRanking(Record):
         if self.sweep is None:
             return {"format": self.FORMAT, **own}
         measured = {f.name: getattr(self.sweep, f.name) for f in fields(Sweep)}
+        if self.sweep.learning_rates_found is None:
+            del measured["learning_rates_found"]
         return {"format": FORMATS[1], **own, **measured} | ({"source": self.source} if self.source else {})
 
     @classmethod
