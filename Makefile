@@ -4,7 +4,7 @@ PYTHON ?= $(shell for p in python3.13 python3.12 python3.11 python3 python; do \
 BIN := .venv/bin
 READY := .venv/.ready
 
-.PHONY: demo docs test test-more compat slow peft-suite lint format bench trl-table wheel clean
+.PHONY: demo docs test test-more compat real slow peft-suite lint format bench trl-table wheel clean
 
 demo: $(READY)
 	$(BIN)/onelayer demo
@@ -19,6 +19,10 @@ test: $(READY)
 # What is beyond the default suite: repetitions, large parametrizations, longer runs.
 test-more: $(READY)
 	$(PYTEST_ON_TWO) -m "more and not slow"
+
+# On pretrained models in $ONELAYER_MODELS (default ~/.cache/onelayer-models), in one thread.
+real: $(READY)
+	$(BIN)/python -m pytest -m real tests/real
 
 slow: $(READY)
 	$(BIN)/python -m pytest -m slow

@@ -10,7 +10,19 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from ._errors import user_error
-from ._options import Chat, Json, ModelName, Revision, Set, Shots, System, TrustRemoteCode, Unsafe
+from ._options import (
+    Chat,
+    Completions,
+    Json,
+    ModelName,
+    Prompts,
+    Revision,
+    Set,
+    Shots,
+    System,
+    TrustRemoteCode,
+    Unsafe,
+)
 from ._output import Bar, note, print_line, print_table, progress_bar, status
 
 if TYPE_CHECKING:
@@ -27,10 +39,19 @@ def sweep(
     algorithm: Annotated[str, typer.Option(help="grpo, dr_grpo, gigpo, rloo, ...: an online one.")] = "grpo",
     steps: Annotated[int, typer.Option(min=1, help="Optimizer steps of every run.")] = 150,
     seeds: Annotated[str, typer.Option(help="Seeds of training: 0 or 0,1,2.")] = "0",
-    learning_rate: Annotated[float, typer.Option(help="Of the runs of one block.")] = 5e-6,
+    prompts: Prompts = None,
+    completions: Completions = None,
+    learning_rate: Annotated[
+        float | None,
+        typer.Option(
+            help="Of the runs of one block. [default: found, by a first step of the middle block]", show_default=False
+        ),
+    ] = None,
     full_learning_rate: Annotated[
         float | None,
-        typer.Option(help="Of the full-parameter runs. [default: --learning-rate]", show_default=False),
+        typer.Option(
+            help="Of the full-parameter runs. [default: --learning-rate; without, found likewise]", show_default=False
+        ),
     ] = None,
     search_learning_rates: Annotated[
         str | None,
@@ -82,6 +103,8 @@ def sweep(
             algorithm=algorithm,
             steps=steps,
             seeds=_numbers("--seeds", seeds, int),
+            prompts=prompts,
+            completions=completions,
             learning_rate=learning_rate,
             full_learning_rate=full_learning_rate,
             search_learning_rates=_numbers("--search-learning-rates", search_learning_rates or "", float),
@@ -100,22 +123,26 @@ def sweep(
         options = _engine_options(engine, early_stop, slurm or [])
         with ExitStack() as stack:  # the bar appears when all checks are done
             shown: list[Bar] = []
+            unlearnable: list[str] = []  # completions that teach nothing
 
             def start(total: int) -> None:
                 shown.append(stack.enter_context(progress_bar(f"sweep of {model}", total, "run")))
 
             def show(done: int, total: int, spec: Any, row: dict[str, Any]) -> None:
-                score = f"stopped after {row['stopped']} steps" if "stopped" in row else f"score {row['mean']:.4f}"
-                shown[0].update(done, f"{spec}: {score}")
-                if shown[0].progress.disable:
-                    note(f"{done}/{total} {spec}: {score}")
+                unlearnable[:] = row.get("shown", unlearnable)
+                result = _result(row)
+                shown[0].update(done, f"{spec}: {result}")
+                if shown[0].progress.disable or "found" in row:
+                    note(f"{done}/{total} {spec}: {result}")
 
             try:
                 profile = sweep_layers(
                     asked, out=out, engine=engine, workers=workers, engine_options=options, on_start=start, on_row=show
                 )
             except BaseException:
-                if shown and (rows := len(list(out.glob("rows/*.json")))):
+                for line in unlearnable:
+                    note(line)
+                if shown and not unlearnable and (rows := len(list(out.glob("rows/*.json")))):
                     note(f"{rows} finished runs are kept in {out / 'rows'}; the same command goes on with the others")
                 raise
     plot_profile(profile, out / "layer_profile.png", f"{algorithm} on {task}, {steps} steps")
@@ -123,6 +150,16 @@ def sweep(
         print(profile.to_json(), end="")
     else:
         _print_profile(profile, out)
+
+
+def _result(row: dict[str, Any]) -> str:
+    from peft_onelayer.probe.rate import FoundRate
+
+    if "found" in row:
+        return FoundRate(**row["found"]).describe()
+    if "nothing" in row:
+        return "there is nothing to learn from"
+    return f"stopped after {row['stopped']} steps" if "stopped" in row else f"score {row['mean']:.4f}"
 
 
 def _engine_options(engine: str, early_stop: bool, slurm: list[str]) -> dict[str, Any]:
@@ -173,7 +210,13 @@ def _print_profile(profile: LayerRanking, out: Path) -> None:
     if sweep.undefined:
         print_line(f"C is undefined: {sweep.undefined}.")
     print_line(_verdict(profile))
-    if sweep.learning_rate_search:
+    still = [str(k) for k in profile.order if profile.scores[k] == 0 == profile.errors[k]]
+    if still and (len(still) < len(profile.order) or sweep.full_gain != [0, 0]):
+        print_line(
+            f"Scored as the base on every problem: block {', '.join(sorted(still, key=int))}; a higher --learning-rate "
+            "or more --steps may move it."
+        )
+    if sweep.learning_rate_search or sweep.learning_rates_found:
         print_line(f"Learning rates found: {profile.learning_rate:g} for a block, {sweep.full_learning_rate:g} full.")
     cost = profile.cost
     print_line(

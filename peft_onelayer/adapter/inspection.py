@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 
 from peft_onelayer.records.fields import Record
 from peft_onelayer.records.files import PROFILE, RUN, WEIGHTS
-from peft_onelayer.records.locate import adapter_folder, base_folder
+from peft_onelayer.records.locate import adapter_folder, base_folder, check_revision
 from peft_onelayer.records.ranking import LayerRanking
 from peft_onelayer.records.run import RunRecord
 from peft_onelayer.sparse.base import name_stages
@@ -110,6 +110,7 @@ def inspect_adapter(
         ValueError: no adapter of this method, damaged, beside a record with a wrong field, or made for another base
             than `base`.
     """
+    check_revision(adapter, revision)
     file = open_adapter(adapter_folder(adapter, revision))
     checkpoint, unchecked = None, {}
     if base is not None:

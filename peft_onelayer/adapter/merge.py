@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from peft_onelayer.records.files import TargetError, check_folder, output, staged_directory
-from peft_onelayer.records.locate import adapter_folder, base_folder, hub_identity
+from peft_onelayer.records.locate import adapter_folder, base_folder, check_revision, hub_identity
 from peft_onelayer.records.text import name_blocks
 from peft_onelayer.sparse.base import OTHER_WEIGHTS, Entries, other_base, positions, what_differs
 
@@ -95,6 +95,7 @@ def merge_into_checkpoint(
     names = [adapters] if isinstance(adapters, (str, Path)) else list(adapters)
     if not names:
         raise ValueError("no adapter was given.")
+    check_revision(base, revision)
     check_folder(Path(out))  # before anything is downloaded
     with output(Path(out)):
         return _merge(base, names, Path(out), revision, allow_other_base, on_progress)

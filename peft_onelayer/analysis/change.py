@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from peft_onelayer.adapter.checkpoint import Checkpoint
 from peft_onelayer.adapter.reader import AdapterFile
 from peft_onelayer.records.fields import without_missing_parts
+from peft_onelayer.records.locate import check_revision
 from peft_onelayer.records.movement import Movement
 
 from .sources import open_base, open_change, open_other
@@ -153,6 +154,9 @@ def analyze_change(
     names = [other] if isinstance(other, (str, Path)) else list(other)
     if not names:
         raise ValueError("nothing was given to compare the base with.")
+    check_revision(base, revision)
+    for name in names:
+        check_revision(name, other_revision, "other_revision")
     others = [open_other(name, other_revision) for name in names]
     if revision is None:
         revision = recorded_revision(base, others)

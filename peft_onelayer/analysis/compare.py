@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from peft_onelayer.adapter.checkpoint import Checkpoint
 from peft_onelayer.adapter.reader import AdapterFile
+from peft_onelayer.records.locate import check_revision
 
 from .change import recorded_revision
 from .sources import Change, open_base, open_change, open_other
@@ -166,6 +167,7 @@ def compare_adapters(
         raise ValueError(f"a comparison needs two runs or more, and {len(names)} was given.")
     opened = [open_other(name) for name in names]
     name = _recorded_base(names, opened) if base is None else str(base)
+    check_revision(name, revision)
     checkpoint = open_base(name, recorded_revision(name, opened) if revision is None else revision)
     changes = [open_change(checkpoint, [o], n, allow_other_base) for n, o in zip(names, opened, strict=True)]
     counts: dict[tuple[int, int], list[_Row]] = {pair: [] for pair in itertools.combinations(range(len(names)), 2)}

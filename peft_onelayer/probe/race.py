@@ -19,9 +19,11 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from peft_onelayer.records.ranking import NO_COST, LayerRanking
+from peft_onelayer.rl.algorithms import Algorithm
 from peft_onelayer.rl.recipe import Recipe, make_recipe
 from peft_onelayer.rl.sampling import sampling_of_run
 from peft_onelayer.rl.training import completions_per_step
+from peft_onelayer.rollouts.completions import show_completions, why_equal
 from peft_onelayer.rollouts.sampling import Rollout, sample_rollouts
 from peft_onelayer.tasks import Task
 from peft_onelayer.tuner import find_decoder_stack
@@ -71,6 +73,18 @@ class NothingToLearnError(ValueError):
     def __init__(self, message: str, rollouts: Sequence[Rollout]) -> None:
         super().__init__(message)
         self.rollouts = rollouts
+
+    def explained(self, task: Task, algorithm: Algorithm) -> tuple[list[str], str]:
+        """Three of the completions in lines to read, and the message in one line with the likely reason.
+
+        Args:
+            task: that the completions are of.
+            algorithm: of the run.
+        """
+        shown = show_completions(self.rollouts[:: max(1, len(self.rollouts) // 3)][:3], task)
+        assert algorithm.completion_length is not None
+        why = why_equal(self.rollouts, task, algorithm.completion_length)
+        return shown.splitlines(), f"{self}. The likely reason: {why}."
 
 
 def race(
@@ -303,8 +317,7 @@ class _Race:
             mean = fmean(r.reward for group in base for r in group)
             raise NothingToLearnError(
                 f"the rewards of the base's {self.settings.samples} completions are equal for each of {len(base)} "
-                f"prompts of {self.task.name} (mean {mean:.2f}), so that there is nothing to learn from; take an "
-                "easier or harder task, or warm the model up first",
+                f"prompts of {self.task.name} (mean {mean:.2f}), so that there is nothing to learn from",
                 [rollout for group in base for rollout in group],
             )
         size = max(self.settings.minibatch[0], int(most / self.budget.sequence))

@@ -59,6 +59,16 @@ class FoundRate:
         """Whether the KL lies within `FOUND_RATE_KL`."""
         return FOUND_RATE_KL[0] <= self.kl <= FOUND_RATE_KL[1]
 
+    def describe(self) -> str:
+        """The rate, what it does and what finding it cost, in one line."""
+        least, most = FOUND_RATE_KL
+        return (
+            f"learning rate {self.learning_rate:g}: a first step at it moves the policy by {self.kl:.3g} nats a token"
+            + ("" if self.reached else f", the nearest that was found to {least} to {most}")
+            + f"; finding it took {self.tokens_generated:,} tokens generated, {self.tokens_trained:,} passed through "
+            f"the model and {self.seconds:.0f} s"
+        )
+
 
 def informative_completions(
     model: PreTrainedModel,

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from .files import CARD, CONFIG, PROFILE, RUN, WEIGHTS
-from .text import one_line
+from .text import one_line, printable
 
 ADAPTER_FILES = (CONFIG, WEIGHTS, RUN, PROFILE, CARD)  # of an adapter's repository, what is fetched
 # The same weights once more in other formats; `fnmatch` patterns of paths relative to the model's folder.
@@ -27,6 +27,20 @@ def is_local(name: str) -> bool:
     """
     written_so = name.startswith((".", "~", "/", os.sep)) or name.count("/") > 1 or "\\" in name
     return written_so or Path(name).expanduser().exists()
+
+
+def check_revision(name: str | Path, revision: str | None, option: str = "--revision") -> None:
+    """Raise ValueError for a revision that was asked for of a folder on this machine, which has only one.
+
+    >>> check_revision("./qwen", "main")
+    Traceback (most recent call last):
+    ValueError: --revision main is for a repository on the Hub, and ./qwen is a folder here; leave it out.
+    """
+    if revision is not None and is_local(str(name)):
+        raise ValueError(
+            f"{option} {printable(revision, 80)} is for a repository on the Hub, and {name} is a folder here; leave it "
+            "out."
+        )
 
 
 def last_part(path: str) -> str:

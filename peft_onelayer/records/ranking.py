@@ -39,7 +39,9 @@ class Sweep:
         full_gain: S_full - S_base and its standard error.
         full_learning_rate: of the full-parameter runs.
         learning_rate_search: scores by learning rate, of "layer" and of "full", with the settings of the search; None
-            where the rates were given.
+            where there was none.
+        learning_rates_found: how the rates were found that nobody gave, "layer" and "full", and the "block" of the
+            former; None where both were given or searched for.
         algorithm: name of the algorithm.
         settings: fields of its TRL configuration that were set, without the learning rate.
         steps: optimizer steps of a run.
@@ -61,6 +63,7 @@ class Sweep:
     full_gain: list[float | None] | None = None
     full_learning_rate: float | None = None
     learning_rate_search: dict[str, Any] | None = None
+    learning_rates_found: dict[str, Any] | None = None
     algorithm: str | None = None
     settings: dict[str, Any] | None = None
     steps: int | None = None
@@ -166,6 +169,8 @@ class LayerRanking(Record):
         if self.sweep is None:
             return {"format": self.FORMAT, **own}
         measured = {f.name: getattr(self.sweep, f.name) for f in fields(Sweep)}
+        if self.sweep.learning_rates_found is None:
+            del measured["learning_rates_found"]
         return {"format": FORMATS[1], **own, **measured} | ({"source": self.source} if self.source else {})
 
     @classmethod

@@ -169,6 +169,13 @@ def _step(
     return {**fields, BATCH_FIELDS[0]: together, "gradient_accumulation_steps": each // together}
 
 
+def step_fields(recipe: Recipe) -> dict[str, Any]:
+    """The fields of a recipe that say how large a step is: with them as `config`, and neither `prompts` nor
+    `completions`, `make_recipe` makes the same step."""
+    names = {*BATCH_FIELDS, recipe.algorithm.group_size}
+    return {name: value for name, value in recipe.settings.items() if name in names}
+
+
 def config_from_text(
     algorithm: str | Algorithm, texts: Sequence[str], own_options: Mapping[str, str]
 ) -> dict[str, Any]:

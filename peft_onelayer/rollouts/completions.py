@@ -78,28 +78,37 @@ def completion_lines(rollouts: Sequence[Sequence[Rollout]], task: Task, **about:
             }
 
 
-def why_equal(rollouts: Sequence[Rollout], task: Task) -> str:
-    """The likely reason why the rewards of all these completions are equal within each prompt, and what mends it."""
+def why_equal(rollouts: Sequence[Rollout], task: Task, limit: str = "max_completion_length") -> str:
+    """The likely reason why the rewards of all these completions are equal within each prompt, and what mends it.
+
+    Args:
+        limit: the field of the run's configuration that cuts completions.
+    """
     statistics = completion_statistics(rollouts, task)
     rewards = {rollout.reward for rollout in rollouts}
-    if max(rewards) > 0 and len(rewards) == 1:
+    without = statistics.no_answer
+    if len(rewards) == 1 and rewards != {0}:
         return (
-            f"every completion gets {max(rewards):g}: the reward does not tell good from bad, or the model masters the "
-            "task already; look at the reward, or take a harder task"
+            f"every completion gets {rollouts[0].reward:g}: the reward does not tell good from bad, or the model "
+            "masters the task already; look at the reward, or take a harder task"
         )
-    if statistics.cut >= 0.5:
+    if statistics.cut >= 0.5 and (without is None or without >= 0.5):
+        longest = max(rollout.tokens for rollout in rollouts)
         return (
-            f"{statistics.cut:.0%} of the completions were cut at the token limit before they ended: raise it with "
-            "--set max_completion_length=N"
+            f"{statistics.cut:.0%} of the completions were cut at the token limit, {longest}, before they ended: raise "
+            f"it, as with --set {limit}={2 * longest}; where the answer comes before the cut, look at the reward"
         )
-    if statistics.no_answer is not None and statistics.no_answer >= 0.5:
+    if without is not None and without >= 0.5:
         return (
-            f"no answer was found in {statistics.no_answer:.0%} of the completions: the model does not write the form "
-            "that the task asks for; show it with --shots, say it with --system, or take an instruct model"
+            f"no answer was found in {without:.0%} of the completions: the model does not write the form that the task "
+            "asks for; show it with --shots, say it with --system, or take an instruct model"
         )
-    if max(rewards) == 0:
-        return "every completion gets 0: the task is too hard for this model; take an easier one or a larger model"
-    return "the completions of one prompt do not differ in reward: raise --completions or the temperature"
+    if rewards == {0}:
+        return (
+            "every completion gets 0: the task is too hard for this model, or the reward takes nothing for right; look "
+            "at the reward, or take an easier task or a larger model"
+        )
+    return "the completions of one prompt do not differ in reward: raise --completions, or --set temperature"
 
 
 def _answer(rollout: Rollout, task: Task) -> str | None:

@@ -42,7 +42,8 @@ class Rollout:
         reward: what the task's reward gave.
         tokens: number of tokens that the model generated, the end-of-sequence token counted, padding and the
             environment's tokens not.
-        ended: whether it ends with an end-of-sequence token, or went on to `Task.end`; False where it was cut.
+        ended: whether it ends with an end-of-sequence token or a stop string, or went on to `Task.end`; False where it
+            was cut.
         prompt_ids: token ids of the prompt.
         ids: token ids behind the prompt, the environment's among them.
         generated: for each of `ids`, whether the model generated it.
@@ -92,7 +93,10 @@ def sample_rollouts(
         )
     chat = not isinstance(rows[0]["prompt"], str)
     if chat and tokenizer.chat_template is None:
-        raise ValueError(f"the prompts of {task.name} are chat messages, but the tokenizer has no chat template")
+        raise ValueError(
+            f"the prompts of {task.name} are chat messages, and the model's tokenizer has no chat template; give "
+            "plain text, or take a model that has one"
+        )
     if not chat and task.environment_factory is not None:
         raise ValueError(f"task {task.name} plays through an environment and so needs chat prompts, not plain text")
     samples = 1 if sampling.greedy else sampling.samples
@@ -295,6 +299,14 @@ class _Player:
                 ids.pop()
         return ids
 
+    def _ended(self, episode: _Episode) -> bool:
+        """Whether it ends as `Rollout.ended` says."""
+        if episode.ids[-1] in self.eos or self._counted(episode.completion) != episode.completion:
+            return True
+        stops = self.generation_config.stop_strings or []
+        text = self._text(episode.ids)
+        return any(stop in text for stop in ([stops] if isinstance(stops, str) else stops))
+
     def _text(self, ids: list[int]) -> str:
         return self.tokenizer.decode(ids, skip_special_tokens=True)
 
@@ -384,7 +396,7 @@ class _Player:
                 completion=self._counted(episode.completion),
                 reward=float(reward),
                 tokens=sum(episode.generated),
-                ended=episode.ids[-1] in self.eos or self._counted(episode.completion) != episode.completion,
+                ended=self._ended(episode),
                 prompt_ids=episode.prompt_ids,
                 ids=episode.ids,
                 generated=episode.generated,

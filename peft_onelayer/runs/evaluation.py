@@ -119,7 +119,7 @@ class _Evaluation:
             if self.adapter is not None:
                 raise ValueError(f"{self.model} is an adapter itself; give its base model, or leave --adapter out.")
             self.model, self.adapter, self.revision = _base_of(self.model, self.revision)
-        check_model_name(self.model)
+        check_model_name(self.model, settings.revision)
         self.folder: Path | None = None
         self.adapter_config: dict[str, Any] = {}
         if self.adapter is not None:

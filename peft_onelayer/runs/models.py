@@ -26,7 +26,7 @@ from transformers import (
 from peft_onelayer.adapter.reader import open_adapter
 from peft_onelayer.records.files import CONFIG, WEIGHTS, read_fields
 from peft_onelayer.records.hub_errors import hub_reason
-from peft_onelayer.records.locate import is_local
+from peft_onelayer.records.locate import check_revision, is_local
 from peft_onelayer.records.text import one_line
 from peft_onelayer.seams import check
 
@@ -70,8 +70,8 @@ def quiet_logs() -> Iterator[None]:
         hub_log.set_verbosity(hub_verbosity)
 
 
-def check_model_name(name: str) -> None:
-    """Raise ValueError for the name of a folder that is not there or holds no model."""
+def check_model_name(name: str, revision: str | None = None) -> None:
+    """Raise ValueError for the name of a folder that is not there or holds no model, or for a folder's revision."""
     folder = Path(name).expanduser()
     if not is_local(name):
         return
@@ -79,6 +79,7 @@ def check_model_name(name: str) -> None:
         raise ValueError(f"no model folder at {folder}; give a folder with config.json, or a model id on the Hub.")
     if not (folder / "config.json").is_file():
         raise ValueError(f"{folder} holds no config.json, so it is not a model folder.")
+    check_revision(name, revision)
 
 
 def load_causal_lm(

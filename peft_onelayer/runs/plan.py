@@ -62,7 +62,7 @@ class TrainingPlan:
         self.data: OfflineData | None = None
         if settings.dataset and self.task is None:
             self.data = load_preferences(settings.dataset, self.algorithm.data)
-        check_model_name(settings.model)
+        check_model_name(settings.model, settings.revision)
 
     def _recipe(self, task: Task | None) -> Recipe:
         own = TRAINING_OPTIONS

@@ -11,12 +11,10 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from peft_onelayer.probe.race import NothingToLearnError
 from peft_onelayer.probe.rate import find_learning_rate
-from peft_onelayer.probe.updates import FOUND_RATE_KL
 from peft_onelayer.records.files import PROFILE, read_text
 from peft_onelayer.records.ranking import LayerRanking
 from peft_onelayer.records.run import LearningRate, RunRecord
 from peft_onelayer.rl.preferences import OfflineData, pairs_from_rollouts
-from peft_onelayer.rollouts.completions import show_completions, why_equal
 from peft_onelayer.tasks import Task
 
 from .folder import RunFolder
@@ -103,11 +101,7 @@ class Preparation:
                     batch_size=self.plan.generate,
                 )
             )
-        self.progress.note(
-            f"learning rate {found.learning_rate:g}: a first step at it moves the policy by {found.kl:.3g} nats a token"
-            + ("" if found.reached else f", the nearest that was found to {' to '.join(map(str, FOUND_RATE_KL))}")
-            + "; --learning-rate sets another"
-        )
+        self.progress.note(f"{found.describe()}; --learning-rate sets another")
         how = {name: value for name, value in asdict(found).items() if name != "learning_rate"}
         return self._with_rate(
             record, found.learning_rate, LearningRate(self.plan.config.learning_rate, "first step", **how)
@@ -121,10 +115,10 @@ class Preparation:
     def explain(self, error: NothingToLearnError) -> ValueError:
         """What to say, in one line, of completions that teach nothing; three of them are shown."""
         assert self.plan.task is not None
-        shown = show_completions(error.rollouts[:: max(1, len(error.rollouts) // 3)][:3], self.plan.task)
-        for line in shown.splitlines():
+        shown, why = error.explained(self.plan.task, self.plan.algorithm)
+        for line in shown:
             self.progress.note(line)
-        return ValueError(f"{error}. The likely reason: {why_equal(error.rollouts, self.plan.task)}.")
+        return ValueError(why)
 
     def pairs(self, base: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, task: Task, prompts: int) -> OfflineData:
         """Offline data from graded rollouts of the base, kept in pairs.jsonl so that a resumed run has the same."""

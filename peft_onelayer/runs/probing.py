@@ -7,6 +7,7 @@ from pathlib import Path
 
 from peft_onelayer.hub.profiles import load_profile
 from peft_onelayer.layers import resolve_layers
+from peft_onelayer.probe.race import NothingToLearnError
 from peft_onelayer.records.files import TargetError, check_file, output, write_whole
 from peft_onelayer.records.ranking import LayerRanking
 from peft_onelayer.rl.algorithms import load_algorithm
@@ -66,7 +67,7 @@ def _probe(settings: ProbeSettings, progress: Progress) -> LayerRanking:
             check_outputs(out)
         if profile is not None:
             progress.note(f"the profile is of {profile.model}: {profile.method}, {profile.task}; {profile.source}")
-        check_model_name(settings.model)
+        check_model_name(settings.model, settings.revision)
         with progress.status(f"loading {settings.model} ..."):
             base, tokenizer = load_causal_lm(
                 settings.model, settings.revision, trust_remote_code=settings.trust_remote_code
@@ -78,20 +79,26 @@ def _probe(settings: ProbeSettings, progress: Progress) -> LayerRanking:
         task, _ = shaped(task, tokenizer, shape)
         row, plays = task.rows("train", 1, settings.seed)[0], task.environment_factory is not None
         check_prompt(row, tokenizer, settings.model, sampling.chat_template_kwargs, plays=plays)
-        ranking = rank_blocks(
-            base,
-            tokenizer,
-            task,
-            progress,
-            recipe=recipe,
-            training_steps=settings.steps,
-            seed=settings.seed,
-            method=settings.method,
-            budget=settings.budget,
-            layers=layers,
-            profile=profile,
-            batch_size=max(GENERATE, config.per_device_train_batch_size),
-        )
+        try:
+            ranking = rank_blocks(
+                base,
+                tokenizer,
+                task,
+                progress,
+                recipe=recipe,
+                training_steps=settings.steps,
+                seed=settings.seed,
+                method=settings.method,
+                budget=settings.budget,
+                layers=layers,
+                profile=profile,
+                batch_size=max(GENERATE, config.per_device_train_batch_size),
+            )
+        except NothingToLearnError as error:
+            shown, why = error.explained(task, algorithm)
+            for line in shown:
+                progress.note(line)
+            raise ValueError(why) from error
     if out is not None:
         from peft_onelayer.report.plots import plot_ranking
 

@@ -27,7 +27,7 @@ from peft_onelayer.records.locate import adapter_folder
 from peft_onelayer.records.movement import Movement
 from peft_onelayer.records.run import DataSource, RunRecord, RunResults, RunSettings, differences
 from peft_onelayer.records.text import name_blocks
-from peft_onelayer.rl.training import completions_per_step, steps_of_epochs, train_rows
+from peft_onelayer.rl.training import completions_per_step, prompts_needed, steps_of_epochs, train_rows
 from peft_onelayer.rollouts.prompts import shaped
 from peft_onelayer.tuner import find_decoder_stack
 
@@ -76,7 +76,8 @@ def train(
     """Train what `settings` say with an algorithm of TRL, and write the adapter, its card and run.json to a new folder.
 
     The same settings give the same weights on the same machine. A run that was killed goes on with `resume` and the
-    same settings, and ends with the weights of an uninterrupted one. With several processes (torchrun) each calls it.
+    same settings, and ends with the weights of an uninterrupted one, but for an online run that was killed after it had
+    gone once over all prompts (TRL begins their order again). With several processes (torchrun) each calls it.
 
     Args:
         resume: go on with the interrupted run in `settings.out`.
@@ -264,6 +265,12 @@ class _Training:
         checkpoint = folder.last_checkpoint() if folder.previous else None
         if folder.previous and checkpoint:
             self.progress.note(f"going on from {checkpoint.name}")
+            drawn = prompts_needed(self.plan.algorithm, config, steps=step_of(checkpoint) + 1)
+            if self.plan.algorithm.online and self.plan.algorithm.group_size and drawn > len(rows):
+                self.progress.note(
+                    f"the run has gone once over its {len(rows)} prompts; TRL begins their order again where a run is "
+                    "resumed, so this one goes on with other prompts than an uninterrupted run"
+                )
             before = folder.previous.settings.config.get("max_steps")
             of = f" of {before} steps" if before != config.max_steps else ""
             record = replace(record, resumed_from=[*(folder.previous.resumed_from or []), checkpoint.name + of])

@@ -10,10 +10,10 @@ from pathlib import Path
 from peft_onelayer.layers import resolve_layers
 from peft_onelayer.records.files import model_digests
 from peft_onelayer.rl.algorithms import load_algorithm
-from peft_onelayer.rl.recipe import make_recipe, refuse_fields, refuse_without_effect
+from peft_onelayer.rl.recipe import make_recipe, refuse_fields, refuse_without_effect, step_fields
 from peft_onelayer.rl.sampling import sampling_of_run
 from peft_onelayer.rollouts.prompts import Shape, check_prompt, shaped
-from peft_onelayer.runs.models import load_skeleton
+from peft_onelayer.runs.models import check_model_name, load_skeleton
 from peft_onelayer.tasks import load_task
 from peft_onelayer.tuner import find_decoder_stack
 from peft_onelayer.tuner.model import commit_hash
@@ -65,7 +65,8 @@ class Plan:
         base: the evaluation of the untrained model.
         full: full-parameter runs, one for each seed.
         blocks: the runs of each block to be measured, one for each seed.
-        search: for the learning rates; None where they are given.
+        search: for the learning rates; None where they are given or found.
+        finding: the runs that find a learning rate where none is given, of a block as "layer" and of "full".
     """
 
     num_layers: int
@@ -73,20 +74,42 @@ class Plan:
     full: Sequence[RunSpec]
     blocks: Mapping[int, Sequence[RunSpec]]
     search: RateSearch | None
+    finding: Mapping[str, RunSpec]
+
+    @property
+    def of_rates(self) -> list[RunSpec]:
+        """The runs that choose the learning rates of the others."""
+        return [*(self.search.specs if self.search else []), *self.finding.values()]
 
     @property
     def specs(self) -> list[RunSpec]:
-        """All runs but the search's, those of one seed after those of another: the first seed says the most when the
-        sweep does not get further."""
+        """All runs but those of the learning rates, those of one seed after those of another: the first seed says the
+        most when the sweep does not get further."""
         by_seed = zip(self.full, *self.blocks.values(), strict=True)
         return [self.base, *(spec for of_seed in by_seed for spec in of_seed)]
 
-    def with_learning_rates(self, layer: float, full: float) -> Plan:
-        """The same runs at these rates."""
+    def with_learning_rates(self, rows: Mapping[str, Row]) -> Plan:
+        """The same runs at the rates that `of_rates` chose.
+
+        Args:
+            rows: of these runs, by the digests of their specifications.
+
+        Raises:
+            ValueError: there is nothing to learn from.
+        """
+        layer = full = None
+        if self.search:
+            layer, full = self.search.best(rows)
+        rates = {"layer": layer, "full": full}
+        for name, spec in self.finding.items():
+            row = rows[spec.digest()]
+            if "nothing" in row:
+                raise ValueError(row["nothing"])
+            rates[name] = row["found"]["learning_rate"]
         return replace(
             self,
-            full=[with_learning_rate(spec, full) for spec in self.full],
-            blocks={k: [with_learning_rate(spec, layer) for spec in specs] for k, specs in self.blocks.items()},
+            full=[with_learning_rate(spec, rates["full"]) for spec in self.full],
+            blocks={k: [with_learning_rate(s, rates["layer"]) for s in specs] for k, specs in self.blocks.items()},
         )
 
 
@@ -107,8 +130,11 @@ def plan_sweep(settings: SweepSettings) -> Plan:
     for name in ("steps", "problems", "samples", "batch_size"):
         if getattr(settings, name) < 1:
             raise ValueError(f"{name} must be at least 1, got {getattr(settings, name)}")
+    check_model_name(settings.model, settings.revision)
     task = load_task(settings.task, unsafe=settings.unsafe)
-    config = make_recipe(algorithm, task, settings.config).config(output_dir="unused", max_steps=settings.steps)
+    recipe = make_recipe(algorithm, task, settings.config, prompts=settings.prompts, completions=settings.completions)
+    config = recipe.config(output_dir="unused", max_steps=settings.steps)
+    given = dict(settings.config) | (step_fields(recipe) if settings.prompts or settings.completions else {})
     sampling = sampling_of_run(algorithm, config)
     model, tokenizer = load_skeleton(settings.model, settings.revision, trust_remote_code=settings.trust_remote_code)
     num_layers = len(find_decoder_stack(model).blocks)
@@ -127,7 +153,7 @@ def plan_sweep(settings: SweepSettings) -> Plan:
         task_data=dict(task.data),
         layer="full",
         algorithm=settings.algorithm,
-        settings=dict(settings.config),
+        settings=given,
         steps=settings.steps,
         seed=seeds[0],
         problems=settings.problems,
@@ -150,25 +176,28 @@ def plan_sweep(settings: SweepSettings) -> Plan:
         full=[replace(full, seed=seed) for seed in seeds],
         blocks={k: [replace(spec, seed=seed) for seed in seeds] for k, spec in blocks.items()},
         search=_search(first, layers, settings.search_learning_rates),
+        finding={} if settings.search_learning_rates else _finding(first, layers, rates, full_rate),
     )
 
 
-def with_learning_rate(spec: RunSpec, rate: float) -> RunSpec:
-    return replace(spec, settings={**spec.settings, "learning_rate": rate})
+def with_learning_rate(spec: RunSpec, rate: float | None) -> RunSpec:
+    """The run at this rate; with None as it is."""
+    return spec if rate is None else replace(spec, settings={**spec.settings, "learning_rate": rate})
 
 
-def _learning_rates(settings: SweepSettings, layers: Sequence[int]) -> tuple[dict[int, float], float]:
-    """The rate of each block, and that of the full-parameter runs."""
+def _learning_rates(settings: SweepSettings, layers: Sequence[int]) -> tuple[dict[int, float | None], float | None]:
+    """The rate of each block, and that of the full-parameter runs; None where it is to be found."""
     rate, full_rate = settings.learning_rate, settings.full_learning_rate
-    of_block = dict(rate) if isinstance(rate, Mapping) else dict.fromkeys(layers, rate)
+    of_block: dict[int, float | None] = dict(rate) if isinstance(rate, Mapping) else dict.fromkeys(layers, rate)
     if full_rate is None:
         if isinstance(rate, Mapping):
             raise ValueError("where each block has its own learning rate, full_learning_rate must be given too")
         full_rate = rate
+    given = [*of_block.values(), full_rate, *settings.search_learning_rates]
     if missing := [k for k in layers if k not in of_block]:
         raise ValueError(f"no learning rate for block {missing[0]}; there are rates for {sorted(of_block)}")
-    for value in (*of_block.values(), full_rate, *settings.search_learning_rates):
-        if not 0 < value < math.inf:
+    for value in given:
+        if value is not None and not 0 < value < math.inf:
             raise ValueError(f"a learning rate must be above 0, got {value}")
     return of_block, full_rate
 
@@ -178,6 +207,19 @@ def _search(first: RunSpec, layers: Sequence[int], rates: Sequence[float]) -> Ra
         return None
     # on other problems than those that are reported
     trial = replace(first, split="train", evaluation_seed=first.evaluation_seed + 1)
-    middle = layers[len(layers) // 2]
+    middle = _middle(layers)
     layer = [with_learning_rate(replace(trial, layer=middle), rate) for rate in rates]
     return RateSearch(list(rates), middle, layer, [with_learning_rate(trial, rate) for rate in rates])
+
+
+def _finding(
+    first: RunSpec, layers: Sequence[int], rates: Mapping[int, float | None], full_rate: float | None
+) -> dict[str, RunSpec]:
+    """The runs that find a rate; nothing of the evaluation is in them, so that another one does not repeat them."""
+    run = replace(first, split="train", steps=0, problems=0, samples=0, greedy=False, sampling={}, evaluation_seed=0)
+    found = {"layer": replace(run, layer=_middle(layers))} if None in rates.values() else {}
+    return found if full_rate is not None else {**found, "full": run}
+
+
+def _middle(layers: Sequence[int]) -> int:
+    return layers[len(layers) // 2]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -19,11 +19,11 @@ from .settings import SweepSettings
 def make_profile(settings: SweepSettings, plan: Plan, rows: Mapping[str, Row]) -> LayerRanking:
     """Compute the profile from the rows of a sweep.
 
-    The cost counts every row, those of a search included. Tokens of a run that was stopped early are not known; they
-    are taken as its steps times the finished runs' mean per step. The share is of one run of one block.
+    The cost counts every row, those that chose a learning rate included. Tokens of a run that was stopped early are not
+    known; they are taken as its steps times the finished runs' mean per step. The share is of one run of one block.
 
     Args:
-        plan: the runs, at the learning rates that were found where there was a search.
+        plan: the runs, at the learning rates that were found.
         rows: by the digests of their specifications; that of a run which was stopped early has "stopped", its steps,
             and no scores.
 
@@ -33,7 +33,7 @@ def make_profile(settings: SweepSettings, plan: Plan, rows: Mapping[str, Row]) -
     base = rows[plan.base.digest()]
     full = [rows[spec.digest()] for spec in plan.full]
     layers = {k: [rows[spec.digest()] for spec in specs] for k, specs in plan.blocks.items()}
-    searched = [rows[spec.digest()] for spec in plan.search.specs] if plan.search else []
+    of_rates = [rows[spec.digest()] for spec in plan.of_rates]
     every = [base, *full, *(row for rows in layers.values() for row in rows)]
     if len({row["problems_digest"] for row in every if "stopped" not in row}) > 1:
         raise ValueError("the rows of a sweep must be measured on the same problems; these are not")
@@ -55,14 +55,18 @@ def make_profile(settings: SweepSettings, plan: Plan, rows: Mapping[str, Row]) -
         base=base["mean"],
         full=float(np.mean(full_scores)),
         contribution_errors=each({k: c.standard_error for k, c in contributions.items()}),
-        undefined=next((c.reason for c in contributions.values()), None),
+        undefined=_unmoved(
+            base, [row for row in every if "stopped" not in row], rates.values(), "layer" in plan.finding
+        )
+        or next((c.reason for c in contributions.values()), None),
         means=each({k: float(np.mean(v)) for k, v in scores.items()}),
         base_error=base["standard_error"],
         full_gain=list(gain(full_scores, base["scores"])),
         full_learning_rate=plan.full[0].settings["learning_rate"],
-        learning_rate_search=_search(plan, searched),
+        learning_rate_search=_search(plan, of_rates) if plan.search else None,
+        learning_rates_found=_found(plan, rows),
         algorithm=settings.algorithm,
-        settings=dict(settings.config),
+        settings={name: value for name, value in plan.full[0].settings.items() if name != "learning_rate"},
         steps=settings.steps,
         seeds=list(settings.seeds),
         problems=len(base["scores"]),
@@ -87,7 +91,7 @@ def make_profile(settings: SweepSettings, plan: Plan, rows: Mapping[str, Row]) -
         pick=pick,
         learning_rate=rates[order[0]] if order else None,
         learning_rates=each(rates) if len(set(rates.values())) > 1 else None,
-        cost=_cost([*every, *searched], [row for rows in finished.values() for row in rows]),
+        cost=_cost([*every, *of_rates], [row for rows in finished.values() for row in rows]),
         task=settings.task,
         seed=settings.seeds[0],
         sweep=sweep,
@@ -100,10 +104,36 @@ def _tied(best: list[list[float]], other: list[list[float]]) -> bool:
     return difference <= Z_95 * (error or 0.0)
 
 
-def _search(plan: Plan, rows: Sequence[Row]) -> dict[str, Any] | None:
-    """The scores of the search for learning rates, and its settings."""
-    if plan.search is None:
+def _unmoved(base: Row, rows: Sequence[Row], rates: Collection[float], found: bool) -> str | None:
+    """Why every run scored what the base did, problem by problem; None where one did not.
+
+    Args:
+        rates: of the blocks' runs.
+        found: whether nobody gave them.
+    """
+    if any(row["scores"] != base["scores"] for row in rows):
         return None
+    if len(set(base["scores"])) == 1:
+        return f"every run and the base scored {base['scores'][0]:g} on every problem: the reward tells nothing apart"
+    low, high = min(rates), max(rates)
+    rate = f"{low:g}" if low == high else f"{low:g} to {high:g}"
+    mended = "raise --steps" if found else "leave --learning-rate out to have one found, or raise --steps"
+    return (
+        f"every run scored exactly what the base did on every problem: the learning rate ({rate}) is too low, or the "
+        f"steps are too few; {mended}"
+    )
+
+
+def _found(plan: Plan, rows: Mapping[str, Row]) -> dict[str, Any] | None:
+    """How the learning rates were found that were not given."""
+    found = {name: rows[spec.digest()]["found"] for name, spec in plan.finding.items()}
+    block = {"block": plan.finding["layer"].layer} if "layer" in found else {}
+    return {**block, **found} if found else None
+
+
+def _search(plan: Plan, rows: Sequence[Row]) -> dict[str, Any]:
+    """The scores of the search for learning rates, and its settings."""
+    assert plan.search is not None
     means, n = [row["mean"] for row in rows], len(plan.search.rates)
     return {
         "rates": list(plan.search.rates),

@@ -11,9 +11,14 @@ import math
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field, replace
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from peft_onelayer.records.files import model_digests
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+    from peft_onelayer.tasks import Task
 
 FORMAT = "onelayer-row-1"
 
@@ -34,7 +39,7 @@ class RunSpec:
         layer: the block, or blocks, to train; "full" for every parameter; "base" to train nothing.
         algorithm: name for `load_algorithm`; an online one.
         settings: fields of the algorithm's TRL configuration, over its defaults; the learning rate is among them.
-        steps: optimizer steps.
+        steps: optimizer steps; 0 of a block or of all parameters only finds the learning rate of such a run.
         seed: of training and of its data.
         problems: how many to evaluate on.
         samples: completions of each.
@@ -101,6 +106,11 @@ class RunSpec:
             raise ValueError(f"a run's settings must be JSON values: {error}") from None
         return hashlib.sha256(text.encode()).hexdigest()
 
+    @property
+    def finds_rate(self) -> bool:
+        """Whether this run trains nothing and finds the learning rate of those that do."""
+        return self.steps == 0 and self.layer != "base"
+
     @classmethod
     def from_dict(cls, fields: Mapping[str, Any]) -> RunSpec:
         """The specification whose `dataclasses.asdict` is `fields`."""
@@ -114,6 +124,8 @@ class RunSpec:
         """
         if self.layer == "base":
             return "base"
+        if self.finds_rate:
+            return f"learning rate {'of all parameters' if self.layer == 'full' else f'of block {self.layer}'}"
         layers = self.layer if isinstance(self.layer, list) else [self.layer]
         what = "full" if self.layer == "full" else f"block{'s' * (len(layers) > 1)} {', '.join(map(str, layers))}"
         rate = self.settings.get("learning_rate")
@@ -121,7 +133,7 @@ class RunSpec:
 
 
 def run_layer(spec: RunSpec, on_step: OnStep = lambda step, reward: None) -> Row:
-    """Train what `spec` says and evaluate it, leaving nothing behind.
+    """Train what `spec` says and evaluate it, leaving nothing behind; without steps, find its learning rate.
 
     Args:
         on_step: called after every step with its number and mean reward.
@@ -131,17 +143,14 @@ def run_layer(spec: RunSpec, on_step: OnStep = lambda step, reward: None) -> Row
         samples; "mean" and "standard_error" of them (None for one problem); "greedy_scores", likewise for greedy
         decoding, or None; "problems_digest", SHA-256 of the problems; "rewards", one per step; "steps";
         "tokens_generated" and "tokens_trained" in training; "tokens_evaluated", generated in the evaluation; "seconds";
-        "versions", of the libraries and the machine.
+        "versions", of the libraries and the machine. Where a learning rate was to be found, in place of scores, rewards
+        and problems "found", the fields of `FoundRate`; or, where nothing can be learned, "nothing", why, and "shown",
+        some completions to read.
 
     Raises:
         ValueError: the model's files are not those of the specification, or what it names does not fit together.
     """
-    from peft_onelayer.rl.algorithms import load_algorithm
-    from peft_onelayer.rl.recipe import make_recipe
-    from peft_onelayer.rl.training import train_layer
-    from peft_onelayer.rollouts.evaluation import evaluate
     from peft_onelayer.rollouts.prompts import Shape, shaped
-    from peft_onelayer.rollouts.settings import Sampling
     from peft_onelayer.runs.describe import describe_machine
     from peft_onelayer.runs.models import load_causal_lm, to_device, without_progress_bars
     from peft_onelayer.tasks import load_task
@@ -155,40 +164,57 @@ def run_layer(spec: RunSpec, on_step: OnStep = lambda step, reward: None) -> Row
     if dict(task.data) != dict(spec.task_data):
         raise ValueError(f"the data of task {spec.task} is not what the run was made for: {dict(task.data)}")
     with without_progress_bars():
-        model: Any
         model, tokenizer = load_causal_lm(spec.model, spec.revision, trust_remote_code=spec.trust_remote_code)
         to_device(model)
         kwargs = spec.sampling.get("chat_template_kwargs")
         task, _ = shaped(task, tokenizer, Shape(spec.chat, spec.system, spec.shots or 0, kwargs))
-        rows = task.rows(spec.split, spec.problems, spec.evaluation_seed)
-        rewards: list[float] = []
-        steps = generated = trained = 0
-        if spec.layer != "base":
-            if not load_algorithm(spec.algorithm).online:
-                raise ValueError(f"a sweep trains on rewards; {spec.algorithm} is offline")
-            result = train_layer(
-                model,
-                tokenizer,
-                task,
-                None if spec.layer == "full" else spec.layer,
-                steps=spec.steps,
-                seed=spec.seed,
-                recipe=make_recipe(spec.algorithm, task, spec.settings),
-                on_step=on_step,
-            )
-            model = result.model
-            rewards, steps = result.rewards, result.steps
-            generated, trained = result.tokens_generated, result.tokens_trained
-
-        sampling = Sampling(
-            samples=spec.samples, seed=spec.evaluation_seed, batch_size=spec.batch_size, **spec.sampling
-        )
-        sampled = evaluate(model, tokenizer, task, rows, sampling)
-        greedy = evaluate(model, tokenizer, task, rows, replace(sampling, greedy=True)) if spec.greedy else None
+        if spec.finds_rate:
+            outcome = _find_rate(spec, model, tokenizer, task)
+        else:
+            outcome = _train_and_evaluate(spec, model, tokenizer, task, on_step)
     return {
         "format": FORMAT,
         "digest": spec.digest(),
         "spec": asdict(spec),
+        **outcome,
+        "seconds": round(time.perf_counter() - start, 2),
+        "versions": describe_machine(),
+    }
+
+
+def _train_and_evaluate(
+    spec: RunSpec, model: Any, tokenizer: PreTrainedTokenizerBase, task: Task, on_step: OnStep
+) -> dict[str, Any]:
+    from peft_onelayer.rl.algorithms import load_algorithm
+    from peft_onelayer.rl.recipe import make_recipe
+    from peft_onelayer.rl.training import train_layer
+    from peft_onelayer.rollouts.evaluation import evaluate
+    from peft_onelayer.rollouts.settings import Sampling
+
+    rows = task.rows(spec.split, spec.problems, spec.evaluation_seed)
+    rewards: list[float] = []
+    steps = generated = trained = 0
+    if spec.layer != "base":
+        if not load_algorithm(spec.algorithm).online:
+            raise ValueError(f"a sweep trains on rewards; {spec.algorithm} is offline")
+        result = train_layer(
+            model,
+            tokenizer,
+            task,
+            None if spec.layer == "full" else spec.layer,
+            steps=spec.steps,
+            seed=spec.seed,
+            recipe=make_recipe(spec.algorithm, task, spec.settings),
+            on_step=on_step,
+        )
+        model = result.model
+        rewards, steps = result.rewards, result.steps
+        generated, trained = result.tokens_generated, result.tokens_trained
+
+    sampling = Sampling(samples=spec.samples, seed=spec.evaluation_seed, batch_size=spec.batch_size, **spec.sampling)
+    sampled = evaluate(model, tokenizer, task, rows, sampling)
+    greedy = evaluate(model, tokenizer, task, rows, replace(sampling, greedy=True)) if spec.greedy else None
+    return {
         "scores": list(sampled.scores),
         "mean": sampled.mean,
         "standard_error": None if math.isnan(sampled.standard_error) else sampled.standard_error,
@@ -199,6 +225,32 @@ def run_layer(spec: RunSpec, on_step: OnStep = lambda step, reward: None) -> Row
         "tokens_generated": generated,
         "tokens_trained": trained,
         "tokens_evaluated": sampled.tokens_generated + (greedy.tokens_generated if greedy else 0),
-        "seconds": round(time.perf_counter() - start, 2),
-        "versions": describe_machine(),
+    }
+
+
+def _find_rate(spec: RunSpec, model: Any, tokenizer: PreTrainedTokenizerBase, task: Task) -> dict[str, Any]:
+    from peft_onelayer.probe.race import NothingToLearnError
+    from peft_onelayer.probe.rate import find_learning_rate
+    from peft_onelayer.rl.recipe import make_recipe
+
+    recipe = make_recipe(spec.algorithm, task, spec.settings)
+    try:
+        found = find_learning_rate(
+            model,
+            tokenizer,
+            task,
+            None if spec.layer == "full" else spec.layer,
+            recipe,
+            seed=spec.seed,
+            batch_size=spec.batch_size,
+        )
+    except NothingToLearnError as error:
+        shown, why = error.explained(task, recipe.algorithm)
+        generated = sum(rollout.tokens for rollout in error.rollouts)
+        return {"nothing": why, "shown": shown, "steps": 0, "tokens_generated": generated, "tokens_trained": 0}
+    return {
+        "found": asdict(found),
+        "steps": 0,
+        "tokens_generated": found.tokens_generated,
+        "tokens_trained": found.tokens_trained,
     }

@@ -6,7 +6,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from peft_onelayer.rl.recipe import LEARNING_RATE
 from peft_onelayer.runs.settings import STEPS
 
 # Fields of a TRL configuration that a setting of their own decides, and the option of the command line.
@@ -32,9 +31,13 @@ class SweepSettings:
         algorithm: a name for `load_algorithm`; an online one.
         steps: optimizer steps of every run.
         seeds: of training and its data, one run of everything for each; the evaluation is the same for all.
-        learning_rate: of the blocks' runs; a mapping gives each block its own, such as a probe found.
+        prompts, completions: of an optimizer step, as of `TrainingSettings`.
+        learning_rate: of the blocks' runs; a mapping gives each block its own, such as a probe found. None for one that
+            is found: a first step of the middle one of `layers` at it moves the policy far enough
+            (`find_learning_rate`).
         full_learning_rate: of the full-parameter runs; None for `learning_rate`, as in the paper (small models need a
-            lower one). It must be given where each block has its own.
+            lower one), and where that is None too, for one that is found likewise by a first step of all parameters. It
+            must be given where each block has its own.
         search_learning_rates: rates to choose both from instead: each trains the middle one of `layers`, and all
             parameters, with the first seed; the best on problems of the training split is taken.
         config: values by field of the algorithm's TRL configuration; what of it shapes completions shapes those of
@@ -57,7 +60,9 @@ class SweepSettings:
     algorithm: str = "grpo"
     steps: int = STEPS
     seeds: Sequence[int] = (0,)
-    learning_rate: float | Mapping[int, float] = LEARNING_RATE
+    prompts: int | None = None
+    completions: int | None = None
+    learning_rate: float | Mapping[int, float] | None = None
     full_learning_rate: float | None = None
     search_learning_rates: Sequence[float] = ()
     config: Mapping[str, Any] = field(default_factory=dict)

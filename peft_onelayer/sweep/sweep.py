@@ -52,10 +52,11 @@ def sweep_layers(
         engine_options: arguments of the engine's own.
         run_row: the function that makes a row.
         on_start: called with the number of rows, when all checks are done.
-        on_row: called with (rows done, rows in all, specification, row), also for rows that were there already.
+        on_row: called with (rows done, rows in all, specification, row), also for rows that were there already, and
+            for those of runs that find a learning rate.
 
     Raises:
-        ValueError: a setting that cannot work.
+        ValueError: a setting that cannot work; a learning rate that is to be found, where nothing can be learned.
         TargetError: `out` may not be written, no sweep made it, or another process writes to it.
         RunsFailedError: some runs failed; the rows of all others are kept.
         DiskFullError: a row could not be written.
@@ -73,7 +74,7 @@ def sweep_layers(
             plan = plan_sweep(settings)
         store = RowStore(out / ROWS)
         store.prepare()
-        counter, total = itertools.count(1), len(plan.specs) + len(plan.search.specs if plan.search else [])
+        counter, total = itertools.count(1), len(plan.specs) + len(plan.of_rates)
         on_start(total)
         rows_of = partial(
             collect_rows,
@@ -82,10 +83,8 @@ def sweep_layers(
             stopped_count=bool(options.get("early_stop")),
             on_row=lambda spec, row: on_row(next(counter), total, spec, row),
         )
-        rows: dict[str, Row] = {}
-        if plan.search:
-            rows = rows_of(plan.search.specs)
-            plan = plan.with_learning_rates(*plan.search.best(rows))
+        rows = rows_of(plan.of_rates)
+        plan = plan.with_learning_rates(rows)
         rows |= rows_of(plan.specs)
         profile = make_profile(settings, plan, rows)
         write_whole(out / PROFILE, profile.to_json())

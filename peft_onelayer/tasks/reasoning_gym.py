@@ -29,11 +29,15 @@ import difflib
 import functools
 import hashlib
 import importlib.metadata
+import io
 import json
 import random
 import sys
+import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import chdir, contextmanager, redirect_stdout
 from fractions import Fraction
+from pathlib import Path
 from typing import Any
 
 import numpy
@@ -253,12 +257,22 @@ def _entries(name: str, seed: str) -> Iterator[dict[str, Any]]:
             random.seed(number + index)
             numpy.random.seed(number + index)
             try:
-                entry = dataset[index]
+                with _kept_apart() as folder:
+                    entry = dataset[index]
             finally:
                 random.setstate(states[0])
                 numpy.random.set_state(states[1])
-            yield entry
+            if folder not in f"{entry['question']}{entry['answer']}":  # a problem of codeio asks for a path in it
+                yield entry
         chunk += 1
+
+
+@contextmanager
+def _kept_apart() -> Iterator[str]:
+    """In an empty folder, whose random name it yields, and without standard output: codeio runs the programs that it is
+    made of, which write files where they are, and several data sets print."""
+    with tempfile.TemporaryDirectory() as folder, chdir(folder), redirect_stdout(io.StringIO()):
+        yield Path(folder).name
 
 
 def scorer(name: str) -> Callable[[str, str], float]:
@@ -282,6 +296,7 @@ def scorer(name: str) -> Callable[[str, str], float]:
         # calendar_arithmetic gives e^5 and more for wrong answers where -1 is right
         return reward if 0 <= reward <= 1 else 0.0
 
-    first = dataset[0]
+    with _kept_apart():
+        first = dataset[0]
     score(str(first["answer"]), to_text(first))  # what scorers and sympy load at their first use, outside of the limit
     return score

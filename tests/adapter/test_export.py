@@ -14,7 +14,8 @@ from transformers import AutoModelForCausalLM
 
 import models
 from peft_onelayer import SingleLayerConfig, export_adapter
-from peft_onelayer.adapter.export import FLAT_WEIGHTS, low_rank
+from peft_onelayer.adapter.export import FLAT_WEIGHTS
+from peft_onelayer.adapter.forms import low_rank
 from peft_onelayer.adapter.write_sparse import write_sparse
 
 WEIGHTS = "adapter_model.safetensors"

@@ -55,6 +55,9 @@ def test_inspect_says_all_that_it_says_with_torch(onelayer, files, adapter):
     assert (answer.code, answer.err) == (0, []) and "block 1 of 4" in answer.out
 
 
+LORA = ["--format", "lora"]
+
+
 @pytest.mark.parametrize(
     ("arguments", "code", "message"),
     [
@@ -66,7 +69,9 @@ def test_inspect_says_all_that_it_says_with_torch(onelayer, files, adapter):
         (["inspect", "./nowhere"], 1, "no adapter folder at nowhere"),
         (["inspect", "{root}/dense", "--base", "./nowhere"], 1, "no model folder at nowhere"),
         (["inspect", "{root}/dense", "--base", "{root}/sparse"], 1, "is an adapter and not a base model"),
+        (["inspect", "{root}/dense", "--revision", "v1"], 1, "--revision v1 is for a repository on the Hub, and"),
         (["merge", "{root}/base", "{root}/dense"], 2, "Missing argument"),
+        (["merge", "{root}/base", "{root}/dense", "{root}/out", "--revision", "v1"], 1, "base is a folder here; leave"),
         (["merge", "{root}/base", "{root}/dense", "{root}"], 1, "exists and holds other files"),
         (["merge", "{root}/base", "{root}/dense", "{root}/base/out"], 1, "is inside"),
         (["merge", "{root}/base", "{root}/cut-sparse", "{root}/out"], 1, "damaged"),
@@ -77,6 +82,20 @@ def test_inspect_says_all_that_it_says_with_torch(onelayer, files, adapter):
         (["analyze", "{root}/base", "{root}/cut-sparse"], 1, "damaged"),
         (["analyze", "{root}/dense", "{root}/base"], 1, "is an adapter and not a base model"),
         (["analyze", "{root}/base", "{root}/dense", "--plot", "change.txt"], 1, "is no image"),
+        (["analyze", "{root}/base", "{root}/dense", "--revision", "v1"], 1, "base is a folder here; leave it out"),
+        (["compare", "{root}/dense", "{root}/sparse", "--revision", "v1"], 1, "base is a folder here; leave it out"),
+        (["export", "{root}/dense", "{root}/out"], 2, "Missing option"),
+        (["export", "{root}/dense", "{root}/out", "--format", "zip"], 2, "'zip' is not one of"),
+        (["export", "{root}/dense", "{root}/out", "--format", "peft", "--rank", "2"], 1, "those of the format lora"),
+        (["export", "{root}/dense", "{root}/out", *LORA, "--rank", "2", "--energy", ".5"], 1, "exclude each other"),
+        (["export", "{root}/dense", "{root}/out", *LORA, "--energy", "0"], 1, "energy=0.0 is no share"),
+        (["export", "{root}/dense", "{root}", "--format", "peft"], 1, "exists and holds other files"),
+        (["export", "{root}/cut-dense", "{root}/out", "--format", "peft"], 1, "damaged"),
+        (["export", "{root}/cut-sparse", "{root}/out", "--format", "dense"], 1, "damaged"),
+        (["export", "{root}/base", "{root}/out", "--format", "peft"], 1, "adapter_config.json"),
+        (["export", "./nowhere", "{root}/out", "--format", "flat"], 1, "no adapter folder at nowhere"),
+        (["export", "{root}/dense", "{root}/out", *LORA, "--base", "./nowhere"], 1, "no model folder at nowhere"),
+        (["export", "{root}/dense", "{root}/out", *LORA, "--base", "{root}/sparse"], 1, "is an adapter and not a base"),
         (["compare", "{root}/dense"], 1, "takes two or more"),
         (["compare", "{root}/dense", "{root}/base"], 1, "give the base"),
         (["push", "{root}/dense"], 2, "Missing argument"),

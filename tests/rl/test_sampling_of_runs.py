@@ -189,6 +189,7 @@ def test_a_stop_string_ends_a_completion():
         assert after.ids[: end + 1] == before.ids[: end + 1]
         assert after.completion == tokenizer.decode(before.ids[: end + 1], skip_special_tokens=True)
         cuts += len(after.completion) < len(before.completion)
+        assert after.ended == (before.ended or "o" in after.completion)  # also of the one that stops last
     assert cuts
 
 

@@ -53,7 +53,13 @@ def test_shown_for_a_person():
     ("rollouts", "said"),
     [
         ([rollout("2", 1.0)] * 4, "masters the task already"),
-        ([rollout("2 because", ended=False)] * 3 + [rollout("3")], "75% of the completions were cut"),
+        ([rollout("2", -1.0)] * 4, "every completion gets -1: the reward does not tell good from bad"),
+        (
+            [rollout("because", ended=False)] * 3 + [rollout("3")],
+            "75% of the completions were cut at the token limit, 4, before they ended: raise it, as with --set "
+            "max_completion_length=8; where",
+        ),
+        ([rollout("3 because", ended=False)] * 4, "too hard"),  # the answer comes before the cut
         ([rollout("a couple")] * 4, "no answer was found in 100%"),
         ([rollout("3")] * 4, "too hard"),
         ([rollout("2", 1.0)] * 2 + [rollout("3")] * 2, "do not differ"),
@@ -61,3 +67,7 @@ def test_shown_for_a_person():
 )
 def test_why_the_rewards_are_equal(rollouts, said):
     assert said in why_equal(rollouts, task())
+
+
+def test_the_field_that_cuts_is_the_algorithms():
+    assert "--set max_new_tokens=8;" in why_equal([rollout("because", ended=False)], task(None), "max_new_tokens")

@@ -86,6 +86,25 @@ def test_the_choice_is_trained_at_the_rate_that_goes_with_it(tmp_path, monkeypat
     assert same.record.results.sha256 == run.record.results.sha256
 
 
+@pytest.mark.parametrize("raced", [True, False], ids=["no block gained", "no race"])
+def test_without_a_pick_or_a_race_the_rate_is_found_too(tmp_path, monkeypatch, raced):
+    def ranked(base, tokenizer, task, progress, *, recipe, seed, **others):
+        ranking = ranking_of(base, tokenizer, task, progress, recipe=recipe, seed=seed)
+        if raced:  # of blocks among which one of the middle five is missing
+            ran = {"errors": [0.1] * 12, "order": [7, 0, 3, 4, 6], "rounds": {"7": [[4, 0.0, 0.1]]}}
+            cost = {"tokens_generated": 1, "tokens_trained": 1, "seconds": 1.0, "share": 0.1}
+            return replace(ranking, **ran, cost=cost, pick=None, learning_rate=8e-4, rate_together=2e-4)
+        return replace(ranking, pick=5, learning_rate=None, learning_rates=None, fallback="no room")
+
+    monkeypatch.setattr(preparation, "rank_blocks", ranked)
+    config = {name: value for name, value in FEW.items() if name != "learning_rate"}
+    run = train(settings(tmp_path, layer="auto", config=config))
+    rate = run.record.settings.config["learning_rate"]
+    assert run.record.layers == ([3, 4, 6, 7] if raced else [5])
+    assert run.record.learning_rate.by == ("ranking" if raced else "first step")
+    assert rate == 2e-4 if raced else 1e-4 < rate < 1e-2
+
+
 def test_a_run_that_was_ranked_resumes_with_what_was_asked_for(tmp_path, monkeypatch):
     monkeypatch.setattr(preparation, "rank_blocks", ranking_of)
     asked = settings(tmp_path, layer="auto")

@@ -2,7 +2,8 @@
 
 The file FAKE_RUNS_LOG gets the digest and the node of every run that starts. What happens to one is told by
 `settings`, or by the JSON in FAKE_RUNS_FATE: "sleep", the length of a step in seconds; "kill", block -> how often its
-process kills itself; "fail", block -> what it raises.
+process kills itself; "fail", block -> what it raises; "same", the blocks that score what the base does; "nothing",
+whether there is nothing to learn from.
 """
 
 import hashlib
@@ -12,7 +13,7 @@ import random
 import signal
 import time
 from collections import Counter
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 from peft_onelayer.sweep.run_layer import FORMAT
@@ -33,7 +34,11 @@ def run(spec, on_step=lambda step, reward: None):
         os.kill(os.getpid(), signal.SIGKILL)
     if message := settings.get("fail", {}).get(str(spec.layer)):
         raise ValueError(message)
+    if spec.steps == 0 and spec.layer != "base":
+        return _rate(spec, settings)
     scores = [_score(spec, i) for i in range(spec.problems)]
+    if str(spec.layer) in settings.get("same", ()):
+        scores = [_score(replace(spec, layer="base", seed=0), i) for i in range(spec.problems)]
     return {
         "format": FORMAT,
         "digest": digest,
@@ -51,6 +56,21 @@ def run(spec, on_step=lambda step, reward: None):
         "seconds": random.random(),
         "versions": {"node": NODE},
     }
+
+
+def _rate(spec, settings):
+    """The row of a run that finds a learning rate."""
+    row = {"format": FORMAT, "digest": spec.digest(), "spec": asdict(spec), "steps": 0, "seconds": 1.0, "versions": {}}
+    cost = {"tokens_generated": 100, "tokens_trained": 50}
+    if settings.get("nothing"):
+        return {
+            **row,
+            **cost,
+            "nothing": "nothing to learn. The likely reason: it is a test.",
+            "shown": ["prompt: 1 + 1"],
+        }
+    rate = 3e-4 if spec.layer == "full" else 3e-3
+    return {**row, **cost, "found": {"learning_rate": rate, "kl": 0.015, "kl_noise": 1e-5, **cost, "seconds": 1.0}}
 
 
 def report_environment(spec):

@@ -7,7 +7,9 @@ from dataclasses import asdict, replace
 import pytest
 from specs import DEMO, SETTINGS, demo_spec
 
+from peft_onelayer.probe.rate import FoundRate, find_learning_rate
 from peft_onelayer.records.files import model_digests
+from peft_onelayer.rl.recipe import make_recipe
 from peft_onelayer.rollouts.evaluation import evaluate
 from peft_onelayer.rollouts.settings import Sampling
 from peft_onelayer.sweep.run_layer import RunSpec, run_layer
@@ -48,6 +50,44 @@ def test_a_row_of_json_with_its_specification(rows):
         assert row["versions"]["versions"]["trl"] and row["seconds"] > 0
     assert len({row["digest"] for row in rows.values()}) == 4
     assert len({row["problems_digest"] for row in rows.values()}) == 1
+
+
+@pytest.mark.parametrize("layer", [5, pytest.param("full", marks=pytest.mark.more)])
+def test_without_steps_it_finds_the_rate_that_a_run_would(layer):
+    import demo_model
+
+    given = {"per_device_train_batch_size": 16, "num_generations": 4, "temperature": 0.9}
+    spec = demo_spec(layer, steps=0, seed=1, settings=given)
+    row = json.loads(json.dumps(run_layer(spec)))
+    model, tokenizer = demo_model.load()
+    task = load_task("arithmetic")
+    layers = None if layer == "full" else layer
+    found = find_learning_rate(model, tokenizer, task, layers, make_recipe("grpo", task, given), seed=1, batch_size=64)
+    assert replace(FoundRate(**row["found"]), seconds=0) == replace(found, seconds=0)
+    assert (row["steps"], row["tokens_generated"], row["tokens_trained"]) == (
+        0,
+        found.tokens_generated,
+        found.tokens_trained,
+    )
+    assert RunSpec.from_dict(row["spec"]).digest() == row["digest"] and "scores" not in row
+    assert str(spec) == ("learning rate of all parameters" if layer == "full" else "learning rate of block 5")
+
+
+def test_where_nothing_can_be_learned_the_row_says_why(tmp_path):
+    task = tmp_path / "hopeless.py"
+    task.write_text(
+        "MAX_COMPLETION_TOKENS = 4\n\n\n"
+        "def rows(split, n, seed):\n    return [{'prompt': f'A{i}+2='} for i in range(n)]\n\n\n"
+        "def reward(prompts, completions, **kwargs):\n    return [0.0] * len(completions)\n"
+    )
+    data = dict(load_task(str(task)).data)
+    spec = replace(demo_spec(5, steps=0, settings={}), task=str(task), task_data=data)
+    row = json.loads(json.dumps(run_layer(spec)))
+    assert (
+        "mean 0.00), so that there is nothing to learn from. The likely reason: every completion gets 0"
+        in row["nothing"]
+    )
+    assert sum(line.startswith("completion: ") for line in row["shown"]) == 3 and "found" not in row
 
 
 def test_training_counts_and_changes_the_scores(rows):

@@ -22,6 +22,7 @@ from peft_onelayer.records.disk import DiskFullError
 from peft_onelayer.records.files import write_whole
 from peft_onelayer.records.privacy import without_private
 from peft_onelayer.records.ranking import LayerRanking
+from peft_onelayer.rl.recipe import make_recipe
 from peft_onelayer.sweep import sweep as module
 from peft_onelayer.sweep.engines import RunsFailedError
 from peft_onelayer.sweep.metric import layer_contribution
@@ -151,6 +152,103 @@ def test_each_block_at_a_rate_of_its_own(tmp_path):
     with pytest.raises(ValueError, match="full_learning_rate must be given too"):
         sweep(tmp_path / "out3", learning_rate=rates, full_learning_rate=None)
     assert sweep(tmp_path / "out4", seeds=(0,)).learning_rates is None
+
+
+NONE = {"learning_rate": None, "full_learning_rate": None}
+
+
+def test_rates_that_nobody_gives_are_found_once_and_kept(tmp_path):
+    told = []
+    profile = sweep(tmp_path / "out", seeds=[3], **NONE, on_row=lambda d, n, spec, row: told.append((d, n, row)))
+    assert sorted(str(row["found"]["learning_rate"]) for _, _, row in told[:2]) == ["0.0003", "0.003"]
+    assert [(d, n) for d, n, _ in told] == [(i, 8) for i in range(1, 9)]
+    specs = [row["spec"] for row in fake_runs.stored(tmp_path / "out").values()]
+    finding = [s for s in specs if s["steps"] == 0 and s["layer"] != "base"]
+    assert sorted(str(s["layer"]) for s in finding) == ["5", "full"]  # the middle one of the four
+    assert all((s["seed"], s["split"], s["settings"]) == (3, "train", {}) for s in finding)
+    trained = {s["layer"]: s["settings"].get("learning_rate") for s in specs if s["steps"]}
+    assert trained == {**dict.fromkeys(LAYERS, 3e-3), "full": 3e-4}
+    assert (profile.learning_rate, profile.sweep.full_learning_rate) == (3e-3, 3e-4)
+    found = profile.sweep.learning_rates_found
+    assert found["block"] == 5 and found["layer"]["kl"] == found["full"]["kl"] == 0.015
+    assert (found["layer"]["learning_rate"], found["full"]["learning_rate"]) == (3e-3, 3e-4)
+    assert LayerRanking.from_json(profile.to_json()) == profile and profile.sweep.learning_rate_search is None
+    # five runs of two steps, six evaluations, and what finding the rates took
+    assert profile.cost["tokens_generated"] == 5 * 20 + 6 * 100 + 200
+    assert profile.cost["tokens_trained"] == 5 * 40 + 100
+
+    again = sweep(tmp_path / "out", seeds=[3, 4], problems=200, samples=4, **NONE)
+    assert max(started(tmp_path).values()) == 1 and len(started(tmp_path)) == 8 + 5
+    assert again.learning_rate == 3e-3
+    sweep(tmp_path / "out", seeds=[3], problems=100, steps=3, **NONE)  # another evaluation and length: the same rates
+    assert (
+        sum(
+            s["spec"]["steps"] == 0 and s["spec"]["layer"] != "base"
+            for s in fake_runs.stored(tmp_path / "out").values()
+        )
+        == 2
+    )
+
+
+@pytest.mark.parametrize(
+    ("given", "found", "rates"),
+    [
+        ({"learning_rate": 1e-4, "full_learning_rate": None}, [], (1e-4, 1e-4)),
+        ({"learning_rate": None, "full_learning_rate": 1e-5}, ["5"], (3e-3, 1e-5)),
+        ({**NONE, "search_learning_rates": [1e-4]}, [], (1e-4, 1e-4)),
+        ({"learning_rate": dict.fromkeys(LAYERS, 1e-4), "full_learning_rate": 1e-5}, [], (1e-4, 1e-5)),
+    ],
+    ids=["equal", "full given", "searched", "each its own"],
+)
+def test_only_rates_that_are_not_given_are_found(given, found, rates):
+    plan = plan_sweep(settings(**given))
+    assert [str(spec.layer) for spec in plan.finding.values()] == found
+    rows = {
+        spec.digest(): {"mean": 0.5, "found": {"learning_rate": 3e-3 if spec.layer == 5 else 3e-4}}
+        for spec in plan.of_rates
+    }
+    plan = plan.with_learning_rates(rows)
+    assert {spec.settings["learning_rate"] for specs in plan.blocks.values() for spec in specs} == {rates[0]}
+    assert {spec.settings["learning_rate"] for spec in plan.full} == {rates[1]}
+    assert plan.base.settings == {}
+
+
+def test_a_sweep_that_can_learn_nothing_stops_before_its_runs(tmp_path):
+    shown = []
+    for _ in range(2):
+        with pytest.raises(ValueError, match=r"^nothing to learn\. The likely reason: it is a test\.$"):
+            sweep(
+                tmp_path / "out", {"nothing": True}, **NONE, on_row=lambda d, n, spec, row: shown.append(row["shown"])
+            )
+    assert shown == [["prompt: 1 + 1"]] * 4 and len(started(tmp_path)) == 2
+    assert not (tmp_path / "out" / "layer_profile.json").exists()
+
+
+def test_prompts_and_completions_make_the_step_of_every_run():
+    plan = plan_sweep(settings(prompts=4, completions=6))
+    step = {"num_generations": 6, "per_device_train_batch_size": 8, "gradient_accumulation_steps": 3}
+    for spec in (plan.full[0], plan.blocks[5][1]):
+        assert {name: spec.settings[name] for name in step} == step
+        assert make_recipe("grpo", None, spec.settings).settings.items() >= step.items()
+    assert plan_sweep(settings()).full[0].settings == {"learning_rate": 3e-4}
+    with pytest.raises(ValueError, match="--prompts 4 and --set gradient_accumulation_steps both say"):
+        plan_sweep(settings(prompts=4, config={"gradient_accumulation_steps": 2}))
+
+
+def test_where_no_run_moved_the_policy_the_profile_says_so(tmp_path):
+    every = {"same": [*map(str, LAYERS), "full"]}
+    sweep_of = lambda name, fate, **more: sweep(tmp_path / name, fate, seeds=[0], **more).sweep.undefined  # noqa: E731
+    assert sweep_of("given", every) == (
+        "every run scored exactly what the base did on every problem: the learning rate (0.003) is too low, or the "
+        "steps are too few; leave --learning-rate out to have one found, or raise --steps"
+    )
+    assert sweep_of("found", every, **NONE).endswith("(0.003) is too low, or the steps are too few; raise --steps")
+    assert sweep_of("some", {"same": ["0", "3"]}) is None
+    assert "full equals base within noise" in sweep_of("full", {"same": ["full"]})
+    constant = sweep_of("constant", every, problems=1)
+    assert constant.startswith("every run and the base scored 0.0") and constant.endswith(
+        "the reward tells nothing apart"
+    )
 
 
 def in_a_process_to_kill(function, *arguments, **keywords):

@@ -36,7 +36,12 @@ def sweep(monkeypatch, capfd, tmp_path):
 def test_it_prints_the_contributions_and_writes_the_profile(sweep, tmp_path):
     arguments = ["--layers", "0,5", "--seeds", "0,1", "--steps", "3", "--problems", "50", "--set", "temperature=0.9"]
     code, lines, out = sweep(*arguments)
-    assert code == 0 and any("block 5, seed 1, learning rate 5e-06: score" in line for line in lines)
+    assert code == 0 and any("block 5, seed 1, learning rate 0.003: score" in line for line in lines)
+    found = (
+        "learning rate 0.003: a first step at it moves the policy by 0.015 nats a token; finding it took 100 tokens "
+    )
+    assert sum(f"/9 learning rate of block 5: {found}" in line for line in lines) == 1, lines
+    assert "Learning rates found: 0.003 for a block, 0.0003 full." in out
     profile = LayerRanking.from_json((tmp_path / "out" / "layer_profile.json").read_text())
     assert profile.sweep.settings == {"temperature": 0.9} and profile.sweep.seeds == [0, 1] and profile.sweep.steps == 3
     for k in (0, 5):
@@ -45,7 +50,25 @@ def test_it_prints_the_contributions_and_writes_the_profile(sweep, tmp_path):
     assert (tmp_path / "out" / "layer_profile.png").stat().st_size > 10_000
     code, lines, out = sweep(*arguments, "--json")
     assert code == 0 and json.loads(out) == json.loads(profile.to_json())
-    assert sum(fake_runs.started(tmp_path).values()) == 7  # nothing ran again
+    assert sum(fake_runs.started(tmp_path).values()) == 9  # nothing ran again
+
+
+def test_what_scored_as_the_base_is_named(sweep, monkeypatch, tmp_path):
+    few = ["--layers", "0,5", "--steps", "3", "--problems", "50"]
+    monkeypatch.setenv("FAKE_RUNS_FATE", json.dumps({"same": ["0"]}))
+    code, _, out = sweep(*few, "--out", str(tmp_path / "some"))
+    assert code == 0 and "Scored as the base on every problem: block 0; a higher --learning-rate" in out
+    monkeypatch.setenv("FAKE_RUNS_FATE", json.dumps({"same": ["0", "5", "full"]}))
+    code, _, out = sweep(*few, "--out", str(tmp_path / "all"), "--learning-rate", "5e-6")
+    assert code == 0 and "C is undefined: every run scored exactly what the base did on every problem" in out
+    assert "Scored as the base" not in out
+
+
+def test_nothing_to_learn_shows_completions_and_one_line(sweep, monkeypatch, tmp_path):
+    monkeypatch.setenv("FAKE_RUNS_FATE", json.dumps({"nothing": True}))
+    code, lines, out = sweep("--layers", "0,5", "--workers", "1")
+    assert (code, out) == (1, "") and lines.count("prompt: 1 + 1") == 1 and not any("kept" in line for line in lines)
+    assert lines[-1] == "onelayer: nothing to learn. The likely reason: it is a test."
 
 
 @pytest.mark.parametrize(
@@ -67,6 +90,8 @@ def test_it_prints_the_contributions_and_writes_the_profile(sweep, tmp_path):
         (["--set", "per_device_train_batch_size=7"], "GRPOConfig refused per_device_train_batch_size=7"),
         (["--task", "no_such_task"], "task 'no_such_task' is not known"),
         (["--algorithm", "dpo"], "dpo is offline"),
+        (["--prompts", "3", "--set", "steps_per_generation=2"], "both say how large a step is"),
+        (["--completions", "4", "--set", "num_generations=2"], "--set num_generations says the same"),
         (["--learning-rate", "0"], "a learning rate must be above 0, got 0.0"),
         (["--set", "learning_rate=1"], "field learning_rate is set by --learning-rate and --full-learning-rate"),
         (["--set", "no_such_field=1"], "has no field 'no_such_field'"),

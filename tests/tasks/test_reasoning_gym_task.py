@@ -1,6 +1,7 @@
 import json
 import re
 from fractions import Fraction
+from pathlib import Path
 
 import pytest
 import reasoning_gym as library
@@ -43,6 +44,30 @@ def check_scores(name, n):
             assert reward == expected or (reward == 0 and name in REFUSED and answer != row["answer"])
             if answer == row["answer"] and answer is not None:
                 assert reward >= 0.99 or answer != answer.strip()
+
+
+class Programs(list):
+    """As codeio: entries that are made by programs, which write where they are and print."""
+
+    def __getitem__(self, index):
+        folder = Path("test_dir").resolve()
+        folder.mkdir()
+        print("Error executing code")
+        path = folder if index % 2 else "nowhere"
+        return {"question": f"What is in {path}, for {index}?", "answer": str(index), "metadata": {}}
+
+
+def test_programs_of_a_data_set_leave_nothing_behind_and_no_problem_depends_on_the_place(tmp_path, monkeypatch, capfd):
+    monkeypatch.setattr(library, "create_dataset", lambda name, size, seed: Programs())
+    drawn = []
+    for name in ("one", "other"):
+        (tmp_path / name).mkdir()
+        monkeypatch.chdir(tmp_path / name)
+        drawn.append(task_module._rows("codeio", "train", 20, seed=0))
+        assert list((tmp_path / name).iterdir()) == []
+    assert drawn[0] == drawn[1] and len(drawn[0]) == 20
+    assert all("nowhere" in row["question"] for row in drawn[0])
+    assert capfd.readouterr().out == ""
 
 
 def score(row, *answers, log=None):
