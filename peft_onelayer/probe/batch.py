@@ -9,7 +9,6 @@ from dataclasses import dataclass
 import torch
 
 from peft_onelayer.rollouts.sampling import Rollout
-
 from peft_onelayer.tuner.prefix import HiddenStates
 
 
