@@ -24,8 +24,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PrinterCallback, T
 from trl import GRPOConfig, GRPOTrainer
 
 from peft_onelayer import SingleLayerConfig
-from peft_onelayer.rl import shared_prefix, shared_prompts
+from peft_onelayer.rl import scored_positions, shared_prefix, shared_prompts
 
+OURS = (shared_prefix, shared_prompts, scored_positions)  # what `onelayer train` calls
 PROMPTS, GROUP, TOKENS = 8, 8, 6
 LINEARS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 
@@ -75,17 +76,17 @@ def peers(layer: int) -> dict[str, tuple[Any, dict[str, Any], tuple[Callable, ..
     module = LoraConfig(r=1, target_modules=rf".*layers\.{layer + 1}\.self_attn\.q_proj", task_type="CAUSAL_LM")
     module.modules_to_save = [f"layers.{layer}"]
     return {
-        "ours": (block, {}, (shared_prefix, shared_prompts)),
-        "ours, beta .04": (block, {"beta": 0.04}, (shared_prefix, shared_prompts)),
+        "ours": (block, {}, OURS),
+        "ours, beta .04": (block, {"beta": 0.04}, OURS),
         "full": (None, {}, ()),
         "LoRA, all linears": (LoraConfig(**lora), {}, ()),
-        "ours, nothing shared": (block, {}, ()),
-        "ours, beta .04, nothing shared": (block, {"beta": 0.04}, ()),
+        "ours, without our calls": (block, {}, ()),
+        "ours, beta .04, without our calls": (block, {"beta": 0.04}, ()),
         "LoRA, the block": (LoraConfig(**lora | {"target_modules": LINEARS}, layers_to_transform=[layer]), {}, ()),
         "freezing": ("freeze", {}, ()),
         "LN_TUNING, the block": (LNTuningConfig(target_modules=norms, task_type="CAUSAL_LM"), {}, ()),
         "modules_to_save": (module, {}, ()),
-        "full, prompts shared": (None, {}, (shared_prompts,)),
+        "full, with our calls": (None, {}, (shared_prompts, scored_positions)),
     }
 
 

@@ -16,6 +16,8 @@ from peft import PeftModel
 from torch import nn
 from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
 
+from peft_onelayer.seams import check
+
 from .pass_inputs import pass_inputs
 from .stack import find_decoder_stack
 
@@ -33,6 +35,7 @@ def sharing_prompts(model: nn.Module) -> Iterator[None]:
     Args:
         model: wrapped by PEFT or not.
     """
+    check(__name__)
     decoder = decoder_of(model)
     if decoder is None:
         yield

@@ -75,6 +75,7 @@ def test_frozen_blocks_and_prompts_are_run_once(base, tmp_path, monkeypatch):
         if not share:
             monkeypatch.setattr(training, "shared_prefix", lambda trainer: None)
             monkeypatch.setattr(training, "shared_prompts", lambda trainer: None)
+            monkeypatch.setattr(training, "scored_positions", lambda trainer: None)
         own, rows = copy.deepcopy(model), []
         norm = own.model.layers[0].input_layernorm
         norm.register_forward_hook(lambda module, args, output, rows=rows: rows.append(args[0].shape))
@@ -84,4 +85,4 @@ def test_frozen_blocks_and_prompts_are_run_once(base, tmp_path, monkeypatch):
         trained.append({name: p.detach() for name, p in result.model.named_parameters() if ".default." in name})
         forwards.append(sum(shape[0] * shape[1] for shape in rows))
     assert all(torch.equal(trained[0][name], trained[1][name]) for name in trained[0])
-    assert forwards[0] < 0.75 * forwards[1]
+    assert forwards[0] < 0.85 * forwards[1]  # with the comparison, once
