@@ -10,6 +10,7 @@ if TYPE_CHECKING:
     from .gigpo import GiGPOConfig, GiGPOTrainer
     from .prefix import shared_prefix
     from .prompts import shared_prompts
+    from .scored import scored_positions
 
 __all__ = [
     "EMAAdapterCallback",
@@ -18,6 +19,7 @@ __all__ = [
     "GiGPOTrainer",
     "TopEntropyMixin",
     "gigpo_advantages",
+    "scored_positions",
     "shared_prefix",
     "shared_prompts",
 ]
@@ -29,6 +31,7 @@ _MODULES = {
     "GiGPOTrainer": ".gigpo",
     "TopEntropyMixin": ".entropy",
     "gigpo_advantages": ".advantages",
+    "scored_positions": ".scored",
     "shared_prefix": ".prefix",
     "shared_prompts": ".prompts",
 }

@@ -190,7 +190,7 @@ class SharedPrefix(TrainerCallback):
         if problem := self._problem(kwargs):
             self._switch_off(problem)
             return
-        inputs = pass_inputs(decoder, decoder.forward, args, kwargs)
+        inputs = pass_inputs(decoder, args, kwargs)
         if inputs is None:
             return
         self._pass = _Pass(inputs, (inputs.rest, depth, decoder.training, self._versions(depth)), depth)

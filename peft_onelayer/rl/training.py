@@ -29,6 +29,7 @@ from .prefix import shared_prefix
 from .prompts import shared_prompts
 from .recipe import Recipe, demo_recipe
 from .rows import NO_ANSWER, graded_by_row, numbered, reset_by_row
+from .scored import scored_positions
 
 OnStep = Callable[[int, float], None]
 OnLog = Callable[[int, Mapping[str, float]], None]
@@ -153,6 +154,7 @@ def train_rows(
         shared_prefix(trainer)
     if algorithm.online:
         shared_prompts(trainer)
+    scored_positions(trainer)
     trainer.add_callback(_NoPickle())
     trainer.remove_callback(PrinterCallback)  # it prints every log to stdout
     if init_adapter is not None and resume_from is None:

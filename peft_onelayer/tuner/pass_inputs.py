@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -32,21 +31,16 @@ class PassInputs:
 
 
 def pass_inputs(
-    decoder: nn.Module,
-    forward: Callable[..., Any],
-    args: tuple,
-    kwargs: dict[str, Any],
-    left_out: tuple[str, ...] = (),
+    decoder: nn.Module, args: tuple, kwargs: dict[str, Any], left_out: tuple[str, ...] = ()
 ) -> PassInputs | None:
     """What a decoder is given; None if it is given no token ids, wants the outputs of its blocks, or holds an object
     whose content is not known.
 
     Args:
-        forward: the decoder's own.
         left_out: names of arguments that do not matter.
     """
     given: dict[str, Any] = {}
-    for name, value in inspect.signature(forward).bind(*args, **kwargs).arguments.items():
+    for name, value in inspect.signature(decoder.forward).bind(*args, **kwargs).arguments.items():
         given |= value if name == "kwargs" else {name: value}
     ids = given.get("input_ids")
     if not isinstance(ids, torch.Tensor) or ids.dim() != 2 or given.get("inputs_embeds") is not None:

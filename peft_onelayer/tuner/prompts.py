@@ -16,6 +16,8 @@ from peft import PeftModel
 from torch import nn
 from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
 
+from peft_onelayer.seams import check
+
 from .pass_inputs import pass_inputs
 from .stack import find_decoder_stack
 
@@ -33,40 +35,51 @@ def sharing_prompts(model: nn.Module) -> Iterator[None]:
     Args:
         model: wrapped by PEFT or not.
     """
+    check(__name__)
     decoder = decoder_of(model)
     if decoder is None:
         yield
         return
-    own, whole, thread = vars(decoder).get("forward"), decoder.forward, threading.get_ident()
-
-    def forward(*args: Any, **kwargs: Any) -> Any:
-        cache = kwargs.get("past_key_values")
-        if torch.compiler.is_compiling() or torch.is_grad_enabled() or threading.get_ident() != thread:
-            return whole(*args, **kwargs)
-        if not kwargs.get("use_cache") or not _is_fresh(cache):
-            return whole(*args, **kwargs)
-        inputs = pass_inputs(decoder, whole, args, kwargs, left_out=("past_key_values",))
-        first = {row: index for index, row in reversed(list(enumerate(inputs.rows)))} if inputs else {}
-        if inputs is None or len(first) == len(inputs.rows):
-            return whole(*args, **kwargs)
-        chosen = sorted(first.values())
-        place = {inputs.rows[index]: at for at, index in enumerate(chosen)}
-        device = inputs.given["input_ids"].device
-        back = torch.tensor([place[row] for row in inputs.rows], device=device)
-        rows = {name: inputs.given[name][torch.tensor(chosen, device=device)] for name in inputs.by_row}
-        output = whole(**{**inputs.given, **rows})
-        cache.batch_select_indices(back)
-        output.last_hidden_state = output.last_hidden_state[back.to(output.last_hidden_state.device)]
-        return output
-
-    decoder.forward = forward  # type: ignore[method-assign]
+    sharing = _Sharing()
+    handles = [
+        decoder.register_forward_pre_hook(sharing.before, with_kwargs=True),
+        decoder.register_forward_hook(sharing.behind, with_kwargs=True),
+    ]
     try:
         yield
     finally:
-        if own is None:
-            del decoder.forward
-        else:
-            decoder.forward = own  # type: ignore[method-assign]
+        for handle in handles:
+            handle.remove()
+
+
+class _Sharing:
+    """The hooks of one thread; `back` holds, for each row of the pass under way, its place among those that differ."""
+
+    def __init__(self) -> None:
+        self.thread = threading.get_ident()
+        self.back: torch.Tensor | None = None
+
+    def before(self, decoder: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]] | None:
+        if torch.compiler.is_compiling() or torch.is_grad_enabled() or threading.get_ident() != self.thread:
+            return None
+        self.back = None
+        if not kwargs.get("use_cache") or not _is_fresh(kwargs.get("past_key_values")):
+            return None
+        inputs = pass_inputs(decoder, args, kwargs, left_out=("past_key_values",))
+        if inputs is None or len(set(inputs.rows)) == len(inputs.rows):
+            return None
+        places = {row: place for place, row in enumerate(dict.fromkeys(inputs.rows))}
+        device = inputs.given["input_ids"].device
+        self.back = torch.tensor([places[row] for row in inputs.rows], device=device)
+        chosen = torch.tensor([inputs.rows.index(row) for row in places], device=device)
+        return (), {**inputs.given, **{name: inputs.given[name][chosen] for name in inputs.by_row}}
+
+    def behind(self, decoder: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> None:
+        if torch.compiler.is_compiling() or threading.get_ident() != self.thread or self.back is None:
+            return
+        kwargs["past_key_values"].batch_select_indices(self.back)
+        output.last_hidden_state = output.last_hidden_state[self.back.to(output.last_hidden_state.device)]
+        self.back = None
 
 
 def decoder_of(model: nn.Module) -> nn.Module | None:

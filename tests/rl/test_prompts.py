@@ -35,14 +35,14 @@ def run(tokenizer, out, peft_config, share):
             use_cpu=True,
             bf16=False,
         ),
-        train_dataset=Dataset.from_list([{"prompt": f"abc{c}"[: 2 + i % 3]} for i, c in enumerate("ijklmnop")]),
+        train_dataset=Dataset.from_list([{"prompt": f"{c}bcd"[: 2 + i % 3]} for i, c in enumerate("ijklmnop")]),
         processing_class=tokenizer,
         peft_config=peft_config,
     )
     if share:
         shared_prompts(trainer)
     trainer.train()
-    assert "forward" not in vars(model.model)
+    assert not any("prompts" in type(getattr(h, "__self__", 0)).__module__ for h in model.model._forward_hooks.values())
     return rows, {name: p.detach() for name, p in trainer.model.named_parameters()}
 
 

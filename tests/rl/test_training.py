@@ -1,4 +1,5 @@
 import copy
+import dataclasses
 
 import demo_model
 import pytest
@@ -8,6 +9,7 @@ from peft import get_peft_model
 from models import build
 from peft_onelayer import SingleLayerConfig
 from peft_onelayer.rl import training
+from peft_onelayer.rl.recipe import demo_recipe
 from peft_onelayer.rl.training import refuse_incomplete_resume, train_layer
 from peft_onelayer.tasks import load_task
 
@@ -62,3 +64,25 @@ def test_a_run_that_would_be_resumed_in_part_is_refused(monkeypatch):
         refuse_incomplete_resume(model)
     monkeypatch.setattr(training.transformers, "__version__", "5.23.0")
     refuse_incomplete_resume(model)
+
+
+def test_frozen_blocks_and_prompts_are_run_once(base, tmp_path, monkeypatch):
+    """With a reference, by our own training; the weights are those without."""
+    model, tokenizer = base
+    task = load_task("arithmetic")
+    trained, forwards = [], []
+    for share in (True, False):
+        if not share:
+            monkeypatch.setattr(training, "shared_prefix", lambda trainer: None)
+            monkeypatch.setattr(training, "shared_prompts", lambda trainer: None)
+            monkeypatch.setattr(training, "scored_positions", lambda trainer: None)
+        own, rows = copy.deepcopy(model), []
+        norm = own.model.layers[0].input_layernorm
+        norm.register_forward_hook(lambda module, args, output, rows=rows: rows.append(args[0].shape))
+        recipe = demo_recipe(task, 2)
+        recipe = dataclasses.replace(recipe, settings={**recipe.settings, "beta": 0.04})
+        result = train_layer(own, tokenizer, task, 5, steps=2, seed=0, recipe=recipe)
+        trained.append({name: p.detach() for name, p in result.model.named_parameters() if ".default." in name})
+        forwards.append(sum(shape[0] * shape[1] for shape in rows))
+    assert all(torch.equal(trained[0][name], trained[1][name]) for name in trained[0])
+    assert forwards[0] < 0.85 * forwards[1]  # with the comparison, once

@@ -1,6 +1,7 @@
 """Completions of one prompt share its first pass: fewer rows, the same tokens."""
 
 import copy
+import threading
 
 import pytest
 import torch
@@ -61,7 +62,7 @@ def test_each_prompt_is_run_once_and_the_tokens_are_the_same(family, expanded_by
     got = generate(model, inputs, share=True, **options)
     assert torch.equal(got, expected)
     assert rows == [3, *plain[1:]] and plain[0] > 3
-    assert "forward" not in vars(decoder_of(model))
+    assert not decoder_of(model)._forward_pre_hooks and not decoder_of(model)._forward_hooks
 
 
 def test_a_wrapped_model_in_bfloat16():
@@ -74,7 +75,7 @@ def test_a_wrapped_model_in_bfloat16():
 def test_a_model_of_several_stacks_is_left_alone():
     model = torch.nn.ModuleDict({name: torch.nn.ModuleList([torch.nn.Linear(2, 2)]) for name in "ab"})
     with sharing_prompts(model):
-        assert decoder_of(model) is None and "forward" not in vars(model)
+        assert decoder_of(model) is None and not model._forward_hooks
 
 
 def test_rows_of_equal_tokens_and_another_mask_are_two():
@@ -123,3 +124,26 @@ def test_what_cannot_share_is_left_alone(case):
         return
     expected = generate(copy.deepcopy(model), inputs, share=False, **options)
     assert torch.equal(generate(model, inputs, share=True, **options), expected) and rows[0] == 4
+
+
+def test_threads_share_each_for_itself_and_leave_nothing():
+    model, inputs = build("Llama"), {name: value.repeat(2, 1) for name, value in padded(2).items()}
+    expected = generate(model, inputs, share=False, do_sample=False)
+    found, inside = [], threading.Barrier(2)
+
+    def run(leaves_first):
+        with sharing_prompts(model):
+            inside.wait()
+            found.append(model.generate(**inputs, max_new_tokens=6, min_new_tokens=6, do_sample=False))
+            if not leaves_first:
+                inside.wait()
+        if leaves_first:
+            inside.wait()
+
+    threads = [threading.Thread(target=run, args=(first,)) for first in (True, False)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(found) == 2 and all(torch.equal(tokens, expected) for tokens in found)
+    assert not decoder_of(model)._forward_pre_hooks and not decoder_of(model)._forward_hooks
