@@ -13,6 +13,7 @@ from contextlib import AbstractContextManager, ExitStack, contextmanager
 from typing import Any
 
 from rich.console import Console
+from rich.measure import Measurement
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 from rich.text import Text
@@ -84,7 +85,27 @@ def print_table(title: str, header: Sequence[str], rows: Sequence[Sequence[str]]
     console = Console(highlight=False)
     if not console.is_terminal:
         console.width = 1000  # of which it takes what it needs: a reader in a pipe wants whole names
-    console.print(table)
+    if Measurement.get(console, console.options, table).minimum > console.width:
+        _print_rows(title, header, rows)
+    else:
+        console.print(table)
+
+
+def _print_rows(title: str, header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+    """A table that is wider than the terminal: one line for each cell that says something, below its row's name."""
+    print_line(title)
+    for name, *cells in rows:
+        print_line(name)
+        for column, cell in zip(header[1:], cells, strict=True):
+            if cell:
+                print_line(f"  {column}: {cell}" if column else f"  {cell}")
+
+
+def print_next(*commands: Sequence[str]) -> None:
+    """What to do next, in commands that can be copied."""
+    print_line("Next:")
+    for words in commands:
+        print_line(f"  {shlex.join(words)}")
 
 
 def common_prefix(names: Sequence[str]) -> str:

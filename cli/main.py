@@ -21,6 +21,7 @@ from peft_onelayer.records.text import one_line
 
 from . import analyze, compare, demo, eval, export, inspect, merge, probe, pull, push, recipes, search, sweep, train
 from ._errors import LIMIT, UserError
+from ._examples import EXAMPLES
 
 app = typer.Typer(
     name="onelayer",
@@ -28,6 +29,7 @@ app = typer.Typer(
     invoke_without_command=True,
     add_completion=False,
     rich_markup_mode=None,
+    context_settings={"help_option_names": ["-h", "--help"]},
 )
 
 
@@ -64,6 +66,10 @@ app.command("export")(export.export)
 app.command("push")(push.push)
 app.command("pull")(pull.pull)
 app.command("search")(search.search)
+for command in app.registered_commands:
+    assert command.callback is not None and command.callback.__doc__ is not None
+    command.short_help = command.callback.__doc__.partition("\n\n")[0]  # whole: Typer would cut it at the line's end
+    command.epilog = command.epilog or f"Examples:\n\n\b{EXAMPLES[str(command.name)]}"
 
 
 def _terminate(signum: int, frame: object) -> None:
@@ -92,7 +98,7 @@ def main() -> None:
         )  # a missing choice is listed over several lines
         print(f"{where}: {message.rstrip('.')}; see '{where} --help'.", file=sys.stderr)
         code = 2
-    except (UserError, OSError) as error:
+    except (UserError, OSError, ImportError) as error:
         if os.environ.get("ONELAYER_DEBUG"):
             raise
         print(f"onelayer: {without_secrets(one_line(error, LIMIT))}", file=sys.stderr)

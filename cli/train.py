@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -27,7 +27,10 @@ from ._options import (
     TrustRemoteCode,
     Unsafe,
 )
-from ._output import TerminalProgress, command_line, status
+from ._output import TerminalProgress, command_line, print_next, status
+
+if TYPE_CHECKING:
+    from peft_onelayer.runs.settings import TrainingSettings
 
 # Parameters that say how to run, or are read in another way.
 NOT_SETTINGS = {"settings", "sampling", "out", "recipe", "config", "resume", "as_json"}
@@ -143,13 +146,11 @@ def train(
         for name in context.params
         if name not in NOT_SETTINGS and getattr(context.get_parameter_source(name), "name", "") == "COMMANDLINE"
     }
-    with status("loading ..."):
-        from peft_onelayer.rl.recipe import config_from_text
-        from peft_onelayer.rl.sampling import PAIRS_OPTIONS, sampling_from_text
-        from peft_onelayer.rl.settings import parse_settings
-        from peft_onelayer.runs.recipes import RUN_YAML, merged, read_recipe, settings_from
-        from peft_onelayer.runs.settings import TRAINING_OPTIONS
-        from peft_onelayer.runs.training import train as run_training
+    from peft_onelayer.rl.recipe import config_from_text
+    from peft_onelayer.rl.settings import parse_settings
+    from peft_onelayer.runs.early import check_training
+    from peft_onelayer.runs.recipes import RUN_YAML, merged, options_from, read_recipe, settings_from
+    from peft_onelayer.runs.settings import TRAINING_OPTIONS
 
     with user_error(ValueError, OSError, ImportError):
         if recipe and config:
@@ -157,14 +158,19 @@ def train(
         source: str | Path | None = recipe or config
         if resume and source is None and out is not None and (out / RUN_YAML).exists():
             source = out / RUN_YAML
+        if resume and source is None and model is None:
+            raise ValueError(f"{out} holds no run to resume; leave out --resume to start one.")
         kept = read_recipe(source) if source else {}
         fields = parse_settings(settings or [])
         if "learning_rate" in fields and "learning_rate" in given:
             raise ValueError("--learning-rate and --set learning_rate say the same; give one of them")
         if sampling:
-            given["sampling"] = sampling_from_text(sampling, PAIRS_OPTIONS)
+            given["sampling"] = parse_settings(sampling, "--sampling")
         if out is not None:
             given["out"] = str(out)
+        check_training(options_from(merged(kept, fields | given), str(source or "this command")), resume=resume)
+        with status("loading ..."):
+            from peft_onelayer.runs.training import train as run_training
         # for its messages; the texts are read with those of the file
         config_from_text(given.get("algorithm") or kept.get("algorithm") or "grpo", settings or [], TRAINING_OPTIONS)
         asked = settings_from(merged(kept, fields | given), str(source or "this command"))
@@ -180,5 +186,16 @@ def train(
         print(run.record.to_json(), end="")
     else:
         print_run(run.record, Path(asked.out))
+        _print_next(asked)
     if run.record.results and run.record.results.stopped:
         raise typer.Exit(1)
+
+
+def _print_next(asked: TrainingSettings) -> None:
+    out = str(asked.out)
+    source = ["--dataset", asked.dataset, "--reward", asked.reward] if asked.dataset and asked.reward else None
+    source = source or ["--task", str(asked.task or "TASK")]
+    print_next(
+        ["onelayer", "eval", out, *source, "--out", str(Path(out) / "eval.json")],
+        *([] if asked.full else [["onelayer", "push", out, "ME/NAME", "--dry-run"]]),
+    )

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import time
+from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from functools import partial
@@ -17,8 +18,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from peft_onelayer.records.evaluation import EvaluationRecord, MeasuredAdapter
 from peft_onelayer.records.fields import read
 from peft_onelayer.records.figures import Measured
-from peft_onelayer.records.files import CONFIG, RUN, WEIGHTS, check_file, file_digest, output, read_fields, write_whole
-from peft_onelayer.records.locate import adapter_folder
+from peft_onelayer.records.files import CONFIG, RUN, WEIGHTS, file_digest, output, read_fields, write_whole
+from peft_onelayer.records.locate import adapter_folder, check_model_name, holds_adapter
 from peft_onelayer.records.run import DataSource, RunRecord
 from peft_onelayer.rl.algorithms import load_algorithm
 from peft_onelayer.rl.sampling import OWN_OPTIONS, sampling_of, with_given
@@ -31,10 +32,10 @@ from peft_onelayer.tasks import Task, open_task
 from peft_onelayer.tuner.config import SingleLayerPeftType
 
 from .describe import describe_machine, describe_model
+from .early import check_evaluation
 from .measuring import measured
 from .models import (
     check_adapter_folder,
-    check_model_name,
     load_adapter,
     load_causal_lm,
     quiet_logs,
@@ -65,7 +66,11 @@ class _Problems:
 
 
 def evaluate(
-    settings: EvaluationSettings, *, command: str | None = None, progress: Progress | None = None
+    settings: EvaluationSettings,
+    *,
+    command: str | None = None,
+    progress: Progress | None = None,
+    on_measured: Callable[[EvaluationRecord], None] = lambda record: None,
 ) -> EvaluationRecord:
     """Measure a model on a task, sampled and greedy, and an adapter against its base on the same problems.
 
@@ -79,6 +84,7 @@ def evaluate(
     Args:
         command: for the record.
         progress: is told what goes on.
+        on_measured: is given the figures before a file is written, so that a full disk does not take them.
 
     Returns:
         The figures; with the scores and the problems where `settings.out` is given, which holds the same.
@@ -92,7 +98,7 @@ def evaluate(
             if file is not None:
                 stack.enter_context(output(Path(file)))
         stack.enter_context(without_progress_bars())
-        return _Evaluation(settings, command, progress or Progress()).run()
+        return _Evaluation(settings, command, progress or Progress()).run(on_measured)
 
 
 class _Evaluation:
@@ -102,21 +108,10 @@ class _Evaluation:
         self.settings, self.command, self.progress = settings, command, progress
         self.start = time.perf_counter()
         self.decodings = (["sampled"] if settings.samples else []) + (["greedy"] if settings.greedy else [])
-        if not self.decodings:
-            raise ValueError("--samples 0 with --no-greedy leaves nothing to measure.")
-        if settings.temperature is not None and not settings.temperature > 0:
-            raise ValueError("--temperature must be above 0; for greedy decoding alone use --samples 0.")
         self.out = None if settings.out is None else Path(settings.out)
-        if self.out is not None:
-            check_file(self.out, _is_evaluation)
-        if settings.completions is not None:
-            if self.out is not None and Path(settings.completions).resolve() == self.out.resolve():
-                raise ValueError(f"--out and --save-completions both name {self.out}; give two files.")
-            check_file(Path(settings.completions), _holds_completions)
+        check_evaluation(settings)
         self.model, self.adapter, self.revision = settings.model, settings.adapter, settings.revision
-        if (Path(self.model).expanduser() / CONFIG).is_file():
-            if self.adapter is not None:
-                raise ValueError(f"{self.model} is an adapter itself; give its base model, or leave --adapter out.")
+        if self.adapter is None and holds_adapter(self.model):
             self.model, self.adapter, self.revision = _base_of(self.model, self.revision)
         check_model_name(self.model)
         self.folder: Path | None = None
@@ -138,7 +133,7 @@ class _Evaluation:
                 task.rows("test", 1, settings.seed)
         self.sampling = self._sampling()
 
-    def run(self) -> EvaluationRecord:
+    def run(self, on_measured: Callable[[EvaluationRecord], None]) -> EvaluationRecord:
         settings = self.settings
         self.base, tokenizer = self._load()
         asked = settings.chat
@@ -176,6 +171,7 @@ class _Evaluation:
             also={problems.task.name: result for problems, result in zip(measured_tasks[1:], results[1:], strict=True)}
             or None,
         )
+        on_measured(record)
         if self.out is not None:
             write_whole(self.out, record.to_json())
         if settings.completions is not None:
@@ -314,24 +310,6 @@ def _report(update: Update, done: int) -> None:
     update(done, "")
 
 
-def _is_evaluation(file: Path) -> bool:
-    """Whether an earlier evaluation wrote `file`, so that nothing is lost by replacing it."""
-    try:
-        return read_fields(file).get("format") == EvaluationRecord.FORMAT
-    except ValueError:
-        return False
-
-
-def _holds_completions(file: Path) -> bool:
-    """Whether an earlier evaluation wrote `file`: completions, one a line."""
-    try:
-        with file.open(encoding="utf-8") as lines:
-            first = json.loads(next(lines))
-    except (ValueError, StopIteration):
-        return False
-    return isinstance(first, dict) and {"model", "decoding", "completion", "reward"} <= first.keys()
-
-
 def _lines(task: Task, before: Measurements, after: Measurements | None) -> str:
     """The completions of both models, as JSON lines."""
     models = {"base": before} | ({} if after is None else {"adapter": after})
@@ -345,7 +323,7 @@ def _lines(task: Task, before: Measurements, after: Measurements | None) -> str:
 
 def _base_of(adapter: str, revision: str | None) -> tuple[str, str, str | None]:
     """(base, adapter, revision of the base) of an adapter's folder."""
-    config = read_fields(Path(adapter).expanduser() / CONFIG)
+    config = read_fields(adapter_folder(adapter) / CONFIG)
     base = config.get("base_model_name_or_path")
     if not base:
         raise ValueError(f"{adapter} does not name its base model; give the base and --adapter {adapter}.")

@@ -21,11 +21,13 @@ import math
 import numbers
 import sys
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+from peft_onelayer.records.text import one_line
 from peft_onelayer.tasks import Task, limits
 from peft_onelayer.tasks.files import digest, load_problems
 from peft_onelayer.tasks.rows import check_columns, check_values
@@ -67,7 +69,7 @@ def load_file_task(name: str) -> Task:
             raise ValueError(f"split must be 'train' or 'test', got {split!r}")
         if n < 1:
             raise ValueError(f"n must be at least 1, got {n}")
-        made = module.rows(split, n, seed)
+        made = _their_errors(f"{path}:rows")(module.rows)(split, n, seed)
         _check_rows(f"rows({split!r}, {n}, {seed}) of {path}", made)
         _check_signature(where, reward, [*made[0], *(["environments"] if environment_factory else [])])
         return made
@@ -168,6 +170,26 @@ def _check_signature(where: str, reward: Reward, columns: Sequence[str]) -> None
             raise ValueError(f"{where} takes {parameter.name!r}, but is given only {', '.join(sorted(given))}, by name")
 
 
+@contextmanager
+def _their_errors(where: str) -> Iterator[None]:
+    """Turn what a user's function `where`, "file.py:function", raises into one line with the line of the file.
+
+    Raises:
+        ValueError: the function raised.
+    """
+    file, _, function = where.rpartition(":")
+    try:
+        yield
+    except Exception as error:
+        frames = traceback.extract_tb(error.__traceback__)
+        lines = [frame.lineno for frame in frames if Path(frame.filename) == Path(file).expanduser()]
+        place = f"{file}:{lines[-1]}" if lines else file
+        raise ValueError(
+            f"{place}: {function} raised {type(error).__name__}: {one_line(error)}; mend it, or have it give 0 to what "
+            "it cannot grade (ONELAYER_DEBUG=1 shows the traceback)"
+        ) from error
+
+
 def _checked(where: str, reward: Reward) -> Reward:
     """Return `reward` with its result checked."""
 
@@ -190,7 +212,7 @@ def _limited(path: Path, module: ModuleType, reward: Reward) -> Reward:
     """Return `reward` with its result checked and, where its file sets REWARD_SECONDS, within that limit."""
     where = f"{path}:{reward.__name__}"
     if "REWARD_SECONDS" not in vars(module):
-        return _checked(where, reward)
+        return _checked(where, _their_errors(where)(reward))
     seconds = vars(module)["REWARD_SECONDS"]
     if not isinstance(seconds, int | float) or not 0 < seconds < math.inf:
         raise ValueError(f"{path}: REWARD_SECONDS must be a number above 0, got {seconds!r}")

@@ -220,7 +220,7 @@ def edit(path, **changes):
         (["merge", "{base}", "{one}", "{one}"], 1, "exists and holds other files"),
         (["merge", "{base}", "{one}", "{base}/out"], 1, "is inside"),
         (["merge", "{base}", "{one}", "{one}/out"], 1, "is inside"),
-        (["merge", "{base}", "{one}", "{root}/no/such/out"], 1, "does not exist"),
+        (["merge", "{base}", "{one}", "{one}/README.md/out"], 1, "is inside|is not a folder"),
         (["merge", "{base}", "{one}", "{one}", "{out}"], 1, "both train model.layers.1."),
         (["merge", "{other}", "{one}", "{out}"], 1, "--allow-other-base"),
         (
