@@ -13,7 +13,9 @@ TaskName = Annotated[
 ]
 Dataset = Annotated[
     str | None,
-    typer.Option(help="A JSONL file or a Hub data set with prompts, for --reward.", show_default=False),
+    typer.Option(
+        help="A JSONL, CSV or Parquet file, or a Hub data set, with prompts, for --reward.", show_default=False
+    ),
 ]
 Reward = Annotated[
     str | None,

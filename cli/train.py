@@ -69,7 +69,8 @@ def train(
     dataset: Annotated[
         str | None,
         typer.Option(
-            help="A JSONL file or Hub data set: prompts (with --reward) or, offline, preferences.", show_default=False
+            help="A file (JSONL, CSV, Parquet) or Hub data set: prompts (with --reward) or, offline, preferences.",
+            show_default=False,
         ),
     ] = None,
     reward: Reward = None,

@@ -45,7 +45,7 @@ class Source:
     Attributes:
         model: base model: a folder or a Hub id.
         task: a name for `load_task`, or a task; None with `dataset`.
-        dataset: a JSONL file or a Hub data set, instead of a task.
+        dataset: a JSONL, CSV or Parquet file or a Hub data set, instead of a task.
         reward: of its prompts: "file.py:function".
         seed: of data, sampling and training.
         chat: give prompts as messages of a user; None for: if the tokenizer has a chat template.

@@ -88,7 +88,7 @@ def load_dataset_task(dataset: str, reward: str) -> Task:
     """Return the task made of a data set and a reward.
 
     Args:
-        dataset: a .jsonl or .jsonl.gz file, a folder with a train and a test file, or a Hub data set
+        dataset: a .jsonl, .jsonl.gz, .csv or .parquet file, a folder with a train and a test file, or a Hub data set
             (`peft_onelayer.tasks.files` says how they are split), with a column "prompt": text, or chat messages.
         reward: "path/to/file.py:function", in TRL's signature.
 
