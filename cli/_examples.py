@@ -31,6 +31,9 @@ EXAMPLES = {
     "export": """
   onelayer export run plain --format peft    for plain PEFT, without this package
   onelayer export run small --format sparse""",
+    "card": """
+  onelayer card run --license apache-2.0
+  onelayer card my-adapter --base-model Qwen/Qwen3-1.7B-Base    one that save_pretrained wrote""",
     "push": """
   onelayer push run me/qwen3-gsm8k --dry-run    what would go up, and the card
   onelayer push run me/qwen3-gsm8k --private""",

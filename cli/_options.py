@@ -76,6 +76,14 @@ TrustRemoteCode = Annotated[
     bool, typer.Option("--trust-remote-code", help="Run the Python code that comes with the base model.")
 ]
 Unsafe = Annotated[bool, typer.Option("--unsafe", help="Let the model's code run without a full sandbox.")]
+License = Annotated[
+    str | None,
+    typer.Option(
+        "--license",
+        help="Of the adapter: apache-2.0, mit, ... [default: the card's, or the base's]",
+        show_default=False,
+    ),
+]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
 AllowOtherBase = Annotated[
     bool, typer.Option("--allow-other-base", help="Take a base that the adapter was not trained on, if the shapes fit.")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shlex
 import sys
 import threading
@@ -112,6 +113,14 @@ def common_prefix(names: Sequence[str]) -> str:
     """What the names of a block's tensors share ("model.layers.5."), to be said once instead of in every row."""
     shared = os.path.commonprefix(list(names))  # noqa: RUF071  these are no paths
     return shared[: shared.rfind(".") + 1]
+
+
+def print_card(card: str) -> None:
+    """A model card, and what it lacks that only a person knows."""
+    for line in card.splitlines():
+        print_line(line)
+    if not re.search(r"^license:", card, re.MULTILINE):
+        note("the card names no license; give one with --license, such as apache-2.0")
 
 
 def print_line(message: str = "") -> None:

@@ -12,7 +12,7 @@ from typing import ClassVar
 from peft import PeftModel, get_peft_model_state_dict
 
 from peft_onelayer.adapter.reload import fingerprint, fingerprint_in_fresh_process
-from peft_onelayer.hub.card import model_card
+from peft_onelayer.hub.card import PLOT, REWARDS, model_card
 from peft_onelayer.records.evaluation import EvaluationRecord
 from peft_onelayer.records.fields import Record
 from peft_onelayer.records.files import (
@@ -44,7 +44,7 @@ from .training import Run, train
 
 ADAPTER = "adapter"
 FILES = {ADAPTER, DEMO, "ranking.png", "reward.png"}
-ADAPTER_FILES = {CONFIG, WEIGHTS, CARD, PROFILE, RUN, EVALUATION, RUN_YAML, LOG}
+ADAPTER_FILES = {CONFIG, WEIGHTS, CARD, PROFILE, RUN, EVALUATION, RUN_YAML, LOG, PLOT, REWARDS}
 PROBLEMS, SAMPLES = 1024, 4
 PACKAGES = ("peft-onelayer", "peft", "trl", "transformers", "torch")
 

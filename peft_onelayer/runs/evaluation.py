@@ -15,15 +15,26 @@ from typing import Any
 from peft import PeftModel
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from peft_onelayer.records.evaluation import EvaluationRecord, MeasuredAdapter
+from peft_onelayer.hub.local_card import write_card
+from peft_onelayer.records.evaluation import EvaluationRecord, Example, MeasuredAdapter
 from peft_onelayer.records.fields import read
 from peft_onelayer.records.figures import Measured
-from peft_onelayer.records.files import CONFIG, RUN, WEIGHTS, file_digest, output, read_fields, write_whole
+from peft_onelayer.records.files import (
+    CARD,
+    CONFIG,
+    EVALUATION,
+    RUN,
+    WEIGHTS,
+    file_digest,
+    output,
+    read_fields,
+    write_whole,
+)
 from peft_onelayer.records.locate import adapter_folder, check_model_name, holds_adapter
 from peft_onelayer.records.run import DataSource, RunRecord
 from peft_onelayer.rl.algorithms import load_algorithm
 from peft_onelayer.rl.sampling import OWN_OPTIONS, sampling_of, with_given
-from peft_onelayer.rollouts.completions import compare_completions, completion_lines
+from peft_onelayer.rollouts.completions import compare_completions, completion_lines, question_and_text
 from peft_onelayer.rollouts.evaluation import Evaluation
 from peft_onelayer.rollouts.evaluation import evaluate as evaluate_rows
 from peft_onelayer.rollouts.prompts import check_prompt, with_chat_prompts
@@ -45,6 +56,7 @@ from .models import (
 from .progress import Progress, Update
 from .settings import EvaluationSettings
 
+EXAMPLES = 8  # problems that eval.json holds to be read
 Measurements = dict[str, tuple[Evaluation, float]]  # by decoding mode, with seconds
 
 
@@ -170,10 +182,13 @@ class _Evaluation:
             else None,
             also={problems.task.name: result for problems, result in zip(measured_tasks[1:], results[1:], strict=True)}
             or None,
+            examples=self._examples(before[0], after[0] if after else None) if self.out else None,
         )
         on_measured(record)
         if self.out is not None:
             write_whole(self.out, record.to_json())
+            if self.folder and self.out.resolve() == self.folder.resolve() / EVALUATION and record.adapter:
+                self._renew_card(self.folder)
         if settings.completions is not None:
             write_whole(Path(settings.completions), _lines(main.task, before[0], after[0] if after else None))
         return record
@@ -201,6 +216,27 @@ class _Evaluation:
             self.progress.note("")
             for line in compare_completions({name: rollouts[i][0] for name, rollouts in groups.items()}, task):
                 self.progress.note(line)
+
+    def _examples(self, before: Measurements, after: Measurements | None) -> list[Example]:
+        mode = self.decodings[-1]
+        first = [group[0] for group in before[mode][0].rollouts[:EXAMPLES]]
+        second = [group[0] for group in after[mode][0].rollouts[:EXAMPLES]] if after else [None] * len(first)
+        return [
+            Example(
+                mode,
+                *question_and_text(base),
+                base.reward,
+                question_and_text(adapter)[1] if adapter else None,
+                adapter.reward if adapter else None,
+            )
+            for base, adapter in zip(first, second, strict=True)
+        ]
+
+    def _renew_card(self, folder: Path) -> None:
+        """The card beside an evaluation that was put beside the adapter says what it measured."""
+        if self.adapter_config.get("peft_type") == SingleLayerPeftType.SINGLE_LAYER.value:
+            write_card(folder, draw=False)
+            self.progress.note(f"{folder / CARD} says it too")
 
     def _sampling(self) -> Sampling:
         """The run's settings with those that were given over them."""
