@@ -22,6 +22,9 @@ EXAMPLES = {
     "sweep": """
   onelayer sweep Qwen/Qwen3-1.7B-Base --task gsm8k --layers 0,7,14,21 --out sweep
   onelayer sweep Qwen/Qwen3-1.7B-Base --task gsm8k --seeds 0,1 --engine slurm --slurm gpus_per_node=1""",
+    "generate": """
+  onelayer generate run --prompt "What is 12 x 12?"    the adapter beside its base
+  onelayer generate Qwen/Qwen3-1.7B-Base run other-run --temperature 0.7    a conversation, line by line""",
     "inspect": """
   onelayer inspect run
   onelayer inspect me/qwen3-gsm8k --base Qwen/Qwen3-1.7B-Base    also how much changed""",
@@ -40,6 +43,15 @@ EXAMPLES = {
     "pull": """
   onelayer pull me/qwen3-gsm8k adapter
   onelayer pull me/qwen3-gsm8k adapter --revision v1""",
+    "tasks": """
+  onelayer tasks
+  onelayer tasks --json""",
+    "algorithms": """
+  onelayer algorithms
+  onelayer algorithms dr_grpo    the loss settings of one""",
+    "doctor": """
+  onelayer doctor
+  onelayer doctor runs --json    also the runs in another folder""",
     "search": """
   onelayer search --base Qwen/Qwen3-1.7B-Base
   onelayer search --task gsm8k --layer 14""",

@@ -6,10 +6,20 @@ from typing import Annotated
 
 import typer
 
+from . import _completion
+
+Algorithm = Annotated[
+    str, typer.Option(help="grpo, dr_grpo, gigpo, rloo, dpo, ...", autocompletion=_completion.algorithms)
+]
 ModelName = Annotated[str, typer.Argument(help="Base model: a folder or a Hub id.")]
 TaskName = Annotated[
     str | None,
-    typer.Option("--task", help="arithmetic, gsm8k, reasoning_gym:chain_sum, ... or a file.py.", show_default=False),
+    typer.Option(
+        "--task",
+        help="arithmetic, gsm8k, reasoning_gym:chain_sum, ... or a file.py.",
+        show_default=False,
+        autocompletion=_completion.tasks,
+    ),
 ]
 Dataset = Annotated[
     str | None,
@@ -23,7 +33,12 @@ Reward = Annotated[
 ]
 Set = Annotated[
     list[str] | None,
-    typer.Option("--set", metavar="FIELD=VALUE", help="Any field of the TRL config; repeatable."),
+    typer.Option(
+        "--set",
+        metavar="FIELD=VALUE",
+        help="Any field of the TRL config; repeatable.",
+        autocompletion=_completion.fields,
+    ),
 ]
 Prompts = Annotated[
     int | None,

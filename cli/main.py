@@ -24,8 +24,10 @@ from . import (
     card,
     compare,
     demo,
+    doctor,
     eval,
     export,
+    generate,
     inspect,
     merge,
     probe,
@@ -34,6 +36,7 @@ from . import (
     recipes,
     search,
     sweep,
+    tasks,
     train,
 )
 from ._errors import LIMIT, UserError
@@ -43,7 +46,6 @@ app = typer.Typer(
     name="onelayer",
     help="Train one transformer block with reinforcement learning, and see what it is worth.",
     invoke_without_command=True,
-    add_completion=False,
     rich_markup_mode=None,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
@@ -73,6 +75,7 @@ app.command("probe")(probe.probe)
 app.command("train")(train.train)
 app.command("recipes")(recipes.recipes)
 app.command("eval")(eval.evaluate)
+app.command("generate")(generate.generate)
 app.command("sweep")(sweep.sweep)
 app.command("inspect")(inspect.inspect)
 app.command("analyze", epilog=analyze.EXAMPLES)(analyze.analyze)
@@ -82,6 +85,9 @@ app.command("export")(export.export)
 app.command("card")(card.card)
 app.command("push")(push.push)
 app.command("pull")(pull.pull)
+app.command("tasks")(tasks.tasks)
+app.command("algorithms")(tasks.algorithms)
+app.command("doctor")(doctor.doctor)
 app.command("search")(search.search)
 for command in app.registered_commands:
     assert command.callback is not None and command.callback.__doc__ is not None

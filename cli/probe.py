@@ -11,6 +11,7 @@ import typer
 
 from ._errors import user_error
 from ._options import (
+    Algorithm,
     Budget,
     Chat,
     Completions,
@@ -47,7 +48,7 @@ def probe(
         typer.Option(help="A shipped model, layer_profile.json, or an adapter on the Hub.", show_default=False),
     ] = None,
     layers: Annotated[str, typer.Option(help="Blocks to choose from: all, or such as 3,5,8-13, mid-5.")] = "all",
-    algorithm: Annotated[str, typer.Option(help="Of the run to come: grpo, dr_grpo, gigpo, ...")] = "grpo",
+    algorithm: Algorithm = "grpo",
     steps: Annotated[int, typer.Option(min=1, help="Optimizer steps of the run to come.")] = 150,
     prompts: Prompts = None,
     completions: Completions = None,

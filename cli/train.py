@@ -7,9 +7,11 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from . import _completion
 from ._errors import user_error
 from ._figures import print_run
 from ._options import (
+    Algorithm,
     Also,
     Budget,
     Chat,
@@ -49,7 +51,9 @@ def train(
     recipe: Annotated[
         str | None,
         typer.Option(
-            help="Settings of a paper, such as qwen3-1.7b-numina:paper; see onelayer recipes.", show_default=False
+            help="Settings of a paper, such as qwen3-1.7b-numina:paper; see onelayer recipes.",
+            show_default=False,
+            autocompletion=_completion.recipes,
         ),
     ] = None,
     config: Annotated[
@@ -74,7 +78,7 @@ def train(
         ),
     ] = None,
     reward: Reward = None,
-    algorithm: Annotated[str, typer.Option(help="grpo, dr_grpo, dapo, gigpo, rloo, dpo, kto, ...")] = "grpo",
+    algorithm: Algorithm = "grpo",
     steps: Annotated[
         int | None,
         typer.Option(

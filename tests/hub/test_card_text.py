@@ -24,7 +24,7 @@ def test_a_card_written_twice_is_the_same(quick):
 
 def test_text_around_our_parts_and_fields_of_the_front_matter_stay(quick):
     card = write_card(quick).replace("as trained\n", "")
-    edited = card.replace("---\nlib", "---\nlicense: mit\nlanguage: [de]\nthumbnail: x\nlib", 1)
+    edited = card.replace("---\n", "---\nlicense: mit\nthumbnail: x\n", 1).replace("language: en", "language: de")
     edited = edited.replace("- onelayer\n", "- onelayer\n- mine\n- layer:9\n").replace(
         "<!-- onelayer: limits", f"{MINE}<!-- onelayer: limits"
     )
@@ -35,7 +35,7 @@ def test_text_around_our_parts_and_fields_of_the_front_matter_stay(quick):
     assert own_text(found) == MINE.strip() and "a lie" not in found and "learning rate 5e-06" in found
     assert found.index("## Use") < found.index("## How I made it") < found.index("## Limits")
     data = ModelCard(found).data
-    assert (data.license, data.language, data.to_dict()["thumbnail"]) == ("mit", ["de"], "x")
+    assert (data.license, data.language, data.to_dict()["thumbnail"]) == ("mit", "de", "x")
     assert "mine" in data.tags and "layer:9" not in data.tags and data.tags.count("onelayer") == 1
     assert data.eval_results is None and "0.3750" not in found
     assert ModelCard(write_card(quick, license="apache-2.0")).data.license == "apache-2.0"
@@ -106,7 +106,7 @@ def test_push_keeps_what_was_written_on_the_hub(hub, ask, quick):
     repo = hub.repos["me/gsm"]
     files = repo.commits[repo.branches["main"]]
     files["README.md"] += MINE.encode()
-    files["README.md"] = files["README.md"].replace(b"---\nlib", b"---\nlicense: mit\nlib", 1)
+    files["README.md"] = files["README.md"].replace(b"---\n", b"---\nlicense: mit\n", 1)
     (quick / "eval.json").unlink()
     answer = ask("push", quick, "me/gsm")
     card = hub.files("me/gsm")["README.md"].decode()
