@@ -34,6 +34,9 @@ EXAMPLES = {
     "export": """
   onelayer export run plain --format peft    for plain PEFT, without this package
   onelayer export run small --format sparse""",
+    "report": """
+  onelayer report run                                  bars and figures in the terminal
+  onelayer report run-a run-b sweep --html report.html    a page, without network""",
     "card": """
   onelayer card run --license apache-2.0
   onelayer card my-adapter --base-model Qwen/Qwen3-1.7B-Base    one that save_pretrained wrote""",

@@ -12,7 +12,7 @@ import os
 import signal
 import sys
 import warnings
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -34,6 +34,7 @@ from . import (
     pull,
     push,
     recipes,
+    report,
     search,
     sweep,
     tasks,
@@ -85,6 +86,7 @@ app.command("export")(export.export)
 app.command("card")(card.card)
 app.command("push")(push.push)
 app.command("pull")(pull.pull)
+app.command("report")(report.report)
 app.command("tasks")(tasks.tasks)
 app.command("algorithms")(tasks.algorithms)
 app.command("doctor")(doctor.doctor)
@@ -99,6 +101,10 @@ def _terminate(signum: int, frame: object) -> None:
     raise SystemExit(128 + signum)  # unwinds, so that nothing half-written is left
 
 
+def _one_line_of_a_warning(message: Any, category: Any, filename: str, lineno: int, line: str | None = None) -> str:
+    return f"warning: {one_line(str(message), LIMIT)}\n"  # no path, and no line of somebody's code
+
+
 def main() -> None:
     signal.signal(signal.SIGTERM, _terminate)
     for stream in (sys.stdout, sys.stderr):
@@ -109,6 +115,7 @@ def main() -> None:
     for name in ("torchao", "torch.utils._pytree", "bitsandbytes"):
         logging.getLogger(name).setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", message=".*is deprecated and will be removed in v6", category=FutureWarning)
+    warnings.formatwarning = _one_line_of_a_warning
     try:
         code = app(prog_name="onelayer", standalone_mode=False) or 0
         if code == 130:  # Typer's way of reporting Ctrl-C when it does not end the process itself

@@ -201,6 +201,7 @@ def _print_next(asked: TrainingSettings) -> None:
     source = ["--dataset", asked.dataset, "--reward", asked.reward] if asked.dataset and asked.reward else None
     source = source or ["--task", str(asked.task or "TASK")]
     print_next(
+        ["onelayer", "report", out, "--html", "report.html"],
         ["onelayer", "eval", out, *source, "--out", str(Path(out) / "eval.json")],
         *([] if asked.full else [["onelayer", "push", out, "ME/NAME", "--dry-run"]]),
     )

@@ -59,7 +59,7 @@ def test_what_is_amiss_has_a_cure(folder, monkeypatch):
 
 
 def test_the_command_exits_with_1_where_something_will_not_work(onelayer, folder):
-    code, lines, out = onelayer("doctor", folder, "--json")
+    code, _lines, out = onelayer("doctor", folder, "--json")
     shown = json.loads(out)
     assert code == 1 and shown["format"] == "onelayer-doctor-1"
     assert {"what": "run half", "state": "ok"}.items() <= next(
