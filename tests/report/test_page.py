@@ -5,6 +5,7 @@ import json
 import re
 import shutil
 import subprocess
+from html import unescape
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -175,7 +176,7 @@ def test_a_browser_shows_it(page, tmp_path, size):
     command += [f"--window-size={size}", f"--user-data-dir={tmp_path / 'profile'}", (tmp_path / "page.html").as_uri()]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True)
     assert "CONSOLE" not in done.stderr, done.stderr
-    said = json.loads(re.search(r"data-said=\"(.*?)\"", done.stdout)[1].replace("&quot;", '"').replace("&lt;", "<"))
+    said = json.loads(unescape(re.search(r"data-said=\"(.*?)\"", done.stdout)[1]))
     assert len(said["said"]) == 3 and all(tip == shown and active for tip, shown, active in said["said"])
     assert said["hidden"] and said["wide"] <= 0 and said["title"] == "onelayer: my <run>"
     tables = Page(done.stdout).tables
