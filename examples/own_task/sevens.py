@@ -1,4 +1,4 @@
-"""A task for the demo model, whose alphabet is digits: write sevens. Rewards rise within 40 steps, on a CPU in a minute:
+"""A task for the demo model, whose alphabet is digits: write sevens. Rewards rise in 40 steps, in a minute on a CPU:
 
 onelayer train peft_onelayer/demo_model --layer 7 --task examples/own_task/sevens.py --steps 40 --out sevens
 """

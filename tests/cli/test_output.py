@@ -2,10 +2,10 @@
 
 import dataclasses
 import json
+from importlib.resources import files
 from pathlib import Path
 
 import pytest
-from demo_model import FOLDER
 from rich.console import Console
 from run_records import RECORD
 
@@ -15,6 +15,7 @@ from onelayer_cli._output import print_table
 from peft_onelayer.records.run import RunResults
 from peft_onelayer.rl.training import _tokens_counted
 
+FOLDER = str(files("peft_onelayer") / "demo_model")
 HEADER = ["", "n", "base", "adapter", "difference"]
 ROW = ["avg@4", "256", "0.1250 ± 0.0668", "0.0312 ± 0.0312", "-0.0938 ± 0.0457"]
 
