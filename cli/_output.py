@@ -86,7 +86,7 @@ def print_table(title: str, header: Sequence[str], rows: Sequence[Sequence[str]]
     console = Console(highlight=False)
     if not console.is_terminal:
         console.width = 1000  # of which it takes what it needs: a reader in a pipe wants whole names
-    if Measurement.get(console, console.options, table).minimum > console.width:
+    if Measurement.get(console, console.options.update(width=10_000), table).maximum > console.width:
         _print_rows(title, header, rows)
     else:
         console.print(table)

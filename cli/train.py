@@ -151,10 +151,10 @@ def train(
         for name in context.params
         if name not in NOT_SETTINGS and getattr(context.get_parameter_source(name), "name", "") == "COMMANDLINE"
     }
-    from peft_onelayer.rl.recipe import config_from_text
+    from peft_onelayer.rl.recipe import config_from_text, refuse_fields
     from peft_onelayer.rl.settings import parse_settings
     from peft_onelayer.runs.early import check_training
-    from peft_onelayer.runs.recipes import RUN_YAML, merged, options_from, read_recipe, settings_from
+    from peft_onelayer.runs.recipes import OPTIONS, RUN_YAML, merged, options_from, read_recipe, settings_from
     from peft_onelayer.runs.settings import TRAINING_OPTIONS
 
     with user_error(ValueError, OSError, ImportError):
@@ -173,7 +173,11 @@ def train(
             given["sampling"] = parse_settings(sampling, "--sampling")
         if out is not None:
             given["out"] = str(out)
-        check_training(options_from(merged(kept, fields | given), str(source or "this command")), resume=resume)
+        refuse_fields(fields, TRAINING_OPTIONS)
+        flat = {
+            name: value for name, value in fields.items() if name not in OPTIONS
+        }  # others TRL's fields are asked for
+        check_training(options_from(merged(kept, flat | given), str(source or "this command")), resume=resume)
         with status("loading ..."):
             from peft_onelayer.runs.training import train as run_training
         # for its messages; the texts are read with those of the file
