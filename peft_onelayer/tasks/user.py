@@ -131,8 +131,7 @@ def _import(name: str) -> tuple[Path, ModuleType]:
     except SyntaxError as error:
         raise ValueError(f"{error.filename}:{error.lineno}: {error.msg}") from error
     except Exception as error:
-        lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == str(path)]
-        line = f":{lines[-1]}" if lines else ""
+        line = f":{found}" if (found := _line_of(error, path)) else ""
         raise ValueError(f"{path}{line} cannot be imported: {type(error).__name__}: {error}") from error
     return path, module
 
@@ -170,6 +169,13 @@ def _check_signature(where: str, reward: Reward, columns: Sequence[str]) -> None
             raise ValueError(f"{where} takes {parameter.name!r}, but is given only {', '.join(sorted(given))}, by name")
 
 
+def _line_of(error: Exception, path: Path) -> int | None:
+    """The last line of the file that an error went through."""
+    frames = traceback.extract_tb(error.__traceback__)
+    lines = [frame.lineno for frame in frames if Path(frame.filename).resolve() == path.resolve()]
+    return lines[-1] if lines else None
+
+
 @contextmanager
 def _their_errors(where: str) -> Iterator[None]:
     """Turn what a user's function `where`, "file.py:function", raises into one line with the line of the file.
@@ -181,9 +187,8 @@ def _their_errors(where: str) -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        frames = traceback.extract_tb(error.__traceback__)
-        lines = [frame.lineno for frame in frames if Path(frame.filename) == Path(file).expanduser()]
-        place = f"{file}:{lines[-1]}" if lines else file
+        line = _line_of(error, Path(file).expanduser())
+        place = f"{file}:{line}" if line else file
         raise ValueError(
             f"{place}: {function} raised {type(error).__name__}: {one_line(error)}; mend it, or have it give 0 to what "
             "it cannot grade (ONELAYER_DEBUG=1 shows the traceback)"

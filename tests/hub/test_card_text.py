@@ -91,6 +91,14 @@ def test_the_example_is_shown_of_public_data_only(quick, task, shown):
     assert not shown or "**adapter** (reward 1)\n\n    42\n    ```" in card
 
 
+def test_whether_a_repository_holds_an_adapter(hub, ask):
+    hub.add("me/run", {"adapter_config.json": b"{}"})
+    hub.add("me/model", {"config.json": b"{}"})
+    code = "from peft_onelayer.records.locate import holds_adapter\n"
+    code += "result = [holds_adapter(name) for name in ('me/run', 'me/model', 'me/none')]"
+    assert ask(code=code).result == [True, False, False]
+
+
 def test_push_keeps_what_was_written_here(hub, ask, quick):
     (quick / "README.md").write_text("---\nlicense: mit\n---\n# My title\n")
     shown = ask("push", quick, "me/gsm", "--dry-run").out
