@@ -141,7 +141,8 @@ def _merge(
                 _replace(checkpoint, staging / name, replacements, allow_other_base)
             done += sizes[name]
             on_progress(done, total)
-        (staging / CARD).write_text(merged_card(base, checkpoint.folder, names, layers), encoding="utf-8")
+        card = merged_card(base, checkpoint.folder, names, layers).encode()
+        (staging / CARD).write_bytes(card)
     return Merged(
         folder=out,
         base=checkpoint.folder,
@@ -149,7 +150,7 @@ def _merge(
         tensors=sorted(sources),
         rewritten=[shard for shard in checkpoint.shards if by_shard[shard]],
         left_out=left_out,
-        bytes=total,
+        bytes=total + len(card),
         reflinked=reflinked,
         unchecked=unchecked,
     )
