@@ -62,7 +62,11 @@ def print_run(run: RunRecord, out: Path) -> None:
             ["blocks trained", f"{blocks} of {settings.model.num_layers}"],
             ["steps", str(results.steps)],
             _first_and_last("reward", results.rewards) if results.rewards else _first_and_last("loss", results.losses),
-            ["tokens generated, trained on", f"{results.tokens_generated:,}, {results.tokens_trained:,}"],
+            *(
+                [f"tokens {what}", f"{count:,}"]
+                for what, count in (("generated", results.tokens_generated), ("trained on", results.tokens_trained))
+                if count  # 0 where they were not counted
+            ),
             ["time", f"{results.seconds:.0f} s"],
         ],
     )

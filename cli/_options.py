@@ -6,14 +6,26 @@ from typing import Annotated
 
 import typer
 
+from . import _completion
+
+Algorithm = Annotated[
+    str, typer.Option(help="grpo, dr_grpo, gigpo, rloo, dpo, ...", autocompletion=_completion.algorithms)
+]
 ModelName = Annotated[str, typer.Argument(help="Base model: a folder or a Hub id.")]
 TaskName = Annotated[
     str | None,
-    typer.Option("--task", help="arithmetic, gsm8k, reasoning_gym:chain_sum, ... or a file.py.", show_default=False),
+    typer.Option(
+        "--task",
+        help="arithmetic, gsm8k, reasoning_gym:chain_sum, ... or a file.py.",
+        show_default=False,
+        autocompletion=_completion.tasks,
+    ),
 ]
 Dataset = Annotated[
     str | None,
-    typer.Option(help="A JSONL file or a Hub data set with prompts, for --reward.", show_default=False),
+    typer.Option(
+        help="A JSONL, CSV or Parquet file, or a Hub data set, with prompts, for --reward.", show_default=False
+    ),
 ]
 Reward = Annotated[
     str | None,
@@ -21,7 +33,12 @@ Reward = Annotated[
 ]
 Set = Annotated[
     list[str] | None,
-    typer.Option("--set", metavar="FIELD=VALUE", help="Any field of the TRL config; repeatable."),
+    typer.Option(
+        "--set",
+        metavar="FIELD=VALUE",
+        help="Any field of the TRL config; repeatable.",
+        autocompletion=_completion.fields,
+    ),
 ]
 Prompts = Annotated[
     int | None,
@@ -92,6 +109,14 @@ TrustRemoteCode = Annotated[
     bool, typer.Option("--trust-remote-code", help="Run the Python code that comes with the base model.")
 ]
 Unsafe = Annotated[bool, typer.Option("--unsafe", help="Let the model's code run without a full sandbox.")]
+License = Annotated[
+    str | None,
+    typer.Option(
+        "--license",
+        help="Of the adapter: apache-2.0, mit, ... [default: the card's, or the base's]",
+        show_default=False,
+    ),
+]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
 AllowOtherBase = Annotated[
     bool, typer.Option("--allow-other-base", help="Take a base that the adapter was not trained on, if the shapes fit.")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shlex
 import sys
 import threading
@@ -13,6 +14,7 @@ from contextlib import AbstractContextManager, ExitStack, contextmanager
 from typing import Any
 
 from rich.console import Console
+from rich.measure import Measurement
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 from rich.text import Text
@@ -84,13 +86,41 @@ def print_table(title: str, header: Sequence[str], rows: Sequence[Sequence[str]]
     console = Console(highlight=False)
     if not console.is_terminal:
         console.width = 1000  # of which it takes what it needs: a reader in a pipe wants whole names
-    console.print(table)
+    if Measurement.get(console, console.options.update(width=10_000), table).maximum > console.width:
+        _print_rows(title, header, rows)
+    else:
+        console.print(table)
+
+
+def _print_rows(title: str, header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+    """A table that is wider than the terminal: one line for each cell that says something, below its row's name."""
+    print_line(title)
+    for name, *cells in rows:
+        print_line(name)
+        for column, cell in zip(header[1:], cells, strict=True):
+            if cell:
+                print_line(f"  {column}: {cell}" if column else f"  {cell}")
+
+
+def print_next(*commands: Sequence[str]) -> None:
+    """What to do next, in commands that can be copied."""
+    print_line("Next:")
+    for words in commands:
+        print_line(f"  {shlex.join(words)}")
 
 
 def common_prefix(names: Sequence[str]) -> str:
     """What the names of a block's tensors share ("model.layers.5."), to be said once instead of in every row."""
     shared = os.path.commonprefix(list(names))  # noqa: RUF071  these are no paths
     return shared[: shared.rfind(".") + 1]
+
+
+def print_card(card: str) -> None:
+    """A model card, and what it lacks that only a person knows."""
+    for line in card.splitlines():
+        print_line(line)
+    if not re.search(r"^license:", card, re.MULTILINE):
+        note("the card names no license; give one with --license, such as apache-2.0")
 
 
 def print_line(message: str = "") -> None:

@@ -46,7 +46,7 @@ def analyze(
     """Show what training changed from BASE to OTHER: sparsity, rank and norm of every tensor's change."""
     with status("loading ..."), quiet_hub():
         from peft_onelayer.analysis.change import analyze_change
-        from peft_onelayer.records.files import check_file
+        from peft_onelayer.records.files import check_file, output
 
     with user_error(ValueError):
         if plot is not None:
@@ -65,7 +65,8 @@ def analyze(
     if plot is not None:
         from peft_onelayer.report.change import plot_change
 
-        plot_change(found.to_json(), plot)
+        with user_error(ValueError), output(plot):
+            plot_change(found.to_json(), plot)
         note(f"drawn to {plot}")
     if as_json:
         print_json(found.to_json())

@@ -10,7 +10,7 @@ import typer
 
 from ._errors import user_error
 from ._options import Json, Seed, TrustRemoteCode
-from ._output import TerminalProgress, print_line, print_table, status
+from ._output import TerminalProgress, print_line, print_next, print_table, status
 
 if TYPE_CHECKING:
     from peft_onelayer.runs.demo import DemoRecord
@@ -33,6 +33,10 @@ def demo(
     as_json: Json = False,
 ) -> None:
     """Watch one block get chosen, trained with GRPO and saved as an adapter (under 3 minutes on 2 cores)."""
+    from peft_onelayer.runs.early import check_demo
+
+    with user_error(ValueError, OSError):
+        check_demo(out, task, layer, model)
     with status("loading ..."):
         from peft_onelayer.runs.demo import run_demo
 
@@ -85,3 +89,9 @@ def _print_summary(record: DemoRecord, out: Path) -> None:
     )
     print_line(record.verdict)
     print_line(f"Written to {out}: " + ", ".join(sorted(p.name for p in out.iterdir())))
+    adapter = str(out / "adapter")
+    print_next(
+        ["onelayer", "inspect", adapter],
+        ["onelayer", "analyze", record.model, adapter],
+        ["onelayer", "train", record.model, "--task", "my_task.py", "--out", "run"],
+    )

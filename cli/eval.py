@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -102,58 +104,64 @@ def evaluate(
     as_json: Json = False,
 ) -> None:
     """Measure MODEL on a task, sampled as its run was and greedy, and an adapter against its base."""
-    with status("loading ..."):
-        from peft_onelayer.rl.sampling import sampling_from_text
-        from peft_onelayer.runs.evaluation import evaluate as run_evaluation
-        from peft_onelayer.runs.recipes import decoding_of
-        from peft_onelayer.runs.settings import EvaluationSettings
+    from peft_onelayer.runs.early import check_evaluation
+    from peft_onelayer.runs.settings import EvaluationSettings
 
-    with user_error(ValueError, OSError):
+    def show_result(record: EvaluationRecord) -> None:
+        if as_json:
+            print_json({name: value for name, value in record.to_dict().items() if name not in ("scores", "problems")})
+        else:
+            _print_report(record)
+        sys.stdout.flush()
+
+    with user_error(ValueError, OSError, ImportError):
         if recipe and config:
             raise ValueError("--recipe and --config both say how to sample; give one of them")
         source = recipe or config
+        asked = EvaluationSettings(
+            model=model,
+            adapter=adapter,
+            task=task,
+            dataset=dataset,
+            reward=reward,
+            split=split,
+            problems=problems,
+            samples=samples,
+            greedy=greedy,
+            temperature=temperature,
+            top_p=top_p,
+            top_k=top_k,
+            min_p=min_p,
+            max_completion_tokens=max_tokens,
+            batch_size=batch_size,
+            seed=seed,
+            chat=chat,
+            system=system,
+            shots=shots,
+            revision=revision,
+            trust_remote_code=trust_remote_code,
+            unsafe=unsafe,
+            allow_other_base=allow_other_base,
+            also=also or (),
+            show=show,
+            out=out,
+            completions=save_completions,
+        )
+        check_evaluation(asked)
+        with status("loading ..."):
+            from peft_onelayer.rl.sampling import sampling_from_text
+            from peft_onelayer.runs.evaluation import evaluate as run_evaluation
+            from peft_onelayer.runs.recipes import decoding_of
         decoding = decoding_of(source) if source else {}
         for name, value in (("temperature", temperature), ("max_completion_tokens", max_tokens)):
             if value is not None:
                 decoding.pop(name, None)
-        record = run_evaluation(
-            EvaluationSettings(
-                model=model,
-                adapter=adapter,
-                task=task,
-                dataset=dataset,
-                reward=reward,
-                split=split,
-                problems=problems,
-                samples=samples,
-                greedy=greedy,
-                temperature=temperature,
-                top_p=top_p,
-                top_k=top_k,
-                min_p=min_p,
-                max_completion_tokens=max_tokens,
-                sampling=decoding | sampling_from_text(sampling or []),
-                batch_size=batch_size,
-                seed=seed,
-                chat=chat,
-                system=system,
-                shots=shots,
-                revision=revision,
-                trust_remote_code=trust_remote_code,
-                unsafe=unsafe,
-                allow_other_base=allow_other_base,
-                also=also or (),
-                show=show,
-                out=out,
-                completions=save_completions,
-            ),
+        run_evaluation(
+            replace(asked, sampling=decoding | sampling_from_text(sampling or [])),
             command=command_line(),
             progress=TerminalProgress(),
+            on_measured=show_result,
         )
-    if as_json:
-        print_json({name: value for name, value in record.to_dict().items() if name not in ("scores", "problems")})
-    else:
-        _print_report(record)
 
 
 def _print_report(record: EvaluationRecord) -> None:

@@ -43,26 +43,31 @@ def inspect(
         return "?" if value is None else format(value, form)
 
     prefix = common_prefix([t.name for t in found.tensors])
+    columns = {
+        "tensor": [t.name.removeprefix(prefix) for t in found.tensors],
+        "shape": [" x ".join(map(str, t.shape)) for t in found.tensors],
+        "dtype": [t.dtype for t in found.tensors],
+        "encoding": [t.encoding for t in found.tensors],
+        "bytes": [str(t.bytes) for t in found.tensors],
+    }
+    measured = {
+        "density": [number(t.density, ".2%") for t in found.tensors],
+        "change": [number(t.change, ".4g") for t in found.tensors],
+        "relative": [number(t.relative, ".2e") for t in found.tensors],
+    }
+    columns |= {name: cells for name, cells in measured.items() if any(cell != "?" for cell in cells)}
     print_table(
         f"{adapter}: {name_blocks(found.layers)} of {found.num_layers}, {prefix}*",
-        ["tensor", "shape", "dtype", "encoding", "bytes", "density", "change", "relative"],
-        [
-            [
-                t.name.removeprefix(prefix),
-                " x ".join(map(str, t.shape)),
-                t.dtype,
-                t.encoding,
-                str(t.bytes),
-                number(t.density, ".2%"),
-                number(t.change, ".4g"),
-                number(t.relative, ".2e"),
-            ]
-            for t in found.tensors
-        ],
+        list(columns),
+        list(zip(*columns.values(), strict=True)),
     )
-    density = "unknown without --base" if found.density is None else f"{found.density:.2%}"
-    print_line(f"{found.encoding}, {found.bytes:,} bytes; density: {density}")
-    print_line(f"norm of the change: {'unknown without --base' if found.change is None else f'{found.change:.4g}'}")
+    print_line(f"{found.encoding}, {found.bytes:,} bytes")
+    if found.density is not None:
+        print_line(f"density: {found.density:.2%}")
+    if found.change is not None:
+        print_line(f"norm of the change: {found.change:.4g}")
+    else:
+        print_line(f"how much changed: onelayer inspect {adapter} --base {found.base['name'] or 'BASE'}")
     commit = f" at {found.base['revision']}" if found.base["revision"] else ""
     print_line(f"base: {found.base['name'] or 'not recorded'}{commit}")
     if found.stages:

@@ -12,22 +12,43 @@ import os
 import signal
 import sys
 import warnings
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
 from peft_onelayer.records.privacy import without_secrets
 from peft_onelayer.records.text import one_line
 
-from . import analyze, compare, demo, eval, export, inspect, merge, probe, pull, push, recipes, search, sweep, train
+from . import (
+    analyze,
+    card,
+    compare,
+    demo,
+    doctor,
+    eval,
+    export,
+    generate,
+    inspect,
+    merge,
+    probe,
+    pull,
+    push,
+    recipes,
+    report,
+    search,
+    sweep,
+    tasks,
+    train,
+)
 from ._errors import LIMIT, UserError
+from ._examples import EXAMPLES
 
 app = typer.Typer(
     name="onelayer",
     help="Train one transformer block with reinforcement learning, and see what it is worth.",
     invoke_without_command=True,
-    add_completion=False,
     rich_markup_mode=None,
+    context_settings={"help_option_names": ["-h", "--help"]},
 )
 
 
@@ -55,19 +76,33 @@ app.command("probe")(probe.probe)
 app.command("train")(train.train)
 app.command("recipes")(recipes.recipes)
 app.command("eval")(eval.evaluate)
+app.command("generate")(generate.generate)
 app.command("sweep")(sweep.sweep)
 app.command("inspect")(inspect.inspect)
 app.command("analyze", epilog=analyze.EXAMPLES)(analyze.analyze)
 app.command("compare", epilog=compare.EXAMPLES)(compare.compare)
 app.command("merge")(merge.merge)
 app.command("export")(export.export)
+app.command("card")(card.card)
 app.command("push")(push.push)
 app.command("pull")(pull.pull)
+app.command("report")(report.report)
+app.command("tasks")(tasks.tasks)
+app.command("algorithms")(tasks.algorithms)
+app.command("doctor")(doctor.doctor)
 app.command("search")(search.search)
+for command in app.registered_commands:
+    assert command.callback is not None and command.callback.__doc__ is not None
+    command.short_help = command.callback.__doc__.partition("\n\n")[0]  # whole: Typer would cut it at the line's end
+    command.epilog = command.epilog or f"Examples:\n\n\b{EXAMPLES[str(command.name)]}"
 
 
 def _terminate(signum: int, frame: object) -> None:
     raise SystemExit(128 + signum)  # unwinds, so that nothing half-written is left
+
+
+def _one_line_of_a_warning(message: Any, category: Any, filename: str, lineno: int, line: str | None = None) -> str:
+    return f"warning: {one_line(str(message), LIMIT)}\n"  # no path, and no line of somebody's code
 
 
 def main() -> None:
@@ -80,6 +115,7 @@ def main() -> None:
     for name in ("torchao", "torch.utils._pytree", "bitsandbytes"):
         logging.getLogger(name).setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", message=".*is deprecated and will be removed in v6", category=FutureWarning)
+    warnings.formatwarning = _one_line_of_a_warning
     try:
         code = app(prog_name="onelayer", standalone_mode=False) or 0
         if code == 130:  # Typer's way of reporting Ctrl-C when it does not end the process itself
@@ -92,7 +128,7 @@ def main() -> None:
         )  # a missing choice is listed over several lines
         print(f"{where}: {message.rstrip('.')}; see '{where} --help'.", file=sys.stderr)
         code = 2
-    except (UserError, OSError) as error:
+    except (UserError, OSError, ImportError) as error:
         if os.environ.get("ONELAYER_DEBUG"):
             raise
         print(f"onelayer: {without_secrets(one_line(error, LIMIT))}", file=sys.stderr)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shlex
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -10,6 +11,7 @@ import typer
 
 from ._errors import user_error
 from ._options import (
+    Algorithm,
     Budget,
     Chat,
     Completions,
@@ -48,7 +50,7 @@ def probe(
         typer.Option(help="A shipped model, layer_profile.json, or an adapter on the Hub.", show_default=False),
     ] = None,
     layers: Annotated[str, typer.Option(help="Blocks to choose from: all, or such as 3,5,8-13, mid-5.")] = "all",
-    algorithm: Annotated[str, typer.Option(help="Of the run to come: grpo, dr_grpo, gigpo, ...")] = "grpo",
+    algorithm: Algorithm = "grpo",
     steps: Annotated[int, typer.Option(min=1, help="Optimizer steps of the run to come.")] = 150,
     prompts: Prompts = None,
     completions: Completions = None,
@@ -67,11 +69,10 @@ def probe(
     as_json: Json = False,
 ) -> None:
     """Rank MODEL's blocks for a task by short RL within a budget, or by what is known without running anything."""
-    with status("loading ..."):
-        from peft_onelayer.rl.recipe import config_from_text
-        from peft_onelayer.runs.probing import plot_beside
-        from peft_onelayer.runs.probing import probe as run_probe
-        from peft_onelayer.runs.settings import PROBE_OPTIONS, ProbeSettings
+    from peft_onelayer.rl.recipe import config_from_text
+    from peft_onelayer.rl.settings import parse_settings
+    from peft_onelayer.runs.early import check_probe, plot_beside
+    from peft_onelayer.runs.settings import PROBE_OPTIONS, ProbeSettings
 
     with user_error(ValueError, OSError, ImportError):
         asked = ProbeSettings(
@@ -88,7 +89,7 @@ def probe(
             prompts=prompts,
             completions=completions,
             learning_rate=learning_rate,
-            config=config_from_text(algorithm, settings or [], PROBE_OPTIONS),
+            config=parse_settings(settings or []),
             seed=seed,
             chat=chat,
             system=system,
@@ -98,6 +99,11 @@ def probe(
             unsafe=unsafe,
             out=out,
         )
+        check_probe(asked)
+        with status("loading ..."):
+            from peft_onelayer.runs.probing import probe as run_probe
+
+            asked = replace(asked, config=config_from_text(algorithm, settings or [], PROBE_OPTIONS))
         ranking = run_probe(asked, progress=TerminalProgress())
     if as_json:
         print(ranking.to_json(), end="")
@@ -111,9 +117,8 @@ def probe(
 def train_command(asked: ProbeSettings, set_options: list[str], ranking: LayerRanking) -> str:
     """The command that trains the ranking's choice in the run that it was ranked for, at the rate that goes with it."""
     command = ["onelayer", "train", asked.model]
-    command += (
-        ["--task", str(asked.task)] if asked.task else ["--dataset", str(asked.dataset), "--reward", str(asked.reward)]
-    )
+    command += ["--dataset", str(asked.dataset), "--reward", str(asked.reward)] if asked.dataset else []
+    command += [] if asked.dataset else ["--task", str(asked.task or "TASK")]
     command += ["--layer", ",".join(map(str, ranking.choice)), "--algorithm", asked.algorithm]
     command += ["--steps", str(asked.steps), "--seed", str(asked.seed)]
     command += ["--prompts", str(asked.prompts)] if asked.prompts else []
@@ -153,7 +158,7 @@ def _print(ranking: LayerRanking) -> None:
         for k in ranking.order
     ]
     print_table(
-        f"{ranking.method}, {ranking.task}",
+        ", ".join(filter(None, (ranking.method, ranking.task))),
         ["block", "gain (points)" if ranking.measured else "score", "standard error", "learning rate", ""],
         rows,
     )

@@ -14,7 +14,7 @@ from peft_onelayer.records.text import name_blocks
 
 from ._hub import hub_session
 from ._options import Json
-from ._output import print_json, print_line, status
+from ._output import print_json, print_line, print_next, status
 
 
 def pull(
@@ -46,3 +46,4 @@ def pull(
         f"{adapter.config.get('base_model_name_or_path')}, {adapter.encoding}: {checked}."
     )
     print_line(f"Written to {folder}: {', '.join(pulled.files)}")
+    print_next(["onelayer", "inspect", str(folder)], ["onelayer", "eval", str(folder), "--task", "TASK"])

@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from ._hub import hub_session
-from ._options import Json
-from ._output import note, print_json, print_line, print_table, status
+from ._options import Json, License
+from ._output import note, print_card, print_json, print_line, print_table, status
 
 if TYPE_CHECKING:
     from peft_onelayer.hub.push import Push
@@ -47,6 +47,7 @@ def push(
     with_peft: Annotated[
         bool, typer.Option("--with-peft", help="Also the form that PEFT loads without this package, in peft/.")
     ] = False,
+    license: License = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Show what would go up, and send nothing.")] = False,
     as_json: Json = False,
 ) -> None:
@@ -66,6 +67,7 @@ def push(
             base_model=base_model,
             dense=dense,
             with_peft=with_peft,
+            license=license,
             dry_run=dry_run,
         )
     for line in pushed.notes:
@@ -82,6 +84,7 @@ def _print(pushed: Push, dry_run: bool) -> None:
     rows.append(["all", f"{sum(pushed.files.values()):,}"])
     print_table("", ["file", "bytes"], rows)
     if dry_run:
+        print_card(pushed.card)
         print_line("A dry run: nothing was sent. Files of an earlier push that are not listed would be removed.")
     else:
         print_line(f"Pull request: {pushed.pull_request}" if pushed.pull_request else f"Published: {pushed.commit}")

@@ -87,6 +87,10 @@ def sweep(
     as_json: Json = False,
 ) -> None:
     """Measure the layer contribution of MODEL's blocks: base, full and one run per block, on the same problems."""
+    from peft_onelayer.runs.early import check_sweep
+
+    with user_error(ValueError, OSError):
+        check_sweep(model, task, algorithm, layers, out)
     with status("loading ..."):
         from peft_onelayer.report.plots import plot_profile
         from peft_onelayer.rl.recipe import config_from_text

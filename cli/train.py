@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from . import _completion
 from ._errors import user_error
 from ._figures import print_run
 from ._options import (
+    Algorithm,
     Also,
     Budget,
     Chat,
@@ -29,7 +31,10 @@ from ._options import (
     TrustRemoteCode,
     Unsafe,
 )
-from ._output import TerminalProgress, command_line, status
+from ._output import TerminalProgress, command_line, print_next, status
+
+if TYPE_CHECKING:
+    from peft_onelayer.runs.settings import TrainingSettings
 
 # Parameters that say how to run, or are read in another way.
 NOT_SETTINGS = {"settings", "sampling", "out", "recipe", "config", "resume", "as_json"}
@@ -48,7 +53,9 @@ def train(
     recipe: Annotated[
         str | None,
         typer.Option(
-            help="Settings of a paper, such as qwen3-1.7b-numina:paper; see onelayer recipes.", show_default=False
+            help="Settings of a paper, such as qwen3-1.7b-numina:paper; see onelayer recipes.",
+            show_default=False,
+            autocompletion=_completion.recipes,
         ),
     ] = None,
     config: Annotated[
@@ -68,11 +75,12 @@ def train(
     dataset: Annotated[
         str | None,
         typer.Option(
-            help="A JSONL file or Hub data set: prompts (with --reward) or, offline, preferences.", show_default=False
+            help="A file (JSONL, CSV, Parquet) or Hub data set: prompts (with --reward) or, offline, preferences.",
+            show_default=False,
         ),
     ] = None,
     reward: Reward = None,
-    algorithm: Annotated[str, typer.Option(help="grpo, dr_grpo, dapo, gigpo, rloo, dpo, kto, ...")] = "grpo",
+    algorithm: Algorithm = "grpo",
     steps: Annotated[
         int | None,
         typer.Option(
@@ -147,13 +155,11 @@ def train(
         for name in context.params
         if name not in NOT_SETTINGS and getattr(context.get_parameter_source(name), "name", "") == "COMMANDLINE"
     }
-    with status("loading ..."):
-        from peft_onelayer.rl.recipe import config_from_text
-        from peft_onelayer.rl.sampling import PAIRS_OPTIONS, sampling_from_text
-        from peft_onelayer.rl.settings import parse_settings
-        from peft_onelayer.runs.recipes import RUN_YAML, merged, read_recipe, settings_from
-        from peft_onelayer.runs.settings import TRAINING_OPTIONS
-        from peft_onelayer.runs.training import train as run_training
+    from peft_onelayer.rl.recipe import config_from_text, refuse_fields
+    from peft_onelayer.rl.settings import parse_settings
+    from peft_onelayer.runs.early import check_training
+    from peft_onelayer.runs.recipes import OPTIONS, RUN_YAML, merged, options_from, read_recipe, settings_from
+    from peft_onelayer.runs.settings import TRAINING_OPTIONS
 
     with user_error(ValueError, OSError, ImportError):
         if recipe and config:
@@ -161,14 +167,23 @@ def train(
         source: str | Path | None = recipe or config
         if resume and source is None and out is not None and (out / RUN_YAML).exists():
             source = out / RUN_YAML
+        if resume and source is None and model is None:
+            raise ValueError(f"{out} holds no run to resume; leave out --resume to start one.")
         kept = read_recipe(source) if source else {}
         fields = parse_settings(settings or [])
         if "learning_rate" in fields and "learning_rate" in given:
             raise ValueError("--learning-rate and --set learning_rate say the same; give one of them")
         if sampling:
-            given["sampling"] = sampling_from_text(sampling, PAIRS_OPTIONS)
+            given["sampling"] = parse_settings(sampling, "--sampling")
         if out is not None:
             given["out"] = str(out)
+        refuse_fields(fields, TRAINING_OPTIONS)
+        flat = {
+            name: value for name, value in fields.items() if name not in OPTIONS
+        }  # others TRL's fields are asked for
+        check_training(options_from(merged(kept, flat | given), str(source or "this command")), resume=resume)
+        with status("loading ..."):
+            from peft_onelayer.runs.training import train as run_training
         # for its messages; the texts are read with those of the file
         config_from_text(given.get("algorithm") or kept.get("algorithm") or "grpo", settings or [], TRAINING_OPTIONS)
         asked = settings_from(merged(kept, fields | given), str(source or "this command"))
@@ -184,5 +199,17 @@ def train(
         print(run.record.to_json(), end="")
     else:
         print_run(run.record, Path(asked.out))
+        _print_next(asked)
     if run.record.results and run.record.results.stopped:
         raise typer.Exit(1)
+
+
+def _print_next(asked: TrainingSettings) -> None:
+    out = str(asked.out)
+    source = ["--dataset", asked.dataset, "--reward", asked.reward] if asked.dataset and asked.reward else None
+    source = source or ["--task", str(asked.task or "TASK")]
+    print_next(
+        ["onelayer", "report", out, "--html", "report.html"],
+        ["onelayer", "eval", out, *source, "--out", str(Path(out) / "eval.json")],
+        *([] if asked.full else [["onelayer", "push", out, "ME/NAME", "--dry-run"]]),
+    )

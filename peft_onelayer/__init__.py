@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from .analysis.change import analyze_change
     from .analysis.compare import compare_adapters
     from .analysis.profiles import compare_profiles
+    from .hub.local_card import write_card
     from .hub.profiles import load_profile
     from .hub.pull import pull_adapter
     from .hub.push import push_adapter
@@ -47,6 +48,7 @@ __all__ = [
     "rank_correlation",
     "search_adapters",
     "sweep_layers",
+    "write_card",
 ]
 
 _MODULES = {  # of each name; imported on its first use
@@ -69,6 +71,7 @@ _MODULES = {  # of each name; imported on its first use
     "rank_correlation": ".statistics",
     "search_adapters": ".hub.search",
     "sweep_layers": ".sweep.sweep",
+    "write_card": ".hub.local_card",
 }
 
 

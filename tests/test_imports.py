@@ -25,7 +25,7 @@ def room_of(module: str) -> str | None:
     parts = module.split(".")
     if parts[0] == "onelayer_cli":
         return "cli"
-    return parts[1] if parts[0] == "peft_onelayer" and len(parts) > 1 else None
+    return parts[1] if parts[0] == "peft_onelayer" and len(parts) > 1 and parts[1] != "__main__" else None
 
 
 def modules():

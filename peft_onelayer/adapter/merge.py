@@ -14,12 +14,13 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from peft_onelayer.records.files import TargetError, check_folder, output, staged_directory
+from peft_onelayer.records.files import CARD, TargetError, check_folder, output, staged_directory
 from peft_onelayer.records.locate import adapter_folder, base_folder, check_revision, hub_identity
 from peft_onelayer.records.text import name_blocks
 from peft_onelayer.sparse.base import OTHER_WEIGHTS, Entries, other_base, positions, what_differs
 
 from .checkpoint import MODEL_CONFIG, Checkpoint
+from .merged_card import merged_card
 from .reader import AdapterFile, open_adapter
 from .stored import DTYPES
 
@@ -121,6 +122,8 @@ def _merge(
     for name in sources:
         by_shard[checkpoint.places[checkpoint.stored_as[name]].path.name].append(name)
     others, left_out = checkpoint.other_files()
+    others = [name for name in others if name != CARD]
+    layers = sorted({layer for file in files for layer in file.layers})
     # What could still go wrong goes wrong first; without its config a folder looks unfinished to the last moment.
     order = sorted(checkpoint.shards, key=lambda shard: not by_shard[shard])
     order += sorted(others, key=lambda name: name == MODEL_CONFIG)
@@ -139,14 +142,16 @@ def _merge(
                 _replace(checkpoint, staging / name, replacements, allow_other_base)
             done += sizes[name]
             on_progress(done, total)
+        card = merged_card(base, checkpoint.folder, names, layers).encode()
+        (staging / CARD).write_bytes(card)
     return Merged(
         folder=out,
         base=checkpoint.folder,
-        layers=sorted({layer for file in files for layer in file.layers}),
+        layers=layers,
         tensors=sorted(sources),
         rewritten=[shard for shard in checkpoint.shards if by_shard[shard]],
         left_out=left_out,
-        bytes=total,
+        bytes=total + len(card),
         reflinked=reflinked,
         unchecked=unchecked,
     )

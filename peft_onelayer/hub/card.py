@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 import statistics
+from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib.resources import files
 from string import Template
@@ -22,9 +23,16 @@ from peft_onelayer.records.locate import last_part
 from peft_onelayer.records.ranking import LayerRanking
 from peft_onelayer.records.run import RunRecord
 from peft_onelayer.records.text import name_blocks, well_formed
+from peft_onelayer.rl.algorithms import ALGORITHMS
+from peft_onelayer.tasks import TASKS
+
+from .card_text import TAGS, part
 
 PLOT = "layer_profile.png"
-TAGS = ("onelayer", "reinforcement-learning")
+REWARDS = "reward.png"
+PAPER = "[Is One Layer Enough?](https://arxiv.org/abs/2607.01232)"
+ENGLISH = ("gsm8k", "reasoning_gym", "humaneval", "textworld")  # tasks whose prompts are in English
+SHOWN = 1200  # characters of a prompt or a completion in the example
 # The task of a leaderboard, by data set: the ids that the data set's own eval.yaml declares.
 BENCHMARKS = {"openai/gsm8k": "gsm8k"}
 _HUB_DATA = re.compile(r"(?P<id>[\w.-]+/[\w.-]+)(:(?P<config>[\w.-]+))?(@.*)?")
@@ -40,6 +48,8 @@ def model_card(
     parameters: int | None = None,
     peft_export: str | None = None,
     local_base: bool = False,
+    license: str | None = None,
+    pictures: Sequence[str] = (),
 ) -> str:
     """README.md of an adapter, or of a full-parameter run.
 
@@ -47,26 +57,36 @@ def model_card(
         config: the fields of adapter_config.json; None for a full-parameter run, which needs `run`.
         run: run.json.
         evaluation: what `onelayer eval` measured of this adapter.
-        profile: the ranking of the blocks; it is drawn in `PLOT`.
+        profile: the ranking of the blocks.
         repo_id: where on the Hub it goes; without one the card speaks of a folder.
         parameters: number of trained parameters.
         peft_export: the subfolder with the form that loads without this package, if there is one.
         local_base: whether the base's name is that of a folder, so that the Hub knows no model by it.
+        license: of the adapter, as the Hub names it.
+        pictures: which of `PLOT` and `REWARDS` stand beside the card.
     """
     run = run and run.cleaned()
     base = _Base.of(config, run, local_base)
     template = Template((files("peft_onelayer.model_cards") / "adapter.md").read_text(encoding="utf-8"))
     full = config is None
+    chat = run.settings.source.chat if run else evaluation.chat if evaluation else None
+    reproduce = f"## Reproduce\n\n```\n{run.command}\n```" if run and run.command else ""
+    example = _example(evaluation) if evaluation else ""
+    parts = {
+        "title": f"# {_title(base, run)}\n\n{_summary(base, run, full)}",
+        "results": _results(evaluation, run),
+        "example": example,
+        "profile": _profile(profile, PLOT in pictures) if profile else "",
+        "training": _training_part(base, run, parameters, REWARDS in pictures),
+        "use": f"## Use\n\n```python\n{_use(base, repo_id, full, bool(chat))}\n```",
+        "without_plugin": _without_plugin(base, repo_id, peft_export) if peft_export else "",
+        "reproduce": reproduce,
+        "limits": _limits(evaluation, run),
+        "links": _links(run),
+    }
     text = template.substitute(
-        metadata=_metadata(base, run, evaluation, repo_id, full).to_yaml(),
-        title=_title(base, run),
-        summary=_summary(base, run, full),
-        results=_results(evaluation, run),
-        profile=_profile(profile) if profile else "",
-        training="\n".join(f"- {line}" for line in _training(base, run, parameters)),
-        use=_use(base, repo_id, full),
-        without_plugin=_without_plugin(base, repo_id, peft_export) if peft_export else "",
-        reproduce=f"\n## Reproduce\n\n```\n{run.command}\n```\n" if run and run.command else "",
+        metadata=_metadata(base, run, evaluation, repo_id, full, license).to_yaml(),
+        **{name: part(name, text) for name, text in parts.items()},
     )
     return well_formed(re.sub(r"\n{3,}", "\n\n", text).rstrip() + "\n")
 
@@ -134,13 +154,19 @@ class _Base:
 
 
 def _metadata(
-    base: _Base, run: RunRecord | None, evaluation: EvaluationRecord | None, repo_id: str | None, full: bool
+    base: _Base,
+    run: RunRecord | None,
+    evaluation: EvaluationRecord | None,
+    repo_id: str | None,
+    full: bool,
+    license: str | None,
 ) -> ModelCardData:
-    tags, datasets = [*TAGS], []
+    tags, datasets, language = [*TAGS], [], None
     if run:
         source = run.settings.source
         tags += [run.settings.algorithm, source.name, f"task:{source.name}"]
         datasets = [found["id"] for name in source.data if (found := _HUB_DATA.fullmatch(name))]
+        language = "en" if source.name.partition(":")[0] in ENGLISH else None
     tags += [f"layer:{layer}" for layer in sorted(base.layers)]
     results = _model_index(evaluation) if evaluation else None
     return ModelCardData(
@@ -149,6 +175,8 @@ def _metadata(
         base_model_relation=None if not base.on_hub else "finetune" if full else "adapter",
         pipeline_tag="text-generation",
         datasets=datasets or None,
+        language=language,
+        license=license,
         tags=tags,
         model_name=(repo_id or "adapter").rpartition("/")[2] if results else None,
         eval_results=results,
@@ -182,6 +210,7 @@ def _model_index(evaluation: EvaluationRecord) -> list[EvalResult]:
 
 def _title(base: _Base, run: RunRecord | None) -> str:
     title = base.blocks[0].upper() + base.blocks[1:]
+    title = f"{last_part(base.name)}: {base.blocks}" if base.name else title
     return f"{title}, trained with {run.settings.algorithm} on `{run.settings.source.name}`" if run else title
 
 
@@ -201,7 +230,7 @@ def _summary(base: _Base, run: RunRecord | None, full: bool) -> str:
 
 def _results(evaluation: EvaluationRecord | None, run: RunRecord | None) -> str:
     if not evaluation:
-        return _held_out(run) or "No evaluation is recorded here; `onelayer eval` measures it against the base.\n\n"
+        return _held_out(run) or "No evaluation is recorded here; `onelayer eval` measures it against the base."
     lines = ["## Results", "", "| | n | base | adapter | difference |", "|---|---|---|---|---|"]
     for decoding, result in evaluation.results.items():
         lines.append(_row(_decoding(decoding, evaluation), result))
@@ -263,7 +292,47 @@ def _row(name: str, result: Measured) -> str:
     return f"| {name} | {result.n} | " + " | ".join(cells) + " |"
 
 
-def _profile(profile: LayerRanking) -> str:
+def _example(evaluation: EvaluationRecord) -> str:
+    """The first problem with what base and adapter wrote; "" for data that nobody has published."""
+    public = evaluation.task.name.partition(":")[0] in TASKS or all(map(_HUB_DATA.fullmatch, evaluation.task.data))
+    found = next(iter(evaluation.examples or []), None)
+    if found is None or not public:
+        return ""
+    lines = ["## Example", "", f"The first problem of the evaluation, {found.decoding} completions:"]
+    for name, text, reward in (
+        ("prompt", found.prompt, None),
+        ("base", found.base, found.base_reward),
+        ("adapter", found.adapter or "", found.adapter_reward),
+    ):
+        worth = "" if reward is None else f" (reward {reward:g})"
+        lines += ["", f"**{name}**{worth}", "", *(f"    {line}" for line in text[:SHOWN].splitlines() or [""])]
+    return "\n".join(lines)
+
+
+def _limits(evaluation: EvaluationRecord | None, run: RunRecord | None) -> str:
+    lines = ["## Limits", ""]
+    if evaluation:
+        lines.append(
+            f"- Measured on {evaluation.n} problems of `{evaluation.task.name}`; other abilities may have changed."
+        )
+    else:
+        lines.append("- Nothing was measured after training but what stands above.")
+    if run:
+        lines.append("- One run with one seed: another seed gives other weights, and another gain.")
+    return "\n".join([*lines, "- What the base model cannot do, or should not be used for, holds for it too."])
+
+
+def _links(run: RunRecord | None) -> str:
+    lines = ["## Links", "", f"- The method: {PAPER} (arXiv 2607.01232), with `peft-onelayer`, a method of "]
+    lines[-1] += "[PEFT](https://github.com/huggingface/peft)."
+    algorithm = ALGORITHMS.get(run.settings.algorithm) if run else None
+    if run and algorithm:
+        paper = f"[arXiv {algorithm.source}](https://arxiv.org/abs/{algorithm.source})"
+        lines.append(f"- The algorithm: `{algorithm.name}`, {paper}, in [TRL](https://github.com/huggingface/trl).")
+    return "\n".join(lines)
+
+
+def _profile(profile: LayerRanking, drawn: bool) -> str:
     pick = f"picked block {profile.pick}" if profile.pick is not None else "found no block that gains"
     share = profile.cost.get("share")
     cost = ""
@@ -272,14 +341,24 @@ def _profile(profile: LayerRanking) -> str:
     elif share is not None:
         cost = f", for {share:.1f} times the tokens of one training run"
     return (
-        f"## Layer profile\n\n![What each block gains]({PLOT})\n\n"
-        f"`{profile.method}` on `{profile.task}` {pick} of {profile.num_layers}{cost}. "
-        f"The figures are in `{PROFILE}`.\n\n"
+        "## Layer profile\n\n"
+        + (f"![What each block gains]({PLOT})\n\n" if drawn else "")
+        + f"`{profile.method}` on `{profile.task}` {pick} of {profile.num_layers}{cost}. "
+        f"The figures are in `{PROFILE}`."
     )
 
 
+def _training_part(base: _Base, run: RunRecord | None, parameters: int | None, drawn: bool) -> str:
+    lines = "\n".join(f"- {line}" for line in _training(base, run, parameters))
+    picture = f"\n\n![Mean reward of every step]({REWARDS})" if drawn else ""
+    return f"## What was trained\n\n{lines}{picture}"
+
+
 def _training(base: _Base, run: RunRecord | None, parameters: int | None) -> list[str]:
-    lines = [base.blocks + (f": {run.why}" if run and run.why else "")]
+    lines = [base.blocks]
+    if run and run.why:
+        lines = [f"{base.blocks}:", *(f"  - {reason}" for reason in run.why.split("; "))]
+        lines = ["\n".join(lines)]
     whole = run.settings.model.parameters if run else 0
     if parameters and whole:
         lines.append(f"{parameters:,} of {whole:,} parameters ({100 * parameters / whole:.1f} %)")
@@ -302,35 +381,50 @@ def _training(base: _Base, run: RunRecord | None, parameters: int | None) -> lis
         lines.append(f"mean {name} {first:.3g} -> {last:.3g} (first and last {tenth} of {len(values)} logs)")
     data = ", ".join(f"{name} ({version[:12]})" for name, version in settings.source.data.items())
     lines.append(f"data: `{settings.source.name}`" + (f", {data}" if data else ""))
+    device = run.machine.get("device")
+    took = f"{results.seconds:.0f} s" if results and results.seconds else ""
+    if took or device:
+        lines.append("hardware: " + ", ".join(filter(None, [str(device or ""), took])))
     versions = run.machine.get("versions")
     if isinstance(versions, dict):
         lines.append("versions: " + ", ".join(f"{name} {number}" for name, number in versions.items()))
     return [*lines, f"all settings: {RUN}"]
 
 
-def _use(base: _Base, repo_id: str | None, full: bool) -> str:
+def _use(base: _Base, repo_id: str | None, full: bool, chat: bool) -> str:
     where = repo_id or "path/to/this/folder"
-    if full:
-        return (
-            f'from transformers import AutoModelForCausalLM\n\nmodel = AutoModelForCausalLM.from_pretrained("{where}")'
-        )
     register = "import peft_onelayer  # pip install peft-onelayer; registers the method, else KeyError 'SINGLE_LAYER'\n"
+    tokenizer = f'tokenizer = AutoTokenizer.from_pretrained("{where if full else base.source}")'
+    prompt = 'inputs = tokenizer("Your prompt", return_tensors="pt")'
+    if chat:
+        prompt = (
+            'messages = [{"role": "user", "content": "Your prompt"}]\n'
+            "inputs = tokenizer.apply_chat_template(\n"
+            '    messages, add_generation_prompt=True, return_dict=True, return_tensors="pt"\n)'
+        )
+    generate = (
+        f"{tokenizer}\n\n{prompt}\n"
+        "output = model.generate(**inputs, max_new_tokens=256)\n"
+        "print(tokenizer.decode(output[0], skip_special_tokens=True))"
+    )
+    imports = "from transformers import AutoModelForCausalLM, AutoTokenizer\n"
+    if full:
+        return f'{imports}\nmodel = AutoModelForCausalLM.from_pretrained("{where}")\n{generate}'
     if repo_id and not base.on_hub:
-        return register + _load_on_base(base, where)
+        loaded = _load_on_base(base, where).replace("ForCausalLM\n", "ForCausalLM, AutoTokenizer\n", 1)
+        return f"{register}{loaded}\n{generate}"
     return (
-        f"{register}from peft import AutoPeftModelForCausalLM\n"
-        "from transformers import AutoTokenizer\n\n"
-        f'model = AutoPeftModelForCausalLM.from_pretrained("{where}")\n'
-        f'tokenizer = AutoTokenizer.from_pretrained("{base.source}")'
+        f"{register}from peft import AutoPeftModelForCausalLM\nfrom transformers import AutoTokenizer\n\n"
+        f'model = AutoPeftModelForCausalLM.from_pretrained("{where}")\n{generate}'
     )
 
 
 def _without_plugin(base: _Base, repo_id: str | None, subfolder: str) -> str:
     # not AutoPeftModel, which would look for the base in the subfolder too
     return (
-        f"\nWithout this package, plain PEFT loads the same weights from the folder `{subfolder}`:\n\n```python\n"
+        f"Without this package, plain PEFT loads the same weights from the folder `{subfolder}`:\n\n```python\n"
         + _load_on_base(base, repo_id or "path/to/this/folder", f', subfolder="{subfolder}"')
-        + "\n```\n"
+        + "\n```"
     )
 
 

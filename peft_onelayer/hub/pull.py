@@ -29,10 +29,10 @@ from peft_onelayer.records.files import (
 from peft_onelayer.records.hub_errors import HubError, hub_errors
 from peft_onelayer.records.locate import cached_base
 
-from .card import PLOT
+from .card import PLOT, REWARDS
 from .push import RESULTS
 
-FILES = (CONFIG, WEIGHTS, CARD, PROFILE, PLOT, RUN, RESULTS)
+FILES = (CONFIG, WEIGHTS, CARD, PROFILE, PLOT, REWARDS, RUN, RESULTS)
 
 
 @dataclass(frozen=True)

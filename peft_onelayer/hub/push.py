@@ -9,9 +9,10 @@ import json
 import secrets
 import shutil
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -27,33 +28,32 @@ from huggingface_hub.utils import validate_repo_id, yaml_dump
 
 from peft_onelayer.adapter.reader import AdapterFile, open_adapter
 from peft_onelayer.adapter.validation import check_tensors
-from peft_onelayer.records.evaluation import EvaluationRecord
 from peft_onelayer.records.fields import Record
 from peft_onelayer.records.files import (
     CARD,
     CONFIG,
-    EVALUATION,
     PROFILE,
     RUN,
     WEIGHTS,
-    file_digest,
     read_fields,
+    read_text,
     scratch_directory,
 )
 from peft_onelayer.records.hub_errors import HubError, hub_errors
 from peft_onelayer.records.locate import adapter_folder, cached_base, is_local, last_part
 from peft_onelayer.records.privacy import holds_secrets, without_private
-from peft_onelayer.records.ranking import LayerRanking
-from peft_onelayer.records.run import RunRecord
 from peft_onelayer.records.text import name_blocks, printable
 
-from .card import PLOT, eval_results, model_card
+from .card import PLOT, REWARDS, eval_results, model_card
+from .card_text import is_edited, merge_cards, own_text, split_card
+from .local_card import Records, base_license, draw_pictures, read_records
 
 RESULTS = ".eval_results/onelayer.yaml"
 PEFT_EXPORT = "peft"
 TEXTS = (".json", ".md", ".yaml")  # of what is published
 # What a push may leave in a repository; those that a later push does not write are removed with it.
-PUBLISHED = (CONFIG, WEIGHTS, CARD, PROFILE, PLOT, RUN, RESULTS, f"{PEFT_EXPORT}/{CONFIG}", f"{PEFT_EXPORT}/{WEIGHTS}")
+OF_PEFT = (f"{PEFT_EXPORT}/{CONFIG}", f"{PEFT_EXPORT}/{WEIGHTS}")
+PUBLISHED = (CONFIG, WEIGHTS, CARD, PROFILE, PLOT, REWARDS, RUN, RESULTS, *OF_PEFT)
 # What may stand in a repository that somebody made on the Hub's pages for this adapter.
 STARTING_FILES = {".gitattributes", ".gitignore", CARD, "LICENSE"}
 
@@ -73,6 +73,7 @@ class Push:
         notes: what a reader of the repository will miss, and why.
         commit: URL of the commit; None for a dry run.
         pull_request: URL of the pull request, if one was opened.
+        card: the text of the model card.
     """
 
     repo_id: str
@@ -81,6 +82,7 @@ class Push:
     files: dict[str, int]
     encoding: str
     notes: list[str] = field(default_factory=list)
+    card: str = ""
     commit: str | None = None
     pull_request: str | None = None
 
@@ -100,13 +102,15 @@ def push_adapter(
     base_model: str | None = None,
     dense: bool = False,
     with_peft: bool = False,
+    license: str | None = None,
     dry_run: bool = False,
 ) -> Push:
     """Publish the adapter in `folder` on the Hub, in one commit; token and endpoint are huggingface_hub's own.
 
     The repository gets the adapter, its configuration, a card, and, where they stand beside the adapter, the cleaned
     run.json and layer_profile.json with its plot. A repository that holds something else is left alone. A second try
-    after a failure sends only what is missing.
+    after a failure sends only what is missing. What a person wrote into the card, in `folder` or on the Hub, is kept,
+    and so is the folder `PEFT_EXPORT` of an earlier push, with these weights.
 
     Args:
         folder: of the adapter.
@@ -120,6 +124,7 @@ def push_adapter(
         dense: publish every weight, even where the base is at hand for the sparse encoding.
         with_peft: also publish the form that plain PEFT loads, in the folder `PEFT_EXPORT`; of a sparse adapter only
             where the base is at hand.
+        license: of the adapter, such as "apache-2.0"; by default the one that the card has, or the base's.
         dry_run: send nothing and ask the Hub nothing.
 
     Raises:
@@ -132,23 +137,72 @@ def push_adapter(
     folder = Path(folder).expanduser()
     if not folder.is_dir():
         raise ValueError(f"no adapter folder at {folder}; give the one that onelayer train wrote.")
-    with _scratch() as staged:
-        adapter, notes = stage(
-            adapter_folder(folder),
-            staged,
-            repo_id,
-            evaluation=None if evaluation is None else Path(evaluation),
-            base_model=base_model,
-            dense=dense,
-            with_peft=with_peft,
-        )
-        sizes = {name: (staged / name).stat().st_size for name in PUBLISHED if (staged / name).exists()}
-        push = Push(repo_id, constants.ENDPOINT, revision or constants.DEFAULT_REVISION, sizes, adapter.encoding, notes)
+    folder, branch = adapter_folder(folder), revision or constants.DEFAULT_REVISION
+    staging = partial(
+        stage,
+        folder,
+        repo_id=repo_id,
+        evaluation=None if evaluation is None else Path(evaluation),
+        base_model=base_model,
+        dense=dense,
+        license=license,
+    )
+    with _scratch() as scratch:
+        staged = scratch / "first"
+        staged.mkdir()
+        adapter, notes = staging(staged, with_peft=with_peft)
+        push = Push(repo_id, constants.ENDPOINT, branch, _sizes(staged), adapter.encoding, notes, read_card(staged))
         if dry_run:
             return push
-        message = message or f"Adapter of {name_blocks(adapter.layers)}, with onelayer push"
-        repo_id, commit, pull_request = _commit(staged, push, private=private, create_pr=create_pr, message=message)
-    return replace(push, repo_id=repo_id, commit=commit, pull_request=pull_request)
+        with hub_errors(f"push to {repo_id}", repo_id):
+            repo_id, there = _open_repository(push, private)
+            if not with_peft and f"{PEFT_EXPORT}/{WEIGHTS}" in there:
+                staged = scratch / "second"
+                staged.mkdir()
+                adapter, more = _with_peft_again(staging, staged, scratch / "first")
+                notes = [*notes, *more]
+            notes = [*notes, *_keep_their_text(staged, folder, repo_id, branch, there, license)]
+            push = replace(push, repo_id=repo_id, files=_sizes(staged), notes=notes, card=read_card(staged))
+            message = message or f"Adapter of {name_blocks(adapter.layers)}, with onelayer push"
+            commit, pull_request = _commit(staged, push, there, create_pr=create_pr, message=message)
+    return replace(push, commit=commit, pull_request=pull_request)
+
+
+def _sizes(staged: Path) -> dict[str, int]:
+    return {name: (staged / name).stat().st_size for name in PUBLISHED if (staged / name).exists()}
+
+
+def read_card(folder: Path) -> str:
+    """The card in a folder; "" where there is none."""
+    return read_text(folder / CARD) if (folder / CARD).is_file() else ""
+
+
+def _with_peft_again(
+    staging: Callable[..., tuple[AdapterFile, list[str]]], staged: Path, first: Path
+) -> tuple[AdapterFile, list[str]]:
+    """Stage once more, with the form that plain PEFT loads, which the repository has; a note where that cannot be."""
+    try:
+        return staging(staged, with_peft=True)[0], []
+    except ValueError as error:
+        shutil.copytree(first, staged, dirs_exist_ok=True)
+        note = f"{PEFT_EXPORT}/ of an earlier push, which has its weights, is removed: {error}"
+        return open_adapter(staged), [note]
+
+
+def _keep_their_text(
+    staged: Path, folder: Path, repo_id: str, revision: str, there: set[str], license: str | None
+) -> list[str]:
+    """Put what was written by hand into the card on the Hub into the staged one; a note where both were edited."""
+    if CARD not in there:
+        return []
+    ours, local = read_card(staged), read_card(folder)
+    theirs = read_text(Path(hf_hub_download(repo_id, CARD, revision=revision)))
+    edited_here, edited_there = is_edited(local, ours), is_edited(theirs, ours)
+    license = license or split_card(local)[0].get("license")
+    _write(staged / CARD, merge_cards(ours, theirs, license, fields_only=edited_here))
+    if edited_here and edited_there and own_text(local) != own_text(theirs):
+        return ["the card was edited here and on the Hub: this one went up, and the Hub's history keeps the other"]
+    return []
 
 
 def stage(
@@ -160,6 +214,7 @@ def stage(
     base_model: str | None = None,
     dense: bool = False,
     with_peft: bool = False,
+    license: str | None = None,
 ) -> tuple[AdapterFile, list[str]]:
     """Check the adapter in `folder` and write all that a repository holds to the empty folder `staged`.
 
@@ -170,7 +225,7 @@ def stage(
         ValueError: as `push_adapter`.
     """
     adapter = open_adapter(folder)
-    records = _read_records(folder, evaluation)
+    records = read_records(folder, evaluation)
     base = _local_base(adapter.config)
     if dense and adapter.encoding == "sparse":
         raise ValueError(f"{folder} is sparse already, and --dense publishes what it holds dense; leave it out.")
@@ -179,46 +234,24 @@ def stage(
         raise ValueError(f"--with-peft needs the base of a sparse adapter, and {name} is not here; download it.")
     parameters, _ = check_tensors(adapter, base)
     notes = _write_weights(adapter, staged, base, dense)
-    notes += _write_records(staged, repo_id, records, parameters, base_model, with_peft)
+    license = license or base_license(adapter.config)
+    notes += _write_records(staged, repo_id, records, parameters, base_model, with_peft, license)
+    if there := read_card(folder):
+        _write(staged / CARD, merge_cards(read_card(staged), there, license))
     if with_peft:
         _write_peft_export(adapter, base, staged)
     _check_no_secret(staged)
     return open_adapter(staged), notes
 
 
-@dataclass(frozen=True)
-class _Records:
-    """What stands beside the adapter; None for what does not."""
-
-    run: RunRecord | None
-    evaluation: EvaluationRecord | None
-    profile: LayerRanking | None
-
-
-def _read_records(folder: Path, evaluation: Path | None) -> _Records:
-    """The records beside the adapter in `folder`, the evaluation perhaps from another file."""
-    if evaluation is not None and not evaluation.is_file():
-        raise ValueError(f"no file {evaluation}; give what onelayer eval --out wrote.")
-    path = evaluation or folder / EVALUATION
-    measured = _read(EvaluationRecord, path)
-    if measured is not None and measured.adapter is None:
-        raise ValueError(f"{path} measured the base alone; evaluate it with --adapter {folder}.")
-    if measured is not None and measured.adapter and measured.adapter.sha256 != file_digest(folder / WEIGHTS):
-        raise ValueError(f"{path} measured another adapter than {folder}: the weights differ.")
-    return _Records(_read(RunRecord, folder / RUN), measured, _read(LayerRanking, folder / PROFILE))
-
-
-def _read(kind: type[SomeRecord], path: Path) -> SomeRecord | None:
-    return kind.from_file(path) if path.is_file() else None
-
-
 def _write_records(
     staged: Path,
     repo_id: str | None,
-    records: _Records,
+    records: Records,
     parameters: int,
     base_model: str | None,
     with_peft: bool,
+    license: str | None,
 ) -> list[str]:
     """Clean adapter_config.json and write all that is not weights; notes on what the card lacks."""
     config = read_fields(staged / CONFIG)
@@ -236,10 +269,7 @@ def _write_records(
     if run:
         _write(staged / RUN, run.to_json())
     if profile:
-        from peft_onelayer.report.plots import plot_ranking
-
         _write(staged / PROFILE, profile.to_json())
-        plot_ranking(profile, staged / PLOT, f"{profile.method} on {profile.task}, each block of {profile.num_layers}")
     if measured and (entries := eval_results(measured)):
         (staged / RESULTS).parent.mkdir()
         _write(staged / RESULTS, yaml_dump(entries, sort_keys=False))
@@ -252,6 +282,8 @@ def _write_records(
         parameters=parameters,
         peft_export=PEFT_EXPORT if with_peft else None,
         local_base=local_base,
+        license=license,
+        pictures=draw_pictures(Records(run, measured, profile), staged),
     )
     _write(staged / CARD, card)
     if not local_base:
@@ -319,36 +351,38 @@ def _check_no_secret(staged: Path) -> None:
             raise ValueError(f"{path.name} would publish a secret; remove it from the records beside the adapter.")
 
 
-def _commit(
-    staged: Path, push: Push, *, private: bool | None, create_pr: bool, message: str
-) -> tuple[str, str, str | None]:
-    """(repository with its owner, URL of the commit, URL of the pull request)."""
+def _open_repository(push: Push, private: bool | None) -> tuple[str, set[str]]:
+    """(repository with its owner, the files there); it and its branch are made where they are not there."""
     api = HfApi()
-    with hub_errors(f"push to {push.repo_id}", push.repo_id):
-        repo_id = api.create_repo(push.repo_id, private=private, exist_ok=True).repo_id
-        if private and not api.model_info(repo_id).private:
-            raise HubError(
-                f"cannot push to {repo_id}: it exists and is public; make it private in its settings on the Hub, or "
-                "leave out --private (nothing was changed)."
-            )
-        main = push.revision == constants.DEFAULT_REVISION
-        there = _files_there(api, repo_id, push.revision, may_be_missing=not main)
-        if there is None:
-            api.create_branch(repo_id, branch=push.revision, exist_ok=True)
-            there = _files_there(api, repo_id, push.revision) or set()
-        _check_ours(repo_id, push.revision, there)
-        stale = sorted(there & (set(PUBLISHED) - set(push.files)))
-        done = api.create_commit(
-            repo_id,
-            [
-                *(CommitOperationAdd(name, staged / name) for name in push.files),
-                *(CommitOperationDelete(name) for name in stale),
-            ],
-            commit_message=message,
-            revision=push.revision,
-            create_pr=create_pr,
+    repo_id = api.create_repo(push.repo_id, private=private, exist_ok=True).repo_id
+    if private and not api.model_info(repo_id).private:
+        raise HubError(
+            f"cannot push to {repo_id}: it exists and is public; make it private in its settings on the Hub, or "
+            "leave out --private (nothing was changed)."
         )
-    return repo_id, done.commit_url, done.pr_url
+    main = push.revision == constants.DEFAULT_REVISION
+    there = _files_there(api, repo_id, push.revision, may_be_missing=not main)
+    if there is None:
+        api.create_branch(repo_id, branch=push.revision, exist_ok=True)
+        there = _files_there(api, repo_id, push.revision) or set()
+    _check_ours(repo_id, push.revision, there)
+    return repo_id, there
+
+
+def _commit(staged: Path, push: Push, there: set[str], *, create_pr: bool, message: str) -> tuple[str, str | None]:
+    """(URL of the commit, URL of the pull request)."""
+    stale = sorted(there & (set(PUBLISHED) - set(push.files)))
+    done = HfApi().create_commit(
+        push.repo_id,
+        [
+            *(CommitOperationAdd(name, staged / name) for name in push.files),
+            *(CommitOperationDelete(name) for name in stale),
+        ],
+        commit_message=message,
+        revision=push.revision,
+        create_pr=create_pr,
+    )
+    return done.commit_url, done.pr_url
 
 
 def _files_there(api: HfApi, repo_id: str, revision: str, may_be_missing: bool = False) -> set[str] | None:

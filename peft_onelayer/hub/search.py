@@ -11,7 +11,7 @@ from huggingface_hub import HfApi
 
 from peft_onelayer.records.hub_errors import hub_errors
 
-from .card import TAGS
+from .card_text import TAGS
 
 Sort = Literal["downloads", "likes", "created_at", "last_modified", "trending_score"]
 

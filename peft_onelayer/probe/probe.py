@@ -21,7 +21,7 @@ from .settings import BUDGET, METHODS
 def probe_layers(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
-    task: Task,
+    task: Task | None,
     *,
     method: str = "auto",
     budget: float = BUDGET,
@@ -36,6 +36,7 @@ def probe_layers(
     """Rank blocks by what training them on `task` is expected to gain; the model's weights are as before afterwards.
 
     Args:
+        task: prompts and reward; None only for "prior" and "profile", which run nothing.
         method: "auto", a race whose belief starts from the depth prior, or where the budget has no room for a race the
             prior alone, which the ranking's `method` and `fallback` say; "race", the same without the prior; "prior",
             the depth prior, at no cost; "profile", a measured profile of the same base.
@@ -59,6 +60,8 @@ def probe_layers(
     recipe = recipe or make_recipe("grpo", task)
     cost, fallback = NO_COST, None
     if method in ("auto", "race"):
+        if task is None:
+            raise ValueError(f"the method {method} runs the model on a task; give one")
         if len(chosen) < 2:
             raise ValueError(f"there is nothing to choose: of {num_layers} blocks only {chosen} may be picked")
         if not 0 < budget < math.inf:
@@ -100,7 +103,7 @@ def probe_layers(
         pick=order[0],
         learning_rate=recipe.given.get("learning_rate"),
         cost=dict(cost),
-        task=task.name,
+        task=task.name if task else "",
         seed=seed,
         fallback=fallback,
     )

@@ -14,7 +14,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 LOCK, PARTIAL, REPLACED = ".onelayer-lock", ".partial-", ".old"
@@ -28,29 +28,48 @@ class TargetError(OSError, ValueError):
 
 
 def check_parent(target: Path) -> None:
-    """Raise `TargetError` unless the folder that `target` is to stand in is there and writable."""
-    if not target.parent.is_dir():
-        raise TargetError(f"the folder {target.parent} does not exist; create it or choose another output.")
-    if not os.access(target.parent, os.W_OK | os.X_OK):
-        raise TargetError(f"{target.parent} is read-only; choose another output.")
+    """Raise `TargetError` unless the folder that `target`, a whole path, is to stand in is writable, or can be made."""
+    there = next(folder for folder in target.parents if os.path.lexists(folder))
+    if not there.is_dir():
+        raise TargetError(f"{there} is not a folder, so {target} cannot be written; choose another output.")
+    if not os.access(there, os.W_OK | os.X_OK):
+        raise TargetError(f"{there} is read-only; choose another output.")
+
+
+@contextmanager
+def _parents(target: Path) -> Iterator[None]:
+    """Make the folders that `target` is to stand in; those that are still empty at the end are removed."""
+    check_parent(target)
+    missing = [folder for folder in target.parents if not folder.exists()]
+    target.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        yield
+    finally:
+        with suppress(OSError):  # it holds the output
+            for folder in missing:
+                folder.rmdir()
 
 
 @contextmanager
 def claimed(target: Path) -> Iterator[None]:
     """Keep the output `target`, a file or a folder, for this process and thread while the block runs.
 
-    What dead processes left half-written beside it is removed first, of `target` and of other outputs. A thread may
-    claim again what it holds.
+    The folders that it is to stand in are made, and removed again if nothing is written. What dead processes left
+    half-written beside it is removed first, of `target` and of other outputs. A thread may claim again what it holds.
 
     Raises:
-        TargetError: another process or thread writes to it, or its folder is not there or read-only.
+        TargetError: another process or thread writes to it, or its folder is read-only or cannot be made.
     """
     target = target.resolve()
     lock = target.with_name(f".{target.name}{LOCK}")
     if lock in _held and _held[lock][1] == threading.get_ident():
         yield
         return
-    check_parent(target)
+    with _parents(target):
+        yield from _alone(target, lock)
+
+
+def _alone(target: Path, lock: Path) -> Iterator[None]:
     descriptor = _take(lock)
     for _ in range(TRIES - 1):
         if descriptor is None:

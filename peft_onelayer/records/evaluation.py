@@ -30,6 +30,27 @@ class MeasuredAdapter:
 
 
 @dataclass(frozen=True)
+class Example:
+    """A problem with one completion of each model, to be read.
+
+    Attributes:
+        decoding: "sampled" or "greedy".
+        prompt: the problem; of a chat, its last message.
+        base: what the base wrote.
+        base_reward: what that was worth.
+        adapter: what the adapter wrote; None without one.
+        adapter_reward: what that was worth.
+    """
+
+    decoding: str
+    prompt: str
+    base: str
+    base_reward: float
+    adapter: str | None = None
+    adapter_reward: float | None = None
+
+
+@dataclass(frozen=True)
 class EvaluationRecord(Record):
     """eval.json.
 
@@ -53,6 +74,7 @@ class EvaluationRecord(Record):
         scores: of every problem, by model ("base", "adapter") and decoding mode.
         problems: the rows.
         also: results on other tasks, by their names; None where none was asked for.
+        examples: the first problems with a completion of each model.
     """
 
     FORMAT: ClassVar[str] = "onelayer-eval-1"
@@ -77,6 +99,7 @@ class EvaluationRecord(Record):
     scores: dict[str, dict[str, list[float]]] | None = None
     problems: list[dict[str, Any]] | None = None
     also: dict[str, dict[str, Measured]] | None = None
+    examples: list[Example] | None = None
 
     @classmethod
     def from_dict(cls, fields: Mapping[str, Any], where: str) -> Self:

@@ -46,7 +46,7 @@ def output(target: Path, kept: str = UNCHANGED) -> Iterator[None]:
 def check_folder(target: Path, replaceable: Callable[[Path], bool] = lambda folder: False) -> None:
     """Raise `TargetError`, saying what to do, unless `target` can become an output folder without losing anything.
 
-    It may not exist yet (its parent must), be empty, or be `replaceable`, as what an earlier run of the same command
+    It may not exist yet, be empty, or be `replaceable`, as what an earlier run of the same command
     wrote; and it must be writable.
     """
     target = target.resolve()
@@ -64,7 +64,7 @@ def check_folder(target: Path, replaceable: Callable[[Path], bool] = lambda fold
 def check_file(target: Path, replaceable: Callable[[Path], bool] = lambda file: False) -> None:
     """Raise `TargetError`, saying what to do, unless `target` can become an output file without losing anything.
 
-    It may not exist yet (its folder must), or be `replaceable`; and its folder must be writable.
+    It may not exist yet, or be `replaceable`; and its folder must be writable.
     """
     target = target.resolve()
     if target.is_dir():

@@ -52,6 +52,18 @@ def last_part(path: str) -> str:
     return re.split(r"[/\\]", path.rstrip("/\\"))[-1] or path[:1]
 
 
+def check_model_name(name: str, revision: str | None = None) -> None:
+    """Raise ValueError for the name of a folder that is not there or holds no model, or for a folder's revision."""
+    folder = Path(name).expanduser()
+    if not is_local(name):
+        return
+    if not folder.is_dir():
+        raise ValueError(f"no model folder at {folder}; give a folder with config.json, or a model id on the Hub.")
+    if not (folder / "config.json").is_file():
+        raise ValueError(f"{folder} holds no config.json, so it is not a model folder.")
+    check_revision(name, revision)
+
+
 def adapter_folder(name: str | Path, revision: str | None = None) -> Path:
     """The folder of an adapter. From the Hub only the files of `ADAPTER_FILES` are fetched, never the base.
 
@@ -66,6 +78,20 @@ def adapter_folder(name: str | Path, revision: str | None = None) -> Path:
     if not (folder / CONFIG).exists() and (inside / CONFIG).exists():
         raise ValueError(f"{folder} holds no {CONFIG}; did you mean {inside}?")
     return folder
+
+
+def holds_adapter(name: str) -> bool:
+    """Whether a folder or a repository on the Hub holds an adapter's configuration; False where the Hub cannot say."""
+    if is_local(name):
+        return (Path(name).expanduser() / CONFIG).is_file()
+    from huggingface_hub import hf_hub_download
+    from huggingface_hub.errors import HTTPError
+
+    try:
+        hf_hub_download(name, CONFIG)
+    except (OSError, ValueError, HTTPError):  # not there, no such repository, or no Hub: what loads it says which
+        return False
+    return True
 
 
 def base_folder(name: str | Path, revision: str | None = None) -> Path:

@@ -126,8 +126,8 @@ class RunResults:
         steps: optimizer steps, those before a resumption counted.
         rewards: mean reward at every log; empty for offline algorithms.
         losses: at every log.
-        tokens_generated: tokens of all completions; 0 for offline algorithms.
-        tokens_trained: prompt and completion tokens that the trainer counted.
+        tokens_generated: tokens of all completions; 0 for offline algorithms, and where TRL logs no lengths.
+        tokens_trained: prompt and completion tokens that the trainer counted; 0 where it counts none.
         seconds: of training.
         sha256: SHA-256 of each safetensors file.
         verdict: what a held-out evaluation says of it, in a sentence.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 from collections.abc import Iterable
 from typing import Any
 
@@ -15,6 +16,17 @@ def one_line(error: BaseException | str, limit: int = 300) -> str:
     ('no file model.safetensors', 'KeyError')
     """
     return printable(" ".join(str(error).split()), limit) or type(error).__name__
+
+
+def meant(given: str, known: Iterable[str]) -> str:
+    """The end of a message about a name that is not known: the near ones, or nothing.
+
+    >>> meant("Grop", ["grpo", "dpo"]), meant("x", ["grpo"])
+    ('; did you mean grpo?', '')
+    """
+    names, plain = list(known), given.lower().replace("-", "_").replace(" ", "_")
+    near = difflib.get_close_matches(given, names, 3) or difflib.get_close_matches(plain, names, 3)
+    return f"; did you mean {' or '.join(near)}?" if near else ""
 
 
 def well_formed(text: str) -> str:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from math import nan
 from pathlib import Path
 from typing import Any
 
 from peft_onelayer.records.files import whole_file
 from peft_onelayer.records.ranking import LayerRanking
 
+INTERVALS = "bars: 95 % intervals"
 BLUE, ORANGE, GREY = "#3465a4", "#d9730d", "#9aa0a6"
 
 
@@ -32,7 +34,9 @@ def plot_rewards(rewards: Sequence[float], path: Path, title: str, window: int =
     running = [sum(rewards[max(0, i - window) : i]) / min(i, window) for i in steps]
     axes.plot(steps, rewards, color=BLUE, alpha=0.35, linewidth=1, label="each step")
     axes.plot(steps, running, color=BLUE, linewidth=2, label=f"mean of the last {window}")
-    axes.set(title=title, xlabel="GRPO step", ylabel="mean reward of the step", ylim=(0, 1))
+    axes.set(title=title, xlabel="step", ylabel="mean reward of the step")
+    if min(rewards) >= 0 and max(rewards) <= 1:
+        axes.set_ylim(0, 1)
     axes.legend(frameon=False, loc="lower right")
     _save(figure, path)
 
@@ -49,10 +53,12 @@ def plot_ranking(ranking: LayerRanking, path: Path, title: str) -> None:
     axes.axhline(0, color="#444444", linewidth=0.8)
     axes.set_xticks(layers)
     axes.set(title=title, xlabel="block", ylabel="accuracy gained (points)" if ranking.measured else "score")
+    if any(errors):
+        axes.errorbar([], [], yerr=[], color="none", ecolor="#444444", capsize=2, label=INTERVALS)
     for colour, label in ((ORANGE, "pick"), (BLUE, "tied with the best (95 %)"), (GREY, "behind the best")):
         if colour in colours:
             axes.bar([layers[0]], [0], color=colour, label=label)
-    figure.legend(frameon=False, loc="outside lower center", ncols=3)
+    figure.legend(frameon=False, loc="outside lower center", ncols=4)
     _save(figure, path)
 
 
@@ -64,23 +70,23 @@ def plot_profile(profile: LayerRanking, path: Path, title: str) -> None:
     defined = sweep.undefined is None
     values = profile.worth
     errors = (sweep.contribution_errors if defined else profile.errors) or [None] * len(values)
-    layers = [k for k, value in enumerate(values) if value is not None]
     axes.errorbar(
-        layers,
-        [values[k] for k in layers],
-        yerr=[1.96 * (errors[k] or 0.0) for k in layers],
+        range(len(values)),
+        [nan if value is None else value for value in values],  # a line joins no blocks across one not measured
+        yerr=[1.96 * (error or 0.0) for error in errors],
         color=BLUE,
         marker="o",
         markersize=4,
         linewidth=1,
         ecolor="#444444",
         capsize=2,
-        label="one block trained",
+        label=f"one block trained; {INTERVALS}" if any(errors) else "one block trained",
     )
     axes.axhline(0, color=GREY, linewidth=1, label="base")
     full = 1.0 if defined or not sweep.full_gain else sweep.full_gain[0]
     axes.axhline(full, color=ORANGE, linewidth=1, label="every parameter trained")
     axes.set(title=title, xlabel="block", ylabel="layer contribution C" if defined else "gain over the base")
+    axes.set_xticks([k for k, value in enumerate(values) if value is not None])
     axes.legend(frameon=False)
     _save(figure, path)
 

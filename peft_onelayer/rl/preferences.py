@@ -21,7 +21,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from peft_onelayer.rollouts.sampling import Rollout, sample_rollouts
 from peft_onelayer.rollouts.settings import Sampling
 from peft_onelayer.tasks import Task, completion_text
-from peft_onelayer.tasks.files import HUB, SUFFIXES, digest, read_hub, read_jsonl
+from peft_onelayer.tasks.files import HUB, SUFFIXES, digest, read_hub, read_rows
 
 Row = dict[str, Any]
 
@@ -55,7 +55,7 @@ class OfflineData:
 
 
 def load_preferences(source: str, kind: str) -> OfflineData:
-    """Read all rows of a .jsonl or .jsonl.gz file, or of the "train" split of a data set on the Hub.
+    """Read all rows of a .jsonl, .jsonl.gz, .csv or .parquet file, or of the "train" split of a data set on the Hub.
 
     Columns that are not of the format are left out, since TRL takes "messages" beside "chosen" for the data itself.
 
@@ -69,14 +69,16 @@ def load_preferences(source: str, kind: str) -> OfflineData:
     """
     path = Path(source).expanduser()
     if path.is_file():
-        rows, data = read_jsonl(path, ()), {path.name: digest(path)}
+        rows, data = read_rows(path, ()), {path.name: digest(path)}
     elif (hub := HUB.fullmatch(source)) and not source.endswith(SUFFIXES):
         splits, data = read_hub(source, hub["repo"], hub["config"], hub["revision"], ())
         if not splits.get("train"):
             raise ValueError(f"data set {source} has no 'train' rows; give one that has, or a .jsonl file")
         rows = splits["train"]
     else:
-        raise ValueError(f"no file {source}; expected a .jsonl file, or a Hub data set such as 'trl-lib/name'")
+        raise ValueError(
+            f"no file {source}; expected a .jsonl, .csv or .parquet file, or a Hub data set such as 'trl-lib/name'"
+        )
     columns = _columns(source, kind, rows[0])
     for number, row in enumerate(rows, start=1):
         _check_row(f"{source}, row {number}", {name: row[name] for name in columns})

@@ -5,10 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
-
-import torch
-from transformers import TrainingArguments
+from typing import TYPE_CHECKING, Any
 
 from peft_onelayer.records.privacy import without_secrets
 from peft_onelayer.records.text import one_line
@@ -16,6 +13,9 @@ from peft_onelayer.tasks import Task
 
 from .algorithms import Algorithm, load_algorithm
 from .settings import check_fields, convert_settings, parse_settings
+
+if TYPE_CHECKING:
+    from transformers import TrainingArguments
 
 LEARNING_RATE = 5e-6  # arXiv 2607.01232, Table 8, for one block and for all parameters; where the search for one starts
 PROMPTS, COMPLETIONS = 8, 8  # of an optimizer step
@@ -219,6 +219,8 @@ def refuse_without_effect(config: Mapping[str, Any], algorithm: Algorithm) -> No
 
 def device_settings() -> dict[str, Any]:
     """Fields of a TRL configuration that depend on the machine: TRL's default bf16 is refused without a GPU."""
+    import torch
+
     return {} if torch.cuda.is_available() else {"use_cpu": True, "bf16": False}
 
 

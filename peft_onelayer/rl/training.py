@@ -45,8 +45,8 @@ class TrainingResult:
         rewards: the mean reward at every log, which is every step by default; empty for offline algorithms.
         losses: the loss at every log.
         steps: optimizer steps, those before a resumption counted.
-        tokens_generated: tokens of all completions of the run; 0 for offline algorithms.
-        tokens_trained: prompt and completion tokens that the trainer counted.
+        tokens_generated: tokens of all completions of the run; 0 for offline algorithms, and where TRL logs no lengths.
+        tokens_trained: prompt and completion tokens that the trainer counted; 0 where it counts none.
         completions: what the completions looked like; None where the trainer does not say.
         equal_rewards: share of the prompts whose completions all got one reward; None where the trainer does not say.
     """
@@ -178,7 +178,7 @@ def train_rows(
         losses=[log["loss"] for log in logs if "loss" in log],
         steps=trainer.state.global_step,
         tokens_generated=_tokens_generated(logs, config),
-        tokens_trained=int(trainer.state.num_input_tokens_seen),
+        tokens_trained=int(trainer.state.num_input_tokens_seen) or _tokens_counted(logs),
         completions=_completions(logs, config),
         equal_rewards=_mean(logs, "frac_reward_zero_std"),
     )
@@ -228,6 +228,15 @@ def _tokens_generated(logs: list[dict[str, float]], config: TrainingArguments) -
             tokens += log["completions/mean_length"] * completions_per_step(config) * (log["step"] - step)
             step = log["step"]
     return round(tokens)
+
+
+def _tokens_counted(logs: list[dict[str, float]]) -> int:
+    """What an offline trainer counted, which begins at 0 again when a run is resumed."""
+    total = last = 0.0
+    for log in logs:
+        if "num_tokens" in log:
+            total, last = total + (last if log["num_tokens"] < last else 0.0), log["num_tokens"]
+    return round(total + last)
 
 
 def _completions(logs: list[dict[str, float]], config: TrainingArguments) -> CompletionStatistics | None:

@@ -60,6 +60,11 @@ def compare_completions(rollouts: Mapping[str, Rollout], task: Task) -> list[str
     return lines
 
 
+def question_and_text(rollout: Rollout) -> tuple[str, str]:
+    """The prompt, of a chat its last message, and the completion."""
+    return _question(rollout), _text(rollout)
+
+
 def completion_lines(rollouts: Sequence[Sequence[Rollout]], task: Task, **about: Any) -> Iterator[dict[str, Any]]:
     """The completions of each problem as JSON objects for a file, `about` in each."""
     for problem, group in enumerate(rollouts):

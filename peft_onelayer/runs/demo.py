@@ -12,7 +12,7 @@ from typing import ClassVar
 from peft import PeftModel, get_peft_model_state_dict
 
 from peft_onelayer.adapter.reload import fingerprint, fingerprint_in_fresh_process
-from peft_onelayer.hub.card import model_card
+from peft_onelayer.hub.card import PLOT, REWARDS, model_card
 from peft_onelayer.records.evaluation import EvaluationRecord
 from peft_onelayer.records.fields import Record
 from peft_onelayer.records.files import (
@@ -34,18 +34,17 @@ from peft_onelayer.report.plots import plot_ranking, plot_rewards
 from peft_onelayer.rl.recipe import demo_config
 from peft_onelayer.tasks import load_task
 
+from .early import DEMO, check_demo
 from .evaluation import evaluate
 from .log import LOG
-from .models import check_model_name
 from .progress import Progress
 from .recipes import RUN_YAML
 from .settings import STEPS, EvaluationSettings, TrainingSettings
 from .training import Run, train
 
-DEMO, ADAPTER = "demo.json", "adapter"
+ADAPTER = "adapter"
 FILES = {ADAPTER, DEMO, "ranking.png", "reward.png"}
-ADAPTER_FILES = {CONFIG, WEIGHTS, CARD, PROFILE, RUN, EVALUATION, RUN_YAML, LOG}
-TASKS = ("arithmetic", "sort")
+ADAPTER_FILES = {CONFIG, WEIGHTS, CARD, PROFILE, RUN, EVALUATION, RUN_YAML, LOG, PLOT, REWARDS}
 PROBLEMS, SAMPLES = 1024, 4
 PACKAGES = ("peft-onelayer", "peft", "trl", "transformers", "torch")
 
@@ -106,7 +105,7 @@ def run_demo(
 
     Args:
         out: a new or empty folder, or that of an earlier demo.
-        task: one of `TASKS`.
+        task: one of `DEMO_TASKS`.
         layer: blocks to train, or "auto" to rank them first.
         steps: of GRPO, each of 24 prompts x 8 completions.
         model: another base model for the task: a folder or a Hub id.
@@ -118,11 +117,9 @@ def run_demo(
         ValueError: in one line: as `train` and `evaluate`; an unknown task; a reloaded adapter that differs.
     """
     start, progress = time.perf_counter(), progress or Progress()
+    check_demo(out, task, layer, model)
     check_folder(out, is_demo)
-    if task not in TASKS:
-        raise ValueError(f"the demo knows the tasks {' and '.join(TASKS)}, not {task!r}; onelayer train takes all.")
     base = str(files("peft_onelayer") / "demo_model") if model is None else model
-    check_model_name(base)
     with staged_directory(out, is_demo) as folder:
         settings = TrainingSettings(
             model=base,

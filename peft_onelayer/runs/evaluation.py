@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import time
+from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from functools import partial
@@ -14,16 +15,27 @@ from typing import Any
 from peft import PeftModel
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from peft_onelayer.records.evaluation import EvaluationRecord, MeasuredAdapter
+from peft_onelayer.hub.local_card import write_card
+from peft_onelayer.records.evaluation import EvaluationRecord, Example, MeasuredAdapter
 from peft_onelayer.records.fields import read
 from peft_onelayer.records.figures import Measured
-from peft_onelayer.records.files import CONFIG, RUN, WEIGHTS, check_file, file_digest, output, read_fields, write_whole
-from peft_onelayer.records.locate import adapter_folder
+from peft_onelayer.records.files import (
+    CARD,
+    CONFIG,
+    EVALUATION,
+    RUN,
+    WEIGHTS,
+    file_digest,
+    output,
+    read_fields,
+    write_whole,
+)
+from peft_onelayer.records.locate import adapter_folder, check_model_name, holds_adapter
 from peft_onelayer.records.run import DataSource, RunRecord
 from peft_onelayer.records.text import one_line
 from peft_onelayer.rl.algorithms import load_algorithm
 from peft_onelayer.rl.sampling import OWN_OPTIONS, sampling_of, with_given
-from peft_onelayer.rollouts.completions import compare_completions, completion_lines
+from peft_onelayer.rollouts.completions import compare_completions, completion_lines, question_and_text
 from peft_onelayer.rollouts.evaluation import Evaluation
 from peft_onelayer.rollouts.evaluation import evaluate as evaluate_rows
 from peft_onelayer.rollouts.prompts import Shape, check_prompt, shaped, shown_rows
@@ -32,10 +44,10 @@ from peft_onelayer.tasks import Task, open_task
 from peft_onelayer.tuner.config import SingleLayerPeftType
 
 from .describe import describe_machine, describe_model
+from .early import check_evaluation
 from .measuring import measured
 from .models import (
     check_adapter_folder,
-    check_model_name,
     load_adapter,
     load_causal_lm,
     quiet_logs,
@@ -45,6 +57,7 @@ from .models import (
 from .progress import Progress, Update
 from .settings import EvaluationSettings
 
+EXAMPLES = 8  # problems that eval.json holds to be read
 Measurements = dict[str, tuple[Evaluation, float]]  # by decoding mode, with seconds
 
 
@@ -66,7 +79,11 @@ class _Problems:
 
 
 def evaluate(
-    settings: EvaluationSettings, *, command: str | None = None, progress: Progress | None = None
+    settings: EvaluationSettings,
+    *,
+    command: str | None = None,
+    progress: Progress | None = None,
+    on_measured: Callable[[EvaluationRecord], None] = lambda record: None,
 ) -> EvaluationRecord:
     """Measure a model on a task, sampled and greedy, and an adapter against its base on the same problems.
 
@@ -80,6 +97,7 @@ def evaluate(
     Args:
         command: for the record.
         progress: is told what goes on.
+        on_measured: is given the figures before a file is written, so that a full disk does not take them.
 
     Returns:
         The figures; with the scores and the problems where `settings.out` is given, which holds the same.
@@ -93,7 +111,7 @@ def evaluate(
             if file is not None:
                 stack.enter_context(output(Path(file)))
         stack.enter_context(without_progress_bars())
-        return _Evaluation(settings, command, progress or Progress()).run()
+        return _Evaluation(settings, command, progress or Progress()).run(on_measured)
 
 
 class _Evaluation:
@@ -103,21 +121,10 @@ class _Evaluation:
         self.settings, self.command, self.progress = settings, command, progress
         self.start = time.perf_counter()
         self.decodings = (["sampled"] if settings.samples else []) + (["greedy"] if settings.greedy else [])
-        if not self.decodings:
-            raise ValueError("--samples 0 with --no-greedy leaves nothing to measure.")
-        if settings.temperature is not None and not settings.temperature > 0:
-            raise ValueError("--temperature must be above 0; for greedy decoding alone use --samples 0.")
         self.out = None if settings.out is None else Path(settings.out)
-        if self.out is not None:
-            check_file(self.out, _is_evaluation)
-        if settings.completions is not None:
-            if self.out is not None and Path(settings.completions).resolve() == self.out.resolve():
-                raise ValueError(f"--out and --save-completions both name {self.out}; give two files.")
-            check_file(Path(settings.completions), _holds_completions)
+        check_evaluation(settings)
         self.model, self.adapter, self.revision = settings.model, settings.adapter, settings.revision
-        if (Path(self.model).expanduser() / CONFIG).is_file():
-            if self.adapter is not None:
-                raise ValueError(f"{self.model} is an adapter itself; give its base model, or leave --adapter out.")
+        if self.adapter is None and holds_adapter(self.model):
             self.model, self.adapter, self.revision = _base_of(self.model, self.revision)
         check_model_name(self.model, settings.revision)
         self.folder: Path | None = None
@@ -141,7 +148,7 @@ class _Evaluation:
                 shown_rows(task, settings.shots)
         self.sampling = self._sampling()
 
-    def run(self) -> EvaluationRecord:
+    def run(self, on_measured: Callable[[EvaluationRecord], None]) -> EvaluationRecord:
         settings = self.settings
         self.base, tokenizer = self._load()
         self.shape = self._shape()
@@ -181,9 +188,13 @@ class _Evaluation:
             else None,
             also={problems.task.name: result for problems, result in zip(measured_tasks[1:], results[1:], strict=True)}
             or None,
+            examples=self._examples(before[0], after[0] if after else None) if self.out else None,
         )
+        on_measured(record)
         if self.out is not None:
             write_whole(self.out, record.to_json())
+            if self.folder and self.out.resolve() == self.folder.resolve() / EVALUATION and record.adapter:
+                self._renew_card(self.folder)
         if settings.completions is not None:
             write_whole(Path(settings.completions), _lines(main.task, before[0], after[0] if after else None))
         return record
@@ -226,6 +237,27 @@ class _Evaluation:
                 if inherited:
                     self.progress.note(f"prompts as in the run: {', '.join(inherited)}")
         return Shape(chat, system, shots or 0, self.sampling.chat_template_kwargs)
+
+    def _examples(self, before: Measurements, after: Measurements | None) -> list[Example]:
+        mode = self.decodings[-1]
+        first = [group[0] for group in before[mode][0].rollouts[:EXAMPLES]]
+        second = [group[0] for group in after[mode][0].rollouts[:EXAMPLES]] if after else [None] * len(first)
+        return [
+            Example(
+                mode,
+                *question_and_text(base),
+                base.reward,
+                question_and_text(adapter)[1] if adapter else None,
+                adapter.reward if adapter else None,
+            )
+            for base, adapter in zip(first, second, strict=True)
+        ]
+
+    def _renew_card(self, folder: Path) -> None:
+        """The card beside an evaluation that was put beside the adapter says what it measured."""
+        if self.adapter_config.get("peft_type") == SingleLayerPeftType.SINGLE_LAYER.value:
+            write_card(folder, draw=False)
+            self.progress.note(f"{folder / CARD} says it too")
 
     def _sampling(self) -> Sampling:
         """The run's settings with those that were given over them."""
@@ -341,24 +373,6 @@ def _report(update: Update, done: int) -> None:
     update(done, "")
 
 
-def _is_evaluation(file: Path) -> bool:
-    """Whether an earlier evaluation wrote `file`, so that nothing is lost by replacing it."""
-    try:
-        return read_fields(file).get("format") == EvaluationRecord.FORMAT
-    except ValueError:
-        return False
-
-
-def _holds_completions(file: Path) -> bool:
-    """Whether an earlier evaluation wrote `file`: completions, one a line."""
-    try:
-        with file.open(encoding="utf-8") as lines:
-            first = json.loads(next(lines))
-    except (ValueError, StopIteration):
-        return False
-    return isinstance(first, dict) and {"model", "decoding", "completion", "reward"} <= first.keys()
-
-
 def _lines(task: Task, before: Measurements, after: Measurements | None) -> str:
     """The completions of both models, as JSON lines."""
     models = {"base": before} | ({} if after is None else {"adapter": after})
@@ -372,7 +386,7 @@ def _lines(task: Task, before: Measurements, after: Measurements | None) -> str:
 
 def _base_of(adapter: str, revision: str | None) -> tuple[str, str, str | None]:
     """(base, adapter, revision of the base) of an adapter's folder."""
-    config = read_fields(Path(adapter).expanduser() / CONFIG)
+    config = read_fields(adapter_folder(adapter) / CONFIG)
     base = config.get("base_model_name_or_path")
     if not base:
         raise ValueError(f"{adapter} does not name its base model; give the base and --adapter {adapter}.")

@@ -28,8 +28,6 @@ from .progress import Progress
 from .settings import TrainingSettings
 from .verdict import same_completions, verdict
 
-KEEP = ("best", "last")
-
 
 class Judge:
     """The measurements of one run, in the order of its methods.
@@ -57,13 +55,9 @@ class Judge:
     ) -> None:
         self.settings, self.algorithm, self.config, self.progress = settings, algorithm, config, progress
         self.batch_size = batch_size
-        if settings.keep not in KEEP:
-            raise ValueError(f"--keep is one of {', '.join(KEEP)}, got {settings.keep!r}")
         for option, value, least in (("problems", settings.eval_problems, 0), ("every", settings.eval_every, 1)):
             if value is not None and value < least:
                 raise ValueError(f"--eval-{option} must be at least {least}, got {value}")
-        if settings.eval_problems == 0 and (settings.eval_every or settings.also or settings.show):
-            raise ValueError("--eval-problems 0 leaves --eval-every, --also and --show nothing to measure")
         if task is None and (settings.eval_every or settings.eval_problems or settings.show):
             raise ValueError(
                 "--eval-problems, --eval-every and --show need a task with a reward; data alone has none (--also does)"

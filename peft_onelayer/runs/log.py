@@ -16,6 +16,7 @@ LOGGED = {
     "reward": "reward",
     "length": "completions/mean_length",
     "kl": "kl",
+    "entropy": "entropy",
     "loss": "loss",
     "learning_rate": "learning_rate",
 }

@@ -26,7 +26,7 @@ from transformers import (
 from peft_onelayer.adapter.reader import open_adapter
 from peft_onelayer.records.files import CONFIG, WEIGHTS, read_fields
 from peft_onelayer.records.hub_errors import hub_reason
-from peft_onelayer.records.locate import check_revision, is_local
+from peft_onelayer.records.locate import check_model_name, is_local
 from peft_onelayer.records.text import one_line
 from peft_onelayer.seams import check
 
@@ -68,18 +68,6 @@ def quiet_logs() -> Iterator[None]:
     finally:
         log.set_verbosity(verbosity)
         hub_log.set_verbosity(hub_verbosity)
-
-
-def check_model_name(name: str, revision: str | None = None) -> None:
-    """Raise ValueError for the name of a folder that is not there or holds no model, or for a folder's revision."""
-    folder = Path(name).expanduser()
-    if not is_local(name):
-        return
-    if not folder.is_dir():
-        raise ValueError(f"no model folder at {folder}; give a folder with config.json, or a model id on the Hub.")
-    if not (folder / "config.json").is_file():
-        raise ValueError(f"{folder} holds no config.json, so it is not a model folder.")
-    check_revision(name, revision)
 
 
 def load_causal_lm(
@@ -168,8 +156,9 @@ def _errors_in_one_line(name: str) -> Iterator[None]:
                 "it give --trust-remote-code (in Python trust_remote_code=True)"
             ) from error
         source = Path(name).expanduser()
-        what = f"the model in {source}" if is_local(name) else f"{name}, neither a folder here nor found on the Hub"
         why = None if is_local(name) else hub_reason(error, name)
+        what = f"the model in {source}" if is_local(name) else f"the model {name}"
+        what = f"{name}, neither a folder here nor found on the Hub" if why else what
         raise ValueError(f"cannot load {what}: {why or one_line(error)}") from error
 
 

@@ -19,9 +19,8 @@ from peft_onelayer.rollouts.prompts import Shape, check_prompt, shown_rows
 from peft_onelayer.rollouts.settings import Sampling
 from peft_onelayer.tasks import Task, open_task
 
-from .models import check_model_name
 from .reporting import reporters
-from .settings import GENERATE, STEPS, TRAINING_OPTIONS, TrainingSettings, check_ranking
+from .settings import GENERATE, STEPS, TRAINING_OPTIONS, TrainingSettings
 
 SAMPLES_PER_PAIR = 8
 
@@ -42,17 +41,10 @@ class TrainingPlan:
 
     def __init__(self, settings: TrainingSettings, checkpoints: Path) -> None:
         self.settings, self.checkpoints = settings, checkpoints
-        check_ranking(settings.method, settings.budget)
-        if settings.method == "profile":
-            raise ValueError("--method profile is of onelayer probe, which says what to give --layer")
         self.task = _open_task(settings)
-        if settings.sampling and not settings.pairs_from_task:
-            raise ValueError(
-                "--sampling is of --pairs-from-task; --set has the fields that an online algorithm samples by"
-            )
         self.recipe = self._recipe(self.task)
         self.algorithm: Algorithm = self.recipe.algorithm
-        _check_choice(settings, self.algorithm, self.task)
+        _check_task(self.algorithm, self.task)
         if self.task is not None:
             shown_rows(self.task, settings.shots)
         elif settings.system or settings.shots:
@@ -62,7 +54,6 @@ class TrainingPlan:
         self.data: OfflineData | None = None
         if settings.dataset and self.task is None:
             self.data = load_preferences(settings.dataset, self.algorithm.data)
-        check_model_name(settings.model, settings.revision)
 
     def _recipe(self, task: Task | None) -> Recipe:
         own = TRAINING_OPTIONS
@@ -70,8 +61,6 @@ class TrainingPlan:
             own = {**own, "top_entropy_quantile": "--top-entropy"}
         refuse_fields(self.settings.config, own)
         refuse_without_effect(self.settings.config, load_algorithm(self.settings.algorithm))
-        if self.settings.steps and "num_train_epochs" in self.settings.config:
-            raise ValueError("--steps and --set num_train_epochs both say how long to train; give one of them")
         return make_recipe(
             self.settings.algorithm,
             task,
@@ -172,27 +161,13 @@ class TrainingPlan:
 
 def _open_task(settings: TrainingSettings) -> Task | None:
     """The task that prompts and rewards come from; None where an offline algorithm reads its data."""
-    algorithm = load_algorithm(settings.algorithm)
-    if algorithm.online and settings.pairs_from_task:
-        raise ValueError(f"--pairs-from-task makes data for offline algorithms; {algorithm.name} generates its own")
-    if algorithm.online or settings.pairs_from_task:
+    if load_algorithm(settings.algorithm).online or settings.pairs_from_task:
         return open_task(settings.task, settings.dataset, settings.reward, unsafe=settings.unsafe)
-    if settings.task or settings.reward or not settings.dataset:
-        raise ValueError(
-            f"{algorithm.name} is offline and trains on {algorithm.data} data: give --dataset alone, or --task with "
-            "--pairs-from-task"
-        )
     return None
 
 
-def _check_choice(settings: TrainingSettings, algorithm: Algorithm, task: Task | None) -> None:
-    """Refuse combinations that cannot train what was asked for."""
-    if settings.full and settings.layer != "auto":
-        raise ValueError(f"--full trains every parameter and --layer {settings.layer} a block; give one of them")
-    if settings.init_adapter is not None and settings.full:
-        raise ValueError("--full trains every parameter and --init-adapter a block; give one of them")
-    if settings.layer == "auto" and not (settings.full or settings.init_adapter) and not algorithm.online:
-        raise ValueError(f"--layer auto ranks the blocks with online RL; for {algorithm.name} name one, such as mid-5")
+def _check_task(algorithm: Algorithm, task: Task | None) -> None:
+    """Refuse a task that the algorithm cannot train on."""
     if task is not None and task.environment_factory is not None and not algorithm.environments:
         raise ValueError(
             f"task {task.name} plays through an environment, which {algorithm.name} cannot; use grpo or gigpo"

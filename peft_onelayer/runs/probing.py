@@ -8,7 +8,7 @@ from pathlib import Path
 from peft_onelayer.hub.profiles import load_profile
 from peft_onelayer.layers import resolve_layers
 from peft_onelayer.probe.race import NothingToLearnError
-from peft_onelayer.records.files import TargetError, check_file, output, write_whole
+from peft_onelayer.records.files import output, write_whole
 from peft_onelayer.records.ranking import LayerRanking
 from peft_onelayer.rl.algorithms import load_algorithm
 from peft_onelayer.rl.recipe import make_recipe, refuse_fields, refuse_without_effect
@@ -17,10 +17,11 @@ from peft_onelayer.rollouts.prompts import Shape, check_prompt, shaped, shown_ro
 from peft_onelayer.tasks import open_task
 from peft_onelayer.tuner import find_decoder_stack
 
-from .models import check_model_name, load_causal_lm, quiet_logs, to_device, without_progress_bars
+from .early import check_probe, plot_beside
+from .models import load_causal_lm, load_skeleton, quiet_logs, to_device, without_progress_bars
 from .progress import Progress
 from .ranking import rank_blocks
-from .settings import GENERATE, PROBE_OPTIONS, ProbeSettings, check_ranking
+from .settings import GENERATE, PROBE_OPTIONS, ProbeSettings
 
 
 def probe(settings: ProbeSettings, *, progress: Progress | None = None) -> LayerRanking:
@@ -37,19 +38,17 @@ def probe(settings: ProbeSettings, *, progress: Progress | None = None) -> Layer
 
 
 def _probe(settings: ProbeSettings, progress: Progress) -> LayerRanking:
-    check_ranking(settings.method, settings.budget)
-    if (settings.method == "profile") != (settings.profile is not None):
-        raise ValueError("--profile and --method profile go together; give both, or neither")
+    check_probe(settings)
     algorithm = load_algorithm(settings.algorithm)
-    if not algorithm.online:
-        raise ValueError(
-            f"a probe compares blocks by their reward; {algorithm.name} is offline, choose one such as grpo"
-        )
+    sourced = bool(settings.task or settings.dataset)
     with without_progress_bars():
         with quiet_logs():
-            task = open_task(settings.task, settings.dataset, settings.reward, unsafe=settings.unsafe)
+            task = (
+                open_task(settings.task, settings.dataset, settings.reward, unsafe=settings.unsafe) if sourced else None
+            )
             profile = load_profile(settings.profile) if settings.profile else None
-        shown_rows(task, settings.shots)
+        if task is not None:
+            shown_rows(task, settings.shots)
         refuse_fields(settings.config, PROBE_OPTIONS)
         refuse_without_effect(settings.config, algorithm)
         recipe = make_recipe(
@@ -63,22 +62,20 @@ def _probe(settings: ProbeSettings, progress: Progress) -> LayerRanking:
         config = recipe.config(output_dir="unused")
         sampling = sampling_of_run(algorithm, config)  # before the model is loaded
         out = None if settings.out is None else Path(settings.out)
-        if out is not None:
-            check_outputs(out)
         if profile is not None:
             progress.note(f"the profile is of {profile.model}: {profile.method}, {profile.task}; {profile.source}")
-        check_model_name(settings.model, settings.revision)
         with progress.status(f"loading {settings.model} ..."):
-            base, tokenizer = load_causal_lm(
-                settings.model, settings.revision, trust_remote_code=settings.trust_remote_code
-            )
-        to_device(base)
+            load = load_causal_lm if settings.runs else load_skeleton  # a depth needs no weights
+            base, tokenizer = load(settings.model, settings.revision, trust_remote_code=settings.trust_remote_code)
+        if settings.runs:
+            to_device(base)
         depth = len(find_decoder_stack(base).blocks)
         layers = None if settings.layers == "all" else resolve_layers(settings.layers, depth)
-        shape = Shape(settings.chat, settings.system, settings.shots or 0, sampling.chat_template_kwargs)
-        task, _ = shaped(task, tokenizer, shape)
-        row, plays = task.rows("train", 1, settings.seed)[0], task.environment_factory is not None
-        check_prompt(row, tokenizer, settings.model, sampling.chat_template_kwargs, plays=plays)
+        if task is not None:
+            shape = Shape(settings.chat, settings.system, settings.shots or 0, sampling.chat_template_kwargs)
+            task, _ = shaped(task, tokenizer, shape)
+            row, plays = task.rows("train", 1, settings.seed)[0], task.environment_factory is not None
+            check_prompt(row, tokenizer, settings.model, sampling.chat_template_kwargs, plays=plays)
         try:
             ranking = rank_blocks(
                 base,
@@ -95,6 +92,7 @@ def _probe(settings: ProbeSettings, progress: Progress) -> LayerRanking:
                 batch_size=max(GENERATE, config.per_device_train_batch_size),
             )
         except NothingToLearnError as error:
+            assert task is not None
             shown, why = error.explained(task, algorithm)
             for line in shown:
                 progress.note(line)
@@ -103,18 +101,5 @@ def _probe(settings: ProbeSettings, progress: Progress) -> LayerRanking:
         from peft_onelayer.report.plots import plot_ranking
 
         write_whole(out, ranking.to_json())
-        plot_ranking(ranking, plot_beside(out), f"{settings.method}, {task.name}")
+        plot_ranking(ranking, plot_beside(out), ", ".join(filter(None, (settings.method, ranking.task))))
     return ranking
-
-
-def plot_beside(out: Path) -> Path:
-    """Where the plot of the ranking `out` is put."""
-    return out.with_suffix(".png")
-
-
-def check_outputs(out: Path) -> None:
-    """Raise `TargetError` unless the ranking and its plot can be written without losing anything."""
-    if out.suffix != ".json":
-        raise TargetError(f"--out takes a JSON file, such as ranking.json, not {out}.")
-    check_file(out)
-    check_file(plot_beside(out))

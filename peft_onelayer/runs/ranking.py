@@ -18,7 +18,7 @@ POINTS = 100  # percentage points of reward
 
 
 def rank_blocks(
-    base: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, task: Task, progress: Progress, **options: Any
+    base: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, task: Task | None, progress: Progress, **options: Any
 ) -> LayerRanking:
     """`probe_layers`; `options` are its other arguments."""
     with progress.bar("ranking the blocks", 100) as update:
@@ -45,11 +45,11 @@ def describe(ranking: LayerRanking) -> list[str]:
     gain = f"{score:+.1f} points of reward after {updates:.0f} updates (standard error {error:.1f})"
     others = sorted(layer for layer in ranking.tied if layer != best)
     if not others:
-        tie = "ahead of every other"
+        tie = "more than every other block, beyond noise"
     elif len(others) + 1 == len(ranking.order):
-        tie = "indistinguishable from all others"
+        tie = "but every other block may be as good: the differences are within noise"
     else:
-        tie = f"indistinguishable from {', '.join(map(str, others))}"
+        tie = f"but {name_blocks(others)} may be as good: the differences are within noise"
     cost = ranking.cost
     kls = ranking.first_step_kl or {}
     outside = [f"{k} ({kl:.1g}, noise {noise:.1g})" for k, (kl, noise) in kls.items() if not LEAST_KL <= kl <= MOST_KL]
@@ -70,5 +70,5 @@ def describe(ranking: LayerRanking) -> list[str]:
         ]
     lines = [f"block {best} gains {gain}, {tie}"]
     if ranking.expected is not None:
-        lines.append(f"expected gain of block {best} over that of the best block: {ranking.expected:.2f}")
+        lines.append(f"block {best} is expected to gain {ranking.expected:.0%} of what the best block would gain")
     return [*lines, *blind[: len(outside)], spent]

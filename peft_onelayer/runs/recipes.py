@@ -12,6 +12,7 @@ import difflib
 import enum
 import json
 from collections.abc import Mapping
+from dataclasses import replace
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
@@ -23,7 +24,6 @@ from peft_onelayer.records.privacy import holds_secrets
 from peft_onelayer.records.text import one_line
 from peft_onelayer.rl.algorithms import load_algorithm
 from peft_onelayer.rl.recipe import BATCH_FIELDS, refuse_fields
-from peft_onelayer.rl.sampling import PAIRS_OPTIONS, sampling_from_text
 from peft_onelayer.rl.settings import NEAR, convert_settings
 
 from .settings import TRAINING_OPTIONS, TrainingSettings
@@ -137,18 +137,30 @@ def load_recipe(recipe: str | Path, **changes: Any) -> TrainingSettings:
     return settings_from(merged(read_recipe(recipe), changes), str(recipe))
 
 
+def options_from(flat: Mapping[str, Any], where: str) -> TrainingSettings:
+    """`settings_from` without a look at TRL, whose import takes seconds: the values of `config` are as they stand.
+
+    Raises:
+        ValueError: an option of another type, no model or no `out`, an algorithm that there is not.
+    """
+    own = {name: _option(name, value, where) for name, value in flat.items() if name in OPTIONS and value is not None}
+    for name, example in (("model", "onelayer train MODEL"), ("out", "--out run")):
+        if name not in own:
+            raise ValueError(f"{where} has no {name}; give one, such as {example}")
+    fields = {name: value for name, value in flat.items() if name not in (*OPTIONS, ABOUT, EVALUATION, FULL_RATE)}
+    load_algorithm(own.get("algorithm", "grpo"))
+    return TrainingSettings(**own, config=fields)
+
+
 def settings_from(flat: Mapping[str, Any], where: str) -> TrainingSettings:
     """The settings that flat ones are; `where` names their origin in an error.
 
     Raises:
         ValueError: as `load_recipe`.
     """
-    own = {name: _option(name, value, where) for name, value in flat.items() if name in OPTIONS and value is not None}
-    for name, example in (("model", "onelayer train MODEL"), ("out", "--out run")):
-        if name not in own:
-            raise ValueError(f"{where} has no {name}; give one, such as {example}")
-    algorithm = load_algorithm(own.get("algorithm", "grpo"))
-    fields = {name: value for name, value in flat.items() if name not in (*OPTIONS, ABOUT, EVALUATION, FULL_RATE)}
+    options = options_from(flat, where)
+    algorithm, fields = load_algorithm(options.algorithm), options.config
+    sampling = options.sampling and _sampling(options.sampling, where)
     known = {field.name for field in dataclasses.fields(algorithm.config_class)}
     for name in fields:
         if name not in known:
@@ -158,7 +170,13 @@ def settings_from(flat: Mapping[str, Any], where: str) -> TrainingSettings:
             raise ValueError(f"{where}: {name!r} is no option of onelayer train and no field of {config}{meant}")
     refuse_fields(fields, TRAINING_OPTIONS, where)
     texts = {name: _text(name, value, where) for name, value in fields.items()}
-    return TrainingSettings(**own, config=convert_settings(algorithm.config_class, texts, where))
+    return replace(options, sampling=sampling, config=convert_settings(algorithm.config_class, texts, where))
+
+
+def _sampling(fields: Mapping[str, Any], where: str) -> dict[str, Any]:
+    from peft_onelayer.rl.sampling import PAIRS_OPTIONS, sampling_from_text
+
+    return sampling_from_text([f"{name}={_text(name, value, where)}" for name, value in fields.items()], PAIRS_OPTIONS)
 
 
 def _option(name: str, value: Any, where: str) -> Any:
@@ -170,14 +188,13 @@ def _option(name: str, value: Any, where: str) -> Any:
             pass
     right = isinstance(value, kinds) and isinstance(value, bool) == (bool in kinds)
     if isinstance(value, list):
-        right = right and all(isinstance(block, int) and not isinstance(block, bool) for block in value)
+        kind = str if name == "also" else int
+        right = right and all(isinstance(entry, kind) and not isinstance(entry, bool) for entry in value)
     if not right or (name in AT_LEAST and value < AT_LEAST[name]):
         words = {int: "a whole number", str: "text", list: "a list of whole numbers", dict: "fields with values"}
-        words |= {float: "a number", bool: "true or false"}
+        words |= {float: "a number", bool: "true or false"} | ({list: "a list of tasks"} if name == "also" else {})
         least = f" of at least {AT_LEAST[name]}" if name in AT_LEAST else ""
         raise ValueError(f"{where}: {name}: expected {' or '.join(words[k] for k in kinds)}{least}, got {value!r}")
-    if name == "sampling":
-        return sampling_from_text([f"{field}={_text(field, v, where)}" for field, v in value.items()], PAIRS_OPTIONS)
     return value
 
 
@@ -230,6 +247,8 @@ def decoding_of(recipe: str | Path) -> dict[str, Any]:
     Raises:
         ValueError: as `read_recipe`; the recipe has no `evaluation`, or one with an unknown field or a wrong value.
     """
+    from peft_onelayer.rl.sampling import sampling_from_text
+
     found = read_recipe(recipe).get(EVALUATION)
     if not isinstance(found, dict):
         raise ValueError(f"{recipe} does not say how to evaluate; it needs evaluation: with fields such as top_p: 0.95")

@@ -9,11 +9,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from peft_onelayer.probe.settings import BUDGET, METHODS
+from peft_onelayer.records.text import meant
 
 if TYPE_CHECKING:
     from peft_onelayer.tasks import Task
 
 STEPS = 150  # optimizer steps of an online run
+KEEP = ("best", "last")  # of the states that were measured on the way
 GENERATE = 64  # completions at a time, at least, where there are no gradients
 # Fields of a TRL configuration that a setting of their own decides, and the option of the command line.
 _LOADING = "--revision and --trust-remote-code: the model is loaded before there is a trainer"
@@ -43,7 +45,7 @@ class Source:
     Attributes:
         model: base model: a folder or a Hub id.
         task: a name for `load_task`, or a task; None with `dataset`.
-        dataset: a JSONL file or a Hub data set, instead of a task.
+        dataset: a JSONL, CSV or Parquet file or a Hub data set, instead of a task.
         reward: of its prompts: "file.py:function".
         seed: of data, sampling and training.
         chat: give prompts as messages of a user; None for: if the tokenizer has a chat template.
@@ -194,10 +196,15 @@ class ProbeSettings(Source):
     config: Mapping[str, Any] = field(default_factory=dict)
     out: str | Path | None = None
 
+    @property
+    def runs(self) -> bool:
+        """Whether the method runs the model, and so needs a task."""
+        return self.method not in ("prior", "profile")
+
 
 def check_ranking(method: str, budget: float) -> None:
     """Raise ValueError for a method that there is not, or a budget that is no share."""
     if method not in METHODS:
-        raise ValueError(f"no probe {method!r}; the methods are {', '.join(METHODS)}")
+        raise ValueError(f"no probe {method!r}; the methods are {', '.join(METHODS)}{meant(method, METHODS)}")
     if not 0 < budget < math.inf:
         raise ValueError(f"--budget is a share of a training run, above 0, such as {BUDGET}; got {budget}")

@@ -32,6 +32,7 @@ from peft_onelayer.rollouts.prompts import shaped
 from peft_onelayer.tuner import find_decoder_stack
 
 from .describe import describe_config, describe_machine, describe_model, is_main_process
+from .early import check_training
 from .first_rewards import FirstRewards
 from .folder import RunFolder, step_of
 from .judging import Judge
@@ -101,6 +102,7 @@ class _Training:
         self, settings: TrainingSettings, resume: bool, command: str | None, progress: Progress, keeps: bool
     ) -> None:
         self.settings, self.command, self.progress, self.keeps = settings, command, progress, keeps
+        check_training(settings, resume=resume)
         self.folder = RunFolder(Path(settings.out), resume, main=is_main_process())
         self.plan = plan = TrainingPlan(settings, self.folder.checkpoints)
         self.preparation = Preparation(plan, self.folder, progress)

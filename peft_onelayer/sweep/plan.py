@@ -9,11 +9,12 @@ from pathlib import Path
 
 from peft_onelayer.layers import resolve_layers
 from peft_onelayer.records.files import model_digests
+from peft_onelayer.records.locate import check_model_name
 from peft_onelayer.rl.algorithms import load_algorithm
 from peft_onelayer.rl.recipe import make_recipe, refuse_fields, refuse_without_effect, step_fields
 from peft_onelayer.rl.sampling import sampling_of_run
 from peft_onelayer.rollouts.prompts import Shape, check_prompt, shaped
-from peft_onelayer.runs.models import check_model_name, load_skeleton
+from peft_onelayer.runs.models import load_skeleton
 from peft_onelayer.tasks import load_task
 from peft_onelayer.tuner import find_decoder_stack
 from peft_onelayer.tuner.model import commit_hash

@@ -1,4 +1,4 @@
-"""Problems from a data set that has an end: a local JSONL file or folder, or a data set on the Hub.
+"""Problems from a data set that has an end: a local file (JSONL, CSV, Parquet) or folder, or a data set on the Hub.
 
 All of it is read into memory, split into "train" and "test", and drawn from. A task names the columns that it needs,
 and makes its rows from what is drawn here.
@@ -6,16 +6,18 @@ and makes its rows from what is drawn here.
 Where the splits come from:
 
     org/name[:config][@revision]   the Hub data set's own "train" and "test"
-    folder/                        its one *train*.jsonl[.gz] and its one *test*.jsonl[.gz]
+    folder/                        its one *train* file and its one *test* file
     gsm8k_test.jsonl               the name says test (or train): that split alone
-    problems.jsonl.gz              one problem in eight, by a hash of its text, is "test"; the others are "train"
+    problems.csv                   one problem in eight, by a hash of its text, is "test"; the others are "train"
 """
 
+import csv
 import gzip
 import hashlib
 import json
 import random
 import re
+import tempfile
 import warnings
 import zlib
 from collections.abc import Mapping, Sequence
@@ -28,7 +30,8 @@ from peft_onelayer.records.text import one_line
 from peft_onelayer.tasks import HELD_OUT
 from peft_onelayer.tasks.rows import check_columns
 
-SUFFIXES = (".jsonl", ".jsonl.gz")
+TABLES = (".csv", ".parquet")
+SUFFIXES = (".jsonl", ".jsonl.gz", *TABLES)
 HUB = re.compile(r"(?P<repo>[\w.-]+/[\w.-]+)(:(?P<config>[\w.-]+))?(@(?P<revision>[\w./-]+))?")
 
 Row = dict[str, Any]
@@ -78,7 +81,7 @@ def load_problems(source: str, columns: Sequence[str]) -> Problems:
     Repeated rows are kept once. A train problem that is in the test split too is left out of "train", with a warning.
 
     Args:
-        source: "org/name", "org/name:config@revision", a folder, or a .jsonl or .jsonl.gz file.
+        source: "org/name", "org/name:config@revision", a folder, or a .jsonl, .jsonl.gz, .csv or .parquet file.
         columns: those that every row must have; the first one holds the problem, by which the splits are kept apart.
 
     Raises:
@@ -89,11 +92,11 @@ def load_problems(source: str, columns: Sequence[str]) -> Problems:
         files = {split: _only_file(path, split) for split in ("train", "test")}
         found = {split: file for split, file in files.items() if file is not None}
         if not found:
-            raise ValueError(f"folder {path} holds no *train*.jsonl and no *test*.jsonl (.gz too)")
-        splits = {split: read_jsonl(file, columns) for split, file in found.items()}
+            raise ValueError(f"folder {path} holds no *train*.jsonl and no *test*.jsonl ({', '.join(SUFFIXES)})")
+        splits = {split: read_rows(file, columns) for split, file in found.items()}
         data = {file.name: digest(file) for file in found.values()}
     elif path.is_file():
-        rows = read_jsonl(path, columns)
+        rows = read_rows(path, columns)
         data = {path.name: digest(path)}
         named = [split for split in ("train", "test") if split in _words(path)]
         if len(named) == 1:
@@ -144,6 +147,48 @@ def _only_file(folder: Path, split: str) -> Path | None:
 def digest(path: Path) -> str:
     """What identifies a file in `Task.data`."""
     return f"sha256:{file_digest(path)}"
+
+
+def read_rows(path: Path, columns: Sequence[str]) -> list[Row]:
+    """Read the rows of a file of any of `SUFFIXES`, all with the same columns, `columns` among them. Every value of a
+    CSV file is text, so that "007" stays what it is.
+
+    Raises:
+        ValueError: as `read_jsonl`; a table that cannot be read.
+    """
+    if path.suffix not in TABLES:
+        return read_jsonl(path, columns)
+    rows = _read_csv(path) if path.suffix == ".csv" else _read_parquet(path)
+    if not rows:
+        raise ValueError(f"{path} is empty; expected a row for each problem")
+    _check_columns(str(path), rows[0], columns)
+    return rows
+
+
+def _read_csv(path: Path) -> list[Row]:
+    try:
+        with path.open(encoding="utf-8-sig", newline="") as file:
+            reader = csv.DictReader(file, strict=True)
+            rows: list[Row] = []
+            for row in reader:
+                if None in row or None in row.values():
+                    names = ", ".join(reader.fieldnames or [])
+                    raise ValueError(f"line {reader.line_num} has not one value for each of the columns {names}")
+                rows.append(row)
+    except (OSError, ValueError, csv.Error) as error:
+        raise ValueError(f"{path} cannot be read: {one_line(error)}") from error
+    return rows
+
+
+def _read_parquet(path: Path) -> list[Row]:
+    from datasets import Dataset
+    from datasets.exceptions import DatasetsError
+
+    try:
+        with tempfile.TemporaryDirectory() as scratch:
+            return Dataset.from_parquet(str(path), cache_dir=scratch, keep_in_memory=True).to_list()
+    except (OSError, ValueError, DatasetsError) as error:
+        raise ValueError(f"{path} cannot be read: {one_line(error.__cause__ or error)}") from error
 
 
 def read_jsonl(path: Path, columns: Sequence[str]) -> list[Row]:

@@ -28,7 +28,8 @@ import math
 import numbers
 import sys
 import traceback
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -76,7 +77,7 @@ def load_file_task(name: str) -> Task:
             raise ValueError(f"split must be 'train' or 'test', got {split!r}")
         if n < 1:
             raise ValueError(f"n must be at least 1, got {n}")
-        made = module.rows(split, n, seed)
+        made = _their_errors(f"{path}:rows")(module.rows)(split, n, seed)
         _check_rows(f"rows({split!r}, {n}, {seed}) of {path}", made)
         _check_signature(where, reward, [*made[0], *(["environments"] if environment_factory else [])])
         return made
@@ -97,7 +98,7 @@ def load_dataset_task(dataset: str, reward: str) -> Task:
     """Return the task made of a data set and a reward.
 
     Args:
-        dataset: a .jsonl or .jsonl.gz file, a folder with a train and a test file, or a Hub data set
+        dataset: a .jsonl, .jsonl.gz, .csv or .parquet file, a folder with a train and a test file, or a Hub data set
             (`peft_onelayer.tasks.files` says how they are split), with a column "prompt": text, or chat messages.
         reward: "path/to/file.py:function", in TRL's signature.
 
@@ -182,8 +183,7 @@ def _import(name: str) -> tuple[Path, ModuleType]:
     except SyntaxError as error:
         raise ValueError(f"{error.filename}:{error.lineno}: {error.msg}") from error
     except Exception as error:
-        lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == str(path)]
-        line = f":{lines[-1]}" if lines else ""
+        line = f":{found}" if (found := _line_of(error, path)) else ""
         raise ValueError(f"{path}{line} cannot be imported: {type(error).__name__}: {error}") from error
     return path, module
 
@@ -221,6 +221,32 @@ def _check_signature(where: str, reward: Reward, columns: Sequence[str]) -> None
             raise ValueError(f"{where} takes {parameter.name!r}, but is given only {', '.join(sorted(given))}, by name")
 
 
+def _line_of(error: Exception, path: Path) -> int | None:
+    """The last line of the file that an error went through."""
+    frames = traceback.extract_tb(error.__traceback__)
+    lines = [frame.lineno for frame in frames if Path(frame.filename).resolve() == path.resolve()]
+    return lines[-1] if lines else None
+
+
+@contextmanager
+def _their_errors(where: str) -> Iterator[None]:
+    """Turn what a user's function `where`, "file.py:function", raises into one line with the line of the file.
+
+    Raises:
+        ValueError: the function raised.
+    """
+    file, _, function = where.rpartition(":")
+    try:
+        yield
+    except Exception as error:
+        line = _line_of(error, Path(file).expanduser())
+        place = f"{file}:{line}" if line else file
+        raise ValueError(
+            f"{place}: {function} raised {type(error).__name__}: {one_line(error)}; mend it, or have it give 0 to what "
+            "it cannot grade (ONELAYER_DEBUG=1 shows the traceback)"
+        ) from error
+
+
 def _checked(where: str, reward: Reward) -> Reward:
     """Return `reward` with its result checked."""
 
@@ -243,7 +269,7 @@ def _limited(path: Path, module: ModuleType, reward: Reward) -> Reward:
     """Return `reward` with its result checked and, where its file sets REWARD_SECONDS, within that limit."""
     where = f"{path}:{reward.__name__}"
     if "REWARD_SECONDS" not in vars(module):
-        return _checked(where, reward)
+        return _checked(where, _their_errors(where)(reward))
     seconds = vars(module)["REWARD_SECONDS"]
     if not isinstance(seconds, int | float) or not 0 < seconds < math.inf:
         raise ValueError(f"{path}: REWARD_SECONDS must be a number above 0, got {seconds!r}")

@@ -16,6 +16,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from huggingface_hub import ModelCard
 from peft import PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
@@ -60,8 +61,12 @@ def same(a, b):
     return a.keys() == b.keys() and all(a[n].dtype == b[n].dtype and torch.equal(a[n], b[n]) for n in a)
 
 
-def contents(folder):
-    return {p.relative_to(folder).as_posix(): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
+def contents(folder):  # without the card, which names the adapters
+    return {
+        p.relative_to(folder).as_posix(): p.read_bytes()
+        for p in folder.rglob("*")
+        if p.is_file() and p.name != "README.md"
+    }
 
 
 @pytest.fixture(scope="module")
@@ -282,13 +287,24 @@ def test_a_damaged_adapter(sharded, tmp_path):
 def test_the_bases_weights_in_other_formats_are_left_out(sharded, tmp_path):
     shutil.copytree(sharded / "base", tmp_path / "base")
     stale = ["consolidated.safetensors", "original/model.pth", "pytorch_model.bin", "q4.gguf"]
-    kept = [".gitattributes", "2_Dense/model.safetensors", "README.md"]
+    kept = [".gitattributes", "2_Dense/model.safetensors"]
     for name in [*stale, *kept, ".git/config", ".cache/x"]:
         (tmp_path / "base" / name).parent.mkdir(exist_ok=True)
         (tmp_path / "base" / name).write_text(name)
     merged = merge_into_checkpoint(tmp_path / "base", sharded / "one", tmp_path / "out")
     assert merged.left_out == stale
     assert contents(tmp_path / "out").keys() == contents(sharded / "base").keys() | set(kept)
+
+
+def test_the_merged_folder_has_a_card_of_its_own(sharded, tmp_path):
+    shutil.copytree(sharded / "base", tmp_path / "base")
+    card = "---\nlicense: mit\nlanguage: [en]\nmodel-index: []\n---\n# The base\n\n| GSM8K | 50 |\n"
+    (tmp_path / "base" / "README.md").write_text(card)
+    merge_into_checkpoint(tmp_path / "base", sharded / "one", tmp_path / "out")
+    found = ModelCard.load(tmp_path / "out" / "README.md")
+    assert found.data.to_dict() == {"license": "mit", "language": ["en"], "tags": ["onelayer", "merged"]}
+    assert "# base with block 1 trained" in found.text and "`one` merged into it" in found.text
+    assert "GSM8K" not in found.text and str(tmp_path) not in found.content
 
 
 def test_links_of_the_hubs_cache_become_files(sharded, tmp_path):

@@ -1,5 +1,6 @@
 """`onelayer eval`: its figures are those of the library, and every mistake ends in one line."""
 
+import errno
 import json
 import math
 import shutil
@@ -305,7 +306,7 @@ def test_an_adapter_that_does_not_fit(onelayer, adapters, tmp_path, name, messag
         ([FOLDER, "--task", "sort", "--max-tokens", "60"], 1, "context of 64 tokens"),
         ([FOLDER, "--task", "sort", "--samples", "0", "--no-greedy"], 1, "nothing to measure"),
         ([FOLDER, "--task", "sort", "--temperature", "0"], 1, "must be above 0"),
-        ([FOLDER, "--task", "sort", "--out", "no/such/e.json"], 1, "does not exist"),
+        ([FOLDER, "--task", "sort", "--out", f"{__file__}/e.json"], 1, "is not a folder"),
         ([FOLDER, "--task", "sort", "--out", "."], 1, "is a folder"),
         ([FOLDER, "--task", "sort", "--out", __file__], 1, "exists and is another file"),
         ([FOLDER, "--task", "sort", "--problems", "0"], 2, "--problems"),
@@ -335,6 +336,27 @@ def test_an_adapter_that_the_hub_does_not_have(onelayer, monkeypatch):
     code, lines, out = onelayer("eval", FOLDER, "--adapter", "nobody/nothing", "--task", "sort")
     assert code == 1 and out == "" and len(lines) == 1
     assert "nobody/nothing is neither an adapter folder here nor found on the Hub" in lines[0]
+
+
+def test_a_full_disk_does_not_take_the_figures(onelayer, tmp_path, monkeypatch):
+    def full(path, text):
+        raise OSError(errno.ENOSPC, "No space left on device", str(path))
+
+    monkeypatch.setattr("peft_onelayer.runs.evaluation.write_whole", full)
+    arguments = ("--task", "sort", "--problems", 3, "--samples", 0, "--out", tmp_path / "e.json")
+    code, lines, out = onelayer("eval", FOLDER, *arguments)
+    assert code == 1 and "sort, test split" in out and "there is no room in" in lines[-1]
+
+
+def test_an_evaluation_beside_the_adapter_is_in_its_card(onelayer, adapters, tmp_path):
+    shutil.copytree(adapters / "block", tmp_path / "run")
+    arguments = ("--task", "sort", "--problems", 3, "--samples", 0, "--out", tmp_path / "run" / "eval.json")
+    code, lines, _ = onelayer("eval", tmp_path / "run", *arguments)
+    assert code == 0 and lines[-1].endswith("README.md says it too")
+    card = (tmp_path / "run" / "README.md").read_text()
+    assert "| greedy | 3 |" in card and "No evaluation is recorded" not in card and "## Example" in card
+    (example, *_) = json.loads((tmp_path / "run" / "eval.json").read_text())["examples"]
+    assert example["prompt"] in card and example["decoding"] == "greedy"
 
 
 def test_an_evaluation_is_replaced_by_a_later_one(onelayer, tmp_path):

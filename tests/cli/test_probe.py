@@ -79,7 +79,7 @@ def test_without_running_anything(onelayer, tmp_path, options, pick, says):
         (["--set", "seed=1"], "--seed"),
         (["--set", "learning_rat=1"], "learning_rat"),
         (["--out", "ranking.txt"], "--out takes a JSON file"),
-        (["--out", "no/where.json"], "does not exist"),
+        (["--out", f"{__file__}/ranking.json"], "is not a folder"),
     ],
 )
 def test_wrong_use_is_one_line(onelayer, tmp_path, options, message):

@@ -19,6 +19,9 @@ def onelayer():
     worker.close()
 
 
+TRAIN = ["train", "{root}/base", "--out", "{root}/new"]
+
+
 @pytest.fixture(scope="module")
 def files(tmp_path_factory):
     """A base, a dense and a sparse adapter of it, and damaged ones of either kind."""
@@ -37,10 +40,14 @@ def files(tmp_path_factory):
         shutil.copytree(root / name, root / f"cut-{name}")
         weights = root / f"cut-{name}" / "adapter_model.safetensors"
         weights.write_bytes(weights.read_bytes()[:-5])
+    (root / "task.py").write_text("def my_reward(completions, **kwargs):\n    return [0.0 for _ in completions]\n")
+    (root / "broken.py").write_text("def rows(:\n")
     return root
 
 
-@pytest.mark.parametrize("arguments", [["--help"], ["--version"], [], ["inspect", "--help"], ["train", "--help"]])
+@pytest.mark.parametrize(
+    "arguments", [["--help"], ["-h"], ["--version"], [], ["inspect", "--help"], ["train", "--help"]]
+)
 def test_help_and_version(onelayer, arguments):
     answer = onelayer(*arguments)
     assert (answer.code, answer.err) == (0, []) and answer.out.startswith(("Usage: onelayer", "onelayer "))
@@ -98,6 +105,38 @@ LORA = ["--format", "lora"]
         (["export", "{root}/dense", "{root}/out", *LORA, "--base", "{root}/sparse"], 1, "is an adapter and not a base"),
         (["compare", "{root}/dense"], 1, "takes two or more"),
         (["compare", "{root}/dense", "{root}/base"], 1, "give the base"),
+        (["trian"], 2, "Did you mean 'train'?"),
+        (["train", "{root}/base"], 2, "--out is missing"),
+        (["train", "{root}/base", "--tsak", "sort"], 2, "--task"),
+        (["train", "{root}/base", "--out", "{root}/new"], 1, "give --task, or --dataset with --reward; the tasks are"),
+        ([*TRAIN, "--task", "arithmetc"], 1, "did you mean 'arithmetic'?"),
+        ([*TRAIN, "--task", "{root}/task.pyy"], 1, "is not known"),
+        ([*TRAIN, "--task", "{root}/tsk.py"], 1, "did you mean task.py?"),
+        ([*TRAIN, "--task", "{root}/broken.py"], 1, "broken.py:1: "),
+        ([*TRAIN, "--task", "sort", "--algorithm", "grop"], 1, "did you mean grpo?"),
+        ([*TRAIN, "--task", "sort", "--layer", "middel"], 1, 'Did you mean "middle"?'),
+        ([*TRAIN, "--task", "sort", "--method", "rase"], 1, "did you mean race?"),
+        ([*TRAIN, "--task", "sort", "--keep", "bst"], 1, "did you mean best?"),
+        ([*TRAIN, "--task", "sort", "--full", "--layer", "3"], 1, "give one of them"),
+        ([*TRAIN, "--task", "sort", "--also", "sotr"], 1, "did you mean 'sort'?"),
+        ([*TRAIN, "--task", "sort", "--set", "use_vllm=true"], 1, "vLLM, which is not installed"),
+        ([*TRAIN, "--task", "sort", "--set", "beta"], 1, "--set takes field=value"),
+        ([*TRAIN, "--algorithm", "dpo", "--task", "sort"], 1, "dpo is offline"),
+        ([*TRAIN, "--dataset", "d.jsonl", "--reward", "{root}/task.py:my_rewrd"], 1, "did you mean my_reward?"),
+        ([*TRAIN, "--recipe", "qwen3-1.7b-numna:paper"], 1, "qwen3-1.7b-numina:paper"),
+        (["train", "{root}/nowhere", "--task", "sort", "--out", "{root}/new"], 1, "no model folder at"),
+        (["train", "{root}/base", "--task", "sort", "--out", "{root}/dense"], 1, "holds other files"),
+        (["train", "--resume", "--out", "{root}/new"], 1, "holds no run to resume"),
+        (["probe", "{root}/base"], 1, "give --task"),
+        (["probe", "{root}/base", "--task", "sort", "--method", "rase"], 1, "did you mean race?"),
+        (["probe", "{root}/base", "--task", "sort", "--out", "ranking.txt"], 1, "takes a JSON file"),
+        (["eval", "{root}/base"], 1, "give --task"),
+        (["eval", "{root}/base", "--task", "sort", "--split", "tset"], 1, "did you mean test?"),
+        (["eval", "{root}/dense", "--adapter", "{root}/sparse", "--task", "sort"], 1, "is an adapter itself"),
+        (["sweep", "{root}/base", "--task", "sotr"], 1, "did you mean 'sort'?"),
+        (["sweep", "{root}/base", "--task", "sort", "--algorithm", "dpo"], 1, "dpo is offline"),
+        (["demo", "--task", "srot"], 1, "did you mean sort?"),
+        (["demo", "--layer", "middel"], 1, 'Did you mean "middle"?'),
         (["push", "{root}/dense"], 2, "Missing argument"),
         (["push", "{root}/dense", "not a name"], 1, "not a name"),
         (["push", "{root}/cut-dense", "me/x"], 1, "damaged"),
@@ -113,5 +152,5 @@ def test_what_is_wrong_is_said_at_once(onelayer, files, arguments, code, message
     before = sorted(files.rglob("*"))
     answer = onelayer(*(argument.format(root=files) for argument in arguments))
     assert (answer.code, answer.out, len(answer.err)) == (code, "", 1), answer
-    assert answer.err[0].startswith("onelayer") and message in answer.err[0], answer
+    assert answer.err[0].startswith("onelayer") and message.format(root=files) in answer.err[0], answer
     assert sorted(files.rglob("*")) == before

@@ -91,7 +91,7 @@ def test_it_trains_the_block_and_records_the_run(train, algorithm):
     assert run["machine"]["versions"].keys() >= {"torch", "trl", "peft", "transformers", "python"}
     assert set(run["settings"]["model"]["sha256"]) == {"config.json", "model.safetensors"}
     card = (folder / "README.md").read_text()
-    assert "Block 5 of 12" in card and run["command"] in card
+    assert "block 5 of 12" in card and run["command"] in card
 
 
 def test_the_command_of_run_json_repeats_the_run(train, onelayer, tmp_path):

@@ -2,6 +2,8 @@
 
 import json
 import os
+import re
+import shlex
 import signal
 import subprocess
 import sys
@@ -9,8 +11,10 @@ import time
 
 import pytest
 import transformers
+import typer
 
 import models
+from onelayer_cli.main import app
 
 
 @pytest.mark.parametrize(
@@ -23,7 +27,7 @@ import models
         (["demo", "--layer", ""], 1, "is not understood"),
         (["demo", "--task", "poetry"], 1, "the demo knows the tasks arithmetic and sort, not 'poetry'"),
         (["demo", "--model", "./nowhere"], 1, "no model folder at nowhere"),
-        (["demo", "--out", "no/such/parent"], 1, "does not exist; create it"),
+        (["demo", "--out", "/dev/null/out"], 1, "/dev/null is not a folder"),
         (["demo", "--seed", "abc"], 2, "--seed"),
         (["demo", "--seed", "-1"], 2, "--seed"),
         (["demo", "--steps", "0"], 2, "--steps"),
@@ -101,6 +105,31 @@ def test_a_read_only_output(onelayer, tmp_path):
     for target in (tmp_path / "locked" / "out", tmp_path / "locked"):
         code, lines, _ = onelayer("demo", "--out", target)
         assert code == 1 and len(lines) == 1 and f"{tmp_path / 'locked'} is read-only" in lines[0]
+
+
+@pytest.mark.parametrize("module", ["peft_onelayer", "onelayer_cli"])
+def test_python_dash_m(module):
+    done = subprocess.run([sys.executable, "-m", module, "dmeo"], capture_output=True, text=True, check=False)
+    assert done.returncode == 2 and done.stderr.startswith("onelayer: No such command 'dmeo'. Did you mean 'demo'?")
+
+
+def test_the_programs_help_cuts_no_description(onelayer):
+    _, _, out = onelayer("-h")
+    said = " ".join(out.split())
+    for info in app.registered_commands:
+        assert " ".join(info.callback.__doc__.partition("\n\n")[0].split()) in said
+
+
+@pytest.mark.parametrize("name", [info.name for info in app.registered_commands])
+def test_every_help_has_two_examples_that_parse(onelayer, name):
+    _, _, out = onelayer(name, "--help")
+    shown = [line.strip() for line in out.partition("Examples:")[2].splitlines() if line.strip()]
+    assert len(shown) >= 2
+    command = typer.main.get_command(app).commands[name]
+    for line in shown:
+        program, called, *arguments = shlex.split(re.split(r" {3,}", line)[0])
+        assert (program, called) == ("onelayer", name)
+        command.make_context(name, arguments)
 
 
 def test_help_and_version(onelayer):

@@ -1,5 +1,6 @@
 import os
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -90,8 +91,10 @@ def adapter(base_folder, tmp_path):
 
 @pytest.fixture
 def quick(adapter):
-    """The same without a layer profile, whose plot takes longer than all else of a push."""
+    """The same without a layer profile and rewards, whose plots take longer than all else of a push."""
     (adapter / PROFILE).unlink()
+    run = RunRecord.from_file(adapter / RUN)
+    (adapter / RUN).write_text(replace(run, results=replace(run.results, rewards=[])).to_json(), encoding="utf-8")
     return adapter
 
 

@@ -49,16 +49,18 @@ def test_the_leaderboards_entry(adapter, tmp_path):
 def test_it_says_what_was_measured_and_how_to_use_it(adapter, tmp_path):
     folder = staged(adapter, tmp_path, base_model="org/tiny")
     card = (folder / "README.md").read_text()
-    assert "# Block 1 of 4, trained with grpo on `gsm8k`" in card
+    assert "# tiny: block 1 of 4, trained with grpo on `gsm8k`" in card
     assert "| greedy | 64 | 0.2500 ± 0.0312 | 0.3750 ± 0.0341 | +0.1250 ± 0.0123 |" in card
     assert "![What each block gains](layer_profile.png)" in card
     assert (folder / "layer_profile.png").read_bytes().startswith(b"\x89PNG")
     assert "of 30,000 parameters" in card and "GRPOTrainer" in card and "learning rate 5e-06" in card
     assert "mean reward 0.1 -> 0.4 (first and last 2 of 20 logs)" in card
     use = card.split("```python\n")[1].split("```")[0]
-    assert len([line for line in use.splitlines() if line]) == 5
+    assert "tokenizer.apply_chat_template(" in use and "model.generate(**inputs" in use
     compile(use, "card", "exec")
     assert 'from_pretrained("me/gsm")' in use and 'from_pretrained("org/tiny")' in use
+    assert (folder / "reward.png").read_bytes().startswith(b"\x89PNG") and "](reward.png)" in card
+    assert "hardware: cpu" in card and "arXiv 2402.03300" in card and "## Limits" in card
     assert "onelayer train org/tiny --layer auto --task gsm8k" in card.split("## Reproduce")[1]
 
 
@@ -82,7 +84,7 @@ def test_nothing_is_invented_where_nothing_is_known(adapter, tmp_path):
     data = ModelCard(card).data
     assert data.tags == ["onelayer", "reinforcement-learning", "layer:1"]
     assert data.base_model is None and data.datasets is None and data.eval_results is None
-    for word in ("None", "$", "Results", "Layer profile", "Reproduce", "trained with", "[]", "nan", "\n\n\n"):
+    for word in ("None", "$", "Results", "Layer profile", "Reproduce", "trained with", "[]", "nan", "\n\n\n", ".png"):
         assert word not in card, word
     assert "No evaluation is recorded here" in card and "no record of the training run" in card
 
@@ -102,7 +104,7 @@ def test_the_card_of_a_full_run_is_a_models(adapter):
     card = model_card(None, replace(run, layers=None, settings=replace(run.settings, full=True, model=model)))
     data = ModelCard(card).data
     assert (data.library_name, data.base_model_relation) == ("transformers", "finetune")
-    assert "# All blocks" in card and "AutoModelForCausalLM" in card and "peft_onelayer" not in card
+    assert "# tiny: all blocks" in card and "AutoModelForCausalLM" in card and "peft_onelayer" not in card
 
 
 def test_a_sweeps_cost_is_told_in_runs(adapter):
@@ -119,7 +121,7 @@ def test_cards_of_records_that_earlier_versions_wrote(name):
     run, evaluation = RunRecord.from_file(folder / "run.json"), EvaluationRecord.from_file(folder / "eval.json")
     card = model_card({"layer_indices": [5], "num_layers": 12}, run, evaluation, parameters=43_000, local_base=True)
     assert metadata_errors(card) == []
-    assert "# Block 5 of 12, trained with grpo on `arithmetic`" in card
+    assert "block 5 of 12, trained with grpo on `arithmetic`" in card
     assert f"{run.results.steps} steps, learning rate {run.settings.config['learning_rate']:g}, seed 0" in card
     assert "| avg@4 at temperature 1 |" in card and "| greedy |" in card and run.command in card
     assert (run.results.verdict or "mean reward") in card and "None" not in card

@@ -26,7 +26,7 @@ def test_it_brings_the_adapters_files_and_no_others(hub, ask, published, tmp_pat
     brought = {p.relative_to(tmp_path / "here").as_posix() for p in (tmp_path / "here").rglob("*") if p.is_file()}
     assert brought == {
         *("README.md", "adapter_config.json", "adapter_model.safetensors"),
-        *("layer_profile.json", "layer_profile.png", "run.json", ".eval_results/onelayer.yaml"),
+        *("layer_profile.json", "layer_profile.png", "reward.png", "run.json", ".eval_results/onelayer.yaml"),
     }
     assert all((tmp_path / "here" / name).read_bytes() == published[name] for name in brought)
     assert hub.seen("optimizer|pytorch_model") == 0

@@ -13,9 +13,9 @@ from safetensors.torch import load as load_safetensors
 FILES = {
     ".gitattributes",
     *("README.md", "adapter_config.json", "adapter_model.safetensors"),
-    *("layer_profile.json", "layer_profile.png", "run.json", ".eval_results/onelayer.yaml"),
+    *("layer_profile.json", "layer_profile.png", "reward.png", "run.json", ".eval_results/onelayer.yaml"),
 }
-QUICK_FILES = FILES - {"layer_profile.json", "layer_profile.png"}
+QUICK_FILES = FILES - {"layer_profile.json", "layer_profile.png", "reward.png"}
 
 
 def only_line(answer, code=1):

@@ -184,10 +184,18 @@ def test_a_file_system_without_locks_goes_by_whether_the_process_lives(tmp_path,
         pass
 
 
-def test_a_folder_that_is_not_there(tmp_path):
-    with pytest.raises(TargetError, match="does not exist"), claimed(tmp_path / "no" / "out"):
-        pass
+def test_folders_that_are_not_there_are_made_and_go_again_when_nothing_is_written(tmp_path):
+    with claimed(tmp_path / "no" / "such" / "out"):
+        assert (tmp_path / "no" / "such").is_dir()
     assert names(tmp_path) == []
+    with pytest.raises(KeyError), claimed(tmp_path / "no" / "such" / "out"):
+        raise KeyError
+    assert names(tmp_path) == []
+    with claimed(tmp_path / "no" / "such" / "out"):
+        (tmp_path / "no" / "such" / "out").write_text("x")
+    assert names(tmp_path / "no" / "such") == ["out"]
+    with pytest.raises(TargetError, match="out is not a folder"), claimed(tmp_path / "no/such/out/deeper/file"):
+        pass
 
 
 def test_a_full_disk_leaves_no_lock(tmp_path, monkeypatch):

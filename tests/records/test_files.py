@@ -77,7 +77,7 @@ def test_what_is_refused_on_entry(tmp_path, monkeypatch):
         "../file": "not a folder",
         "../full": "holds other files",
         ".": "current folder",
-        "../no/such": "does not exist",
+        "../file/such": "is not a folder",
     }.items():
         with pytest.raises(ValueError, match=message) as caught:
             check_folder(tmp_path / "empty" / name, never)

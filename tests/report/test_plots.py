@@ -2,8 +2,9 @@ import dataclasses
 
 from matplotlib.image import imread
 
-from peft_onelayer.records.ranking import LayerRanking
-from peft_onelayer.report.plots import plot_ranking, plot_rewards
+from peft_onelayer.records.ranking import LayerRanking, Sweep
+from peft_onelayer.report import plots
+from peft_onelayer.report.plots import plot_profile, plot_ranking, plot_rewards
 
 RANKING = LayerRanking(
     model="m",
@@ -37,3 +38,26 @@ def test_plots_are_pngs_that_show_the_pick(tmp_path):
     assert len(coloured(tmp_path / "reward.png")) > 2
     assert orange in coloured(tmp_path / "with.png")
     assert orange not in coloured(tmp_path / "without.png")
+
+
+def test_a_profile_joins_no_blocks_across_one_that_was_not_measured(tmp_path, monkeypatch):
+    drawn = []
+    monkeypatch.setattr(plots, "_save", lambda figure, path: drawn.append(figure))
+    sweep = Sweep([0.4, None, 0.9, 1.1], 0.2, 0.6, contribution_errors=[0.1, None, 0.1, 0.2], full_gain=[0.4, 0.1])
+    plot_profile(dataclasses.replace(RANKING, sweep=sweep), tmp_path / "p.png", "title")
+    plot_ranking(RANKING, tmp_path / "r.png", "title")
+    (axes,) = drawn[0].axes
+    line = axes.get_lines()[0]
+    assert [None if y != y else y for y in line.get_ydata()] == sweep.contribution
+    assert [int(tick) for tick in axes.get_xticks()] == [0, 2, 3]
+    labels = [text.get_text() for text in axes.get_legend().get_texts()]
+    assert any("95 % intervals" in label for label in labels)
+    assert any("95 % intervals" in text.get_text() for text in drawn[1].legends[0].get_texts())
+
+
+def test_rewards_beyond_0_and_1_are_drawn_whole(tmp_path, monkeypatch):
+    drawn = []
+    monkeypatch.setattr(plots, "_save", lambda figure, path: drawn.append(figure))
+    plot_rewards([-2.0, 3.0], tmp_path / "r.png", "title")
+    low, high = drawn[0].axes[0].get_ylim()
+    assert low <= -2 and high >= 3

@@ -95,7 +95,7 @@ def test_nothing_to_learn_shows_completions_and_one_line(sweep, monkeypatch, tmp
         (["--learning-rate", "0"], "a learning rate must be above 0, got 0.0"),
         (["--set", "learning_rate=1"], "field learning_rate is set by --learning-rate and --full-learning-rate"),
         (["--set", "no_such_field=1"], "has no field 'no_such_field'"),
-        (["--out", "no/such/folder"], "does not exist; create it"),
+        (["--out", "/dev/null/folder"], "is not a folder"),
         (["--out", "/"], "exists and holds other files"),
     ],
 )

@@ -9,6 +9,7 @@ import sys
 import threading
 import urllib.parse
 
+import datasets
 import pytest
 
 from peft_onelayer.tasks.files import is_held_out, load_problems
@@ -209,3 +210,31 @@ def test_a_hub_data_set_has_its_own_splits_and_its_commit(tmp_path):
     offline, other = load_in_process(sources, tmp_path, endpoint, HF_HUB_OFFLINE="1")
     assert offline == online  # from the cache, with the same commit
     assert other == f"data set {sources[1]} was asked for, but only commit {COMMIT} is in the cache"
+
+
+@pytest.mark.parametrize("suffix", [".csv", ".parquet"])
+def test_a_table_holds_the_same_problems_as_json_lines(tmp_path, suffix):
+    rows = [{"question": f'{i:03}, say\n"{i}"?', "answer": f"{i:03}"} for i in range(40)] + [
+        {"question": "NA", "answer": ""}
+    ]
+    lines = load_problems(write(tmp_path / "problems.jsonl", rows), COLUMNS)
+    table = datasets.Dataset.from_list(rows)
+    (table.to_csv if suffix == ".csv" else table.to_parquet)(str(tmp_path / f"problems{suffix}"))
+    loaded = load_problems(str(tmp_path / f"problems{suffix}"), COLUMNS)
+    assert loaded.splits == lines.splits and loaded.data.keys() == {f"problems{suffix}"}
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("x.csv", b"question,solution\n1,2\n", "no column 'answer'; found question, solution"),
+        ("x.csv", b"question,answer\n", "is empty"),
+        ("x.csv", b"question,answer\n1,2,3,4\n", "line 2 has not one value for each of the columns question, answer"),
+        ("x.parquet", b"PAR1 not", "cannot be read"),
+    ],
+)
+def test_a_table_that_cannot_be_read_is_one_line(tmp_path, name, content, message):
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(ValueError, match=message) as raised:
+        load_problems(str(tmp_path / name), COLUMNS)
+    assert "\n" not in str(raised.value)

@@ -192,6 +192,27 @@ def test_a_reward_with_a_limit_that_fails_is_named(tmp_path):
     assert changed.reward(completions=["1"], **call) == [1.625]  # the file that was loaded
 
 
+@pytest.mark.parametrize("function", ["my_reward", "rows"])
+@pytest.mark.parametrize("folder", ["", "."])
+def test_a_function_that_raises_is_one_line_with_the_line_of_the_file(tmp_path, monkeypatch, folder, function):
+    monkeypatch.chdir(tmp_path)
+    text = "def rows(split, n, seed):\n    return [{'prompt': 'p'}][: 1 // BY]\nBY = 1\n"
+    text += "def my_reward(completions, **kwargs):\n    return help_me(completions)\n"
+    text += "def help_me(completions):\n    return [{}[c] for c in completions]\n"
+    name = write(tmp_path / "task.py", text.replace("BY = 1", "BY = 0") if function == "rows" else text)
+    task = load_task("task.py" if folder else name)
+    failing = write(tmp_path / "failing.py", "import math\n1 / 0\n")
+    refused(
+        lambda: load_task("failing.py" if folder else failing), "failing.py:2 cannot be imported: ZeroDivisionError"
+    )
+    if function == "rows":
+        refused(lambda: task.rows("train", 1, 0), "task.py:2: rows raised ZeroDivisionError: ")
+    else:
+        refused(
+            lambda: task.reward(prompts=["p"], completions=["a\nb"]), "task.py:7: my_reward raised KeyError: 'a\\nb'; "
+        )
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [

@@ -1,0 +1,220 @@
+"""What can be refused of a command's settings at once, before torch, transformers and TRL are imported for seconds.
+
+The commands call these checks first, and so do the library calls. What needs a model, a task's data or a field of TRL
+is looked at later.
+"""
+
+from __future__ import annotations
+
+import ast
+import importlib.util
+import json
+import os
+from pathlib import Path
+
+from peft_onelayer.layers import parse_layers
+from peft_onelayer.records.evaluation import EvaluationRecord
+from peft_onelayer.records.files import CONFIG, TargetError, check_file, check_folder, read_fields
+from peft_onelayer.records.locate import check_model_name
+from peft_onelayer.records.text import meant
+from peft_onelayer.rl.algorithms import Algorithm, load_algorithm
+from peft_onelayer.tasks import EXTRA, TASKS, Task, load_task
+
+from .folder import RunFolder
+from .settings import KEEP, EvaluationSettings, ProbeSettings, TrainingSettings, check_ranking
+
+DEMO = "demo.json"
+DEMO_TASKS = ("arithmetic", "sort")
+
+
+def check_training(settings: TrainingSettings, *, resume: bool = False) -> None:
+    """Raise ValueError, in one line, for settings of a run that cannot work, or a folder that it may not be written to.
+
+    Args:
+        settings: values in their `config` may be texts.
+    """
+    algorithm = load_algorithm(settings.algorithm)
+    check_ranking(settings.method, settings.budget)
+    if settings.method == "profile":
+        raise ValueError("--method profile is of onelayer probe, which says what to give --layer")
+    if algorithm.online and settings.pairs_from_task:
+        raise ValueError(f"--pairs-from-task makes data for offline algorithms; {algorithm.name} generates its own")
+    if algorithm.online or settings.pairs_from_task:
+        check_source(settings.task, settings.dataset, settings.reward)
+    elif settings.task or settings.reward or not settings.dataset:
+        raise ValueError(
+            f"{algorithm.name} is offline and trains on {algorithm.data} data: give --dataset alone, or --task with "
+            "--pairs-from-task"
+        )
+    if settings.sampling and not settings.pairs_from_task:
+        raise ValueError("--sampling is of --pairs-from-task; --set has the fields that an online algorithm samples by")
+    if settings.steps and "num_train_epochs" in settings.config:
+        raise ValueError("--steps and --set num_train_epochs both say how long to train; give one of them")
+    _check_blocks(settings, algorithm)
+    if settings.keep not in KEEP:
+        raise ValueError(f"--keep is one of {', '.join(KEEP)}, got {settings.keep!r}{meant(settings.keep, KEEP)}")
+    if settings.eval_problems == 0 and (settings.eval_every or settings.also or settings.show):
+        raise ValueError("--eval-problems 0 leaves --eval-every, --also and --show nothing to measure")
+    for name in settings.also:
+        check_task_name(name)
+    if str(settings.config.get("use_vllm", False)).lower() in ("true", "yes", "1") and not _installed("vllm"):
+        raise ValueError("use_vllm needs vLLM, which is not installed; pip install 'trl[vllm]', or leave use_vllm out")
+    check_model_name(settings.model, settings.revision)
+    if os.environ.get("RANK", "0") == "0":
+        RunFolder(Path(settings.out), resume)
+
+
+def _check_blocks(settings: TrainingSettings, algorithm: Algorithm) -> None:
+    """Refuse blocks that are none, and combinations that cannot train what was asked for."""
+    if settings.full and settings.layer != "auto":
+        raise ValueError(f"--full trains every parameter and --layer {settings.layer} a block; give one of them")
+    if settings.init_adapter is not None and settings.full:
+        raise ValueError("--full trains every parameter and --init-adapter a block; give one of them")
+    if settings.layer != "auto":
+        parse_layers(settings.layer)
+    elif not (settings.full or settings.init_adapter) and not algorithm.online:
+        raise ValueError(f"--layer auto ranks the blocks with online RL; for {algorithm.name} name one, such as mid-5")
+
+
+def check_source(task: str | Task | None, dataset: str | None, reward: str | None) -> None:
+    """Raise ValueError, in one line, unless a task, or a data set with a reward, is named that may be there."""
+    if task and (dataset or reward):
+        raise ValueError("--task comes with its own data and reward; give --task, or --dataset with --reward, not both")
+    if isinstance(task, str) and task:
+        check_task_name(task)
+    elif not task and not (dataset and reward):
+        raise ValueError(
+            f"give --task, or --dataset with --reward; the tasks are {', '.join(TASKS)}, and a file.py of your own"
+        )
+    if reward:
+        file, _, function = reward.rpartition(":")
+        if not file.endswith(".py"):
+            raise ValueError(f"reward must be 'path/to/file.py:function', got {reward!r}")
+        defined = [node.name for node in ast.walk(_parsed(file)) if isinstance(node, ast.FunctionDef)]
+        if defined and function not in defined:
+            near = meant(function, defined) or "; it has " + ", ".join(defined)
+            raise ValueError(f"{file} has no function {function!r}{near}")
+
+
+def check_task_name(name: str) -> None:
+    """Raise ValueError, in one line, for the name of a task that there is not, or of a file that is no Python."""
+    base = name.partition(":")[0]
+    if name.endswith(".py"):
+        _parsed(name)
+    elif base not in TASKS or (base in EXTRA and not _installed(base)):
+        load_task(name)  # which says it
+
+
+def _parsed(name: str) -> ast.Module:
+    path = Path(name).expanduser()
+    if not path.is_file():
+        raise ValueError(f"no file {path}{meant(path.name, [other.name for other in path.parent.glob('*.py')])}")
+    try:
+        return ast.parse(path.read_bytes())
+    except SyntaxError as error:
+        raise ValueError(f"{path}:{error.lineno}: {error.msg}") from error
+
+
+def _installed(module: str) -> bool:
+    return importlib.util.find_spec(module) is not None
+
+
+def check_probe(settings: ProbeSettings) -> None:
+    """Raise ValueError, in one line, for settings of a ranking that cannot work; values in `config` may be texts."""
+    check_ranking(settings.method, settings.budget)
+    if (settings.method == "profile") != (settings.profile is not None):
+        raise ValueError("--profile and --method profile go together; give both, or neither")
+    algorithm = load_algorithm(settings.algorithm)
+    if not algorithm.online:
+        raise ValueError(
+            f"a probe compares blocks by their reward; {algorithm.name} is offline, choose one such as grpo"
+        )
+    if settings.runs or settings.task or settings.dataset or settings.reward:
+        check_source(settings.task, settings.dataset, settings.reward)
+    if settings.layers != "all":
+        parse_layers(settings.layers)
+    if settings.out is not None:
+        check_outputs(Path(settings.out))
+    check_model_name(settings.model, settings.revision)
+
+
+def plot_beside(out: Path) -> Path:
+    """Where the plot of the ranking `out` is put."""
+    return out.with_suffix(".png")
+
+
+def check_outputs(out: Path) -> None:
+    """Raise `TargetError` unless the ranking and its plot can be written without losing anything."""
+    if out.suffix != ".json":
+        raise TargetError(f"--out takes a JSON file, such as ranking.json, not {out}.")
+    check_file(out)
+    check_file(plot_beside(out))
+
+
+def check_evaluation(settings: EvaluationSettings) -> None:
+    """Raise ValueError, in one line, for settings of an evaluation that cannot work, or files that it may not write."""
+    if not settings.samples and not settings.greedy:
+        raise ValueError("--samples 0 with --no-greedy leaves nothing to measure.")
+    if settings.temperature is not None and not settings.temperature > 0:
+        raise ValueError("--temperature must be above 0; for greedy decoding alone use --samples 0.")
+    if settings.split not in ("test", "train"):
+        near = meant(settings.split, ("test", "train"))
+        raise ValueError(f"split must be 'train' or 'test', got {settings.split!r}{near}")
+    out = None if settings.out is None else Path(settings.out)
+    if out is not None:
+        check_file(out, _is_evaluation)
+    if settings.completions is not None:
+        if out is not None and Path(settings.completions).resolve() == out.resolve():
+            raise ValueError(f"--out and --save-completions both name {out}; give two files.")
+        check_file(Path(settings.completions), _holds_completions)
+    check_source(settings.task, settings.dataset, settings.reward)
+    for name in settings.also:
+        check_task_name(name)
+    if (Path(settings.model).expanduser() / CONFIG).is_file():
+        if settings.adapter is not None:
+            raise ValueError(f"{settings.model} is an adapter itself; give its base model, or leave --adapter out.")
+    else:
+        check_model_name(settings.model, settings.revision)
+
+
+def _is_evaluation(file: Path) -> bool:
+    """Whether an earlier evaluation wrote `file`, so that nothing is lost by replacing it."""
+    try:
+        return read_fields(file).get("format") == EvaluationRecord.FORMAT
+    except ValueError:
+        return False
+
+
+def _holds_completions(file: Path) -> bool:
+    """Whether an earlier evaluation wrote `file`: completions, one a line."""
+    try:
+        with file.open(encoding="utf-8") as lines:
+            first = json.loads(next(lines))
+    except (ValueError, StopIteration):
+        return False
+    return isinstance(first, dict) and {"model", "decoding", "completion", "reward"} <= first.keys()
+
+
+def check_sweep(model: str, task: str, algorithm: str, layers: str, out: Path) -> None:
+    """Raise ValueError, in one line, for a sweep that cannot be."""
+    if not load_algorithm(algorithm).online:
+        raise ValueError(f"a sweep compares runs by their reward; {algorithm} is offline, choose one such as grpo")
+    check_task_name(task)
+    if layers != "all":
+        parse_layers(layers)
+    check_model_name(model)
+    check_folder(out, lambda folder: (folder / "rows").is_dir())
+
+
+def check_demo(out: Path, task: str, layer: str, model: str | None) -> None:
+    """Raise ValueError, in one line, for a demo that cannot be."""
+    check_folder(out, lambda folder: (folder / DEMO).is_file())  # run_demo looks closer
+    if task not in DEMO_TASKS:
+        raise ValueError(
+            f"the demo knows the tasks {' and '.join(DEMO_TASKS)}, not {task!r}, and onelayer train takes all"
+            f"{meant(task, DEMO_TASKS)}"
+        )
+    if layer != "auto":
+        parse_layers(layer)
+    if model is not None:
+        check_model_name(model)

@@ -1,0 +1,164 @@
+"""A model and adapters of it answering the same prompts, from one copy of the base in memory."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from peft import PeftModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, TextStreamer, set_seed
+
+from peft_onelayer.records.files import CONFIG, read_fields
+from peft_onelayer.records.locate import adapter_folder, check_model_name, holds_adapter
+from peft_onelayer.records.text import one_line
+
+from .models import check_adapter_folder, load_adapter, load_causal_lm, quiet_logs, to_device, without_progress_bars
+from .progress import Progress
+
+BASE = "base"
+
+
+class Speakers:
+    """The base and its adapters, each with a conversation of its own.
+
+    Args:
+        model: a base, or an adapter, which names its base: folders or Hub ids.
+        adapters: more of them, on the same base.
+        revision: Hub revision of the base.
+        trust_remote_code: run the Python code that comes with the base.
+        chat: give prompts as messages of a user; None for: if the tokenizer has a chat template.
+        progress: is told what goes on.
+
+    Attributes:
+        names: "base", and the adapters as they were given.
+
+    Raises:
+        ValueError: in one line: a model or an adapter that is not there, or does not fit.
+    """
+
+    def __init__(
+        self,
+        model: str,
+        adapters: Sequence[str] = (),
+        *,
+        revision: str | None = None,
+        trust_remote_code: bool = False,
+        chat: bool | None = None,
+        progress: Progress | None = None,
+    ) -> None:
+        progress, names = progress or Progress(), list(adapters)
+        with without_progress_bars(), quiet_logs():
+            if holds_adapter(model):
+                names.insert(0, model)
+                fields = read_fields(adapter_folder(model) / CONFIG)
+                model, revision = fields.get("base_model_name_or_path") or "", revision or fields.get("revision")
+                if not model:
+                    raise ValueError(f"{names[0]} does not name its base model; give the base, then the adapter.")
+            if twice := [name for name in names if names.count(name) > 1]:
+                raise ValueError(f"{twice[0]} is given twice; name each adapter once.")
+            check_model_name(model)
+            folders = [adapter_folder(name) for name in names]
+            for name, folder in zip(names, folders, strict=True):
+                check_adapter_folder(folder, name)
+            with progress.status(f"loading {model} ..."):
+                base, self.tokenizer = load_causal_lm(model, revision, trust_remote_code=trust_remote_code)
+            to_device(base)
+            self.chat = bool(self.tokenizer.chat_template) if chat is None else chat
+            if self.chat and not self.tokenizer.chat_template:
+                raise ValueError(f"--chat needs a chat template, which the tokenizer of {model} has not; use --plain")
+            self.model = _with_adapters(base, folders)
+        self.names = [BASE, *names]
+        self.said: dict[str, list[dict[str, str]]] = {name: [] for name in self.names}
+
+    def answer(
+        self,
+        name: str,
+        prompt: str,
+        on_text: Callable[[str], None],
+        *,
+        max_tokens: int = 256,
+        temperature: float = 0.0,
+        seed: int = 0,
+    ) -> str:
+        """Answer `prompt`, which continues the conversation with `name` where prompts are messages.
+
+        Args:
+            name: one of `names`.
+            prompt: the user's text.
+            on_text: is given the text piece by piece.
+            max_tokens: where the answer is cut.
+            temperature: of sampling; 0 for greedy decoding.
+            seed: of sampling, the same for every speaker.
+
+        Raises:
+            ValueError: a prompt without tokens, or one that leaves the model no room.
+        """
+        messages = [*self.said[name], {"role": "user", "content": prompt}]
+        if self.chat:
+            written = self.tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=True)
+            ids = written["input_ids"]
+        else:
+            ids = self.tokenizer(prompt).input_ids
+        room = getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
+        if not ids:
+            raise ValueError("the prompt holds no token; give some text")
+        if room and len(ids) >= room:
+            raise ValueError(f"the prompt has {len(ids)} tokens, and the model has room for {room}; give a shorter one")
+        inputs = torch.tensor([ids], device=self.model.device)
+        streamer = _Stream(self.tokenizer, on_text)
+        set_seed(seed)
+        sampled = {"do_sample": True, "temperature": temperature} if temperature else {"do_sample": False}
+        with self._speaking(name), torch.no_grad():
+            output = self.model.generate(
+                input_ids=inputs,
+                attention_mask=torch.ones_like(inputs),
+                max_new_tokens=min(max_tokens, room - len(ids)) if room else max_tokens,
+                streamer=streamer,
+                pad_token_id=self.tokenizer.pad_token_id or self.tokenizer.eos_token_id,
+                **sampled,
+            )
+        text = self.tokenizer.decode(output[0, len(ids) :], skip_special_tokens=True)
+        if self.chat:
+            self.said[name] = [*messages, {"role": "assistant", "content": text}]
+        return text
+
+    @contextmanager
+    def _speaking(self, name: str) -> Iterator[None]:
+        if not isinstance(self.model, PeftModel):
+            yield
+        elif name == BASE:
+            with self.model.disable_adapter():
+                yield
+        else:
+            self.model.set_adapter(_key(self.names.index(name) - 1), inference_mode=True)
+            yield
+
+
+def _with_adapters(base: PreTrainedModel, folders: Sequence[Path]) -> PreTrainedModel | PeftModel:
+    if not folders:
+        return base
+    model = load_adapter(base, folders[0])
+    for i, folder in enumerate(folders[1:], start=1):
+        try:
+            model.load_adapter(str(folder), _key(i))
+        except (OSError, ValueError, KeyError, TypeError, RuntimeError) as error:
+            raise ValueError(f"{folder} does not load beside {folders[0]}: {one_line(error)}") from error
+    return model.eval()
+
+
+def _key(i: int) -> str:
+    """PEFT's name of the adapter number i; a name may hold no dot."""
+    return "default" if i == 0 else f"adapter{i}"
+
+
+class _Stream(TextStreamer):
+    """Hands on the text behind the prompt as it comes."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, on_text: Callable[[str], None]) -> None:
+        super().__init__(tokenizer, skip_prompt=True, skip_special_tokens=True)
+        self.on_text = on_text
+
+    def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
+        self.on_text(text)

@@ -1,0 +1,183 @@
+"""The report: every figure is the record's, nothing is loaded, and a browser shows it."""
+
+import dataclasses
+import json
+import re
+import shutil
+import subprocess
+from html import unescape
+from html.parser import HTMLParser
+from pathlib import Path
+
+import pytest
+
+from peft_onelayer.records.evaluation import EvaluationRecord, Example
+from peft_onelayer.records.files import read_fields
+from peft_onelayer.records.movement import Movement, TensorMovement
+from peft_onelayer.records.ranking import LayerRanking
+from peft_onelayer.records.run import RunRecord
+from peft_onelayer.report.page import Subject, report_page
+from peft_onelayer.runs.report import read_subject
+
+OLD = Path(__file__).parents[1] / "records" / "old"
+HOSTILE = "</pre><script>document.title='taken'</script>&\"'"
+
+
+class Page(HTMLParser):
+    """The tables of a page by their names, each a list of rows of values; ids, marks and addresses."""
+
+    def __init__(self, text):
+        super().__init__()
+        self.tables, self.ids, self.tips, self.addresses, self.scripts, self.row = {}, [], [], [], 0, None
+        self.feed(text)
+
+    def handle_starttag(self, tag, attributes):
+        found = dict(attributes)
+        self.ids += [found["id"]] if "id" in found else []
+        self.tips += [found["data-tip"]] if "data-tip" in found else []
+        self.addresses += [found[name] for name in ("src", "href", "xlink:href") if name in found]
+        self.scripts += tag == "script"
+        if tag == "div" and found.get("class") == "table":
+            self.rows = self.tables[found["aria-label"]] = []
+        elif tag == "tr":
+            self.rows.append([])
+        elif tag in ("td", "th") and "data-value" in found:
+            self.rows[-1].append(json.loads(found["data-value"]))
+        elif tag == "td":
+            self.rows[-1].append(None)
+
+
+@pytest.fixture
+def subject():
+    run = RunRecord.from_file(OLD / "train" / "run.json")
+    tensors = [
+        TensorMovement(f"model.layers.{k}.{name}", "float32", "float32", 100, 90, 10 * k, 9 * k, 0.5 * k, 0.1)
+        for k in (1, 5)
+        for name in ("mlp.weight", "norm.weight")
+    ]
+    results = dataclasses.replace(run.results, movement=Movement(tensors))
+    evaluation = EvaluationRecord.from_file(OLD / "train" / "eval.json")
+    examples = [Example("greedy", HOSTILE, "1", 0.0, "2", 1.0)]
+    return Subject(
+        "my <run>",
+        dataclasses.replace(run, results=results, why=HOSTILE),
+        dataclasses.replace(evaluation, examples=examples),
+        LayerRanking.from_file(OLD / "sweep.json"),
+        [{"step": 1, "reward": 0.123456789, "entropy": 1.5}, {"step": 2, "reward": 0.25}],
+        bytes=12345,
+        beside={"depth prior": [0.1 * k for k in range(8)]},
+    )
+
+
+@pytest.fixture
+def page(subject):
+    return report_page([subject])
+
+
+def test_every_figure_is_the_records(subject, page):
+    tables = Page(page).tables
+    profile, sweep = subject.ranking, subject.ranking.sweep
+    rows = tables["Layer profile"][1:]
+    assert [row[0] for row in rows] == sweep.contribution
+    assert [row[1] for row in rows] == sweep.contribution_errors
+    assert [row[2] for row in rows] == profile.scores and [row[3] for row in rows] == profile.errors
+    assert [row[4] for row in rows] == subject.beside["depth prior"]
+    assert tables["Training"][1:] == [[0.123456789, 1.5], [0.25, None]]
+    moved = subject.run.results.movement.tensors
+    assert tables["Where the change sits"][1:] == [
+        [t.entries, t.changed, t.changed / t.entries, t.norm, t.relative] for t in moved
+    ]
+    means = [row[1] for row in tables["Mean reward"][1:]]
+    for measured in subject.evaluation.results.values():
+        assert {measured.base.mean, measured.adapter.mean, measured.difference.mean} <= set(means)
+    assert [12345] in tables["Sizes and costs"]
+
+
+def test_it_loads_nothing_and_every_bar_says_its_value(subject, page):
+    found = Page(page)
+    assert all(address.startswith(("#", "data:")) for address in found.addresses)
+    assert not re.search(r"url\((?!#)|@import|https?://(?!www\.w3\.org|purl|creativecommons)", page)
+    assert len(found.ids) == len(set(found.ids))
+    blocks = [tip for tip in found.tips if tip.startswith("block ")]
+    panels, cells = 3, 4  # contribution, gain and prior of 8 blocks each; two tensors of two blocks
+    assert len(blocks) == panels * 8 + cells
+    contribution, error = subject.ranking.sweep.contribution[2], subject.ranking.sweep.contribution_errors[2]
+    assert f"block 2: {contribution:.4g} ± {error:.2g}" in found.tips
+    assert "block 5, mlp.weight: 50.00%" in found.tips
+
+
+def test_what_a_record_says_is_text(page):
+    assert Page(page).scripts == 1 and "<script>document" not in page and "my &lt;run&gt;" in page
+
+
+def test_several_stand_side_by_side(subject):
+    other = dataclasses.replace(subject, name="other", run=None, evaluation=None, log=[])
+    rows = Page(report_page([subject, other])).tables["Side by side"]
+    first = next(iter(subject.evaluation.results.values()))
+    assert rows[1][2:5] == [first.base.mean, first.adapter.mean, first.difference.mean]
+    assert rows[2][2:] == [None] * 5
+
+
+def test_the_command(onelayer, tmp_path):
+    for name, source in (("run", OLD / "train"), ("sweep", OLD)):
+        (tmp_path / name).mkdir()
+        for file in ("run.json", "eval.json"):
+            if (source / file).exists():
+                shutil.copy(source / file, tmp_path / name)
+    shutil.copy(OLD / "sweep.json", tmp_path / "sweep" / "layer_profile.json")
+    html = tmp_path / "new" / "report.html"
+    code, _, out = onelayer("report", tmp_path / "run", tmp_path / "sweep", "--html", html)
+    assert code == 0 and out == "" and "<title>onelayer: " in html.read_text()
+    assert onelayer("report", tmp_path / "run", "--html", html)[0] == 0  # replaced by a later one
+    code, _, out = onelayer("report", tmp_path / "sweep")
+    scores = read_fields(OLD / "sweep.json")["contribution"]
+    assert code == 0 and all(f"{score:+.3g}" in out for score in scores)
+    (tmp_path / "mine.html").write_text("mine")
+    for arguments, message in (
+        (["nowhere"], "no file or folder nowhere"),
+        ([tmp_path], "holds no run.json, layer_profile.json or eval.json"),
+        ([tmp_path / "run", "--html", "x.pdf"], "such as report.html"),
+        ([tmp_path / "run", "--html", tmp_path / "mine.html"], "exists and is another file"),
+    ):
+        code, lines, _ = onelayer("report", *arguments)
+        assert code == 1 and len(lines) == 1 and message in lines[0], lines
+
+
+def test_what_is_known_without_a_measurement_stands_beside():
+    subject = read_subject(str(OLD / "race.json"))
+    assert list(subject.beside) == ["depth prior"]
+    assert len(subject.beside["depth prior"]) == subject.ranking.num_layers
+
+
+PROBE = """
+<script>
+addEventListener("load", () => {
+  const said = [];
+  for (const mark of [...document.querySelectorAll(".tip")].slice(0, 3)) {
+    mark.focus();
+    said.push([mark.dataset.tip, tip.hidden ? "" : tip.textContent, document.activeElement === mark]);
+  }
+  document.querySelector("h1").dispatchEvent(new MouseEvent("mouseover", {bubbles: true}));
+  const wide = document.documentElement.scrollWidth - document.documentElement.clientWidth;
+  document.body.dataset.said = JSON.stringify({said, hidden: tip.hidden, wide, title: document.title});
+});
+</script>
+"""
+
+
+@pytest.mark.more
+@pytest.mark.parametrize("size", ["1280,900", "500,900"])
+def test_a_browser_shows_it(page, tmp_path, size):
+    browser = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+    if browser is None:
+        pytest.skip("no Chromium here; apt-get install chromium")
+    (tmp_path / "page.html").write_text(page.replace("</body>", f"{PROBE}</body>"))
+    command = [browser, "--headless", "--no-sandbox", "--disable-gpu", "--enable-logging=stderr", "--dump-dom"]
+    command += [f"--window-size={size}", f"--user-data-dir={tmp_path / 'profile'}", (tmp_path / "page.html").as_uri()]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True)
+    assert "CONSOLE" not in done.stderr, done.stderr
+    said = json.loads(unescape(re.search(r"data-said=\"(.*?)\"", done.stdout)[1]))
+    assert len(said["said"]) == 3 and all(tip == shown and active for tip, shown, active in said["said"])
+    assert said["hidden"] and said["wide"] <= 0 and said["title"] == "onelayer: my <run>"
+    tables = Page(done.stdout).tables
+    assert tables["Layer profile"] == Page(page).tables["Layer profile"]
