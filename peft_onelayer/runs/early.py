@@ -13,6 +13,7 @@ import os
 from pathlib import Path
 
 from peft_onelayer.layers import parse_layers
+from peft_onelayer.records.claim import claimed
 from peft_onelayer.records.evaluation import EvaluationRecord
 from peft_onelayer.records.files import CONFIG, TargetError, check_file, check_folder, read_fields
 from peft_onelayer.records.locate import check_model_name
@@ -61,7 +62,8 @@ def check_training(settings: TrainingSettings, *, resume: bool = False) -> None:
         raise ValueError("use_vllm needs vLLM, which is not installed; pip install 'trl[vllm]', or leave use_vllm out")
     check_model_name(settings.model, settings.revision)
     if os.environ.get("RANK", "0") == "0":
-        RunFolder(Path(settings.out), resume)
+        with claimed(Path(settings.out)):  # a run that goes on is named before what its folder lacks yet
+            RunFolder(Path(settings.out), resume)
 
 
 def _check_blocks(settings: TrainingSettings, algorithm: Algorithm) -> None:

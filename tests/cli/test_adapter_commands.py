@@ -65,7 +65,9 @@ def merged_by_peft(files, *names):
 def test_inspect_without_and_with_the_base(onelayer, files):
     code, lines, out = onelayer("inspect", files / "one")
     assert (code, lines) == (0, [])
-    assert "block 1 of 4, model.layers.1.*" in out and "mlp.down_proj.weight" in out and "32 x 48" in out
+    assert (
+        "block 1 of 4, model.layers.1.*" in " ".join(out.split()) and "mlp.down_proj.weight" in out and "32 x 48" in out
+    )
     assert "? │" not in out and "density" not in out and "how much changed: onelayer inspect" in out
     assert "algorithm: grpo\n" in out and "task: arithmetic\n" in out and "seed: 7\n" in out
     assert f"base: {files / 'base'}\n" in out

@@ -128,7 +128,9 @@ def test_of_a_hub_data_set_the_train_split_is_read(monkeypatch):
 
 @pytest.mark.parametrize("source", ["no-such-file.jsonl", "folder/no-such-file.jsonl", "three/parts/name", "."])
 def test_what_is_not_there_is_refused(source):
-    with pytest.raises(ValueError, match="^no file " + re.escape(source) + "; expected a .jsonl file, or a Hub data"):
+    with pytest.raises(
+        ValueError, match="^no file " + re.escape(source) + "; expected a .jsonl, .csv or .parquet file, or a Hub"
+    ):
         load_preferences(source, "preference")
 
 

@@ -76,7 +76,7 @@ def test_without_steps_it_finds_the_rate_that_a_run_would(layer):
 def test_where_nothing_can_be_learned_the_row_says_why(tmp_path):
     task = tmp_path / "hopeless.py"
     task.write_text(
-        "MAX_COMPLETION_TOKENS = 4\n\n\n"
+        "MAX_COMPLETION_TOKENS = 8\n\n\n"
         "def rows(split, n, seed):\n    return [{'prompt': f'A{i}+2='} for i in range(n)]\n\n\n"
         "def reward(prompts, completions, **kwargs):\n    return [0.0] * len(completions)\n"
     )
