@@ -14,7 +14,7 @@ from .common import SUMS
 sys.path.insert(0, str(Path(__file__).parents[1] / "hub"))  # the loopback Hub
 
 MODELS = Path(os.environ.get("ONELAYER_MODELS") or "~/.cache/onelayer-models").expanduser()
-RACED, TRAINED = 40, 12  # steps of the run that the blocks are raced for, and of the one that is made
+RACED, TRAINED = 60, 12  # steps of the run that the blocks are raced for, and of the one that is made
 
 
 def model_folder(name):
