@@ -58,9 +58,17 @@ def train(
     layer: Annotated[
         str,
         typer.Option(
-            help="Blocks to train: 14, -1, 3,5, 8-13, middle, mid-5, or auto to rank the blocks on the task first."
+            help="Blocks to train: 14, -1, 3,5, 8-13, middle, mid-5, top-5@ranking.json, worst-5@ranking.json, "
+            "full_attention, all, or auto to rank the blocks on the task first."
         ),
     ] = "auto",
+    mask: Annotated[
+        Path | None,
+        typer.Option(
+            help="Train only the entries of these blocks where this file holds True; see analyze --mask-out.",
+            show_default=False,
+        ),
+    ] = None,
     full: Annotated[bool, typer.Option("--full", help="Train every parameter instead: the baseline.")] = False,
     task: TaskName = None,
     dataset: Annotated[
@@ -163,8 +171,9 @@ def train(
             raise ValueError("--learning-rate and --set learning_rate say the same; give one of them")
         if sampling:
             given["sampling"] = sampling_from_text(sampling, PAIRS_OPTIONS)
-        if out is not None:
-            given["out"] = str(out)
+        for name, path in (("out", out), ("mask", mask)):
+            if path is not None:
+                given[name] = str(path)
         # for its messages; the texts are read with those of the file
         config_from_text(given.get("algorithm") or kept.get("algorithm") or "grpo", settings or [], TRAINING_OPTIONS)
         asked = settings_from(merged(kept, fields | given), str(source or "this command"))

@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from .adapter.merge import merge_into_checkpoint
     from .analysis.change import analyze_change
     from .analysis.compare import compare_adapters
+    from .analysis.mask import make_mask
     from .analysis.profiles import compare_profiles
     from .hub.profiles import load_profile
     from .hub.pull import pull_adapter
@@ -40,6 +41,7 @@ __all__ = [
     "layer_contribution",
     "load_profile",
     "load_task",
+    "make_mask",
     "merge_into_checkpoint",
     "probe_layers",
     "pull_adapter",
@@ -62,6 +64,7 @@ _MODULES = {  # of each name; imported on its first use
     "layer_contribution": ".sweep.metric",
     "load_profile": ".hub.profiles",
     "load_task": ".tasks",
+    "make_mask": ".analysis.mask",
     "merge_into_checkpoint": ".adapter.merge",
     "probe_layers": ".probe.probe",
     "pull_adapter": ".hub.pull",

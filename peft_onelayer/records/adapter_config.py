@@ -10,6 +10,21 @@ from .fields import read
 
 
 @dataclass(frozen=True)
+class MaskRecord:
+    """The entries that train under a mask.
+
+    Attributes:
+        trained: how many they are.
+        entries: of the tensors that they are in.
+        sha256: of the names and shapes of these tensors and the bits of their masks.
+    """
+
+    trained: int
+    entries: int
+    sha256: str
+
+
+@dataclass(frozen=True)
 class AdapterConfig:
     """The fields that mean something here; others are PEFT's and are not looked at.
 
@@ -30,6 +45,7 @@ class AdapterConfig:
     master_dtype: Literal["float32", "base"] = "float32"
     modules_to_save: list[str] | None = None
     saved_embeddings: list[str] | None = None
+    mask: MaskRecord | None = None
     layer_indices: list[int] | None = None
     num_layers: int | None = None
     encoding: dict[str, Any] | None = None

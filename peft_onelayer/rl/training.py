@@ -93,6 +93,7 @@ def train_rows(
     on_step: OnStep = lambda step, value: None,
     on_log: OnLog = lambda step, logs: None,
     callbacks: Sequence[TrainerCallback] = (),
+    mask: str | None = None,
     at_end: Callable[[nn.Module], None] = lambda model: None,
 ) -> TrainingResult:
     """Train `layers` of `model` on `rows` with the trainer of the recipe's algorithm.
@@ -111,6 +112,7 @@ def train_rows(
         on_step: called at every log with the step and the mean reward, or the loss where there is no reward.
         on_log: called before it with the step and all that the trainer logged.
         callbacks: for the trainer.
+        mask: file of the entries of these layers that train, as `SingleLayerConfig` takes it.
         at_end: is given the trained model before it is saved.
     """
     algorithm = recipe.algorithm
@@ -132,7 +134,7 @@ def train_rows(
     else:
         arguments["train_dataset"] = Dataset.from_list(rows)
     if layers is not None:
-        peft_config = SingleLayerConfig(layer=layers, task_type="CAUSAL_LM")
+        peft_config = SingleLayerConfig(layer=layers, mask=mask, task_type="CAUSAL_LM")
         if algorithm.takes_peft_config:
             arguments["peft_config"] = peft_config
         else:

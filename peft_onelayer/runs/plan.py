@@ -9,6 +9,8 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase, TrainingArguments
 
+from peft_onelayer.layers import check_layers
+from peft_onelayer.records.adapter_config import MaskRecord
 from peft_onelayer.records.privacy import holds_secrets
 from peft_onelayer.rl.algorithms import Algorithm, load_algorithm
 from peft_onelayer.rl.preferences import OfflineData, load_preferences
@@ -18,6 +20,7 @@ from peft_onelayer.rl.training import prompts_needed, steps_of_epochs
 from peft_onelayer.rollouts.prompts import check_prompt
 from peft_onelayer.rollouts.settings import Sampling
 from peft_onelayer.tasks import Task, open_task
+from peft_onelayer.tuner.mask import Mask
 
 from .models import check_model_name
 from .reporting import reporters
@@ -34,6 +37,7 @@ class TrainingPlan:
         data: that data, or None.
         algorithm: and the `recipe` with it, as `make_recipe` has it.
         config: of the trainer.
+        mask: record of the entries that train; None for all of the blocks'.
         sampling: of a ranking or of pairs, as the run itself samples; None where neither is wanted and vLLM samples.
 
     Raises:
@@ -58,6 +62,7 @@ class TrainingPlan:
         self.data: OfflineData | None = None
         if settings.dataset and self.task is None:
             self.data = load_preferences(settings.dataset, self.algorithm.data)
+        self.mask = None if settings.mask is None else MaskRecord(**Mask.read(settings.mask).record())
         check_model_name(settings.model)
 
     def _recipe(self, task: Task | None) -> Recipe:
@@ -178,6 +183,10 @@ def _check_choice(settings: TrainingSettings, algorithm: Algorithm, task: Task |
     """Refuse combinations that cannot train what was asked for."""
     if settings.full and settings.layer != "auto":
         raise ValueError(f"--full trains every parameter and --layer {settings.layer} a block; give one of them")
+    if settings.layer != "auto":
+        check_layers(settings.layer)
+    if settings.mask is not None and (settings.full or settings.layer == "auto"):
+        raise ValueError("--mask trains entries of given blocks; name them with --layer, or take --layer all")
     if settings.init_adapter is not None and settings.full:
         raise ValueError("--full trains every parameter and --init-adapter a block; give one of them")
     if settings.layer == "auto" and not (settings.full or settings.init_adapter) and not algorithm.online:

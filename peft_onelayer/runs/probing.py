@@ -6,7 +6,7 @@ from contextlib import nullcontext
 from pathlib import Path
 
 from peft_onelayer.hub.profiles import load_profile
-from peft_onelayer.layers import resolve_layers
+from peft_onelayer.layers import check_layers, resolve_layers
 from peft_onelayer.records.files import TargetError, check_file, output, write_whole
 from peft_onelayer.records.ranking import LayerRanking
 from peft_onelayer.rl.algorithms import load_algorithm
@@ -15,6 +15,7 @@ from peft_onelayer.rl.sampling import sampling_of_run
 from peft_onelayer.rollouts.prompts import check_prompt, with_chat_prompts
 from peft_onelayer.tasks import open_task
 from peft_onelayer.tuner import find_decoder_stack
+from peft_onelayer.tuner.stack import layer_kinds
 
 from .models import check_model_name, load_causal_lm, quiet_logs, to_device, without_progress_bars
 from .progress import Progress
@@ -66,13 +67,14 @@ def _probe(settings: ProbeSettings, progress: Progress) -> LayerRanking:
         if profile is not None:
             progress.note(f"the profile is of {profile.model}: {profile.method}, {profile.task}; {profile.source}")
         check_model_name(settings.model)
+        check_layers(settings.layers)
         with progress.status(f"loading {settings.model} ..."):
             base, tokenizer = load_causal_lm(
                 settings.model, settings.revision, trust_remote_code=settings.trust_remote_code
             )
         to_device(base)
         depth = len(find_decoder_stack(base).blocks)
-        layers = None if settings.layers == "all" else resolve_layers(settings.layers, depth)
+        layers = None if settings.layers == "all" else resolve_layers(settings.layers, depth, layer_kinds(base))
         task, _ = with_chat_prompts(task, tokenizer, settings.chat)
         row = task.rows("train", 1, settings.seed)[0]
         check_prompt(row, tokenizer, settings.model, sampling.chat_template_kwargs)

@@ -70,6 +70,7 @@ class TrainingSettings(Source):
     Attributes:
         out: new folder for the adapter, run.json and the checkpoints.
         layer: blocks to train, as `SingleLayerConfig` takes them, or "auto" to rank the blocks on the task first.
+        mask: safetensors file of the entries of these blocks that train, as `SingleLayerConfig` takes it.
         full: train every parameter instead: the baseline.
         algorithm: a name for `load_algorithm`.
         steps: optimizer steps; None for those that `num_train_epochs` in `config` asks for, else for 150 and, offline,
@@ -97,6 +98,7 @@ class TrainingSettings(Source):
 
     out: str | Path
     layer: int | str | Sequence[int] = "auto"
+    mask: str | None = None
     full: bool = False
     algorithm: str = "grpo"
     steps: int | None = None

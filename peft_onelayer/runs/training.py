@@ -18,7 +18,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallba
 
 from peft_onelayer.analysis.movement import movement_of_files, movement_of_model
 from peft_onelayer.hub.card import model_card
-from peft_onelayer.layers import resolve_layers
+from peft_onelayer.layers import names_a_file, resolve_layers
 from peft_onelayer.probe.race import NothingToLearnError
 from peft_onelayer.probe.rate import informative_completions
 from peft_onelayer.records.disk import disk_errors
@@ -30,6 +30,7 @@ from peft_onelayer.records.text import name_blocks
 from peft_onelayer.rl.training import completions_per_step, steps_of_epochs, train_rows
 from peft_onelayer.rollouts.prompts import with_chat_prompts
 from peft_onelayer.tuner import find_decoder_stack
+from peft_onelayer.tuner.stack import layer_kinds
 
 from .describe import describe_config, describe_machine, describe_model, is_main_process
 from .first_rewards import FirstRewards
@@ -116,9 +117,9 @@ class _Training:
         num_layers, chat = len(find_decoder_stack(base).blocks), None
         layers = None
         if settings.init_adapter is not None:
-            layers = self._blocks_of_adapter(settings.init_adapter, num_layers)
+            layers = self._blocks_of_adapter(settings.init_adapter, num_layers, layer_kinds(base))
         elif not settings.full and settings.layer != "auto":
-            layers = resolve_layers(settings.layer, num_layers)
+            layers = resolve_layers(settings.layer, num_layers, layer_kinds(base))
         if plan.task is not None:
             plan.task, chat = with_chat_prompts(plan.task, tokenizer, settings.chat)
             plan.check_prompts(tokenizer)
@@ -187,7 +188,7 @@ class _Training:
                 self.progress.note("no checkpoint had been written yet")
             raise
 
-    def _blocks_of_adapter(self, name: str, num_layers: int) -> list[int]:
+    def _blocks_of_adapter(self, name: str, num_layers: int, kinds: list[str] | None) -> list[int]:
         """The blocks of the adapter to start from, of which it keeps the folder and the digest.
 
         Raises:
@@ -197,8 +198,8 @@ class _Training:
         fields = read_fields(self.init_adapter / CONFIG)
         if fields.get("peft_type") != "SINGLE_LAYER" or not (self.init_adapter / WEIGHTS).exists():
             raise ValueError(f"--init-adapter {name} is no adapter that onelayer train wrote; export keeps its folder")
-        layers = resolve_layers(fields["layer"], num_layers)
-        if self.settings.layer != "auto" and resolve_layers(self.settings.layer, num_layers) != layers:
+        layers = resolve_layers(fields.get("layer_indices") or fields["layer"], num_layers)
+        if self.settings.layer != "auto" and resolve_layers(self.settings.layer, num_layers, kinds) != layers:
             raise ValueError(
                 f"--init-adapter {name} holds {name_blocks(layers)} and --layer {self.settings.layer} names others; "
                 "leave out --layer"
@@ -208,6 +209,8 @@ class _Training:
     def _record(self, base: PreTrainedModel, layers: list[int] | None, chat: bool | None) -> RunRecord:
         settings, task, data = self.settings, self.plan.task, self.plan.data
         layer = settings.layer if isinstance(settings.layer, (int, str)) else list(settings.layer)
+        if names_a_file(layer):
+            layer = layers or layer
         return RunRecord(
             command=self.command,
             settings=RunSettings(
@@ -224,6 +227,7 @@ class _Training:
                 pairs_from_task=settings.pairs_from_task,
                 sampling=dict(settings.sampling) or None,
                 trust_remote_code=settings.trust_remote_code or None,
+                mask=self.plan.mask,
                 init_adapter=_describe_adapter(str(settings.init_adapter), self.init_adapter)
                 if self.init_adapter
                 else None,
@@ -283,6 +287,7 @@ class _Training:
                     save_to=scratch,
                     on_step=lambda step, value: update(step, f"{kind} {value:.3g}"),
                     on_log=log.write if log else lambda step, logs: None,
+                    mask=self.settings.mask,
                     callbacks=[
                         *self.judge.during(folder.checkpoints, folder.main),
                         *self._first_rewards(base, tokenizer),

@@ -17,6 +17,7 @@ from peft_onelayer.runs.models import load_skeleton
 from peft_onelayer.tasks import load_task
 from peft_onelayer.tuner import find_decoder_stack
 from peft_onelayer.tuner.model import commit_hash
+from peft_onelayer.tuner.stack import layer_kinds
 
 from .run_layer import Row, RunSpec
 from .settings import SWEEP_OPTIONS, SweepSettings
@@ -112,7 +113,7 @@ def plan_sweep(settings: SweepSettings) -> Plan:
     sampling = sampling_of_run(algorithm, config)
     model, tokenizer = load_skeleton(settings.model, settings.revision, trust_remote_code=settings.trust_remote_code)
     num_layers = len(find_decoder_stack(model).blocks)
-    layers = list(range(num_layers)) if settings.layers == "all" else resolve_layers(settings.layers, num_layers)
+    layers = resolve_layers(settings.layers, num_layers, layer_kinds(model))
     rates, full_rate = _learning_rates(settings, layers)
     asked, chat = with_chat_prompts(task, tokenizer, settings.chat)
     check_prompt(asked.rows("test", 1, 0)[0], tokenizer, settings.model, sampling.chat_template_kwargs)
