@@ -19,7 +19,23 @@ import typer
 from peft_onelayer.records.privacy import without_secrets
 from peft_onelayer.records.text import one_line
 
-from . import analyze, compare, demo, eval, export, inspect, merge, probe, pull, push, recipes, search, sweep, train
+from . import (
+    analyze,
+    combine,
+    compare,
+    demo,
+    eval,
+    export,
+    inspect,
+    merge,
+    probe,
+    pull,
+    push,
+    recipes,
+    search,
+    sweep,
+    train,
+)
 from ._errors import LIMIT, UserError
 
 app = typer.Typer(
@@ -61,6 +77,7 @@ app.command("analyze", epilog=analyze.EXAMPLES)(analyze.analyze)
 app.command("compare", epilog=compare.EXAMPLES)(compare.compare)
 app.command("merge")(merge.merge)
 app.command("export")(export.export)
+app.command("combine", epilog=combine.EXAMPLES)(combine.combine)
 app.command("push")(push.push)
 app.command("pull")(pull.pull)
 app.command("search")(search.search)

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 from .registration import register
 
 if TYPE_CHECKING:
+    from .adapter.combine import combine_adapters
     from .adapter.export import export_adapter
     from .adapter.inspection import inspect_adapter
     from .adapter.merge import merge_into_checkpoint
@@ -34,6 +35,7 @@ __all__ = [
     "SweepSettings",
     "__version__",
     "analyze_change",
+    "combine_adapters",
     "compare_adapters",
     "compare_profiles",
     "export_adapter",
@@ -57,6 +59,7 @@ _MODULES = {  # of each name; imported on its first use
     "SingleLayerModel": ".tuner",
     "SweepSettings": ".sweep.settings",
     "analyze_change": ".analysis.change",
+    "combine_adapters": ".adapter.combine",
     "compare_adapters": ".analysis.compare",
     "compare_profiles": ".analysis.profiles",
     "export_adapter": ".adapter.export",

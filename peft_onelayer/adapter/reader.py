@@ -52,6 +52,12 @@ class AdapterFile:
     trained_on: BaseRecord | None
 
     @property
+    def masks(self) -> dict[str, str]:
+        """Of a dense adapter that was trained under a mask: the keys of the masks' bits, by the key of their tensor."""
+        found = {key: f"{key}{MASK}" for group in self.keys.values() for key in group.values()}
+        return {key: mask for key, mask in found.items() if mask in self.stored and _is_mask(mask, self.stored)}
+
+    @property
     def encoding(self) -> str:
         """ "dense" or "sparse"."""
         return "dense" if self.sparse is None else "sparse"

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
+from peft_onelayer.adapter.largest import PASSES, Largest
+from peft_onelayer.adapter.stored import header
 from peft_onelayer.records.files import check_file, output, whole_file
 
 from .change import recorded_revision
@@ -20,7 +21,6 @@ if TYPE_CHECKING:
     import torch
 
 PIECE = 2**19  # entries looked at in one go
-DIGITS = 16  # bits of a score that one pass over the entries decides
 SUFFIX = ".safetensors"
 
 
@@ -101,18 +101,13 @@ def make_mask(
         if revision is None:
             revision = recorded_revision(base, others)
         change = open_change(open_base(base, revision), others, ", ".join(map(str, names)), allow_other_base)
-        passes = 2 if share is None and random is None else 2 + 64 // DIGITS
+        passes = 2 if share is None and random is None else 2 + PASSES
         chosen = _Chosen(change, share, random, seed, lambda done: on_progress(done, passes * change.entries))
         return chosen.write(path)
 
 
 class _Chosen:
-    """Which entries of the tensors of `change` are True.
-
-    Of a share, they are those with a score above a threshold and the first ones at it. The score is the change or a
-    random number, not negative, so that its bits as an integer order as it does; the threshold is found 16 bits in
-    each pass, from how many entries have which next bits.
-    """
+    """Which entries of the tensors of `change` are True."""
 
     def __init__(
         self,
@@ -124,81 +119,49 @@ class _Chosen:
     ) -> None:
         self.change, self.random, self.seed, self.on_progress = change, random is not None, seed, on_progress
         self.done = 0
-        self.threshold, self.at_threshold = -1, 0
-        self.by_share = share is not None or random is not None
+        self.largest: Largest | None = None
         wanted = share if share is not None else random
         if wanted is not None:
-            self._find_threshold(round(wanted * change.entries))
+            if (count := round(wanted * change.entries)) < 1:
+                raise ValueError(f"{wanted} of {change.entries} entries is less than one; give a larger share.")
+            self.largest = Largest(lambda: (size for name in change.names for size, _ in self._pieces(name)), count)
 
     def _pieces(self, name: str) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-        """Of a tensor, piece by piece: the scores' bits, (n,) int64, and whether the entries changed, (n,)."""
+        """Of a tensor, piece by piece: the scores, (n,) float64, and whether the entries changed, (n,)."""
         pair = self.change.pair(name)
         entries = math.prod(pair.base.shape)
         for start in range(0, entries, PIECE):
             stop = min(start + PIECE, entries)
             changed, size = _compare(pair, start, stop)
             if self.random:
-                # whatever the tensors' sizes, the same number for the same entry
                 key = [self.seed, self.change.names.index(name), start]
                 size = np.random.default_rng(key).random(stop - start) + 1.0  # above 0: every entry may be drawn
             self.done += stop - start
             self.on_progress(self.done)
-            yield size.view(np.int64), changed
+            yield size, changed
 
-    def _find_threshold(self, wanted: int) -> None:
-        """Set the threshold such that `wanted` entries are taken, or all with a score above 0 where these are fewer."""
-        if wanted < 1:
-            raise ValueError("the share is less than one entry; give a larger one.")
-        prefix, left = 0, wanted
-        for shift in range(64 - DIGITS, -1, -DIGITS):
-            counts = np.zeros(2**DIGITS, dtype=np.int64)
-            for name in self.change.names:
-                for bits, _ in self._pieces(name):
-                    bits = bits[bits > 0]
-                    same = bits >> (shift + DIGITS) == prefix if shift + DIGITS < 64 else np.ones(len(bits), bool)
-                    counts += np.bincount((bits[same] >> shift) & (2**DIGITS - 1), minlength=2**DIGITS)
-            above = np.cumsum(counts[::-1])[::-1]  # with this digit or a larger one
-            if above[0] < left:  # in the first pass: fewer entries have a score than are wanted
-                return
-            digit = int(np.flatnonzero(above >= left)[-1])
-            left -= int(above[digit]) - int(counts[digit])
-            prefix = (prefix << DIGITS) | digit
-        self.threshold, self.at_threshold = prefix, left
-
-    def _masks(self, name: str, at_threshold: int) -> Iterator[tuple[np.ndarray, int, int]]:
-        """Of a tensor, piece by piece: the mask, the entries at the threshold that are left to take, and how many
-        changed."""
-        for bits, changed in self._pieces(name):
-            mask = changed
-            if self.by_share:
-                mask = bits > max(self.threshold, 0)
-                equal = np.flatnonzero(bits == self.threshold)[:at_threshold]
-                mask[equal] = True
-                at_threshold -= len(equal)
-            yield mask, at_threshold, int(np.count_nonzero(changed))
+    def _masks(self) -> Iterator[tuple[str, np.ndarray, int]]:
+        """Piece by piece: the tensor's name, the mask, and how many entries changed."""
+        taken = None if self.largest is None else self.largest.walk()
+        for name in self.change.names:
+            for size, changed in self._pieces(name):
+                yield name, changed if taken is None else taken(size), int(np.count_nonzero(changed))
 
     def write(self, path: Path) -> MaskSummary:
         """Write the masks; the file appears complete or not at all."""
-        counts: dict[str, tuple[int, int]] = {}
-        starts: dict[str, int] = {}
-        changed, rest = 0, self.at_threshold
-        for name in self.change.names:
-            starts[name], trained = rest, 0
-            for mask, rest, moved in self._masks(name, starts[name]):  # noqa: B007  used for the next tensor
-                trained += int(np.count_nonzero(mask))
-                changed += moved
-            if trained:
-                counts[name] = trained, math.prod(self.change.pair(name).base.shape)
-        if not counts:
+        trained, changed = dict.fromkeys(self.change.names, 0), 0
+        for name, mask, moved in self._masks():
+            trained[name] += int(np.count_nonzero(mask))
+            changed += moved
+        names = [name for name, count in trained.items() if count]
+        if not names:
             raise ValueError(f"{self.change.label} changes no entry of the base: there is nothing to make a mask of.")
         with whole_file(path) as staging, staging.open("wb") as file:
-            file.write(_header({name: self.change.pair(name).base.shape for name in counts}))
-            for name in counts:
-                for mask, _, _ in self._masks(name, starts[name]):
+            file.write(header({name: ("BOOL", self.change.pair(name).base.shape) for name in names}))
+            for name, mask, _ in self._masks():
+                if trained[name]:
                     file.write(mask.tobytes())
-        return MaskSummary(
-            path, len(counts), sum(trained for trained, _ in counts.values()), self.change.entries, changed
-        )
+        return MaskSummary(path, len(names), sum(trained.values()), self.change.entries, changed)
 
 
 def _compare(pair: Pair, start: int, stop: int) -> tuple[np.ndarray, np.ndarray]:
@@ -208,15 +171,3 @@ def _compare(pair: Pair, start: int, stop: int) -> tuple[np.ndarray, np.ndarray]
     if not math.isfinite(float(size.max())):
         raise ValueError(f"{pair.name} holds NaN or Inf: its change cannot be measured.")
     return (other.to(base.dtype) != base).numpy(), size.numpy()
-
-
-def _header(shapes: dict[str, tuple[int, ...]]) -> bytes:
-    """The head of a safetensors file of boolean tensors, in this order."""
-    head: dict[str, Any] = {}
-    end = 0
-    for name, shape in shapes.items():
-        start, end = end, end + math.prod(shape)
-        head[name] = {"dtype": "BOOL", "shape": list(shape), "data_offsets": [start, end]}
-    text = json.dumps(head, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)
-    return len(text).to_bytes(8, "little") + text

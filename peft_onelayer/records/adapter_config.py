@@ -25,6 +25,34 @@ class MaskRecord:
 
 
 @dataclass(frozen=True)
+class Part:
+    """An adapter that another was made of.
+
+    Attributes:
+        name: its id on the Hub, or the name of its folder.
+        sha256: of its weights' file.
+    """
+
+    name: str
+    sha256: str
+
+
+@dataclass(frozen=True)
+class CombinedRecord:
+    """How an adapter was made of others.
+
+    Attributes:
+        method: of `combine_adapters`.
+        parts: the adapters, in their order.
+        stage_four: the tasks that the result was trained on afterwards; None for none.
+    """
+
+    method: str
+    parts: list[Part]
+    stage_four: str | None = None
+
+
+@dataclass(frozen=True)
 class AdapterConfig:
     """The fields that mean something here; others are PEFT's and are not looked at.
 
@@ -46,6 +74,7 @@ class AdapterConfig:
     modules_to_save: list[str] | None = None
     saved_embeddings: list[str] | None = None
     mask: MaskRecord | None = None
+    combined: CombinedRecord | None = None
     layer_indices: list[int] | None = None
     num_layers: int | None = None
     encoding: dict[str, Any] | None = None

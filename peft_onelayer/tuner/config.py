@@ -55,6 +55,8 @@ class SingleLayerConfig(PeftConfig):
             file is frozen. [`make_mask`] writes one. The file is read at once and not needed again: afterwards the
             field holds a record of the mask, "trained" of "entries" and their "sha256". What `save_pretrained` writes
             holds the mask itself; a sparse adapter does not, and to train one further takes the file again.
+        combined (`dict`, *optional*):
+            Of an adapter that [`combine_adapters`] made, its "method" and "parts". Read from the file, and kept.
         layer_indices (`list[int]`, *optional*):
             The resolved `layer`, ascending, which takes its place. Set in the model's own copy of the configuration,
             saved in adapter_config.json and read back from there.
@@ -104,6 +106,9 @@ class SingleLayerConfig(PeftConfig):
     )
     mask: str | dict | None = field(
         default=None, metadata={"help": "File of the entries to train; then a record of it."}
+    )
+    combined: dict | None = field(
+        default=None, repr=False, metadata={"help": "What it was combined of; read from the file."}
     )
     layer_indices: list[int] | None = field(default=None, metadata={"help": "The resolved layer; set by wrapping."})
     num_layers: int | None = field(default=None, metadata={"help": "Blocks of the base model; set by wrapping."})

@@ -314,6 +314,7 @@ class SingleLayerModel(MergingTuner):
             layer_indices=None,
             num_layers=None,
             mask=None,
+            combined=None,
             encoding=None,
             trained_on=None,
             saved_embeddings=None,

@@ -98,7 +98,7 @@ def test_wrong_use_is_refused_in_one_line(tmp_path, pair):
         ({"share": 0.1, "random": 0.1}, "exclude each other"),
         ({"share": 0.0}, "share=0.0 is no share"),
         ({"random": 1.5}, "random=1.5 is no share"),
-        ({"share": 1e-9}, "less than one entry"),
+        ({"share": 1e-9}, "is less than one; give a larger share"),
     ):
         with pytest.raises(ValueError, match=match):
             make_mask(base, other, out, **options)
