@@ -70,6 +70,14 @@ def train(
         ),
     ] = None,
     full: Annotated[bool, typer.Option("--full", help="Train every parameter instead: the baseline.")] = False,
+    boost: Annotated[
+        str | None,
+        typer.Option(
+            metavar="BLOCKS:FACTOR",
+            help="With --full: these blocks train at so many times the learning rate: top-10@ranking.json:2.0.",
+            show_default=False,
+        ),
+    ] = None,
     task: TaskName = None,
     dataset: Annotated[
         str | None,

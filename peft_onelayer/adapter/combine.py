@@ -162,7 +162,9 @@ def combine_adapters(
             counts = _write(parts, staging, method, kept, seed, cores, None if mask_out is None else Path(mask_out))
             config = parts.config() | {"combined": without_missing_parts(record)}
             (staging / CONFIG).write_text(json.dumps(config, indent=2, sort_keys=True), encoding="utf-8")
-        found = {} if cores is None else {"cores": cores.sizes, "overlaps": cores.overlaps, "groups": cores.groups}
+        found: dict[str, Any] = (
+            {} if cores is None else {"cores": cores.sizes, "overlaps": cores.overlaps, "groups": cores.groups}
+        )
         return Combined(
             folder=Path(out),
             base=parts.checkpoint.folder,

@@ -94,6 +94,7 @@ def train_rows(
     on_log: OnLog = lambda step, logs: None,
     callbacks: Sequence[TrainerCallback] = (),
     mask: str | None = None,
+    boost: tuple[list[int], float] | None = None,
     at_end: Callable[[nn.Module], None] = lambda model: None,
 ) -> TrainingResult:
     """Train `layers` of `model` on `rows` with the trainer of the recipe's algorithm.
@@ -113,6 +114,7 @@ def train_rows(
         on_log: called before it with the step and all that the trainer logged.
         callbacks: for the trainer.
         mask: file of the entries of these layers that train, as `SingleLayerConfig` takes it.
+        boost: of full training: blocks, and the factor of their learning rate.
         at_end: is given the trained model before it is saved.
     """
     algorithm = recipe.algorithm
@@ -121,6 +123,10 @@ def train_rows(
         from .entropy import TopEntropyMixin
 
         trainer_class = type(trainer_class.__name__, (TopEntropyMixin, trainer_class), {})
+    if boost is not None:
+        from .boost import boosted
+
+        trainer_class = boosted(trainer_class, *boost)
     dtype = model.dtype
     if layers is None:
         model = model.float()  # as a block's: bfloat16 drops most updates of RL's size

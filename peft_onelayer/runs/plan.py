@@ -13,6 +13,7 @@ from peft_onelayer.layers import check_layers
 from peft_onelayer.records.adapter_config import MaskRecord
 from peft_onelayer.records.privacy import holds_secrets
 from peft_onelayer.rl.algorithms import Algorithm, load_algorithm
+from peft_onelayer.rl.boost import parse_boost
 from peft_onelayer.rl.preferences import OfflineData, load_preferences
 from peft_onelayer.rl.recipe import Recipe, make_recipe, refuse_fields, refuse_without_effect
 from peft_onelayer.rl.sampling import PAIRS_OPTIONS, sampling_of_run, with_given
@@ -37,6 +38,7 @@ class TrainingPlan:
         data: that data, or None.
         algorithm: and the `recipe` with it, as `make_recipe` has it.
         config: of the trainer.
+        boost: blocks and factor of their learning rate, where everything trains; None for none.
         mask: record of the entries that train; None for all of the blocks'.
         sampling: of a ranking or of pairs, as the run itself samples; None where neither is wanted and vLLM samples.
 
@@ -62,6 +64,7 @@ class TrainingPlan:
         self.data: OfflineData | None = None
         if settings.dataset and self.task is None:
             self.data = load_preferences(settings.dataset, self.algorithm.data)
+        self.boost = None if settings.boost is None else parse_boost(settings.boost)
         self.mask = None if settings.mask is None else MaskRecord(**Mask.read(settings.mask).record())
         check_model_name(settings.model)
 
@@ -187,6 +190,8 @@ def _check_choice(settings: TrainingSettings, algorithm: Algorithm, task: Task |
         check_layers(settings.layer)
     if settings.mask is not None and (settings.full or settings.layer == "auto"):
         raise ValueError("--mask trains entries of given blocks; name them with --layer, or take --layer all")
+    if settings.boost is not None and not settings.full:
+        raise ValueError("--boost gives blocks a learning rate of their own in full training; add --full")
     if settings.init_adapter is not None and settings.full:
         raise ValueError("--full trains every parameter and --init-adapter a block; give one of them")
     if settings.layer == "auto" and not (settings.full or settings.init_adapter) and not algorithm.online:

@@ -72,6 +72,7 @@ class TrainingSettings(Source):
         layer: blocks to train, as `SingleLayerConfig` takes them, or "auto" to rank the blocks on the task first.
         mask: safetensors file of the entries of these blocks that train, as `SingleLayerConfig` takes it.
         full: train every parameter instead: the baseline.
+        boost: with `full`, "BLOCKS:FACTOR": blocks that train at so many times the learning rate.
         algorithm: a name for `load_algorithm`.
         steps: optimizer steps; None for those that `num_train_epochs` in `config` asks for, else for 150 and, offline,
             for those of TRL's default number of epochs.
@@ -100,6 +101,7 @@ class TrainingSettings(Source):
     layer: int | str | Sequence[int] = "auto"
     mask: str | None = None
     full: bool = False
+    boost: str | None = None
     algorithm: str = "grpo"
     steps: int | None = None
     prompts: int | None = None

@@ -25,7 +25,7 @@ from peft_onelayer.records.disk import disk_errors
 from peft_onelayer.records.files import CARD, CONFIG, WEIGHTS, file_digest, output, read_fields
 from peft_onelayer.records.locate import adapter_folder
 from peft_onelayer.records.movement import Movement
-from peft_onelayer.records.run import DataSource, RunRecord, RunResults, RunSettings, differences
+from peft_onelayer.records.run import Boost, DataSource, RunRecord, RunResults, RunSettings, differences
 from peft_onelayer.records.text import name_blocks
 from peft_onelayer.rl.training import completions_per_step, steps_of_epochs, train_rows
 from peft_onelayer.rollouts.prompts import with_chat_prompts
@@ -134,7 +134,7 @@ class _Training:
             if settings.pairs_from_task and plan.task:
                 plan.data = self.preparation.pairs(base, tokenizer, plan.task, settings.pairs_from_task)
             if settings.full:
-                record = replace(record, why="the full-parameter baseline")
+                record = replace(record, why=_why_full(record.settings.boost))
             record = self.preparation.choices(record, base, tokenizer)
             try:
                 return self._train(record, base, tokenizer, plan.rows())
@@ -228,6 +228,7 @@ class _Training:
                 sampling=dict(settings.sampling) or None,
                 trust_remote_code=settings.trust_remote_code or None,
                 mask=self.plan.mask,
+                boost=self._boost(base),
                 init_adapter=_describe_adapter(str(settings.init_adapter), self.init_adapter)
                 if self.init_adapter
                 else None,
@@ -241,6 +242,13 @@ class _Training:
             layers=layers,
             why=None if layers is None else "those of the adapter" if self.init_adapter else "chosen by the user",
         )
+
+    def _boost(self, base: PreTrainedModel) -> Boost | None:
+        """Which blocks have a learning rate of their own."""
+        if self.plan.boost is None:
+            return None
+        asked, factor = self.plan.boost
+        return Boost(resolve_layers(asked, len(find_decoder_stack(base).blocks), layer_kinds(base)), factor)
 
     def _asked(self, previous: RunRecord) -> RunSettings:
         """The settings of the interrupted run as they were asked for: with the learning rate before one was found."""
@@ -259,7 +267,7 @@ class _Training:
         """Train the record's blocks, and put the result and the finished run.json into the folder."""
         self.judge.before(base, tokenizer, self.plan.task)
         start = time.perf_counter()
-        config, folder, layers = self.plan.config, self.folder, record.layers
+        config, folder, layers, boost = self.plan.config, self.folder, record.layers, record.settings.boost
         steps = config.max_steps
         if steps < 1:
             steps = steps_of_epochs(self.plan.algorithm, config, len(rows))
@@ -288,6 +296,7 @@ class _Training:
                     on_step=lambda step, value: update(step, f"{kind} {value:.3g}"),
                     on_log=log.write if log else lambda step, logs: None,
                     mask=self.settings.mask,
+                    boost=None if boost is None else (boost.layers, boost.factor),
                     callbacks=[
                         *self.judge.during(folder.checkpoints, folder.main),
                         *self._first_rewards(base, tokenizer),
@@ -338,6 +347,12 @@ class _Training:
         for line in [movement.summary(), *movement.notes()] if movement else []:
             self.progress.note(line)
         return movement
+
+
+def _why_full(boost: Boost | None) -> str:
+    if boost is None:
+        return "the full-parameter baseline"
+    return f"full-parameter training, {name_blocks(boost.layers)} at {boost.factor:g} times the learning rate"
 
 
 def _describe_adapter(name: str, folder: Path) -> dict[str, str]:

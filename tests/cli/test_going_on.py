@@ -184,3 +184,21 @@ def test_a_run_under_a_mask_goes_on_bit_for_bit(onelayer, tmp_path, monkeypatch)
         "train", BASE, "--task", "arithmetic", "--mask", tmp_path / "mask.safetensors", "--out", "x"
     )
     assert code == 1 and "--mask trains entries of given blocks" in lines[-1]
+
+
+@pytest.mark.more
+def test_a_boosted_run_goes_on_bit_for_bit(onelayer, tmp_path, monkeypatch):
+    (tmp_path / "ranking.json").write_text(json.dumps({"num_layers": 12, "order": [5, 2, 7]}))
+    boost = f"top-2@{tmp_path / 'ranking.json'}:2"
+    run = ["train", BASE, "--task", "arithmetic", "--full", "--boost", boost, "--learning-rate", "1e-3"]
+    run += ["--set", "save_steps=1", "--steps", "3", "--eval-problems", "0"]
+    assert onelayer(*run, "--out", tmp_path / "whole")[0] == 0
+    with monkeypatch.context() as patch:
+        stopped_at(3, patch, KeyboardInterrupt())
+        assert onelayer(*run, "--out", tmp_path / "run")[0] == 130
+    assert onelayer("train", "--resume", "--out", tmp_path / "run")[0] == 0
+    whole, resumed = (load_file(tmp_path / name / "model.safetensors") for name in ("whole", "run"))
+    assert all(torch.equal(whole[key], resumed[key]) for key in whole)
+    assert record(tmp_path / "run")["settings"]["boost"] == {"layers": [2, 5], "factor": 2.0}
+    code, lines, _ = onelayer("train", BASE, "--task", "arithmetic", "--boost", "5:2", "--layer", "5", "--out", "x")
+    assert code == 1 and "add --full" in lines[-1]
