@@ -69,6 +69,24 @@ Chat = Annotated[
         show_default=False,
     ),
 ]
+System = Annotated[
+    str | None,
+    typer.Option(
+        "--system",
+        metavar="TEXT",
+        help="System message of every prompt; plain prompts begin with it.",
+        show_default=False,
+    ),
+]
+Shots = Annotated[
+    int | None,
+    typer.Option(
+        "--shots",
+        min=0,
+        help="Show so many problems of the train split with their solutions in every prompt.",
+        show_default=False,
+    ),
+]
 Revision = Annotated[str | None, typer.Option("--revision", help="Hub revision of the base model.", show_default=False)]
 TrustRemoteCode = Annotated[
     bool, typer.Option("--trust-remote-code", help="Run the Python code that comes with the base model.")

@@ -23,6 +23,8 @@ from ._options import (
     Reward,
     Seed,
     Set,
+    Shots,
+    System,
     TaskName,
     TrustRemoteCode,
     Unsafe,
@@ -54,6 +56,8 @@ def probe(
     settings: Set = None,
     seed: Seed = 0,
     chat: Chat = None,
+    system: System = None,
+    shots: Shots = None,
     revision: Revision = None,
     trust_remote_code: TrustRemoteCode = False,
     unsafe: Unsafe = False,
@@ -87,6 +91,8 @@ def probe(
             config=config_from_text(algorithm, settings or [], PROBE_OPTIONS),
             seed=seed,
             chat=chat,
+            system=system,
+            shots=shots,
             revision=revision,
             trust_remote_code=trust_remote_code,
             unsafe=unsafe,
@@ -116,6 +122,8 @@ def train_command(asked: ProbeSettings, set_options: list[str], ranking: LayerRa
     if ranking.choice_learning_rate is not None:
         command += ["--learning-rate", repr(ranking.choice_learning_rate)]
     command += [] if asked.chat is None else ["--chat" if asked.chat else "--plain"]
+    command += ["--system", asked.system] if asked.system else []
+    command += ["--shots", str(asked.shots)] if asked.shots else []
     command += ["--revision", asked.revision] if asked.revision else []
     command += ["--trust-remote-code"] if asked.trust_remote_code else []
     command += ["--unsafe"] if asked.unsafe else []

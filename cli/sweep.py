@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from ._errors import user_error
-from ._options import Chat, Json, ModelName, Revision, Set, TrustRemoteCode, Unsafe
+from ._options import Chat, Json, ModelName, Revision, Set, Shots, System, TrustRemoteCode, Unsafe
 from ._output import Bar, note, print_line, print_table, progress_bar, status
 
 if TYPE_CHECKING:
@@ -58,6 +58,8 @@ def sweep(
         typer.Option(metavar="FIELD=VALUE", help="With slurm: a parameter of submitit; repeatable."),
     ] = None,
     chat: Chat = None,
+    system: System = None,
+    shots: Shots = None,
     revision: Revision = None,
     trust_remote_code: TrustRemoteCode = False,
     unsafe: Unsafe = False,
@@ -89,6 +91,8 @@ def sweep(
             greedy=greedy,
             batch_size=batch_size,
             chat=chat,
+            system=system,
+            shots=shots,
             revision=revision,
             trust_remote_code=trust_remote_code,
             unsafe=unsafe,

@@ -23,6 +23,8 @@ from ._options import (
     Sampling,
     Seed,
     Set,
+    Shots,
+    System,
     TaskName,
     TrustRemoteCode,
     Unsafe,
@@ -117,6 +119,8 @@ def train(
     sampling: Sampling = None,
     seed: Seed = 0,
     chat: Chat = None,
+    system: System = None,
+    shots: Shots = None,
     revision: Revision = None,
     trust_remote_code: TrustRemoteCode = False,
     init_adapter: Annotated[

@@ -261,6 +261,7 @@ SEAMS: dict[str, tuple[Seam, ...]] = {
         ),
         Seam(_GRPO + "_compute_loss", "advantages of (B, T)", says=("if advantages.dim() == 1:",)),
     ),
+    "peft_onelayer.rl.prefix": (Seam("torch.nn.modules.dropout:_DropoutNd", "to know that a pass is random"),),
     "peft_onelayer.rl.entropy": (
         Seam(
             _GRPO + "_compute_loss",

@@ -25,13 +25,13 @@ import bases as models
 import diagnostics
 import torch
 import transformers
-from jsonl import append_record, find_records, read_records
 from short_runs import rank_by_short_runs
 from table import PAGE, RANKINGS, write_results
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from truth import CORRELATED, UNDAMAGED, VIOLATING, Cell, measure
 
 from peft_onelayer.probe.probe import probe_layers
+from peft_onelayer.records.jsonl import append_record, find_records, read_records
 from peft_onelayer.rl.recipe import demo_recipe
 from peft_onelayer.tasks import load_task
 

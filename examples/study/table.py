@@ -16,10 +16,10 @@ from typing import Any
 import numpy as np
 import truth
 from diagnostics import NAMES
-from jsonl import find_records, read_records
 from truth import CORRELATED, VIOLATING, Cell
 
 from peft_onelayer.probe.prior import depth_prior
+from peft_onelayer.records.jsonl import find_records, read_records
 from peft_onelayer.records.ranking import LayerRanking
 from peft_onelayer.statistics import rank_correlation
 

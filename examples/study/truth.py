@@ -17,11 +17,11 @@ from pathlib import Path
 from typing import Any
 
 from bases import DAMAGED
-from jsonl import append_record, find_records, read_records
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from peft_onelayer.probe.batch import graded_batch
 from peft_onelayer.probe.updates import Candidate, trained_candidate, update
+from peft_onelayer.records.jsonl import append_record, find_records, read_records
 from peft_onelayer.records.ranking import LayerRanking
 from peft_onelayer.rl.recipe import demo_config
 from peft_onelayer.rollouts.sampling import sample_rollouts

@@ -10,7 +10,7 @@ import torch
 
 from peft_onelayer.rollouts.sampling import Rollout
 
-from .prefix import HiddenStates
+from peft_onelayer.tuner.prefix import HiddenStates
 
 
 @dataclass(frozen=True)

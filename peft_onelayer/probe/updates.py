@@ -19,7 +19,7 @@ from peft_onelayer.seams import check
 from peft_onelayer.tuner import SingleLayerConfig, find_decoder_stack
 
 from .batch import Batch
-from .prefix import hidden_states_entering, starting_at
+from peft_onelayer.tuner.prefix import hidden_states_entering, starting_at
 
 CLIP = 0.2  # of the ratio, on either side of 1
 # Nats per token that the first update may move the policy, and that it moves it where no learning rate is given: the

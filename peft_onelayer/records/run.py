@@ -41,11 +41,15 @@ class DataSource:
         name: of the task, or of the data set.
         data: versions, revisions and digests of the data, by name.
         chat: whether prompts were given as messages of a user; None for offline data.
+        system: text of the system message, or ahead of a plain prompt; None for none.
+        shots: problems that every prompt showed with their solutions; None for none.
     """
 
     name: str
     data: dict[str, str]
     chat: bool | None = None
+    system: str | None = None
+    shots: int | None = None
 
 
 @dataclass(frozen=True)

@@ -8,6 +8,8 @@ if TYPE_CHECKING:
     from .ema import EMAAdapterCallback, EMATeacherMixin
     from .entropy import TopEntropyMixin
     from .gigpo import GiGPOConfig, GiGPOTrainer
+    from .prefix import shared_prefix
+    from .prompts import shared_prompts
 
 __all__ = [
     "EMAAdapterCallback",
@@ -16,6 +18,8 @@ __all__ = [
     "GiGPOTrainer",
     "TopEntropyMixin",
     "gigpo_advantages",
+    "shared_prefix",
+    "shared_prompts",
 ]
 
 _MODULES = {
@@ -25,6 +29,8 @@ _MODULES = {
     "GiGPOTrainer": ".gigpo",
     "TopEntropyMixin": ".entropy",
     "gigpo_advantages": ".advantages",
+    "shared_prefix": ".prefix",
+    "shared_prompts": ".prompts",
 }
 
 

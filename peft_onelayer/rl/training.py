@@ -14,7 +14,7 @@ from typing import Any
 import transformers
 from datasets import Dataset
 from packaging.version import Version
-from peft import PeftModel, get_peft_model, load_peft_weights, set_peft_model_state_dict
+from peft import PeftConfig, PeftModel, get_peft_model, load_peft_weights, set_peft_model_state_dict
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, PrinterCallback, TrainerCallback, TrainingArguments
 from transformers.trainer import TRAINING_ARGS_NAME
@@ -25,6 +25,8 @@ from peft_onelayer.tasks import Task
 from peft_onelayer.tuner import SingleLayerConfig
 
 from .algorithms import Algorithm
+from .prefix import shared_prefix
+from .prompts import shared_prompts
 from .recipe import Recipe, demo_recipe
 from .rows import NO_ANSWER, graded_by_row, numbered, reset_by_row
 
@@ -85,7 +87,7 @@ def train_rows(
     config: TrainingArguments,
     rows: Sequence[dict[str, Any]],
     *,
-    layers: int | str | list[int] | None,
+    layers: int | str | list[int] | PeftConfig | None,
     task: Task | None = None,
     resume_from: Path | None = None,
     init_adapter: Path | None = None,
@@ -105,7 +107,8 @@ def train_rows(
     Args:
         config: `recipe.config(...)`.
         rows: the training data, in the columns that the algorithm takes.
-        layers: what `SingleLayerConfig` takes, or None to train every parameter of the model.
+        layers: what `SingleLayerConfig` takes, None to train every parameter of the model, or the configuration of
+            another PEFT method to compare with.
         task: gives an online algorithm its reward and, for agents, its environments.
         resume_from: a checkpoint of an interrupted run.
         init_adapter: folder of an adapter of the same blocks to start from. A reference model stays the base.
@@ -140,7 +143,11 @@ def train_rows(
     else:
         arguments["train_dataset"] = Dataset.from_list(rows)
     if layers is not None:
-        peft_config = SingleLayerConfig(layer=layers, mask=mask, task_type="CAUSAL_LM")
+        peft_config = (
+            layers
+            if isinstance(layers, PeftConfig)
+            else SingleLayerConfig(layer=layers, mask=mask, task_type="CAUSAL_LM")
+        )
         if algorithm.takes_peft_config:
             arguments["peft_config"] = peft_config
         else:
@@ -152,6 +159,10 @@ def train_rows(
         callbacks=[_Progress(on_step, on_log), *callbacks],
         **arguments,
     )
+    if layers is not None:
+        shared_prefix(trainer)
+    if algorithm.online:
+        shared_prompts(trainer)
     trainer.add_callback(_NoPickle())
     trainer.remove_callback(PrinterCallback)  # it prints every log to stdout
     if init_adapter is not None and resume_from is None:
@@ -245,7 +256,7 @@ def train_layer(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     task: Task,
-    layer: int | str | list[int] | None,
+    layer: int | str | list[int] | PeftConfig | None,
     *,
     steps: int,
     seed: int,

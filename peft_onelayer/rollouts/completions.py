@@ -90,7 +90,7 @@ def why_equal(rollouts: Sequence[Rollout], task: Task) -> str:
     if statistics.cut >= 0.5:
         return (
             f"{statistics.cut:.0%} of the completions were cut at the token limit before they ended: raise it with "
-            "--max-completion-length"
+            "--set max_completion_length=N"
         )
     if statistics.no_answer is not None and statistics.no_answer >= 0.5:
         return (

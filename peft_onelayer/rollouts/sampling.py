@@ -19,9 +19,11 @@ from peft import PeftModel
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase, TrainerState
 
 from peft_onelayer.seams import check
-from peft_onelayer.tasks import Task
+from peft_onelayer.tasks import Task, up_to_end
 from peft_onelayer.tasks.rows import reward_columns
 from peft_onelayer.tuner.head import spare_head_copies
+from peft_onelayer.tuner.prompts import sharing_prompts
+from peft_onelayer.tuner.rounded import keeping_rounded
 
 from .settings import Sampling
 
@@ -35,11 +37,12 @@ class Rollout:
 
     Attributes:
         prompt: what the model was given: the row's prompt and, in an environment, the first observation behind it.
-        completion: text; for a chat prompt the messages that follow it, tool calls and their results among them.
+        completion: text, up to `Task.end`; for a chat prompt the messages that follow it, tool calls and their results
+            among them.
         reward: what the task's reward gave.
         tokens: number of tokens that the model generated, the end-of-sequence token counted, padding and the
             environment's tokens not.
-        ended: whether it ends with an end-of-sequence token; False where it was cut.
+        ended: whether it ends with an end-of-sequence token, or went on to `Task.end`; False where it was cut.
         prompt_ids: token ids of the prompt.
         ids: token ids behind the prompt, the environment's among them.
         generated: for each of `ids`, whether the model generated it.
@@ -106,13 +109,18 @@ def sample_rollouts(
 
 @contextmanager
 def _generating(model: PreTrainedModel | PeftModel, seed: int) -> Iterator[None]:
-    """Eval mode, no gradients, torch seeded, no copies of the LM head; on exit all as before."""
+    """Eval mode, no gradients, torch seeded, nothing computed twice; on exit all as before."""
     devices = [model.device] if model.device.type == "cuda" else []
     training_modules = [module for module in model.modules() if module.training]
     model.eval()
     hooks = spare_head_copies(model)
     try:
-        with torch.no_grad(), torch.random.fork_rng(devices=devices):
+        with (
+            torch.no_grad(),
+            keeping_rounded(),
+            sharing_prompts(model),
+            torch.random.fork_rng(devices=devices),
+        ):
             torch.manual_seed(seed)
             yield
     finally:
@@ -373,16 +381,19 @@ class _Player:
         return [
             Rollout(
                 prompt=episode.prompt,
-                completion=episode.completion,
+                completion=self._counted(episode.completion),
                 reward=float(reward),
                 tokens=sum(episode.generated),
-                ended=episode.ids[-1] in self.eos,
+                ended=episode.ids[-1] in self.eos or self._counted(episode.completion) != episode.completion,
                 prompt_ids=episode.prompt_ids,
                 ids=episode.ids,
                 generated=episode.generated,
             )
             for episode, reward in zip(episodes, rewards, strict=True)
         ]
+
+    def _counted(self, completion: Any) -> Any:
+        return up_to_end(completion, self.task.end) if isinstance(completion, str) else completion
 
 
 def _tools(environment: Any) -> dict[str, Callable[..., Any]]:

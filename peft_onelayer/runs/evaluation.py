@@ -20,12 +20,13 @@ from peft_onelayer.records.figures import Measured
 from peft_onelayer.records.files import CONFIG, RUN, WEIGHTS, check_file, file_digest, output, read_fields, write_whole
 from peft_onelayer.records.locate import adapter_folder
 from peft_onelayer.records.run import DataSource, RunRecord
+from peft_onelayer.records.text import one_line
 from peft_onelayer.rl.algorithms import load_algorithm
 from peft_onelayer.rl.sampling import OWN_OPTIONS, sampling_of, with_given
 from peft_onelayer.rollouts.completions import compare_completions, completion_lines
 from peft_onelayer.rollouts.evaluation import Evaluation
 from peft_onelayer.rollouts.evaluation import evaluate as evaluate_rows
-from peft_onelayer.rollouts.prompts import check_prompt, with_chat_prompts
+from peft_onelayer.rollouts.prompts import Shape, check_prompt, shaped, shown_rows
 from peft_onelayer.rollouts.settings import Sampling
 from peft_onelayer.tasks import Task, open_task
 from peft_onelayer.tuner.config import SingleLayerPeftType
@@ -134,20 +135,20 @@ class _Evaluation:
             if twice := [name for name in names if names.count(name) > 1]:
                 raise ValueError(f"--also {twice[0]} is measured already; name other tasks.")
             self.task.rows(settings.split, 1, settings.seed)  # a split that is not there, before the model is loaded
+            shown_rows(self.task, settings.shots)
             for task in self.also:
                 task.rows("test", 1, settings.seed)
+                shown_rows(task, settings.shots)
         self.sampling = self._sampling()
 
     def run(self) -> EvaluationRecord:
         settings = self.settings
         self.base, tokenizer = self._load()
-        asked = settings.chat
-        if asked is None and self.run_record is not None:
-            asked = self.run_record.settings.source.chat
-        main = self._problems(self.task, tokenizer, settings.split, self.sampling, asked)
+        self.shape = self._shape()
+        main = self._problems(self.task, tokenizer, settings.split, self.sampling)
         limit = settings.max_completion_tokens or settings.sampling.get("max_completion_tokens")
         elsewhere = replace(self.sampling, max_completion_tokens=limit)  # the run's limit is its own task's
-        measured_tasks = [main, *(self._problems(task, tokenizer, "test", elsewhere, asked) for task in self.also)]
+        measured_tasks = [main, *(self._problems(task, tokenizer, "test", elsewhere) for task in self.also)]
         description = describe_model(self.base)
         before, after = self._measure_both(tokenizer, measured_tasks)
         results = [self._results(i, before, after) for i in range(len(measured_tasks))]
@@ -156,7 +157,12 @@ class _Evaluation:
             command=self.command,
             model=description,
             adapter=self._measured_adapter(),
-            task=DataSource(self.task.name, dict(self.task.data)),
+            task=DataSource(
+                self.task.name,
+                dict(self.task.data),
+                system=self.shape.system or None,
+                shots=self.shape.shots or None,
+            ),
             split=settings.split,
             n=len(main.rows),
             samples=settings.samples,
@@ -182,13 +188,12 @@ class _Evaluation:
             write_whole(Path(settings.completions), _lines(main.task, before[0], after[0] if after else None))
         return record
 
-    def _problems(
-        self, task: Task, tokenizer: PreTrainedTokenizerBase, split: str, sampling: Sampling, asked: bool | None
-    ) -> _Problems:
+    def _problems(self, task: Task, tokenizer: PreTrainedTokenizerBase, split: str, sampling: Sampling) -> _Problems:
         settings = self.settings
-        task, chat = with_chat_prompts(task, tokenizer, asked)
+        task, chat = shaped(task, tokenizer, self.shape)
         rows = task.rows(split, settings.problems, settings.seed)
-        check_prompt(rows[0], tokenizer, self.model, settings.sampling.get("chat_template_kwargs", ()))
+        given = settings.sampling.get("chat_template_kwargs")
+        check_prompt(rows[0], tokenizer, self.model, given, plays=task.environment_factory is not None)
         if len(rows) < settings.problems:
             self.progress.note(f"the {split} split of {task.name} has {len(rows)} problems")
         return _Problems(task, rows, sampling, chat)
@@ -205,6 +210,22 @@ class _Evaluation:
             self.progress.note("")
             for line in compare_completions({name: rollouts[i][0] for name, rollouts in groups.items()}, task):
                 self.progress.note(line)
+
+    def _shape(self) -> Shape:
+        """How prompts are given: as asked for, else as in the run; system text and shots only for the run's task."""
+        settings, run = self.settings, self.run_record
+        chat, system, shots = settings.chat, settings.system, settings.shots
+        if run is not None:
+            source = run.settings.source
+            chat = source.chat if chat is None else chat
+            if _is_task_of(run, self.task) or settings.dataset is not None:
+                system = source.system if system is None else system
+                shots = source.shots if shots is None else shots
+                inherited = [f"{shots} shots"] if shots and settings.shots is None else []
+                inherited += [f"system text {one_line(system, 60)!r}"] if system and settings.system is None else []
+                if inherited:
+                    self.progress.note(f"prompts as in the run: {', '.join(inherited)}")
+        return Shape(chat, system, shots or 0, self.sampling.chat_template_kwargs)
 
     def _sampling(self) -> Sampling:
         """The run's settings with those that were given over them."""
@@ -306,8 +327,14 @@ def _sampling_of(run: RunRecord, task: Task, asked: EvaluationSettings) -> Sampl
         fields["generation_kwargs"] = None
     own = sampling_of(load_algorithm(settings.algorithm), fields, "run.json: settings.config")
     own = read(Sampling, {**own.shape, **(settings.sampling or {})}, "run.json: settings.sampling")
-    same = task.name == settings.source.name or (task.data and dict(task.data) == settings.source.data)
-    return own if same or asked.dataset is not None else replace(own, max_completion_tokens=None)
+    same = _is_task_of(run, task) or asked.dataset is not None
+    return own if same else replace(own, max_completion_tokens=None)
+
+
+def _is_task_of(run: RunRecord, task: Task) -> bool:
+    """Whether a run was trained on the task, or on its data."""
+    source = run.settings.source
+    return task.name == source.name or bool(task.data and dict(task.data) == source.data)
 
 
 def _report(update: Update, done: int) -> None:

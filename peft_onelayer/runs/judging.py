@@ -18,7 +18,7 @@ from peft_onelayer.rl.sampling import PAIRS_OPTIONS, sampling_of_run, with_given
 from peft_onelayer.rl.training import TrainingResult, completions_per_step
 from peft_onelayer.rollouts.completions import compare_completions
 from peft_onelayer.rollouts.evaluation import Evaluation
-from peft_onelayer.rollouts.prompts import with_chat_prompts
+from peft_onelayer.rollouts.prompts import Shape, shaped, shown_rows
 from peft_onelayer.rollouts.settings import Sampling
 from peft_onelayer.tasks import Task, open_task
 
@@ -79,6 +79,7 @@ class Judge:
             raise ValueError(f"--also {twice[0]} is measured already; name other tasks")
         for own in self.also:
             own.rows("test", 1, settings.seed)
+            shown_rows(own, settings.shots)
         self.problems = self._problems(task)
         if task is not None and self.problems:
             self.problems = self._with_test_split(task)
@@ -122,8 +123,10 @@ class Judge:
         own = with_given(own, self.settings.sampling, PAIRS_OPTIONS)
         return replace(own, samples=SAMPLES, seed=self.settings.seed, batch_size=self.batch_size)
 
-    def before(self, base: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, task: Task | None) -> None:
-        """Measure the base; `task` is the run's own, with prompts as the tokenizer takes them."""
+    def before(
+        self, base: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, task: Task | None, shape: Shape
+    ) -> None:
+        """Measure the base; `task` is the run's own, its prompts in `shape`, which those of other tasks get too."""
         settings, self.tokenizer = self.settings, tokenizer
         if task is not None and self.problems:
             own = held_out(
@@ -133,7 +136,7 @@ class Judge:
         if self.also:
             sampling = replace(self._sampling(), max_completion_tokens=None)  # the run's limit is its own task's
             for other in self.also:
-                as_given, _ = with_chat_prompts(other, tokenizer, settings.chat)
+                as_given, _ = shaped(other, tokenizer, shape)
                 self.tasks.append(held_out(as_given, self.problems or PROBLEMS, settings.seed, sampling))
         if not self.tasks:
             return

@@ -18,7 +18,7 @@ from peft_onelayer.rl.preferences import OfflineData, load_preferences
 from peft_onelayer.rl.recipe import Recipe, make_recipe, refuse_fields, refuse_without_effect
 from peft_onelayer.rl.sampling import PAIRS_OPTIONS, sampling_of_run, with_given
 from peft_onelayer.rl.training import prompts_needed, steps_of_epochs
-from peft_onelayer.rollouts.prompts import check_prompt
+from peft_onelayer.rollouts.prompts import Shape, check_prompt, shown_rows
 from peft_onelayer.rollouts.settings import Sampling
 from peft_onelayer.tasks import Task, open_task
 from peft_onelayer.tuner.mask import Mask
@@ -59,6 +59,10 @@ class TrainingPlan:
         self.recipe = self._recipe(self.task)
         self.algorithm: Algorithm = self.recipe.algorithm
         _check_choice(settings, self.algorithm, self.task)
+        if self.task is not None:
+            shown_rows(self.task, settings.shots)
+        elif settings.system or settings.shots:
+            raise ValueError("--system and --shots are of a task's prompts; the rows of --dataset hold their own")
         self.config = self._config()
         self.sampling = self._sampling()
         self.data: OfflineData | None = None
@@ -120,7 +124,8 @@ class TrainingPlan:
                 f"num_train_epochs needs data with an end, and task {self.task.name} draws prompts without one; use "
                 "--steps"
             )
-        steps = steps_of_epochs(self.algorithm, config, size)
+        size -= self.settings.shots or 0  # those that are shown are not trained on
+        steps = steps_of_epochs(self.algorithm, config, size) if size > 0 else 0
         if steps < 1:
             raise ValueError(
                 f"{size} prompts, num_train_epochs={config.num_train_epochs:g}: no step; use more epochs or a smaller "
@@ -143,6 +148,12 @@ class TrainingPlan:
         """Completions at a time where there are no gradients."""
         return max(GENERATE, self.config.per_device_train_batch_size)
 
+    @property
+    def shape(self) -> Shape:
+        """How prompts are given."""
+        kwargs = self.sampling.chat_template_kwargs if self.sampling else self.recipe.given.get("chat_template_kwargs")
+        return Shape(self.settings.chat, self.settings.system, self.settings.shots or 0, kwargs)
+
     def check_prompts(self, tokenizer: PreTrainedTokenizerBase) -> None:
         """Refuse prompts that are too few for a step or that the tokenizer cannot write."""
         assert self.task is not None
@@ -153,8 +164,8 @@ class TrainingPlan:
                 f"one step draws {needed} prompts and task {self.task.name} has {len(rows)}; use a smaller "
                 "--set per_device_train_batch_size"
             )
-        kwargs = self.sampling.chat_template_kwargs if self.sampling else self.recipe.given.get("chat_template_kwargs")
-        check_prompt(rows[0], tokenizer, self.settings.model, kwargs or {})
+        plays = self.task.environment_factory is not None
+        check_prompt(rows[0], tokenizer, self.settings.model, self.shape.template_kwargs, plays=plays)
 
     def rows(self) -> list[dict[str, Any]]:
         """What is trained on, in its order."""

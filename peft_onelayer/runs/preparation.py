@@ -104,8 +104,8 @@ class Preparation:
                 )
             )
         self.progress.note(
-            f"learning rate {found.learning_rate:g}: a first step at it moves the policy by {found.kl:.2g} nats a token"
-            + ("" if found.reached else f", and none was found that moves it by {' to '.join(map(str, FOUND_RATE_KL))}")
+            f"learning rate {found.learning_rate:g}: a first step at it moves the policy by {found.kl:.3g} nats a token"
+            + ("" if found.reached else f", the nearest that was found to {' to '.join(map(str, FOUND_RATE_KL))}")
             + "; --learning-rate sets another"
         )
         how = {name: value for name, value in asdict(found).items() if name != "learning_rate"}

@@ -12,7 +12,7 @@ from peft_onelayer.records.ranking import LayerRanking
 from peft_onelayer.rl.algorithms import load_algorithm
 from peft_onelayer.rl.recipe import make_recipe, refuse_fields, refuse_without_effect
 from peft_onelayer.rl.sampling import sampling_of_run
-from peft_onelayer.rollouts.prompts import check_prompt, with_chat_prompts
+from peft_onelayer.rollouts.prompts import Shape, check_prompt, shaped, shown_rows
 from peft_onelayer.tasks import open_task
 from peft_onelayer.tuner import find_decoder_stack
 from peft_onelayer.tuner.stack import layer_kinds
@@ -49,6 +49,7 @@ def _probe(settings: ProbeSettings, progress: Progress) -> LayerRanking:
         with quiet_logs():
             task = open_task(settings.task, settings.dataset, settings.reward, unsafe=settings.unsafe)
             profile = load_profile(settings.profile) if settings.profile else None
+        shown_rows(task, settings.shots)
         refuse_fields(settings.config, PROBE_OPTIONS)
         refuse_without_effect(settings.config, algorithm)
         recipe = make_recipe(
@@ -75,9 +76,10 @@ def _probe(settings: ProbeSettings, progress: Progress) -> LayerRanking:
         to_device(base)
         depth = len(find_decoder_stack(base).blocks)
         layers = None if settings.layers == "all" else resolve_layers(settings.layers, depth, layer_kinds(base))
-        task, _ = with_chat_prompts(task, tokenizer, settings.chat)
-        row = task.rows("train", 1, settings.seed)[0]
-        check_prompt(row, tokenizer, settings.model, sampling.chat_template_kwargs)
+        shape = Shape(settings.chat, settings.system, settings.shots or 0, sampling.chat_template_kwargs)
+        task, _ = shaped(task, tokenizer, shape)
+        row, plays = task.rows("train", 1, settings.seed)[0], task.environment_factory is not None
+        check_prompt(row, tokenizer, settings.model, sampling.chat_template_kwargs, plays=plays)
         ranking = rank_blocks(
             base,
             tokenizer,

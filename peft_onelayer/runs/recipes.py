@@ -34,9 +34,9 @@ ABOUT, EVALUATION, FULL_RATE = "about", "evaluation", "full_learning_rate"
 # What every option is in a file; None stands for an option that is not given.
 OPTIONS: dict[str, tuple[type, ...]] = {
     **dict.fromkeys(("model", "task", "dataset", "reward", "revision", "out", "algorithm", "method"), (str,)),
-    **dict.fromkeys(("report_to", "init_adapter", "keep", "mask", "boost"), (str,)),
+    **dict.fromkeys(("report_to", "init_adapter", "keep", "mask", "boost", "system"), (str,)),
     **dict.fromkeys(("seed", "steps", "prompts", "completions", "pairs_from_task"), (int,)),
-    **dict.fromkeys(("eval_problems", "eval_every", "show"), (int,)),
+    **dict.fromkeys(("eval_problems", "eval_every", "show", "shots"), (int,)),
     **dict.fromkeys(("learning_rate", "budget", "top_entropy"), (float,)),
     **dict.fromkeys(("full", "chat", "trust_remote_code", "unsafe"), (bool,)),
     "layer": (int, str, list),
@@ -44,7 +44,7 @@ OPTIONS: dict[str, tuple[type, ...]] = {
     "sampling": (dict,),
 }
 AT_LEAST = {"seed": 0, "steps": 1, "prompts": 1, "completions": 2, "pairs_from_task": 1}
-AT_LEAST |= {"eval_problems": 0, "eval_every": 1, "show": 0}  # as on the command line
+AT_LEAST |= {"eval_problems": 0, "eval_every": 1, "show": 0, "shots": 0}  # as on the command line
 # Of two settings that say the same or exclude each other, the one that is given takes the other's place.
 REPLACES: dict[str, tuple[str, ...]] = {
     "steps": ("num_train_epochs",),

@@ -47,6 +47,10 @@ class Source:
         reward: of its prompts: "file.py:function".
         seed: of data, sampling and training.
         chat: give prompts as messages of a user; None for: if the tokenizer has a chat template.
+        system: text of a system message; of a plain prompt its first paragraph. None for none; in an evaluation for the
+            run's, and "" for none.
+        shots: problems of the train split that every prompt shows with their solutions; None for none, in an evaluation
+            for the run's.
         revision: Hub revision of the base model.
         trust_remote_code: run the Python code that comes with the base model.
         unsafe: let the model's code run without a full sandbox.
@@ -58,6 +62,8 @@ class Source:
     reward: str | None = None
     seed: int = 0
     chat: bool | None = None
+    system: str | None = None
+    shots: int | None = None
     revision: str | None = None
     trust_remote_code: bool = False
     unsafe: bool = False

@@ -28,7 +28,7 @@ from peft_onelayer.records.movement import Movement
 from peft_onelayer.records.run import Boost, DataSource, RunRecord, RunResults, RunSettings, differences
 from peft_onelayer.records.text import name_blocks
 from peft_onelayer.rl.training import completions_per_step, steps_of_epochs, train_rows
-from peft_onelayer.rollouts.prompts import with_chat_prompts
+from peft_onelayer.rollouts.prompts import shaped
 from peft_onelayer.tuner import find_decoder_stack
 from peft_onelayer.tuner.stack import layer_kinds
 
@@ -121,7 +121,7 @@ class _Training:
         elif not settings.full and settings.layer != "auto":
             layers = resolve_layers(settings.layer, num_layers, layer_kinds(base))
         if plan.task is not None:
-            plan.task, chat = with_chat_prompts(plan.task, tokenizer, settings.chat)
+            plan.task, chat = shaped(plan.task, tokenizer, plan.shape)
             plan.check_prompts(tokenizer)
         if plan.algorithm.note:
             self.progress.note(f"{plan.algorithm.name}: {plan.algorithm.note}")
@@ -217,7 +217,9 @@ class _Training:
                 model=describe_model(base),
                 algorithm=self.plan.algorithm.name,
                 trainer=self.plan.algorithm.trainer,
-                task=DataSource(task.name, dict(task.data), chat) if task else None,
+                task=DataSource(task.name, dict(task.data), chat, settings.system or None, settings.shots or None)
+                if task
+                else None,
                 seed=settings.seed,
                 config=describe_config(self.plan.config),
                 dataset=DataSource(str(settings.dataset), dict(data.data)) if data and not task else None,
@@ -265,7 +267,7 @@ class _Training:
         rows: list[dict[str, Any]],
     ) -> Run:
         """Train the record's blocks, and put the result and the finished run.json into the folder."""
-        self.judge.before(base, tokenizer, self.plan.task)
+        self.judge.before(base, tokenizer, self.plan.task, self.plan.shape)
         start = time.perf_counter()
         config, folder, layers, boost = self.plan.config, self.folder, record.layers, record.settings.boost
         steps = config.max_steps

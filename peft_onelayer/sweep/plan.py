@@ -12,7 +12,7 @@ from peft_onelayer.records.files import model_digests
 from peft_onelayer.rl.algorithms import load_algorithm
 from peft_onelayer.rl.recipe import make_recipe, refuse_fields, refuse_without_effect
 from peft_onelayer.rl.sampling import sampling_of_run
-from peft_onelayer.rollouts.prompts import check_prompt, with_chat_prompts
+from peft_onelayer.rollouts.prompts import Shape, check_prompt, shaped
 from peft_onelayer.runs.models import load_skeleton
 from peft_onelayer.tasks import load_task
 from peft_onelayer.tuner import find_decoder_stack
@@ -115,8 +115,10 @@ def plan_sweep(settings: SweepSettings) -> Plan:
     num_layers = len(find_decoder_stack(model).blocks)
     layers = resolve_layers(settings.layers, num_layers, layer_kinds(model))
     rates, full_rate = _learning_rates(settings, layers)
-    asked, chat = with_chat_prompts(task, tokenizer, settings.chat)
-    check_prompt(asked.rows("test", 1, 0)[0], tokenizer, settings.model, sampling.chat_template_kwargs)
+    shape = Shape(settings.chat, settings.system, settings.shots or 0, sampling.chat_template_kwargs)
+    asked, chat = shaped(task, tokenizer, shape)
+    plays = task.environment_factory is not None
+    check_prompt(asked.rows("test", 1, 0)[0], tokenizer, settings.model, sampling.chat_template_kwargs, plays=plays)
     folder = Path(settings.model).expanduser()
     first = RunSpec(
         model=str(folder.resolve()) if folder.is_dir() else settings.model,
@@ -136,6 +138,8 @@ def plan_sweep(settings: SweepSettings) -> Plan:
         greedy=settings.greedy,
         sampling=sampling.shape,
         chat=chat,
+        system=settings.system or None,
+        shots=settings.shots or None,
         trust_remote_code=settings.trust_remote_code,
         unsafe=settings.unsafe,
     )

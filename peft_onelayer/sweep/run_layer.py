@@ -44,6 +44,8 @@ class RunSpec:
         greedy: whether to evaluate greedily too.
         sampling: how the evaluation samples, by field of `Sampling`: as the runs do, and the same for the base.
         chat: whether plain prompts become messages of a user.
+        system: text of a system message; None for none.
+        shots: problems that every prompt shows with their solutions; None for none.
         task_data: `Task.data`: what identifies the data.
         unsafe: as of `load_task`.
         trust_remote_code: whether the code that comes with the model may run.
@@ -65,6 +67,8 @@ class RunSpec:
     batch_size: int = 64
     greedy: bool = False
     chat: bool = False
+    system: str | None = None
+    shots: int | None = None
     task_data: Mapping[str, str] = field(default_factory=dict)
     unsafe: bool = False
     sampling: Mapping[str, Any] = field(default_factory=dict)
@@ -77,7 +81,8 @@ class RunSpec:
     def digest(self) -> str:
         """SHA-256 of the specification as canonical JSON: keys sorted, no spaces.
 
-        A folder is known by the digests of its files; its path is left out, so that it can be moved.
+        A folder is known by the digests of its files; its path is left out, so that it can be moved. `system` and
+        `shots` are left out where there are none.
 
         Raises:
             ValueError: a setting is no JSON value.
@@ -87,6 +92,7 @@ class RunSpec:
         ('0047035b', True)
         """
         identity = asdict(self)
+        identity = {k: v for k, v in identity.items() if k not in ("system", "shots") or v is not None}
         if self.model_digests:
             del identity["model"]
         try:
@@ -134,7 +140,7 @@ def run_layer(spec: RunSpec, on_step: OnStep = lambda step, reward: None) -> Row
     from peft_onelayer.rl.recipe import make_recipe
     from peft_onelayer.rl.training import train_layer
     from peft_onelayer.rollouts.evaluation import evaluate
-    from peft_onelayer.rollouts.prompts import with_chat_prompts
+    from peft_onelayer.rollouts.prompts import Shape, shaped
     from peft_onelayer.rollouts.settings import Sampling
     from peft_onelayer.runs.describe import describe_machine
     from peft_onelayer.runs.models import load_causal_lm, to_device, without_progress_bars
@@ -152,7 +158,8 @@ def run_layer(spec: RunSpec, on_step: OnStep = lambda step, reward: None) -> Row
         model: Any
         model, tokenizer = load_causal_lm(spec.model, spec.revision, trust_remote_code=spec.trust_remote_code)
         to_device(model)
-        task, _ = with_chat_prompts(task, tokenizer, spec.chat)
+        kwargs = spec.sampling.get("chat_template_kwargs")
+        task, _ = shaped(task, tokenizer, Shape(spec.chat, spec.system, spec.shots or 0, kwargs))
         rows = task.rows(spec.split, spec.problems, spec.evaluation_seed)
         rewards: list[float] = []
         steps = generated = trained = 0

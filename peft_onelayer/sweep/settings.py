@@ -45,6 +45,7 @@ class SweepSettings:
         batch_size: completions at a time in the evaluation, on which the samples depend.
         evaluation_seed: of the problems and of sampling.
         chat: give prompts as messages of a user; None for: if the tokenizer has a chat template.
+        system, shots: of the prompts, as of `TrainingSettings`.
         revision: Hub revision of the base model.
         trust_remote_code: run the Python code that comes with the base model.
         unsafe: let the model's code run without a full sandbox.
@@ -66,6 +67,8 @@ class SweepSettings:
     batch_size: int = 64
     evaluation_seed: int = 0
     chat: bool | None = None
+    system: str | None = None
+    shots: int | None = None
     revision: str | None = None
     trust_remote_code: bool = False
     unsafe: bool = False

@@ -18,9 +18,29 @@ from typing import Any
 
 __all__ = ["Task", "load_task", "open_task"]
 
-TASKS = ("arithmetic", "sort", "gsm8k", "reasoning_gym", "humaneval", "textworld")
-RUNS_CODE = ("humaneval",)  # tasks whose reward runs what the model wrote, and so take `unsafe`
+TASKS = ("arithmetic", "sort", "gsm8k", "reasoning_gym", "humaneval", "mbpp", "textworld")
+RUNS_CODE = ("humaneval", "mbpp")  # tasks whose reward runs what the model wrote, and so take `unsafe`
 EXTRA = ("reasoning_gym", "textworld")  # imported by tasks, installed by the extra "tasks"
+
+
+@dataclass(frozen=True)
+class Shown:
+    """How a task shows problems of its train split with their solutions, ahead of the problem that is asked (few-shot).
+
+    Attributes:
+        question: a row as a base model is asked it: plain text that the solution continues.
+        solution: what continues it.
+        message: the solution as the assistant's message of a chat; it answers the row's "prompt".
+        between: what stands between two problems in plain text.
+        end: with which the next problem would begin. A plain completion is graded up to there, because a base model
+            goes on with a problem of its own. None where the reward reads no further by itself.
+    """
+
+    question: Callable[[Mapping[str, Any]], str]
+    solution: Callable[[Mapping[str, Any]], str]
+    message: Callable[[Mapping[str, Any]], str]
+    between: str = "\n\n"
+    end: str | None = None
 
 
 @dataclass(frozen=True)
@@ -39,6 +59,9 @@ class Task:
         answer: the answer that the reward finds in a completion's text, None where it finds none; None for a task that
             does not say what an answer is.
         train_size: rows of the train split; None where they are drawn without end, or it is not known.
+        shown: how its problems are shown with their solutions; None where it has no solutions to show.
+        end: with which a plain completion goes over to a problem of its own; it counts up to there. None for no such
+            text.
     """
 
     name: str
@@ -49,6 +72,8 @@ class Task:
     data: Mapping[str, str] = field(default_factory=dict)
     answer: Callable[[str], str | None] | None = None
     train_size: int | None = None
+    shown: Shown | None = None
+    end: str | None = None
 
 
 def load_task(name: str, *, unsafe: bool = False) -> Task:
@@ -149,12 +174,51 @@ def completion_text(completion: str | Sequence[dict[str, Any]]) -> str:
     return completion if isinstance(completion, str) else completion[-1]["content"]
 
 
+def behind_thinking(text: str) -> str:
+    r"""Return what of a completion's text may hold its answer: what stands behind the last </think>.
+
+    An unclosed <think> leaves nothing: the completion was cut while it was thinking.
+
+    >>> behind_thinking("<think>3 or 4?</think>\n4"), behind_thinking("<think>It is 4."), behind_thinking("4")
+    ('\n4', '', '4')
+    """
+    opened, closed = text.rfind("<think>"), text.rfind("</think>")
+    if opened > closed:
+        return ""
+    return text if closed < 0 else text[closed + len("</think>") :]
+
+
+def answer_text(completion: str | Sequence[dict[str, Any]]) -> str:
+    """Return the text of a completion that may hold its answer: `behind_thinking` of its `completion_text`."""
+    return behind_thinking(completion_text(completion) or "")
+
+
+def up_to_end(text: str, end: str | None) -> str:
+    """Return a completion's text up to `end` (`Task.end`), which does not count where nothing stands before it.
+
+    >>> up_to_end(" 7\\n\\nQuestion: 1 + 1", "\\nQuestion:"), up_to_end("7", None)
+    (' 7\\n', '7')
+    """
+    start = len(text) - len(text.lstrip())
+    return text if end is None or (found := text.find(end, start)) < 0 else text[:found]
+
+
+def number_before_the_stop(text: str) -> str | None:
+    """Return the digits that a completion of `arithmetic` or `sort` has up to its first ".", None for anything else.
+
+    >>> number_before_the_stop("0432. A1"), number_before_the_stop("0432"), number_before_the_stop("It is 432.")
+    ('0432', '0432', None)
+    """
+    answer = behind_thinking(text).partition(".")[0]
+    return answer if answer.isascii() and answer.isdigit() else None
+
+
 def exact_match(completions: Sequence[str | Sequence[dict[str, Any]]], answer: Sequence[str]) -> list[float]:
     """Score 1.0 where a completion up to its first "." (or its end) is the answer up to its ".", else 0.0.
 
     The "." may be missing because a tokenizer that has it as end-of-sequence token drops it when decoding.
     """
-    texts = [completion_text(completion) for completion in completions]
+    texts = [answer_text(completion) for completion in completions]
     return [
         float(text.partition(".")[0] == expected.partition(".")[0])
         for text, expected in zip(texts, answer, strict=True)

@@ -10,7 +10,7 @@ reward gives no credit for part of an answer.
 from collections.abc import Sequence
 from typing import Any
 
-from peft_onelayer.tasks import Task, draw_problems, exact_match
+from peft_onelayer.tasks import Shown, Task, draw_problems, exact_match, number_before_the_stop
 
 MAX_COMPLETION_TOKENS = 5  # with one token per character
 
@@ -55,4 +55,7 @@ def load(argument: str = "") -> Task:
     """
     if argument:
         raise ValueError(f"task 'arithmetic' takes no argument, got {argument!r}; write just 'arithmetic'")
-    return Task("arithmetic", rows, arithmetic_reward, MAX_COMPLETION_TOKENS)
+    shown = Shown(lambda row: row["prompt"], lambda row: row["answer"], lambda row: row["answer"], between="")
+    return Task(
+        "arithmetic", rows, arithmetic_reward, MAX_COMPLETION_TOKENS, answer=number_before_the_stop, shown=shown
+    )

@@ -18,19 +18,19 @@ Neither the reasoning nor the unit is graded: "18 thousand" is 18.
 """
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from fractions import Fraction
 from functools import lru_cache
 from typing import Any
 
-from peft_onelayer.tasks import Task, completion_text
+from peft_onelayer.tasks import Shown, Task, answer_text, behind_thinking
 from peft_onelayer.tasks.files import load_problems
 
 HUB = "openai/gsm8k:main"
 MAX_COMPLETION_TOKENS = 512
 INSTRUCTION = "Reason step by step, and put the final answer in \\boxed{}."
 
-_ANSWER_PHRASE = re.compile(r"\banswer\b[^\n.:=]{0,80}?(?:\bis\b|[:=])[\s:*_]*", re.IGNORECASE)
+ANSWER_PHRASE = re.compile(r"\banswer\b[^\n.:=]{0,80}?(?:\bis\b|[:=])[\s:*_]*", re.IGNORECASE)
 _PHRASE_END = re.compile(r"[.!;](?=\s|$)|, | \(|\n| because\b| since\b")
 
 _LONGEST = 400  # characters of a final answer with its sentence
@@ -99,8 +99,8 @@ def gsm8k_reward(
     The final answer is the number in the last of `\boxed{...}`, `<answer>...</answer>` and `#### ...`; without any of
     these, the one that follows the last "answer is" or "answer:"; without that, the single number of the last sentence,
     when that sentence is complete ("So she makes $18.") or begins with the number ("18 dollars"). Other numbers of the
-    reasoning never count, so that a completion cut off before its final answer gets 0. Numbers are equal when they
-    differ by less than a millionth: 18.0000001 is 18, and .333333 is 1/3.
+    reasoning never count, nor does what stands before </think>, so that a completion cut off before its final answer
+    gets 0. Numbers are equal when they differ by less than a millionth: 18.0000001 is 18, and .333333 is 1/3.
 
     Args:
         prompts: not used.
@@ -117,7 +117,7 @@ def gsm8k_reward(
     """
     rewards = []
     for completion, expected in zip(completions, answer, strict=True):
-        number = final_answer(completion_text(completion))
+        number = final_answer(answer_text(completion))
         rewards.append(float(number is not None and abs(number - _gold(str(expected))) < Fraction(1, 10**6)))
     return rewards
 
@@ -137,7 +137,7 @@ def final_answer(text: str) -> Fraction | None:
     hashes = text.rfind("####")
     last = max(boxed, tag, hashes)
     if last < 0:
-        phrases = list(_ANSWER_PHRASE.finditer(text))
+        phrases = list(ANSWER_PHRASE.finditer(text))
         if phrases:
             start = phrases[-1].end()
             clause = _PHRASE_END.split(text[start : start + _LONGEST + 1], maxsplit=1)[0]
@@ -245,5 +245,35 @@ def load(argument: str = "") -> Task:
             for row in problems.rows(split, n, seed)
         ]
 
-    name = f"gsm8k:{argument}" if argument else "gsm8k"
-    return Task(name, rows, gsm8k_reward, MAX_COMPLETION_TOKENS, data=problems.data, train_size=problems.train_size)
+    return Task(
+        f"gsm8k:{argument}" if argument else "gsm8k",
+        rows,
+        gsm8k_reward,
+        MAX_COMPLETION_TOKENS,
+        data=problems.data,
+        answer=extract_answer,
+        train_size=problems.train_size,
+        # plain: as EleutherAI's lm-evaluation-harness shows them
+        shown=Shown(
+            question=lambda row: f"Question: {row['question']}\nAnswer:",
+            solution=lambda row: f" {row['answer']}",
+            message=_message,
+            end="\nQuestion:",
+        ),
+    )
+
+
+def extract_answer(text: str) -> str | None:
+    r"""Return the final answer of a completion as a whole number or a fraction, None where there is none.
+
+    >>> extract_answer("<think>17?</think>It is \\boxed{18.50}"), extract_answer("<think>It is 18.")
+    ('37/2', None)
+    """
+    number = final_answer(behind_thinking(text))
+    return None if number is None else str(number)
+
+
+def _message(row: Mapping[str, Any]) -> str:
+    """The data set's solution without the marks of its calculator, the final answer in a box as the prompt asks."""
+    reasoning, _, number = re.sub(r"<<[^<>]*>>", "", str(row["answer"])).rpartition("####")
+    return f"{reasoning.strip()}\n\\boxed{{{number.strip()}}}".strip()

@@ -25,12 +25,26 @@ from collections.abc import Callable
 from fractions import Fraction
 from typing import Any
 
-from peft_onelayer.tasks.gsm8k import final_answer
+from peft_onelayer.tasks.gsm8k import ANSWER_PHRASE, final_answer
 
 EVALUATED = ("binary_matrix", "n_queens", "spiral_matrix", "string_insertion")
 INTEGRALS = ("intermediate_integration", "simple_integration")
 ARITHMETIC = ("countdown", "puzzle24")
 FORMULAS = (*INTEGRALS, "polynomial_multiplication", *ARITHMETIC)
+
+# Data sets whose answers are whole numbers, or single words and other numbers: they need no tags.
+WHOLE_NUMBERS = (
+    "aiw", "basic_arithmetic", "binary_alternation", "chain_sum", "circuit_logic", "count_bits", "count_primes", "gcd",
+    "largest_island", "lcm", "leg_counting", "letter_counting", "maze", "number_sequence", "products",
+    "rectangle_count", "rotten_oranges", "self_reference", "simple_equations", "simple_geometry",
+)  # fmt: skip
+WORDS = (
+    "acre", "base_conversion", "bf", "bitwise_arithmetic", "calendar_arithmetic", "color_cube_rotation",
+    "course_schedule", "decimal_arithmetic", "decimal_chain_sum", "dice", "family_relationships", "figlet_font",
+    "game_of_life_halting", "gsm_symbolic", "isomorphic_strings", "mahjong_puzzle", "needle_haystack", "number_format",
+    "palindrome_generation", "power_function", "ransom_note", "spell_backward", "string_insertion",
+    "string_manipulation", "syllogism", "tsumego", "zebra_puzzles",
+)  # fmt: skip
 
 LONGEST = 20_000  # characters of an answer; the library's own have up to 5,000
 
@@ -54,6 +68,36 @@ _LONG_MOVE = re.compile(r"[+-][0-9]{2}")  # the board has six squares a side
 _MONOMIAL = re.compile(
     r"[-+]?(?:[0-9]{1,40}|(?:[0-9]{1,40}\*)?[A-Za-z](?:\^[0-9]{1,2})?(?:\*[A-Za-z](?:\^[0-9]{1,2})?)*)"
 )
+
+
+def whole_number(text: str) -> str | None:
+    """Return the final answer of a completion without tags if it is a whole number, None otherwise.
+
+    >>> whole_number("3 + 4 makes 7, so the answer is 7."), whole_number("The answer is not 7."), whole_number("1/2")
+    ('7', None, None)
+    """
+    number = final_answer(text)
+    return str(number.numerator) if number is not None and number.denominator == 1 else None
+
+
+def word(text: str) -> str | None:
+    r"""Return the final answer of a completion without tags if it is one word, None otherwise.
+
+    >>> word("So the answer is **True**."), word("Each divides.\n\\boxed{No}"), word("It may be true or false.")
+    ('True', 'No', None)
+    """
+    text = text.strip()
+    boxed, phrases = text.rfind("\\boxed{"), list(ANSWER_PHRASE.finditer(text))
+    if boxed >= 0:
+        found, closed, _ = text[boxed + len("\\boxed{") :].partition("}")
+        if not closed:
+            return None
+    elif phrases:
+        found = text[phrases[-1].end() :].partition("\n")[0].partition(". ")[0]
+    else:
+        found = text.rpartition("\n")[2]
+    found = found.strip().strip("*_`$\"'").rstrip(".!*_`$\"'")
+    return found if re.fullmatch(r"\S{1,400}", found) else None
 
 
 def is_answer(name: str, answer: str, entry: dict[str, Any]) -> bool:

@@ -31,7 +31,7 @@ import functools
 import os
 import re
 import textwrap
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
@@ -39,7 +39,7 @@ from typing import Any
 
 from peft_onelayer import sandbox
 from peft_onelayer.records.text import one_line
-from peft_onelayer.tasks import Task, completion_text, limits
+from peft_onelayer.tasks import Shown, Task, answer_text, behind_thinking, completion_text, limits
 from peft_onelayer.tasks.files import load_problems
 
 HUB = "openai/openai_humaneval"
@@ -52,6 +52,11 @@ LONGEST = 100_000  # characters of a completion; a longer one scores 0
 READINGS = 50  # places at which the end of a completion is cut in search of what compiles
 
 _FENCE = re.compile(r"^[ \t]*(?:```|~~~).*\n?", re.MULTILINE)
+_STATEMENT = re.compile(
+    r"^[ \t]*(?:(?:async[ \t]+)?def\s|(?:return|yield|raise|assert|import|class)\s|pass$|@\w|(?:if|for|while|with)\s.*:"
+    r"|(?:try|else):|[A-Za-z_][\w.]*(?:\[[^\n]*\])?[ \t]*[-+*/|&]?=[^=]|[A-Za-z_][\w.]*\()",
+    re.MULTILINE,
+)
 _CODE_STARTS = re.compile(r"(?:def|class|async|from|import)\s|@")
 
 
@@ -67,7 +72,7 @@ def humaneval_reward(
     """Reward 1.0 for code that passes all unit tests and 0.0 for any other, in TRL's signature.
 
     A completion is a program that defines the function, or only the function's body, in or without a fence; prose
-    around it is ignored. `readings` has the rules.
+    around it is ignored, and so is what stands before </think>. `readings` has the rules.
 
     Args:
         prompts: hold the imports, helpers and head of the function, as plain text or chat lists.
@@ -93,7 +98,7 @@ def humaneval_reward(
     def grade(problem: tuple[Any, Any, str, str]) -> float | None:
         prompt, completion, tests, function = problem
         stub = _stub(completion_text(prompt), function)
-        text = completion_text(completion)
+        text = answer_text(completion)
         programs = list(readings(text, stub, function)) if len(text) <= LONGEST else []
         if not programs:
             return 0.0
@@ -227,8 +232,46 @@ def load(argument: str = "", *, unsafe: bool = False) -> Task:
     def reward(*args: Any, **kwargs: Any) -> list[float]:
         return humaneval_reward(*args, **kwargs, unsafe=unsafe)
 
-    name = f"humaneval:{argument}" if argument else "humaneval"
-    return Task(name, rows, reward, MAX_COMPLETION_TOKENS, data=problems.data, train_size=problems.train_size)
+    def solution(row: Mapping[str, Any]) -> str:
+        if not isinstance(row.get("canonical_solution"), str):
+            raise ValueError(f"a row of {source} has no canonical_solution that could be shown; leave out --shots")
+        return row["canonical_solution"]
+
+    return Task(
+        f"humaneval:{argument}" if argument else "humaneval",
+        rows,
+        reward,
+        MAX_COMPLETION_TOKENS,
+        data=problems.data,
+        answer=extract_code,
+        train_size=problems.train_size,
+        shown=Shown(
+            question=lambda row: row["prompt"],
+            solution=lambda row: solution(row).rstrip(),
+            message=lambda row: f"```python\n{row['prompt'].removeprefix(INSTRUCTION)}{solution(row).rstrip()}\n```",
+        ),
+    )
+
+
+def extract_code(text: str) -> str | None:
+    r"""Return the code that a completion holds, None where it holds none; the reward may read less of it.
+
+    It is the last fenced block that defines a function, else the first one with anything in it; without a fence all of
+    the text, if a line of it begins as a statement does.
+
+    >>> extract_code("Sure:\n```python\ndef f():\n    return 1\n```\nDone.")
+    'def f():\n    return 1\n'
+    >>> extract_code("    return 1"), extract_code("I cannot help with that."), extract_code("<think>def f(): pass")
+    ('    return 1', None, None)
+    """
+    text = behind_thinking(text).replace("\r\n", "\n")
+    blocks = _FENCE.split(text)
+    if len(blocks) > 1 and not blocks[0].strip("\n")[:1].isspace():
+        fenced = [block for block in blocks[1::2] if block.strip()]
+        defining = [block for block in fenced if re.search(r"^[ \t]*(?:async[ \t]+)?def\s", block, re.MULTILINE)]
+        if found := defining[-1:] or fenced[:1]:
+            return found[0]
+    return text if _STATEMENT.search(text) else None
 
 
 def _check_tests(row: dict[str, Any]) -> None:

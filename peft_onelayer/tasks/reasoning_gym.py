@@ -11,6 +11,11 @@ The problems are procedural. Whether one is held out is decided by the hash of i
 the splits cannot overlap. A test problem takes eight draws on average: minutes where one draw takes seconds, as in
 knight_swap and futoshiki. "entry" is the library's own entry as text, since columns cannot hold its mixed types.
 
+The answer stands in the last <answer>...</answer>. Where a data set's answers are whole numbers or single words
+(`WHOLE_NUMBERS` and `WORDS` in `gym_answers.py`) the tags may be missing: the answer is then the one in a box, behind
+"the answer is", or alone in the last line; a whole number is read as `gsm8k` reads it, also from the last sentence.
+What stands before </think> is not looked at.
+
 `gym_answers.py` says which answers the library's scorers may see: nothing that Python could run, and nothing that they
 pay for without its being right. Every other answer scores 0, as does a completion without one. A scorer that takes
 longer than the limit of `limits.py` on a completion is stopped, and the completion scores 0.
@@ -27,15 +32,24 @@ import importlib.metadata
 import json
 import random
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from fractions import Fraction
 from typing import Any
 
 import numpy
 
-from peft_onelayer.tasks import Task, completion_text, limits
+from peft_onelayer.tasks import Shown, Task, behind_thinking, completion_text, limits
 from peft_onelayer.tasks.files import is_held_out
-from peft_onelayer.tasks.gym_answers import EVALUATED, INTEGRALS, LONGEST, is_answer
+from peft_onelayer.tasks.gym_answers import (
+    EVALUATED,
+    INTEGRALS,
+    LONGEST,
+    WHOLE_NUMBERS,
+    WORDS,
+    is_answer,
+    whole_number,
+    word,
+)
 
 MAX_COMPLETION_TOKENS = 1024
 INSTRUCTION = "Reason step by step, and put the final answer between <answer> and </answer>."
@@ -47,7 +61,7 @@ _PATIENCE = 300  # draws without a new question, after which all questions count
 def reasoning_gym_reward(
     prompts: Sequence[Any], completions: Sequence[Any], dataset: Sequence[str], entry: Sequence[str], **kwargs: Any
 ) -> list[float]:
-    """Score the text in the last <answer>...</answer> of each completion by the library, in TRL's signature.
+    """Score the answer of each completion (`extract_answer`) by the library, in TRL's signature.
 
     A completion scores 0 without an answer, with one that `is_answer` refuses or the library's scorer fails on, and
     where scoring passes the limits. Other scores are the library's own, from 0 to 1.
@@ -63,11 +77,14 @@ def reasoning_gym_reward(
         ScorerError: where no process that scores can be kept.
 
     >>> rows = load("chain_sum").rows("test", 2, seed=0)
-    >>> completions = [f"I think <answer>{rows[0]['answer']}</answer>", rows[1]["answer"]]
+    >>> completions = [f"I think <answer>{rows[0]['answer']}</answer>", "I do not know."]
     >>> reasoning_gym_reward(["", ""], completions, ["chain_sum"] * 2, [row["entry"] for row in rows])
     [1.0, 0.0]
     """
-    answers = [extract_answer(completion_text(completion)) for completion in completions]
+    answers = [
+        extract_answer(completion_text(completion) or "", name)
+        for completion, name in zip(completions, dataset, strict=True)
+    ]
     scored: list[float | None] = [0.0] * len(answers)
     for name in dict.fromkeys(dataset):
         calls = {
@@ -81,12 +98,20 @@ def reasoning_gym_reward(
     return limits.settle(scored, kwargs)
 
 
-def extract_answer(text: str) -> str | None:
-    """Return what stands in the last <answer>...</answer>, as reasoning_gym.utils does, in time linear in the text.
+def extract_answer(text: str, dataset: str = "") -> str | None:
+    """Return the answer in a completion's text for a data set, None where there is none, in time linear in the text.
+
+    It is what stands in the last <answer>...</answer>, as in reasoning_gym.utils. Without a tag it is a whole number or
+    a word where the answers of `dataset` are such; a tag that is not closed leaves no answer.
 
     >>> extract_answer("<answer>3</answer> or <answer> 4 </answer>"), extract_answer("<answer>4"), extract_answer("4")
     ('4', None, None)
+    >>> extract_answer("2 + 2 = 4, so the answer is 4.", "chain_sum"), extract_answer("**True**", "course_schedule")
+    ('4', 'True')
     """
+    text = behind_thinking(text)
+    if "<answer>" not in text:
+        return whole_number(text) if dataset in WHOLE_NUMBERS else word(text) if dataset in WORDS else None
     answer, end = None, 0
     while (start := text.find("<answer>", end)) >= 0 and (end := text.find("</answer>", start)) >= 0:
         answer = text[start + len("<answer>") : end]
@@ -156,7 +181,26 @@ def load(argument: str) -> Task:
         reasoning_gym_reward,
         MAX_COMPLETION_TOKENS,
         data={"reasoning-gym": importlib.metadata.version("reasoning-gym")},
+        answer=functools.partial(extract_answer, dataset=argument),
+        shown=Shown(
+            question=lambda row: f"Question: {row['question']}\nAnswer:",
+            solution=lambda row: f" {_bare(row)}",
+            message=_tagged,
+            end="\n\n",
+        ),
     )
+
+
+def _tagged(row: Mapping[str, Any]) -> str:
+    if row["answer"] is None:
+        raise ValueError(
+            f"reasoning_gym:{row['dataset']} comes without solutions, so none can be shown; leave out --shots"
+        )
+    return f"<answer>{row['answer']}</answer>"
+
+
+def _bare(row: Mapping[str, Any]) -> str:
+    return str(row["answer"]) if row["dataset"] in (*WHOLE_NUMBERS, *WORDS) else _tagged(row)
 
 
 def _rows(name: str, split: str, n: int, seed: int) -> list[dict[str, Any]]:

@@ -10,7 +10,7 @@ same answer, may be a train problem. The reward gives no credit for part of an a
 from collections.abc import Sequence
 from typing import Any
 
-from peft_onelayer.tasks import Task, draw_problems, exact_match
+from peft_onelayer.tasks import Shown, Task, draw_problems, exact_match, number_before_the_stop
 
 MAX_COMPLETION_TOKENS = 9  # with one token per character
 
@@ -55,4 +55,5 @@ def load(argument: str = "") -> Task:
     """
     if argument:
         raise ValueError(f"task 'sort' takes no argument, got {argument!r}; write just 'sort'")
-    return Task("sort", rows, sort_reward, MAX_COMPLETION_TOKENS)
+    shown = Shown(lambda row: row["prompt"], lambda row: row["answer"], lambda row: row["answer"], between="")
+    return Task("sort", rows, sort_reward, MAX_COMPLETION_TOKENS, answer=number_before_the_stop, shown=shown)

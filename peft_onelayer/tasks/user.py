@@ -1,8 +1,14 @@
 """A user's own task: a Python file with rows and a reward, or a data set with a reward from a Python file.
 
     --task path/to/file.py                          rows(split, n, seed), one function named *reward*; optionally
-                                                      MAX_COMPLETION_TOKENS and environment_factory
-    --dataset file.jsonl --reward file.py:function    a column "prompt"; the other columns reach the reward
+                                                      MAX_COMPLETION_TOKENS, environment_factory, extract_answer and
+                                                      solution
+    --dataset file.jsonl --reward file.py:function    a column "prompt"; the other columns reach the reward; the file
+                                                      may have extract_answer and solution
+
+`extract_answer(text)` returns the answer that the reward finds in a completion's text, or None: evaluations then say
+how many completions hold none. It is given what stands behind </think>. `solution(row)` returns what a model should
+write for a row, so that problems can be shown with their solutions (--shots).
 
 The reward is called in the trainer's process, as TRL calls it, and takes the time that it takes. A file that sets
 `REWARD_SECONDS` has a limit (`limits.py`): its reward is then called in a process without a GPU, with one completion at
@@ -12,6 +18,7 @@ scores 0.
 The file runs with all rights of the user, as any Python script. examples/own_task shows both ways.
 """
 
+import copy
 import difflib
 import functools
 import importlib.util
@@ -21,12 +28,13 @@ import math
 import numbers
 import sys
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from peft_onelayer.tasks import Task, limits
+from peft_onelayer.records.text import one_line
+from peft_onelayer.tasks import Shown, Task, behind_thinking, limits
 from peft_onelayer.tasks.files import digest, load_problems
 from peft_onelayer.tasks.rows import check_columns, check_values
 
@@ -42,7 +50,8 @@ def load_file_task(name: str) -> Task:
     """Return the task that the Python file `name` makes.
 
     The file has `rows(split, n, seed)`, as `Task.rows`, and exactly one function whose name holds "reward", in TRL's
-    signature. It may have `MAX_COMPLETION_TOKENS` (512), `environment_factory` and `REWARD_SECONDS` (no limit).
+    signature. It may have `MAX_COMPLETION_TOKENS` (512), `environment_factory`, `REWARD_SECONDS` (no limit),
+    `extract_answer` and `solution`.
 
     Raises:
         ValueError: for a file that is not there, cannot be imported, or lacks one of the two functions; from the task's
@@ -79,6 +88,8 @@ def load_file_task(name: str) -> Task:
         vars(module).get("MAX_COMPLETION_TOKENS", MAX_COMPLETION_TOKENS),
         environment_factory,
         data={path.name: digest(path)},
+        answer=_answer(path, module),
+        shown=_shown(path, module),
     )
 
 
@@ -112,8 +123,50 @@ def load_dataset_task(dataset: str, reward: str) -> Task:
         _limited(path, module, functions[function]),
         MAX_COMPLETION_TOKENS,
         data={**problems.data, path.name: digest(path)},
+        answer=_answer(path, module),
         train_size=problems.train_size,
+        shown=_shown(path, module),
     )
+
+
+def _optional(path: Path, module: ModuleType, name: str) -> Callable[..., Any] | None:
+    found = vars(module).get(name)
+    if found is not None and not callable(found):
+        raise ValueError(f"{name} of {path} must be a function, got {one_line(repr(found), 60)}")
+    return found
+
+
+def _answer(path: Path, module: ModuleType) -> Callable[[str], str | None] | None:
+    """The file's `extract_answer` with its result checked, given what stands behind a completion's thinking."""
+    extract = _optional(path, module, "extract_answer")
+    if extract is None:
+        return None
+
+    def answer(text: str) -> str | None:
+        found = extract(behind_thinking(text))
+        if found is not None and not isinstance(found, str):
+            raise ValueError(f"extract_answer of {path} must return text or None, got {one_line(repr(found), 60)}")
+        return found
+
+    return answer
+
+
+def _shown(path: Path, module: ModuleType) -> Shown | None:
+    """How the file's `solution` shows a row; None where it has none."""
+    solve = _optional(path, module, "solution")
+    if solve is None:
+        return None
+
+    def solution(row: Mapping[str, Any]) -> str:
+        found = solve(copy.deepcopy(dict(row)))
+        if not isinstance(found, str):
+            raise ValueError(f"solution of {path} must return text, got {one_line(repr(found), 60)}")
+        return found
+
+    def question(row: Mapping[str, Any]) -> str:
+        return row["prompt"] if isinstance(row["prompt"], str) else row["prompt"][-1]["content"]
+
+    return Shown(question, solution, solution, end="\n\n")
 
 
 def _import(name: str) -> tuple[Path, ModuleType]:

@@ -34,6 +34,7 @@ from .loading import intercept_transformers, loadable_state_dict, masked_tensors
 from .mask import Mask
 from .merging import MergingTuner
 from .mixed_batch import row_adapters
+from .rounded import keeping_rounded
 from .stack import DecoderStack, find_decoder_stack, layer_kinds
 from .targets import check_blocks, is_name, target_names, targetable
 from .threads import no_switch_by_others
@@ -331,7 +332,7 @@ class SingleLayerModel(MergingTuner):
             yield
             return
         rows = nullcontext() if names is None else row_adapters(self, names, args, kwargs)
-        with rows, no_switch_by_others(self.model):
+        with rows, no_switch_by_others(self.model), keeping_rounded():
             yield
 
     def _unload_and_optionally_merge(

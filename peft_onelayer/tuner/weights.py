@@ -15,11 +15,12 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 from torch.distributed.tensor import DTensor
 
+from . import rounded
 from .config import SingleLayerConfig
 from .instance import PATCHED, own_parameters, rebound
 from .mask import scatter
 from .quantized import dequantized, is_bitsandbytes
-from .sharding import gathered, is_fully_sharded, refuse_new_adapter, to_shards
+from .sharding import gathered, is_fully_sharded, is_partitioned, refuse_new_adapter, to_shards
 
 POSITIONS = "_positions"  # ends the name of the buffer of a flat master's positions
 INITIALIZED = "_is_hf_initialized"  # transformers: `PreTrainedModel._init_weights` leaves such a tensor alone
@@ -206,6 +207,23 @@ class AdapterWeights(nn.Module, BaseTunerLayer):
         adapters = [name for name in adapters if name in self.single_layer_params]
         if not adapters:
             return {}
+        if torch.compiler.is_compiling() or not rounded.keeps() or self._is_shared_out():
+            return self._rounded(adapters)
+        masters = [self.masters(name) for name in adapters]
+        sources: list[torch.Tensor] = [p for part in (*masters, own_parameters(self.base_layer)) for p in part.values()]
+        key = id(self), tuple(adapters)
+        weights = rounded.find(key, sources)
+        if weights is None:
+            weights = self._rounded(adapters)
+            if any(weights[name] is not master for name, master in masters[0].items()):
+                rounded.keep(key, sources, weights)
+        return dict(weights)
+
+    def _is_shared_out(self) -> bool:
+        """Whether several processes hold the parts of this module's parameters, which are whole for one pass only."""
+        return is_fully_sharded(self.base_layer) or any(is_partitioned(p) for _, p in self._own())
+
+    def _rounded(self, adapters: list[str]) -> dict[str, torch.Tensor]:
         weights = {}
         masters: dict[str, Any] = self.masters(adapters[0])
         masked = any(len(self.masters(a)) < len(self._own()) or self.positions(a) for a in adapters)

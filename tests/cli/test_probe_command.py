@@ -35,6 +35,12 @@ RANKING = LayerRanking(
             "--dataset 'my rows.jsonl' --reward r.py:f --layer 7 --algorithm grpo --steps 150 --seed 0 "
             "--learning-rate 0.00123456789 --chat",
         ),
+        (
+            {"task": "sort", "system": "Be short.", "shots": 2},
+            [],
+            "--task sort --layer 7 --algorithm grpo --steps 150 --seed 0 --learning-rate 0.00123456789 "
+            "--system 'Be short.' --shots 2",
+        ),
     ],
 )
 def test_nothing_is_dropped_or_rounded(asked, options, expected):

@@ -199,7 +199,7 @@ def test_stop_strings_that_trl_cannot_use_are_refused():
 
 
 @pytest.mark.parametrize(
-    ("prompt", "kwargs", "message"),
+    ("prompt", "names", "message"),
     [
         ("A1+2=", ["enable_thinking"], "the prompts are plain text"),
         (
@@ -210,7 +210,8 @@ def test_stop_strings_that_trl_cannot_use_are_refused():
         ([{"role": "user", "content": "A1+2="}], ["enable_thinking", "digits"], None),
     ],
 )
-def test_a_template_argument_without_effect_is_refused(prompt, kwargs, message):
+def test_a_template_argument_without_effect_is_refused(prompt, names, message):
+    kwargs = dict.fromkeys(names, False)
     _, tokenizer = base()
     if message is None:
         check_prompt({"prompt": prompt}, tokenizer, "m", kwargs)

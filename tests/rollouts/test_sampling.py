@@ -3,6 +3,7 @@
 import copy
 import dataclasses
 
+import demo_model
 import pytest
 import tool_policy
 import torch
@@ -292,3 +293,15 @@ def test_a_prompt_and_completion_may_fill_the_context(model_and_tokenizer):
     rows = [{"prompt": "a" * 2044, "target": 1}]
     ((rollout,),) = sample_rollouts(*model_and_tokenizer, TEXT, rows, Sampling(greedy=True, max_completion_tokens=4))
     assert rollout.tokens <= 4
+
+
+def test_a_completion_that_went_on_to_another_problem_has_ended_and_counts_up_to_there():
+    model, tokenizer = demo_model.load()
+    seen = []
+    task = Task("sums", lambda *_: [], lambda completions, **_: seen.append(completions) or [1.0], 3)
+    (whole,) = sample_rollouts(model, tokenizer, task, [{"prompt": "A347+485="}], Sampling(greedy=True))[0]
+    assert whole.completion == "083" and not whole.ended
+    cut = dataclasses.replace(task, end="83")
+    (cut,) = sample_rollouts(model, tokenizer, cut, [{"prompt": "A347+485="}], Sampling(greedy=True))[0]
+    assert (cut.completion, cut.ended, cut.ids, cut.tokens) == ("0", True, whole.ids, 3)
+    assert seen == [["083"], ["083"]]  # what `shaped` makes of the reward sees less

@@ -65,7 +65,7 @@ def test_base_and_result_are_compared_on_the_same_problems(tmp_path):
         assert (found.difference.mean, found.difference.standard_error) == (difference, error)
         assert found.adapter.completions == after[name].completions
     assert f"{results.held_out.difference.mean:+.4f}" in results.verdict
-    assert results.completions.completions == 16 and results.completions.no_answer is None
+    assert results.completions.completions == 16 and results.completions.no_answer == 0.0
     assert sum(note.startswith("prompt: ") for note in told.notes) == 1 and any("trained: " in n for n in told.notes)
     assert RunRecord.from_file(tmp_path / "run" / "run.json") == run.record
     card = (tmp_path / "run" / "README.md").read_text()

@@ -88,6 +88,8 @@ def test_the_digest_is_of_all_that_decides_the_outcome(tmp_path):
         "batch_size": 32,
         "greedy": True,
         "chat": True,
+        "system": "Be short.",
+        "shots": 2,
         "task_data": {"file": "0"},
         "unsafe": True,
         "sampling": {"temperature": 0.5},

@@ -1,11 +1,15 @@
 """Starts passes of a model at one of its blocks, from hidden states kept from an earlier pass.
 
-The blocks below a candidate are frozen, so that what enters its block is the same in every update on one batch, and
-for every later candidate a part of what it needs.
+The blocks below a trained one are frozen, so that what enters it is the same in every pass over one batch: in a race's
+updates (for every later candidate a part of what it needs), and for a policy, its older self and its reference.
+
+The states are what the last block below returns, and not what a hook gives to the first block above. Such a hook runs
+inside what is checkpointed before transformers 5.23, and would not be there when the backward pass runs it again.
 """
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, replace
@@ -37,16 +41,13 @@ class HiddenStates:
 
 @contextmanager
 def starting_at(states: HiddenStates) -> Iterator[None]:
-    """Within, passes of the model skip the blocks below `states.layer`, whose input are the states' values."""
-
-    def give(block: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict]:
-        return ((states.values, *args[1:]), kwargs) if args else (args, {**kwargs, "hidden_states": states.values})
-
+    """Within, this thread's passes of the model skip the blocks below `states.layer`, whose input are the states'
+    values."""
+    below = states.blocks[: states.layer]
     with ExitStack() as stack:
-        for block, returns_tuple in zip(states.blocks, states.returns_tuple, strict=False):
-            stack.enter_context(_replaced_forward(block, _identity(returns_tuple)))
-        hook = states.blocks[states.layer].register_forward_pre_hook(give, with_kwargs=True)
-        stack.callback(hook.remove)
+        for index, (block, returns_tuple) in enumerate(zip(below, states.returns_tuple, strict=True)):
+            values = states.values if index == states.layer - 1 else None
+            stack.enter_context(_replaced_forward(block, returns_tuple, values))
         yield
 
 
@@ -86,21 +87,22 @@ class _BlockReachedError(Exception):
     """Ends a pass at the block whose input was wanted."""
 
 
-def _identity(returns_tuple: bool) -> Callable[..., Any]:
-    def forward(hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
-        return (hidden_states,) if returns_tuple else hidden_states
-
-    return forward
-
-
 @contextmanager
-def _replaced_forward(module: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
-    own = vars(module).get("forward")
-    module.forward = forward
+def _replaced_forward(block: nn.Module, returns_tuple: bool, values: torch.Tensor | None) -> Iterator[None]:
+    """Have a block return `values`, or what it is given; other threads run it as it is."""
+    own, whole, thread = vars(block).get("forward"), block.forward, threading.get_ident()
+
+    def forward(hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        if threading.get_ident() != thread:
+            return whole(hidden_states, *args, **kwargs)
+        result = hidden_states if values is None else values
+        return (result,) if returns_tuple else result
+
+    block.forward = forward
     try:
         yield
     finally:
         if own is None:
-            del module.forward
+            del block.forward
         else:
-            module.forward = own
+            block.forward = own

@@ -1,0 +1,29 @@
+"""--system and --shots on the command line reach the settings of every command that gives prompts."""
+
+import pytest
+
+SHAPE = ["--system", "Be short.", "--shots", "2"]
+
+
+@pytest.mark.parametrize(
+    ("command", "function", "rest"),
+    [
+        ("train", "peft_onelayer.runs.training.train", ["--out", "out"]),
+        ("probe", "peft_onelayer.runs.probing.probe", []),
+        ("eval", "peft_onelayer.runs.evaluation.evaluate", []),
+        ("sweep", "peft_onelayer.sweep.sweep.sweep_layers", []),
+    ],
+)
+def test_the_options_reach_the_settings(onelayer, monkeypatch, command, function, rest):
+    asked = []
+
+    def stop(settings, **more):
+        asked.append(settings)
+        raise ValueError("enough")
+
+    monkeypatch.setattr(function, stop)
+    code, lines, _ = onelayer(command, "m", "--task", "sort", *SHAPE, *rest)
+    assert code == 1 and lines[-1].endswith("enough"), lines
+    assert (asked[0].system, asked[0].shots) == ("Be short.", 2)
+    code, lines, _ = onelayer(command, "m", "--task", "sort", "--shots", "-1", *rest)
+    assert code == 2 and len(asked) == 1
