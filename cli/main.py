@@ -35,6 +35,7 @@ from . import (
     search,
     sweep,
     train,
+    vote,
 )
 from ._errors import LIMIT, UserError
 
@@ -78,6 +79,7 @@ app.command("compare", epilog=compare.EXAMPLES)(compare.compare)
 app.command("merge")(merge.merge)
 app.command("export")(export.export)
 app.command("combine", epilog=combine.EXAMPLES)(combine.combine)
+app.command("vote")(vote.vote)
 app.command("push")(push.push)
 app.command("pull")(pull.pull)
 app.command("search")(search.search)

@@ -8,13 +8,15 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 from .progress import Progress
-from .settings import EvaluationSettings, ProbeSettings, TrainingSettings
+from .settings import EvaluationSettings, ProbeSettings, TrainingSettings, VoteSettings
 
 if TYPE_CHECKING:
     from .evaluation import evaluate
     from .probing import probe
     from .recipes import load_recipe
+    from .stage_four import combine_with_stage_four
     from .training import Run, train
+    from .voting import vote
 
 __all__ = [
     "EvaluationSettings",
@@ -22,18 +24,23 @@ __all__ = [
     "Progress",
     "Run",
     "TrainingSettings",
+    "VoteSettings",
+    "combine_with_stage_four",
     "evaluate",
     "load_recipe",
     "probe",
     "train",
+    "vote",
 ]
 
 _MODULES = {
     "Run": ".training",
+    "combine_with_stage_four": ".stage_four",
     "evaluate": ".evaluation",
     "load_recipe": ".recipes",
     "probe": ".probing",
     "train": ".training",
+    "vote": ".voting",
 }
 
 

@@ -171,6 +171,35 @@ class EvaluationSettings(Source):
 
 
 @dataclass(frozen=True, kw_only=True)
+class VoteSettings(Source):
+    """One vote of several adapters, as `onelayer vote` takes it; beside the attributes of `Source`, whose `model` "" is
+    the base that the first adapter names:
+
+    Attributes:
+        adapters: two or more adapters of our method of one base: folders or Hub ids.
+        against: which of them is given as many samples alone, counted from 0.
+        split: problems of which split: "test" or "train".
+        problems: their number; fewer where the split is smaller.
+        samples: completions of each problem by each adapter.
+        sampling: values by field of `Sampling`, over those of the run that made the first adapter.
+        batch_size: completions at a time, on which the samples depend.
+        allow_other_base: take adapters on a base that they were not trained on.
+        out: JSON file for the figures.
+    """
+
+    model: str = ""
+    adapters: Sequence[str]
+    against: int = 0
+    split: str = "test"
+    problems: int = 256
+    samples: int = 1
+    sampling: Mapping[str, Any] = field(default_factory=dict)
+    batch_size: int = 64
+    allow_other_base: bool = False
+    out: str | Path | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
 class ProbeSettings(Source):
     """One ranking of the blocks, as `onelayer probe` takes it; beside the attributes of `Source`:
 
