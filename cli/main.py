@@ -24,6 +24,7 @@ from . import (
     combine,
     compare,
     demo,
+    entropy,
     eval,
     export,
     inspect,
@@ -76,6 +77,7 @@ app.command("sweep")(sweep.sweep)
 app.command("inspect")(inspect.inspect)
 app.command("analyze", epilog=analyze.EXAMPLES)(analyze.analyze)
 app.command("compare", epilog=compare.EXAMPLES)(compare.compare)
+app.command("entropy")(entropy.entropy)
 app.command("merge")(merge.merge)
 app.command("export")(export.export)
 app.command("combine", epilog=combine.EXAMPLES)(combine.combine)

@@ -8,10 +8,11 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 from .progress import Progress
-from .settings import EvaluationSettings, ProbeSettings, TrainingSettings, VoteSettings
+from .settings import EntropySettings, EvaluationSettings, ProbeSettings, TrainingSettings, VoteSettings
 
 if TYPE_CHECKING:
     from .evaluation import evaluate
+    from .forking import entropy
     from .probing import probe
     from .recipes import load_recipe
     from .stage_four import combine_with_stage_four
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
     from .voting import vote
 
 __all__ = [
+    "EntropySettings",
     "EvaluationSettings",
     "ProbeSettings",
     "Progress",
@@ -26,6 +28,7 @@ __all__ = [
     "TrainingSettings",
     "VoteSettings",
     "combine_with_stage_four",
+    "entropy",
     "evaluate",
     "load_recipe",
     "probe",
@@ -36,6 +39,7 @@ __all__ = [
 _MODULES = {
     "Run": ".training",
     "combine_with_stage_four": ".stage_four",
+    "entropy": ".forking",
     "evaluate": ".evaluation",
     "load_recipe": ".recipes",
     "probe": ".probing",

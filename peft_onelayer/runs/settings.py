@@ -200,6 +200,32 @@ class VoteSettings(Source):
 
 
 @dataclass(frozen=True, kw_only=True)
+class EntropySettings(Source):
+    """One measurement of the learning signal by token entropy, as `onelayer entropy` takes it; beside the attributes of
+    `Source`:
+
+    Attributes:
+        adapter: of our method, at whose weights and for whose blocks the gradient is taken: a folder or a Hub id.
+        layer: without an adapter, the blocks, as `SingleLayerConfig` takes them.
+        share: of the tokens, those of highest entropy.
+        problems: of the train split.
+        samples: completions of each.
+        sampling: values by field of `Sampling`.
+        batch_size: completions at a time.
+        micro_batch: completions of a pass with gradients.
+    """
+
+    adapter: str | None = None
+    layer: int | str | Sequence[int] = "middle"
+    share: float = 0.2
+    problems: int = 16
+    samples: int = 8
+    sampling: Mapping[str, Any] = field(default_factory=dict)
+    batch_size: int = 64
+    micro_batch: int = 8
+
+
+@dataclass(frozen=True, kw_only=True)
 class ProbeSettings(Source):
     """One ranking of the blocks, as `onelayer probe` takes it; beside the attributes of `Source`:
 
