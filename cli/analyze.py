@@ -26,7 +26,8 @@ EXAMPLES = """Examples:
 \b
   onelayer analyze Qwen/Qwen3-1.7B-Base run                     an adapter, dense or sparse
   onelayer analyze Qwen/Qwen3-1.7B-Base full-run --json         a whole checkpoint, for a program
-  onelayer analyze base tuned --no-spectrum --plot change.png   without ranks, which take the longest"""
+  onelayer analyze base tuned --no-spectrum --plot change.png   without ranks, which take the longest
+  onelayer analyze base run --mask-out mask.safetensors --share .05   for train --mask"""
 
 
 def analyze(
@@ -39,6 +40,21 @@ def analyze(
         bool, typer.Option("--spectrum/--no-spectrum", help="Measure ranks and singular values too.")
     ] = True,
     plot: Annotated[Path | None, typer.Option(help="Image to draw: .png, .pdf or .svg.", show_default=False)] = None,
+    mask_out: Annotated[
+        Path | None,
+        typer.Option(
+            help="Also write the mask of the changed entries, for train --mask: .safetensors.", show_default=False
+        ),
+    ] = None,
+    share: Annotated[
+        float | None,
+        typer.Option(help="Of --mask-out: this share of the entries, those that changed most.", show_default=False),
+    ] = None,
+    random: Annotated[
+        float | None,
+        typer.Option(help="Of --mask-out: this share of the entries, drawn at random.", show_default=False),
+    ] = None,
+    seed: Annotated[int, typer.Option(min=0, help="Of --random.")] = 0,
     revision: Revision = None,
     allow_other_base: AllowOtherBase = False,
     as_json: Json = False,
@@ -46,6 +62,7 @@ def analyze(
     """Show what training changed from BASE to OTHER: sparsity, rank and norm of every tensor's change."""
     with status("loading ..."), quiet_hub():
         from peft_onelayer.analysis.change import analyze_change
+        from peft_onelayer.analysis.mask import make_mask
         from peft_onelayer.records.files import check_file, output
 
     with user_error(ValueError):
@@ -53,6 +70,23 @@ def analyze(
             if plot.suffix not in IMAGES:
                 raise ValueError(f"--plot {plot} is no image: give a file that ends in {', '.join(IMAGES)}.")
             check_file(plot, lambda file: file.suffix in IMAGES)
+        if mask_out is None and (share, random) != (None, None):
+            raise ValueError("--share and --random say which entries --mask-out writes; give it a file.")
+    if mask_out is not None:
+        with user_error(ValueError, OSError), quiet_hub(), late_bar("choosing entries") as on_progress:
+            mask = make_mask(
+                base,
+                others,
+                mask_out,
+                share,
+                random,
+                seed,
+                revision=revision,
+                allow_other_base=allow_other_base,
+                on_progress=on_progress,
+            )
+        part = f"{mask.trained:,} of {mask.entries:,} entries ({mask.trained / mask.entries:.2%})"
+        note(f"mask of {part} in {mask.tensors} tensors written to {mask_out}; {mask.changed:,} entries changed")
     with user_error(ValueError), quiet_hub(), late_bar("measuring") as on_progress:
         found = analyze_change(
             base,

@@ -22,9 +22,11 @@ from peft_onelayer.records.text import one_line
 from . import (
     analyze,
     card,
+    combine,
     compare,
     demo,
     doctor,
+    entropy,
     eval,
     export,
     generate,
@@ -39,6 +41,7 @@ from . import (
     sweep,
     tasks,
     train,
+    vote,
 )
 from ._errors import LIMIT, UserError
 from ._examples import EXAMPLES
@@ -81,9 +84,12 @@ app.command("sweep")(sweep.sweep)
 app.command("inspect")(inspect.inspect)
 app.command("analyze", epilog=analyze.EXAMPLES)(analyze.analyze)
 app.command("compare", epilog=compare.EXAMPLES)(compare.compare)
+app.command("entropy")(entropy.entropy)
 app.command("merge")(merge.merge)
 app.command("export")(export.export)
 app.command("card")(card.card)
+app.command("combine", epilog=combine.EXAMPLES)(combine.combine)
+app.command("vote")(vote.vote)
 app.command("push")(push.push)
 app.command("pull")(pull.pull)
 app.command("report")(report.report)

@@ -67,10 +67,26 @@ def train(
     layer: Annotated[
         str,
         typer.Option(
-            help="Blocks to train: 14, -1, 3,5, 8-13, middle, mid-5, or auto to rank the blocks on the task first."
+            help="Blocks to train: 14, -1, 3,5, 8-13, middle, mid-5, top-5@ranking.json, worst-5@ranking.json, "
+            "full_attention, all, or auto to rank the blocks on the task first."
         ),
     ] = "auto",
+    mask: Annotated[
+        Path | None,
+        typer.Option(
+            help="Train only the entries of these blocks where this file holds True; see analyze --mask-out.",
+            show_default=False,
+        ),
+    ] = None,
     full: Annotated[bool, typer.Option("--full", help="Train every parameter instead: the baseline.")] = False,
+    boost: Annotated[
+        str | None,
+        typer.Option(
+            metavar="BLOCKS:FACTOR",
+            help="With --full: these blocks train at so many times the learning rate: top-10@ranking.json:2.0.",
+            show_default=False,
+        ),
+    ] = None,
     task: TaskName = None,
     dataset: Annotated[
         str | None,
@@ -175,8 +191,9 @@ def train(
             raise ValueError("--learning-rate and --set learning_rate say the same; give one of them")
         if sampling:
             given["sampling"] = parse_settings(sampling, "--sampling")
-        if out is not None:
-            given["out"] = str(out)
+        for name, path in (("out", out), ("mask", mask)):
+            if path is not None:
+                given[name] = str(path)
         refuse_fields(fields, TRAINING_OPTIONS)
         flat = {
             name: value for name, value in fields.items() if name not in OPTIONS

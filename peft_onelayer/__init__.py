@@ -6,11 +6,13 @@ from typing import TYPE_CHECKING, Any
 from .registration import register
 
 if TYPE_CHECKING:
+    from .adapter.combine import combine_adapters
     from .adapter.export import export_adapter
     from .adapter.inspection import inspect_adapter
     from .adapter.merge import merge_into_checkpoint
     from .analysis.change import analyze_change
     from .analysis.compare import compare_adapters
+    from .analysis.mask import make_mask
     from .analysis.profiles import compare_profiles
     from .hub.local_card import write_card
     from .hub.profiles import load_profile
@@ -34,6 +36,7 @@ __all__ = [
     "SweepSettings",
     "__version__",
     "analyze_change",
+    "combine_adapters",
     "compare_adapters",
     "compare_profiles",
     "export_adapter",
@@ -41,6 +44,7 @@ __all__ = [
     "layer_contribution",
     "load_profile",
     "load_task",
+    "make_mask",
     "merge_into_checkpoint",
     "probe_layers",
     "pull_adapter",
@@ -57,6 +61,7 @@ _MODULES = {  # of each name; imported on its first use
     "SingleLayerModel": ".tuner",
     "SweepSettings": ".sweep.settings",
     "analyze_change": ".analysis.change",
+    "combine_adapters": ".adapter.combine",
     "compare_adapters": ".analysis.compare",
     "compare_profiles": ".analysis.profiles",
     "export_adapter": ".adapter.export",
@@ -64,6 +69,7 @@ _MODULES = {  # of each name; imported on its first use
     "layer_contribution": ".sweep.metric",
     "load_profile": ".hub.profiles",
     "load_task": ".tasks",
+    "make_mask": ".analysis.mask",
     "merge_into_checkpoint": ".adapter.merge",
     "probe_layers": ".probe.probe",
     "pull_adapter": ".hub.pull",

@@ -1,16 +1,27 @@
-"""Turns what a user calls the layers to train (14, -1, "3,5", "8-13", "middle", "mid-5") into block indices."""
+"""Turns what a user calls the layers to train (14, -1, "3,5", "8-13", "middle", "mid-5", "top-5@ranking.json",
+"full_attention", "all") into block indices."""
 
 from __future__ import annotations
 
 import difflib
+import json
 import operator
 import re
 from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
 
-LAYER_FORMS = 'an index, a list of indices, a range such as "8-13", "middle", "mid-5", or several of these as "3,8-10"'
+LAYER_FORMS = (
+    'an index, a list of indices, a range such as "8-13", "middle", "mid-5", "top-5@ranking.json", '
+    '"worst-5@ranking.json", a kind such as "full_attention", "all", or several of these as "3,8-10"'
+)
+RANKING_LIMIT = 32 * 2**20  # bytes of a ranking's file
+KINDS = r"\w+_attention|attention|conv|mamba|moe|hybrid"  # as configurations call them in `layer_types`
 
 Layers = int | str | Sequence[int]
-Part = int | tuple[str, int, int]  # an index, ("range", first, last), or ("mid", k, 0), where k = 0 is "middle"
+# An index, ("range", first, last), ("mid", k, 0), where k = 0 is "middle", ("top" or "worst", k, file), ("kind", name,
+# 0), or ("all", 0, 0).
+Part = int | tuple[str, Any, Any]
 
 
 def parse_layers(layer: Layers) -> list[Part]:
@@ -38,11 +49,17 @@ def plain_indices(layer: int | Sequence[int]) -> int | list[int]:
     return [_index(item, layer) for item in layer]
 
 
-def resolve_layers(layer: Layers, num_layers: int) -> list[int]:
+def resolve_layers(layer: Layers, num_layers: int, kinds: Sequence[str] | None = None) -> list[int]:
     """Turn a layer specification into ascending block indices 0 <= i < `num_layers`.
 
     "middle" is block num_layers // 2. "mid-k" is the paper's rule without profiling (arXiv 2607.01232):
-    the blocks floor(L/2 - k/2) <= i < floor(L/2 + k/2).
+    the blocks floor(L/2 - k/2) <= i < floor(L/2 + k/2). "top-k@FILE" and "worst-k@FILE" are the first and the last k of
+    the measured blocks in a ranking or a layer profile.
+
+    Args:
+        layer: the specification.
+        num_layers: of the model.
+        kinds: of its blocks, the field `layer_types` of its configuration; None where it has none.
 
     >>> resolve_layers(-1, 28), resolve_layers("middle", 28), resolve_layers("8-10", 28)
     ([27], [14], [8, 9, 10])
@@ -50,9 +67,10 @@ def resolve_layers(layer: Layers, num_layers: int) -> list[int]:
     ([11, 12, 13, 14, 15], [0, 8, 9, 27])
 
     Raises:
-        ValueError: malformed, out of range, empty, or naming one block twice.
+        ValueError: malformed, out of range, empty, or naming one block twice; a file that is no ranking of a model of
+            this depth or that has too few blocks; a kind that the model has not.
     """
-    indices = [index for part in parse_layers(layer) for index in _indices(part, layer, num_layers)]
+    indices = [index for part in parse_layers(layer) for index in _indices(part, layer, num_layers, kinds)]
     for index in indices:
         if not -num_layers <= index < num_layers:
             raise ValueError(
@@ -79,7 +97,17 @@ def _parse_part(text: str, layer: str) -> Part:
         if int(match[1]) < 1:
             raise ValueError(f"layer={layer!r} selects no block; use mid-1 or more.")
         return ("mid", int(match[1]), 0)
-    near = difflib.get_close_matches(text, ["middle", "mid-5"], n=1)
+    if match := re.fullmatch(r"(top|worst)-(\d+)@(.+)", text):
+        if int(match[2]) < 1:
+            raise ValueError(f"layer={layer!r} selects no block; use {match[1]}-1 or more.")
+        return (match[1], int(match[2]), match[3])
+    if re.fullmatch(r"(top|worst)-\d+", text):
+        raise ValueError(f"layer={layer!r} lacks the ranking that it counts in; write it as {text}@ranking.json.")
+    if text == "all":
+        return ("all", 0, 0)
+    if re.fullmatch(KINDS, text):
+        return ("kind", text, 0)
+    near = difflib.get_close_matches(text, ["middle", "mid-5", "full_attention", "linear_attention"], n=1)
     hint = f' Did you mean "{near[0]}"?' if near else ""
     raise ValueError(f"layer={layer!r} is not understood; expected {LAYER_FORMS}.{hint}")
 
@@ -93,10 +121,40 @@ def _index(item: object, layer: object) -> int:
         raise ValueError(f"layer={layer!r} is not understood; expected {LAYER_FORMS}.") from None
 
 
-def _indices(part: Part, layer: Layers, num_layers: int) -> Sequence[int]:
+def check_layers(layer: Layers) -> None:
+    """What can be told of a layer specification before there is a model.
+
+    Raises:
+        ValueError: malformed, or a file that is no ranking or has too few blocks.
+    """
+    for part in parse_layers(layer):
+        if not isinstance(part, int) and part[0] in ("top", "worst"):
+            _indices(part, layer, None, None)
+
+
+def names_a_file(layer: Layers) -> bool:
+    """Whether a layer specification reads a ranking's file, so that it means nothing on another machine."""
+    return isinstance(layer, str) and "@" in layer
+
+
+def _indices(part: Part, layer: Layers, num_layers: int | None, kinds: Sequence[str] | None) -> Sequence[int]:
     if isinstance(part, int):
         return [part]
     kind, first, last = part
+    if kind in ("top", "worst"):
+        order = _ranked(last, layer, num_layers)
+        if first > len(order):
+            raise ValueError(f"layer={layer!r} asks for {first} blocks and {last} ranks {len(order)}.")
+        return order[:first] if kind == "top" else order[-first:]
+    assert num_layers is not None
+    if kind == "all":
+        return range(num_layers)
+    if kind == "kind":
+        found = [index for index, name in enumerate(kinds or []) if name == first]
+        if not found:
+            has = f"of {', '.join(sorted(set(kinds)))}" if kinds else "whose configuration names no kinds"
+            raise ValueError(f"layer={layer!r} names no block of this model {has}.")
+        return found
     if kind == "range":
         return range(first, last + 1) if last < num_layers else [last]  # out of range, which one of them shows
     if first == 0:
@@ -104,3 +162,26 @@ def _indices(part: Part, layer: Layers, num_layers: int) -> Sequence[int]:
     if first > num_layers:
         raise ValueError(f"layer={layer!r} asks for {first} of {num_layers} blocks.")
     return range((num_layers - first) // 2, (num_layers + first) // 2)
+
+
+def _ranked(file: str, layer: Layers, num_layers: int | None) -> list[int]:
+    """The measured blocks of a ranking or a layer profile, best first."""
+    path = Path(file).expanduser()
+    try:
+        if not path.is_file() or path.stat().st_size > RANKING_LIMIT:
+            raise ValueError
+        fields = json.loads(path.read_text(encoding="utf-8"))
+        order, depth = fields.get("order"), fields["num_layers"]
+        if order is None:  # a published profile
+            worth = {k: float(value) for k, value in enumerate(fields["contribution"]) if value is not None}
+            order = sorted(worth, key=lambda k: -worth[k])
+        blocks = [_index(k, layer) for k in order]
+        if type(depth) is not int or len(set(blocks)) < len(blocks) or not all(0 <= k < depth for k in blocks):
+            raise ValueError
+    except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError):
+        raise ValueError(
+            f"layer={layer!r}: {file} is no ranking; give what `onelayer probe --out` or `onelayer sweep` wrote."
+        ) from None
+    if depth != (num_layers or depth):
+        raise ValueError(f"layer={layer!r}: {file} ranks the blocks of a model of {depth}, not {num_layers}.")
+    return blocks

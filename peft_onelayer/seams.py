@@ -199,6 +199,10 @@ SEAMS: dict[str, tuple[Seam, ...]] = {
         ),
         Seam("transformers.initialization:meta_device_safe_creation_ops", "a model without weights"),
     ),
+    "peft_onelayer.adapter.fusion": (
+        Seam("peft.utils.merge_utils:ties", "to combine adapters", ("task_tensors", "weights", "density")),
+        Seam("peft.utils.merge_utils:dare_linear", "to combine adapters", ("task_tensors", "weights", "density")),
+    ),
     "peft_onelayer.runs.models": (
         Seam(
             "transformers.models.auto.modeling_auto:MODEL_FOR_CAUSAL_LM_MAPPING_NAMES",

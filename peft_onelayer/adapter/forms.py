@@ -72,6 +72,8 @@ def dense(file: AdapterFile, value_of: Callable[[str], torch.Tensor], folder: Pa
         trained = f"{PREFIX}{module}{TRAINED}{leaf}"
         keys[name] = trained if file.is_trained(name) else next(iter(file.keys[name].values()))
         tensors[keys[name]] = value_of(name).float().contiguous()
+    with (file.folder / WEIGHTS).open("rb") as stored:
+        tensors |= {key: file.stored[key].read(stored) for key in file.masks.values()}
     config = {name: value for name, value in file.config.items() if name != "encoding"}
     (folder / CONFIG).write_text(json.dumps(config, indent=2, sort_keys=True), encoding="utf-8")
     save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})

@@ -17,7 +17,7 @@ from peft_onelayer.records.files import CONFIG, WEIGHTS, read_fields
 from peft_onelayer.records.text import one_line, printable
 from peft_onelayer.sparse.base import BaseRecord
 from peft_onelayer.sparse.encoding import SparseEncoding, TensorRecord
-from peft_onelayer.sparse.names import TRAINED, base_name, split_key
+from peft_onelayer.sparse.names import MASK, TRAINED, base_name, split_key
 
 from .stored import DTYPES, StoredTensor, read_header
 
@@ -50,6 +50,12 @@ class AdapterFile:
     stored: dict[str, StoredTensor]
     sparse: SparseEncoding | None
     trained_on: BaseRecord | None
+
+    @property
+    def masks(self) -> dict[str, str]:
+        """Of a dense adapter that was trained under a mask: the keys of the masks' bits, by the key of their tensor."""
+        found = {key: f"{key}{MASK}" for group in self.keys.values() for key in group.values()}
+        return {key: mask for key, mask in found.items() if mask in self.stored and _is_mask(mask, self.stored)}
 
     @property
     def encoding(self) -> str:
@@ -118,7 +124,12 @@ def open_adapter(folder: Path | str) -> AdapterFile:
     config = read_config(folder)
     check_plain_file(folder / WEIGHTS)
     stored = read_header(folder / WEIGHTS)
-    others = list(stored)
+    masks = {key for key in stored if _is_mask(key, stored)}
+    for key in masks:
+        entries = stored[key.removesuffix(MASK)].entries
+        if config.get("mask") is None or stored[key].shape != (-(-entries // 8),):
+            raise ValueError(f"{folder / WEIGHTS} holds {printable(key)}, which is no mask that {CONFIG} records.")
+    others = [key for key in stored if key not in masks]
     if strange := sorted(key for key in others if stored[key].dtype not in DTYPES):
         raise ValueError(
             f"{folder / WEIGHTS} holds {printable(strange[0])} as {stored[strange[0]].dtype}, which no adapter has."
@@ -152,6 +163,10 @@ def open_adapter(folder: Path | str) -> AdapterFile:
     file = AdapterFile(folder, config, layers, sorted(keys), keys, stored, sparse, trained_on)
     _check_contents(file)
     return file
+
+
+def _is_mask(key: str, stored: dict[str, StoredTensor]) -> bool:
+    return key.endswith(MASK) and key.removesuffix(MASK) in stored and stored[key].dtype == "U8"
 
 
 def _check_contents(file: AdapterFile) -> None:

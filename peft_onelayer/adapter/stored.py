@@ -7,10 +7,10 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, BinaryIO
+from typing import TYPE_CHECKING, Any, BinaryIO
 
 import numpy as np
 from safetensors import SafetensorError, safe_open
@@ -31,6 +31,7 @@ FLOATS = {
     "F16": ("<u2", 0x7C00),
     "BF16": ("<u2", 0x7F80),
 }
+WIDTHS = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "BOOL": 1}  # bytes, of what is written here
 PIECE = 2**20  # entries looked at in one go
 
 
@@ -137,3 +138,19 @@ def read_header(path: Path) -> dict[str, StoredTensor]:
         )
         for name, entry in header.items()
     }
+
+
+def header(tensors: Mapping[str, tuple[str, Sequence[int]]]) -> bytes:
+    """The head of a safetensors file, behind which the tensors' bytes stand in this order.
+
+    Args:
+        tensors: of each, by name, its dtype as safetensors calls it and its shape.
+    """
+    head: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    end = 0
+    for name, (dtype, shape) in tensors.items():
+        start, end = end, end + math.prod(shape) * WIDTHS[dtype]
+        head[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [start, end]}
+    text = json.dumps(head, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    return len(text).to_bytes(8, "little") + text

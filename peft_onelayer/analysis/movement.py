@@ -39,18 +39,21 @@ def movement_of_model(model: Any, adapter_name: str | None = None) -> Movement |
     if adapter_name is None:
         adapter_name = next((layer.active_adapters[0] for layer in layers.values() if layer.active_adapters), None)
     layers = {name: layer for name, layer in layers.items() if adapter_name in layer.single_layer_params}
-    if not layers:
+    if not layers or adapter_name is None:
         raise ValueError(f"the model carries no single-layer adapter {adapter_name!r}.")
     tensors = []
     for name, layer in layers.items():
         if layer.merged:
             raise ValueError("an adapter is merged into the base; call unmerge_adapter() first.")
         for part, parameter in layer.base_layer.named_parameters(recurse=False):
-            master = layer.single_layer_params[adapter_name].get_parameter(part)
+            master = layer.masters(adapter_name).get(part)
+            if master is None:
+                continue
             both = (parameter, master)
             if any(isinstance(t, DTensor) or t.is_meta or not t.numel() for t in both):
                 return None
             base = dequantized(layer.base_layer, parameter)
+            master = layer.whole(adapter_name, part, base)
             pair = Pair(base_name(f"{name}.{part}"), held_values(base), held_values(master))
             tensors.append(measure(pair, spectrum=False).movement)
     return Movement(sorted(tensors, key=lambda tensor: tensor.name))

@@ -61,8 +61,10 @@ class Batch:
         return [self.part(slice(i * len(self) // n, (i + 1) * len(self) // n)) for i in range(n)]
 
 
-def graded_batch(groups: Sequence[Sequence[Rollout]], pad: int, device: torch.device) -> Batch | None:
-    """The informative half of each group of completions of one prompt, with their advantages.
+def graded_batch(
+    groups: Sequence[Sequence[Rollout]], pad: int, device: torch.device, whole: bool = False
+) -> Batch | None:
+    """The informative half of each group of completions of one prompt, or all of it, with their advantages.
 
     Of a group the half with the greatest variance of rewards is kept (arXiv 2504.13818), at half the cost of a pass;
     a group whose rewards are all equal teaches nothing and is left out. Advantages are normalised by the sample
@@ -74,7 +76,7 @@ def graded_batch(groups: Sequence[Sequence[Rollout]], pad: int, device: torch.de
     kept: list[Rollout] = []
     advantages: list[float] = []
     for group in groups:
-        rollouts = _most_varied(group, max(2, len(group) // 2))
+        rollouts = group if whole else _most_varied(group, max(2, len(group) // 2))
         rewards = [rollout.reward for rollout in rollouts]
         if len(set(rewards)) > 1:
             mean, deviation = statistics.fmean(rewards), statistics.stdev(rewards)

@@ -7,11 +7,13 @@ from collections.abc import Sequence
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from peft_onelayer.layers import resolve_layers
 from peft_onelayer.records.ranking import NO_COST, LayerRanking
 from peft_onelayer.rl.recipe import Recipe, make_recipe
 from peft_onelayer.tasks import Task
-from peft_onelayer.tuner import find_decoder_stack, resolve_layers
+from peft_onelayer.tuner import find_decoder_stack
 from peft_onelayer.tuner.model import commit_hash
+from peft_onelayer.tuner.stack import layer_kinds
 
 from .prior import depth_prior
 from .race import BudgetError, OnCandidate, race
@@ -54,7 +56,7 @@ def probe_layers(
             `NothingToLearnError` where the rewards are equal within every group of completions.
     """
     num_layers = len(find_decoder_stack(model).blocks)
-    chosen = list(range(num_layers)) if layers is None else resolve_layers(layers, num_layers)
+    chosen = list(range(num_layers)) if layers is None else resolve_layers(layers, num_layers, layer_kinds(model))
     if method not in METHODS:
         raise ValueError(f"no probe {method!r}; the methods are {', '.join(METHODS)}")
     recipe = recipe or make_recipe("grpo", task)

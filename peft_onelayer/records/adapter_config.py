@@ -10,6 +10,49 @@ from .fields import read
 
 
 @dataclass(frozen=True)
+class MaskRecord:
+    """The entries that train under a mask.
+
+    Attributes:
+        trained: how many they are.
+        entries: of the tensors that they are in.
+        sha256: of the names and shapes of these tensors and the bits of their masks.
+    """
+
+    trained: int
+    entries: int
+    sha256: str
+
+
+@dataclass(frozen=True)
+class Part:
+    """An adapter that another was made of.
+
+    Attributes:
+        name: its id on the Hub, or the name of its folder.
+        sha256: of its weights' file.
+    """
+
+    name: str
+    sha256: str
+
+
+@dataclass(frozen=True)
+class CombinedRecord:
+    """How an adapter was made of others.
+
+    Attributes:
+        method: of `combine_adapters`.
+        parts: the adapters, in their order.
+        stage_four: the tasks that the result was trained on afterwards; None for none.
+    """
+
+    method: str
+    parts: list[Part]
+    stage_four: str | None = None
+
+
+@dataclass(frozen=True)
 class AdapterConfig:
     """The fields that mean something here; others are PEFT's and are not looked at.
 
@@ -30,6 +73,8 @@ class AdapterConfig:
     master_dtype: Literal["float32", "base"] = "float32"
     modules_to_save: list[str] | None = None
     saved_embeddings: list[str] | None = None
+    mask: MaskRecord | None = None
+    combined: CombinedRecord | None = None
     layer_indices: list[int] | None = None
     num_layers: int | None = None
     encoding: dict[str, Any] | None = None

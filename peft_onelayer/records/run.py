@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal, Self
 
+from .adapter_config import MaskRecord
 from .fields import Record
 from .figures import CompletionStatistics, Measured
 from .movement import Movement
@@ -52,6 +53,19 @@ class DataSource:
 
 
 @dataclass(frozen=True)
+class Boost:
+    """Blocks that full training gave a learning rate of their own.
+
+    Attributes:
+        layers: their indices, ascending.
+        factor: by which their rate is that of the others.
+    """
+
+    layers: list[int]
+    factor: float
+
+
+@dataclass(frozen=True)
 class RunSettings:
     """All that decides the outcome of a run.
 
@@ -62,6 +76,8 @@ class RunSettings:
         task: prompts and reward come from; None for an offline data set.
         dataset: an offline algorithm's data set; None for a task.
         layer: the blocks as they were asked for, such as 14, "mid-5" or "auto"; None where everything was trained.
+        mask: record of the entries that trained; None where all of the blocks' did.
+        boost: blocks with a learning rate of their own, where everything trained; None for none.
         full: whether every parameter was trained.
         top_entropy: share of the tokens that were trained on; None for all.
         pairs_from_task: prompts that an offline algorithm's data was made from; None for none.
@@ -84,6 +100,8 @@ class RunSettings:
     config: dict[str, Any]
     dataset: DataSource | None = None
     layer: int | str | list[int] | None = None
+    mask: MaskRecord | None = None
+    boost: Boost | None = None
     full: bool = False
     top_entropy: float | None = None
     pairs_from_task: int | None = None

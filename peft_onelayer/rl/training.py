@@ -96,6 +96,8 @@ def train_rows(
     on_step: OnStep = lambda step, value: None,
     on_log: OnLog = lambda step, logs: None,
     callbacks: Sequence[TrainerCallback] = (),
+    mask: str | None = None,
+    boost: tuple[list[int], float] | None = None,
     at_end: Callable[[nn.Module], None] = lambda model: None,
 ) -> TrainingResult:
     """Train `layers` of `model` on `rows` with the trainer of the recipe's algorithm.
@@ -115,6 +117,8 @@ def train_rows(
         on_step: called at every log with the step and the mean reward, or the loss where there is no reward.
         on_log: called before it with the step and all that the trainer logged.
         callbacks: for the trainer.
+        mask: file of the entries of these layers that train, as `SingleLayerConfig` takes it.
+        boost: of full training: blocks, and the factor of their learning rate.
         at_end: is given the trained model before it is saved.
     """
     algorithm = recipe.algorithm
@@ -123,6 +127,10 @@ def train_rows(
         from .entropy import TopEntropyMixin
 
         trainer_class = type(trainer_class.__name__, (TopEntropyMixin, trainer_class), {})
+    if boost is not None:
+        from .boost import boosted
+
+        trainer_class = boosted(trainer_class, *boost)
     dtype = model.dtype
     if layers is None:
         model = model.float()  # as a block's: bfloat16 drops most updates of RL's size
@@ -137,7 +145,9 @@ def train_rows(
         arguments["train_dataset"] = Dataset.from_list(rows)
     if layers is not None:
         peft_config = (
-            layers if isinstance(layers, PeftConfig) else SingleLayerConfig(layer=layers, task_type="CAUSAL_LM")
+            layers
+            if isinstance(layers, PeftConfig)
+            else SingleLayerConfig(layer=layers, mask=mask, task_type="CAUSAL_LM")
         )
         if algorithm.takes_peft_config:
             arguments["peft_config"] = peft_config

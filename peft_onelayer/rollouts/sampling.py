@@ -66,6 +66,7 @@ def sample_rollouts(
     rows: Sequence[dict[str, Any]],
     sampling: Sampling = DEFAULT,
     *,
+    adapters: Sequence[str] = (),
     on_progress: Callable[[int], None] = lambda done: None,
     log_metric: Callable[[str, float], None] = lambda name, value: None,
 ) -> list[list[Rollout]]:
@@ -76,6 +77,9 @@ def sample_rollouts(
     Args:
         rows: dicts with a "prompt" (plain text, or a list of chat messages) and the columns that the reward takes.
         sampling: how (default: four samples from the full distribution, without top-k, top-p and penalties).
+        adapters: names of adapters of the model, which then complete each row in turns: sample i is of adapter
+            i modulo their number. In one batch, in which what lies below the lowest trained block runs once for equal
+            prompts. Not for tasks with an environment.
         on_progress: called after every batch with the number of completions done.
         log_metric: what the reward gets to log to, as a trainer's.
 
@@ -99,13 +103,17 @@ def sample_rollouts(
         )
     if not chat and task.environment_factory is not None:
         raise ValueError(f"task {task.name} plays through an environment and so needs chat prompts, not plain text")
+    if adapters and task.environment_factory is not None:
+        raise ValueError(f"task {task.name} plays through an environment, where adapters cannot take turns")
     samples = 1 if sampling.greedy else sampling.samples
     player = _Player(model, tokenizer, task, sampling)
     player.log_metric = log_metric
     repeated = [row for row in rows for _ in range(samples)]
+    names = [adapters[i % len(adapters)] for _ in rows for i in range(samples)] if adapters else []
     rollouts: list[Rollout] = []
     with _generating(model, sampling.seed):
         for start in range(0, len(repeated), sampling.batch_size):
+            player.adapters = names[start : start + sampling.batch_size]
             rollouts += player.play(repeated[start : start + sampling.batch_size])
             on_progress(len(rollouts))
     return [rollouts[i : i + samples] for i in range(0, len(rollouts), samples)]
@@ -150,6 +158,7 @@ class _Player:
     """Plays batches of rows: generates, lets the environments answer, and grades."""
 
     log_metric: Callable[[str, float], None]
+    adapters: Sequence[str] = ()  # of the batch, one for each row
 
     def __init__(
         self,
@@ -288,6 +297,7 @@ class _Player:
             attention_mask=attention_mask.to(self.model.device),
             generation_config=self.generation_config,
             **({"tokenizer": self.tokenizer} if self.generation_config.stop_strings else {}),
+            **({"adapter_names": list(self.adapters)} if self.adapters else {}),
         )  # (B, P + T)
         return [self._until_eos(ids) for ids in tokens[:, length:].tolist()]
 

@@ -8,32 +8,43 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 from .progress import Progress
-from .settings import EvaluationSettings, ProbeSettings, TrainingSettings
+from .settings import EntropySettings, EvaluationSettings, ProbeSettings, TrainingSettings, VoteSettings
 
 if TYPE_CHECKING:
     from .evaluation import evaluate
+    from .forking import entropy
     from .probing import probe
     from .recipes import load_recipe
+    from .stage_four import combine_with_stage_four
     from .training import Run, train
+    from .voting import vote
 
 __all__ = [
+    "EntropySettings",
     "EvaluationSettings",
     "ProbeSettings",
     "Progress",
     "Run",
     "TrainingSettings",
+    "VoteSettings",
+    "combine_with_stage_four",
+    "entropy",
     "evaluate",
     "load_recipe",
     "probe",
     "train",
+    "vote",
 ]
 
 _MODULES = {
     "Run": ".training",
+    "combine_with_stage_four": ".stage_four",
+    "entropy": ".forking",
     "evaluate": ".evaluation",
     "load_recipe": ".recipes",
     "probe": ".probing",
     "train": ".training",
+    "vote": ".voting",
 }
 
 

@@ -12,7 +12,7 @@ import json
 import os
 from pathlib import Path
 
-from peft_onelayer.layers import parse_layers
+from peft_onelayer.layers import check_layers
 from peft_onelayer.records.claim import claimed
 from peft_onelayer.records.evaluation import EvaluationRecord
 from peft_onelayer.records.files import CONFIG, TargetError, check_file, check_folder, read_fields
@@ -72,8 +72,12 @@ def _check_blocks(settings: TrainingSettings, algorithm: Algorithm) -> None:
         raise ValueError(f"--full trains every parameter and --layer {settings.layer} a block; give one of them")
     if settings.init_adapter is not None and settings.full:
         raise ValueError("--full trains every parameter and --init-adapter a block; give one of them")
+    if settings.mask is not None and (settings.full or settings.layer == "auto"):
+        raise ValueError("--mask trains entries of given blocks; name them with --layer, or take --layer all")
+    if settings.boost is not None and not settings.full:
+        raise ValueError("--boost gives blocks a learning rate of their own in full training; add --full")
     if settings.layer != "auto":
-        parse_layers(settings.layer)
+        check_layers(settings.layer)
     elif not (settings.full or settings.init_adapter) and not algorithm.online:
         raise ValueError(f"--layer auto ranks the blocks with online RL; for {algorithm.name} name one, such as mid-5")
 
@@ -134,7 +138,7 @@ def check_probe(settings: ProbeSettings) -> None:
     if settings.runs or settings.task or settings.dataset or settings.reward:
         check_source(settings.task, settings.dataset, settings.reward)
     if settings.layers != "all":
-        parse_layers(settings.layers)
+        check_layers(settings.layers)
     if settings.out is not None:
         check_outputs(Path(settings.out))
     check_model_name(settings.model, settings.revision)
@@ -203,7 +207,7 @@ def check_sweep(model: str, task: str, algorithm: str, layers: str, out: Path) -
         raise ValueError(f"a sweep compares runs by their reward; {algorithm} is offline, choose one such as grpo")
     check_task_name(task)
     if layers != "all":
-        parse_layers(layers)
+        check_layers(layers)
     check_model_name(model)
     check_folder(out, lambda folder: (folder / "rows").is_dir())
 
@@ -217,6 +221,6 @@ def check_demo(out: Path, task: str, layer: str, model: str | None) -> None:
             f"{meant(task, DEMO_TASKS)}"
         )
     if layer != "auto":
-        parse_layers(layer)
+        check_layers(layer)
     if model is not None:
         check_model_name(model)

@@ -55,7 +55,7 @@ from .models import (
     without_progress_bars,
 )
 from .progress import Progress, Update
-from .settings import EvaluationSettings
+from .settings import EvaluationSettings, VoteSettings
 
 EXAMPLES = 8  # problems that eval.json holds to be read
 Measurements = dict[str, tuple[Evaluation, float]]  # by decoding mode, with seconds
@@ -134,7 +134,7 @@ class _Evaluation:
                 self.folder = adapter_folder(self.adapter)
             check_adapter_folder(self.folder, self.adapter)
             self.adapter_config = read_fields(self.folder / CONFIG)
-        self.run_record = _run_in(self.folder or Path(self.model).expanduser())
+        self.run_record = run_in(self.folder or Path(self.model).expanduser())
         with progress.status("loading the task ..."), quiet_logs():
             self.task: Task = open_task(settings.task, settings.dataset, settings.reward, unsafe=settings.unsafe)
             self.also = [open_task(name, unsafe=settings.unsafe) for name in settings.also]
@@ -262,7 +262,7 @@ class _Evaluation:
     def _sampling(self) -> Sampling:
         """The run's settings with those that were given over them."""
         settings, run = self.settings, self.run_record
-        own = Sampling() if run is None else _sampling_of(run, self.task, settings)
+        own = Sampling() if run is None else sampling_of_record(run, self.task, settings)
         given: dict[str, Any] = {}
         for name in ("temperature", "top_p", "top_k", "min_p", "max_completion_tokens"):
             if (value := getattr(settings, name)) is not None:
@@ -343,7 +343,7 @@ class _Evaluation:
         return MeasuredAdapter(str(self.adapter), config.get("peft_type"), config.get("layer_indices"), digest)
 
 
-def _run_in(folder: Path) -> RunRecord | None:
+def run_in(folder: Path) -> RunRecord | None:
     """The run that left its run.json in a folder; None where there is none of ours."""
     try:
         fields = read_fields(folder / RUN)
@@ -352,7 +352,7 @@ def _run_in(folder: Path) -> RunRecord | None:
     return RunRecord.from_dict(fields, str(folder / RUN)) if fields.get("format") == RunRecord.FORMAT else None
 
 
-def _sampling_of(run: RunRecord, task: Task, asked: EvaluationSettings) -> Sampling:
+def sampling_of_record(run: RunRecord, task: Task, asked: EvaluationSettings | VoteSettings) -> Sampling:
     """How a run sampled. Its limit of a completion holds for its own task and for data sets, which have none."""
     settings, fields = run.settings, dict(run.settings.config)
     if "generation_kwargs" in asked.sampling:  # those of the run may be vLLM's, which cannot be followed

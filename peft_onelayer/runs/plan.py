@@ -9,8 +9,10 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase, TrainingArguments
 
+from peft_onelayer.records.adapter_config import MaskRecord
 from peft_onelayer.records.privacy import holds_secrets
 from peft_onelayer.rl.algorithms import Algorithm, load_algorithm
+from peft_onelayer.rl.boost import parse_boost
 from peft_onelayer.rl.preferences import OfflineData, load_preferences
 from peft_onelayer.rl.recipe import Recipe, make_recipe, refuse_fields, refuse_without_effect
 from peft_onelayer.rl.sampling import PAIRS_OPTIONS, sampling_of_run, with_given
@@ -18,6 +20,7 @@ from peft_onelayer.rl.training import prompts_needed, steps_of_epochs
 from peft_onelayer.rollouts.prompts import Shape, check_prompt, shown_rows
 from peft_onelayer.rollouts.settings import Sampling
 from peft_onelayer.tasks import Task, open_task
+from peft_onelayer.tuner.mask import Mask
 
 from .reporting import reporters
 from .settings import GENERATE, STEPS, TRAINING_OPTIONS, TrainingSettings
@@ -33,6 +36,8 @@ class TrainingPlan:
         data: that data, or None.
         algorithm: and the `recipe` with it, as `make_recipe` has it.
         config: of the trainer.
+        boost: blocks and factor of their learning rate, where everything trains; None for none.
+        mask: record of the entries that train; None for all of the blocks'.
         sampling: of a ranking or of pairs, as the run itself samples; None where neither is wanted and vLLM samples.
 
     Raises:
@@ -54,6 +59,8 @@ class TrainingPlan:
         self.data: OfflineData | None = None
         if settings.dataset and self.task is None:
             self.data = load_preferences(settings.dataset, self.algorithm.data)
+        self.boost = None if settings.boost is None else parse_boost(settings.boost)
+        self.mask = None if settings.mask is None else MaskRecord(**Mask.read(settings.mask).record())
 
     def _recipe(self, task: Task | None) -> Recipe:
         own = TRAINING_OPTIONS

@@ -16,6 +16,7 @@ from peft_onelayer.rl.sampling import sampling_of_run
 from peft_onelayer.rollouts.prompts import Shape, check_prompt, shaped, shown_rows
 from peft_onelayer.tasks import open_task
 from peft_onelayer.tuner import find_decoder_stack
+from peft_onelayer.tuner.stack import layer_kinds
 
 from .early import check_probe, plot_beside
 from .models import load_causal_lm, load_skeleton, quiet_logs, to_device, without_progress_bars
@@ -70,7 +71,7 @@ def _probe(settings: ProbeSettings, progress: Progress) -> LayerRanking:
         if settings.runs:
             to_device(base)
         depth = len(find_decoder_stack(base).blocks)
-        layers = None if settings.layers == "all" else resolve_layers(settings.layers, depth)
+        layers = None if settings.layers == "all" else resolve_layers(settings.layers, depth, layer_kinds(base))
         if task is not None:
             shape = Shape(settings.chat, settings.system, settings.shots or 0, sampling.chat_template_kwargs)
             task, _ = shaped(task, tokenizer, shape)

@@ -78,7 +78,9 @@ class TrainingSettings(Source):
     Attributes:
         out: new folder for the adapter, run.json and the checkpoints.
         layer: blocks to train, as `SingleLayerConfig` takes them, or "auto" to rank the blocks on the task first.
+        mask: safetensors file of the entries of these blocks that train, as `SingleLayerConfig` takes it.
         full: train every parameter instead: the baseline.
+        boost: with `full`, "BLOCKS:FACTOR": blocks that train at so many times the learning rate.
         algorithm: a name for `load_algorithm`.
         steps: optimizer steps; None for those that `num_train_epochs` in `config` asks for, else for 150 and, offline,
             for those of TRL's default number of epochs.
@@ -105,7 +107,9 @@ class TrainingSettings(Source):
 
     out: str | Path
     layer: int | str | Sequence[int] = "auto"
+    mask: str | None = None
     full: bool = False
+    boost: str | None = None
     algorithm: str = "grpo"
     steps: int | None = None
     prompts: int | None = None
@@ -166,6 +170,61 @@ class EvaluationSettings(Source):
     show: int = 0
     out: str | Path | None = None
     completions: str | Path | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class VoteSettings(Source):
+    """One vote of several adapters, as `onelayer vote` takes it; beside the attributes of `Source`, whose `model` "" is
+    the base that the first adapter names:
+
+    Attributes:
+        adapters: two or more adapters of our method of one base: folders or Hub ids.
+        against: which of them is given as many samples alone, counted from 0.
+        split: problems of which split: "test" or "train".
+        problems: their number; fewer where the split is smaller.
+        samples: completions of each problem by each adapter.
+        sampling: values by field of `Sampling`, over those of the run that made the first adapter.
+        batch_size: completions at a time, on which the samples depend.
+        allow_other_base: take adapters on a base that they were not trained on.
+        out: JSON file for the figures.
+    """
+
+    model: str = ""
+    adapters: Sequence[str]
+    against: int = 0
+    split: str = "test"
+    problems: int = 256
+    samples: int = 1
+    sampling: Mapping[str, Any] = field(default_factory=dict)
+    batch_size: int = 64
+    allow_other_base: bool = False
+    out: str | Path | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class EntropySettings(Source):
+    """One measurement of the learning signal by token entropy, as `onelayer entropy` takes it; beside the attributes of
+    `Source`:
+
+    Attributes:
+        adapter: of our method, at whose weights and for whose blocks the gradient is taken: a folder or a Hub id.
+        layer: without an adapter, the blocks, as `SingleLayerConfig` takes them.
+        share: of the tokens, those of highest entropy.
+        problems: of the train split.
+        samples: completions of each.
+        sampling: values by field of `Sampling`.
+        batch_size: completions at a time.
+        micro_batch: completions of a pass with gradients.
+    """
+
+    adapter: str | None = None
+    layer: int | str | Sequence[int] = "middle"
+    share: float = 0.2
+    problems: int = 16
+    samples: int = 8
+    sampling: Mapping[str, Any] = field(default_factory=dict)
+    batch_size: int = 64
+    micro_batch: int = 8
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -18,18 +18,19 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallba
 
 from peft_onelayer.analysis.movement import movement_of_files, movement_of_model
 from peft_onelayer.hub.card import model_card
-from peft_onelayer.layers import resolve_layers
+from peft_onelayer.layers import names_a_file, resolve_layers
 from peft_onelayer.probe.race import NothingToLearnError
 from peft_onelayer.probe.rate import informative_completions
 from peft_onelayer.records.disk import disk_errors
 from peft_onelayer.records.files import CARD, CONFIG, WEIGHTS, file_digest, output, read_fields
 from peft_onelayer.records.locate import adapter_folder
 from peft_onelayer.records.movement import Movement
-from peft_onelayer.records.run import DataSource, RunRecord, RunResults, RunSettings, differences
+from peft_onelayer.records.run import Boost, DataSource, RunRecord, RunResults, RunSettings, differences
 from peft_onelayer.records.text import name_blocks
 from peft_onelayer.rl.training import completions_per_step, prompts_needed, steps_of_epochs, train_rows
 from peft_onelayer.rollouts.prompts import shaped
 from peft_onelayer.tuner import find_decoder_stack
+from peft_onelayer.tuner.stack import layer_kinds
 
 from .describe import describe_config, describe_machine, describe_model, is_main_process
 from .early import check_training
@@ -119,9 +120,9 @@ class _Training:
         num_layers, chat = len(find_decoder_stack(base).blocks), None
         layers = None
         if settings.init_adapter is not None:
-            layers = self._blocks_of_adapter(settings.init_adapter, num_layers)
+            layers = self._blocks_of_adapter(settings.init_adapter, num_layers, layer_kinds(base))
         elif not settings.full and settings.layer != "auto":
-            layers = resolve_layers(settings.layer, num_layers)
+            layers = resolve_layers(settings.layer, num_layers, layer_kinds(base))
         if plan.task is not None:
             plan.task, chat = shaped(plan.task, tokenizer, plan.shape)
             plan.check_prompts(tokenizer)
@@ -136,7 +137,7 @@ class _Training:
             if settings.pairs_from_task and plan.task:
                 plan.data = self.preparation.pairs(base, tokenizer, plan.task, settings.pairs_from_task)
             if settings.full:
-                record = replace(record, why="the full-parameter baseline")
+                record = replace(record, why=_why_full(record.settings.boost))
             record = self.preparation.choices(record, base, tokenizer)
             try:
                 return self._train(record, base, tokenizer, plan.rows())
@@ -190,7 +191,7 @@ class _Training:
                 self.progress.note("no checkpoint had been written yet")
             raise
 
-    def _blocks_of_adapter(self, name: str, num_layers: int) -> list[int]:
+    def _blocks_of_adapter(self, name: str, num_layers: int, kinds: list[str] | None) -> list[int]:
         """The blocks of the adapter to start from, of which it keeps the folder and the digest.
 
         Raises:
@@ -200,8 +201,8 @@ class _Training:
         fields = read_fields(self.init_adapter / CONFIG)
         if fields.get("peft_type") != "SINGLE_LAYER" or not (self.init_adapter / WEIGHTS).exists():
             raise ValueError(f"--init-adapter {name} is no adapter that onelayer train wrote; export keeps its folder")
-        layers = resolve_layers(fields["layer"], num_layers)
-        if self.settings.layer != "auto" and resolve_layers(self.settings.layer, num_layers) != layers:
+        layers = resolve_layers(fields.get("layer_indices") or fields["layer"], num_layers)
+        if self.settings.layer != "auto" and resolve_layers(self.settings.layer, num_layers, kinds) != layers:
             raise ValueError(
                 f"--init-adapter {name} holds {name_blocks(layers)} and --layer {self.settings.layer} names others; "
                 "leave out --layer"
@@ -211,6 +212,8 @@ class _Training:
     def _record(self, base: PreTrainedModel, layers: list[int] | None, chat: bool | None) -> RunRecord:
         settings, task, data = self.settings, self.plan.task, self.plan.data
         layer = settings.layer if isinstance(settings.layer, (int, str)) else list(settings.layer)
+        if names_a_file(layer):
+            layer = layers or layer
         return RunRecord(
             command=self.command,
             settings=RunSettings(
@@ -229,6 +232,8 @@ class _Training:
                 pairs_from_task=settings.pairs_from_task,
                 sampling=dict(settings.sampling) or None,
                 trust_remote_code=settings.trust_remote_code or None,
+                mask=self.plan.mask,
+                boost=self._boost(base),
                 init_adapter=_describe_adapter(str(settings.init_adapter), self.init_adapter)
                 if self.init_adapter
                 else None,
@@ -242,6 +247,13 @@ class _Training:
             layers=layers,
             why=None if layers is None else "those of the adapter" if self.init_adapter else "chosen by the user",
         )
+
+    def _boost(self, base: PreTrainedModel) -> Boost | None:
+        """Which blocks have a learning rate of their own."""
+        if self.plan.boost is None:
+            return None
+        asked, factor = self.plan.boost
+        return Boost(resolve_layers(asked, len(find_decoder_stack(base).blocks), layer_kinds(base)), factor)
 
     def _asked(self, previous: RunRecord) -> RunSettings:
         """The settings of the interrupted run as they were asked for: with the learning rate before one was found."""
@@ -260,7 +272,7 @@ class _Training:
         """Train the record's blocks, and put the result and the finished run.json into the folder."""
         self.judge.before(base, tokenizer, self.plan.task, self.plan.shape)
         start = time.perf_counter()
-        config, folder, layers = self.plan.config, self.folder, record.layers
+        config, folder, layers, boost = self.plan.config, self.folder, record.layers, record.settings.boost
         steps = config.max_steps
         if steps < 1:
             steps = steps_of_epochs(self.plan.algorithm, config, len(rows))
@@ -294,6 +306,8 @@ class _Training:
                     save_to=scratch,
                     on_step=lambda step, value: update(step, f"{kind} {value:.3g}"),
                     on_log=log.write if log else lambda step, logs: None,
+                    mask=self.settings.mask,
+                    boost=None if boost is None else (boost.layers, boost.factor),
                     callbacks=[
                         *self.judge.during(folder.checkpoints, folder.main),
                         *self._first_rewards(base, tokenizer),
@@ -344,6 +358,12 @@ class _Training:
         for line in [movement.summary(), *movement.notes()] if movement else []:
             self.progress.note(line)
         return movement
+
+
+def _why_full(boost: Boost | None) -> str:
+    if boost is None:
+        return "the full-parameter baseline"
+    return f"full-parameter training, {name_blocks(boost.layers)} at {boost.factor:g} times the learning rate"
 
 
 def _describe_adapter(name: str, folder: Path) -> dict[str, str]:

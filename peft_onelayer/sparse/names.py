@@ -5,6 +5,7 @@ from __future__ import annotations
 TRAINED = ".single_layer_params."  # in the key of every trained tensor; what lacks it was saved by `modules_to_save`
 POSITIONS = ("indices", "gaps", "bitmap")
 PARTS = (*POSITIONS, "values", "ulps")
+MASK = "_mask"  # behind the key of a dense adapter's tensor: the bits of which entries trained
 
 
 WRAPPERS = ("_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module")  # what torch calls a wrapped module

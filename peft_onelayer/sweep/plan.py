@@ -18,6 +18,7 @@ from peft_onelayer.runs.models import load_skeleton
 from peft_onelayer.tasks import load_task
 from peft_onelayer.tuner import find_decoder_stack
 from peft_onelayer.tuner.model import commit_hash
+from peft_onelayer.tuner.stack import layer_kinds
 
 from .run_layer import Row, RunSpec
 from .settings import SWEEP_OPTIONS, SweepSettings
@@ -139,7 +140,7 @@ def plan_sweep(settings: SweepSettings) -> Plan:
     sampling = sampling_of_run(algorithm, config)
     model, tokenizer = load_skeleton(settings.model, settings.revision, trust_remote_code=settings.trust_remote_code)
     num_layers = len(find_decoder_stack(model).blocks)
-    layers = list(range(num_layers)) if settings.layers == "all" else resolve_layers(settings.layers, num_layers)
+    layers = resolve_layers(settings.layers, num_layers, layer_kinds(model))
     rates, full_rate = _learning_rates(settings, layers)
     shape = Shape(settings.chat, settings.system, settings.shots or 0, sampling.chat_template_kwargs)
     asked, chat = shaped(task, tokenizer, shape)

@@ -44,13 +44,16 @@ STAGES = "_onelayer_stages"  # attribute of a base in memory: the `Stage`s that 
 _WRAPPERS = re.compile(r"(^|\.)(?:_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module|original_module)(?=\.)")
 
 
-def identify_base(model: nn.Module, config: SingleLayerConfig, trained: Collection[str]) -> None:
+def identify_base(
+    model: nn.Module, config: SingleLayerConfig, trained: Collection[str], parameters: Collection[str] | None = None
+) -> None:
     """Compare `model` with what `config` records of its base, if it came from a file, and record what is at hand.
 
     Args:
         model: the base, perhaps wrapped by other adapters already.
         config: the model's own; its field `trained_on` becomes the new record.
         trained: the names in the unwrapped model of the modules to train.
+        parameters: the same of those of their own parameters that train; default, all.
 
     Raises:
         ValueError: another base, unless `config.allow_other_base`.
@@ -68,7 +71,11 @@ def identify_base(model: nn.Module, config: SingleLayerConfig, trained: Collecti
     known = {name: entries.sampled for name, entries in found.items()}
     if old is not None and not config.allow_other_base:  # what cannot be read here stays as it was recorded
         known = {name: s for name, s in old.tensors.items() if name in unavailable} | known
-    block = {name: sample for name, sample in known.items() if name.rpartition(".")[0] in trained}
+    block = {
+        name: sample
+        for name, sample in known.items()
+        if name.rpartition(".")[0] in trained and (parameters is None or name in parameters)
+    }
     rest = {name: sample for name, sample in known.items() if name not in block}
     record = BaseRecord(block, rest, vars(model).get(STAGES, []))
     config.trained_on, config.base_is_recorded = (record.to_json() if block else None), True

@@ -52,4 +52,5 @@ class Buffers:
             for index, block in model.get_submodule(self.stack_name).named_children()
             if any(isinstance(module, SingleLayerLayer) for module in block.modules())
             for name, buffer in block.named_buffers()
+            if "single_layer_params" not in name
         }

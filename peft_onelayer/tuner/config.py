@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import enum
+import os
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,8 @@ from peft_onelayer.records.adapter_config import check_adapter_config
 from peft_onelayer.records.files import WEIGHTS
 from peft_onelayer.records.text import printable
 from peft_onelayer.sparse.names import TRAINED, base_name
+
+from .mask import Mask
 
 
 class SingleLayerPeftType(str, enum.Enum):  # noqa: UP042  PEFT parses str(), which StrEnum changes
@@ -33,7 +36,7 @@ class SingleLayerConfig(PeftConfig):
         layer (`int`, `str` or `list[int]`):
             The block to train. An index counts from 0, a negative one from the end. Also a list of indices, a range
             "8-13" (both ends included), "middle" (block L // 2), "mid-5" (the paper's five middle blocks), or several
-            of these, "3,8-10". Required.
+            of these, "3,8-10"; or "all" blocks (embeddings, final norm and head are in none). Required.
         target_modules (`str` or `list[str]`, *optional*):
             Train only these parts of the block, by PEFT's matching rules: a list of names ("q_proj", "self_attn"; a
             name stands for everything below it) or one name or regular expression. Default: every parameter.
@@ -46,6 +49,14 @@ class SingleLayerConfig(PeftConfig):
             dtype; small RL updates would be lost in bfloat16) or "base", the dtype of the base model.
         modules_to_save (`list[str]`, *optional*):
             Modules outside the block that are trained and saved whole, e.g. a classification head.
+        mask (`str`, *optional*):
+            A safetensors file of boolean tensors by the names of the base's parameters, in their shapes: an entry
+            trains where its tensor holds True, within the blocks and `target_modules`. A tensor that is not in the
+            file is frozen. [`make_mask`] writes one. The file is read at once and not needed again: afterwards the
+            field holds a record of the mask, "trained" of "entries" and their "sha256". What `save_pretrained` writes
+            holds the mask itself; a sparse adapter does not, and to train one further takes the file again.
+        combined (`dict`, *optional*):
+            Of an adapter that [`combine_adapters`] made, its "method" and "parts". Read from the file, and kept.
         layer_indices (`list[int]`, *optional*):
             The resolved `layer`, ascending, which takes its place. Set in the model's own copy of the configuration,
             saved in adapter_config.json and read back from there.
@@ -74,8 +85,9 @@ class SingleLayerConfig(PeftConfig):
     `model.load_adapter(folder, peft_config=config)`.
 
     Raises:
-        ValueError: `layer` missing or malformed, `master_dtype` unknown, or a field of another type. Whether `layer`
-            is in range is checked against the model when it is wrapped.
+        ValueError: `layer` missing or malformed, `master_dtype` unknown, `mask` no file of boolean tensors with a True
+            entry, or a field of another type. Whether `layer` is in range and the mask fits is checked against the
+            model when it is wrapped.
     """
 
     layer: int | str | list[int] | None = field(default=None, metadata={"help": "The block(s) to train."})
@@ -92,6 +104,12 @@ class SingleLayerConfig(PeftConfig):
     modules_to_save: list[str] | None = field(
         default=None, metadata={"help": "Modules outside the block that are trained and saved whole."}
     )
+    mask: str | dict | None = field(
+        default=None, metadata={"help": "File of the entries to train; then a record of it."}
+    )
+    combined: dict | None = field(
+        default=None, repr=False, metadata={"help": "What it was combined of; read from the file."}
+    )
     layer_indices: list[int] | None = field(default=None, metadata={"help": "The resolved layer; set by wrapping."})
     num_layers: int | None = field(default=None, metadata={"help": "Blocks of the base model; set by wrapping."})
     encoding: dict | None = field(
@@ -105,6 +123,7 @@ class SingleLayerConfig(PeftConfig):
     )
     allow_other_base: bool = field(default=False, init=False, repr=False)  # no argument: a file must not set it
     base_is_recorded: bool = field(default=False, init=False, repr=False)  # `trained_on` is of the model at hand
+    entries: Mask | None = field(default=None, init=False, repr=False, compare=False)  # the mask itself, where known
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -122,6 +141,11 @@ class SingleLayerConfig(PeftConfig):
             raise ValueError(
                 f'master_dtype={printable(self.master_dtype, 60)!r} is not known; expected "float32" or "base".'
             )
+        if isinstance(self.mask, (str, os.PathLike)):
+            if self.layer_indices is not None:  # from a file, which may come from a stranger
+                raise ValueError("a saved adapter names a file as its mask; it holds the mask itself, or a record.")
+            self.entries = Mask.read(self.mask)
+            self.mask = self.entries.record()
         check_adapter_config(vars(self), "SingleLayerConfig")
 
     @property
@@ -144,7 +168,7 @@ class SingleLayerConfig(PeftConfig):
         """The fields as they are saved beside dense weights. A base into which blocks were merged in memory has no
         name: that of the model before would name another base."""
         fields = super().to_dict() | {"encoding": None}
-        del fields["allow_other_base"], fields["base_is_recorded"]
+        del fields["allow_other_base"], fields["base_is_recorded"], fields["entries"]
         stages = (self.trained_on or {}).get("stages")
         if stages and stages[-1].get("base") == fields["base_model_name_or_path"]:
             fields |= {"base_model_name_or_path": None, "revision": None}

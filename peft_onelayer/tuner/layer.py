@@ -40,8 +40,14 @@ class SingleLayerLayer(MergeableWeights):
     reach the base's weights (those of a weight used several times per pass are summed in the master dtype).
     """
 
-    def __init__(self, base_layer: nn.Module, adapter_name: str, config: SingleLayerConfig) -> None:
-        super().__init__(base_layer, adapter_name, config)
+    def __init__(
+        self,
+        base_layer: nn.Module,
+        adapter_name: str,
+        config: SingleLayerConfig,
+        trained: dict[str, torch.Tensor | None] | None = None,
+    ) -> None:
+        super().__init__(base_layer, adapter_name, config, trained)
         self.switched_off_by: int | None = None  # a thread
         self.rows_of_threads: dict[int, list[str]] = {}  # see `row_adapters`, by the thread's identity
         self.exchanging: dict[str, int] = {}  # see `_alone`
@@ -91,11 +97,11 @@ class SingleLayerLayer(MergeableWeights):
         """The weights in effect such that what is written to them reaches the masters."""
         if torch.compiler.is_compiling():
             return weights
-        names = [name for name in self._adapters_in_effect() if name in self.single_layer_params]
+        names = self._names_on_module()
         masters = self.masters(names[0])
         return {
             name: weight
-            if weight is masters[name] or isinstance(weight, DTensor)
+            if name not in masters or weight is masters[name] or isinstance(weight, DTensor)
             else WritableCopy.of(weight, masters[name], functools.partial(self._write, name))
             for name, weight in weights.items()
         }
@@ -108,7 +114,7 @@ class SingleLayerLayer(MergeableWeights):
         """
         if not self._in_effect():
             return self.base_layer
-        names = [name for name in self._adapters_in_effect() if name in self.single_layer_params]
+        names = self._names_on_module()
         if len(names) > 1:
             raise RuntimeError(
                 f"the adapters {', '.join(names)} are in effect together, so it is not clear whose weights are meant; "
@@ -123,23 +129,43 @@ class SingleLayerLayer(MergeableWeights):
             where: the entries to set, True or False, of the parameter's shape; None: all.
 
         Raises:
-            ValueError: no tensor of the parameter's shape.
+            ValueError: no tensor of the parameter's shape, or another value of an entry that the mask leaves out.
             RuntimeError: several adapters are in effect.
         """
-        base, target = dict(self._own())[name], own_parameters(self.in_effect())[name]
-        if not isinstance(value, torch.Tensor) or value.shape != target.shape:
+        base, owner = dict(self._own())[name], self.in_effect()
+        target = own_parameters(owner).get(name, base)
+        positions = {} if owner is self.base_layer else self.positions(self._names_on_module()[0])
+        shape = base.shape if name in positions else target.shape
+        if not isinstance(value, torch.Tensor) or value.shape != shape:
             given = f"shape {tuple(value.shape)}" if isinstance(value, torch.Tensor) else type(value).__name__
             raise ValueError(
-                f"the {name} of a trained {type(self.base_layer).__name__} has shape {tuple(target.shape)}; "
-                f"{given} was given."
+                f"the {name} of a trained {type(self.base_layer).__name__} has shape {tuple(shape)}; {given} was given."
             )
         with torch.no_grad():
             value = value.detach().to(target.device)
+            if name in positions:
+                self._refuse_writing_beside(name, value, positions[name])
+                value = value.flatten()[positions[name]]
+                where = None if where is None else where.flatten()[positions[name]]
             shown = target.to(base.dtype) if base.is_floating_point() else target
             same = value.to(shown.dtype) == shown
             if value.dtype != shown.dtype or not same.all():
                 value = value.to(target.dtype)
                 target.copy_(value if where is None else torch.where(where, value, target))
+
+    def _refuse_writing_beside(self, name: str, value: torch.Tensor, positions: torch.Tensor) -> None:
+        """Raise ValueError if `value` has other entries than the base where the mask is False."""
+        base = self._base_weights()[name]
+        kept = torch.ones(base.numel(), dtype=torch.bool, device=base.device)
+        kept[positions] = False
+        if not torch.equal(value.to(base.dtype).flatten()[kept], base.flatten()[kept]):
+            raise ValueError(
+                f"other entries than those that the mask trains were written to the {name} of a trained "
+                f"{type(self.base_layer).__name__}: they stay as they are in the base."
+            )
+
+    def _names_on_module(self) -> list[str]:
+        return [name for name in self._adapters_in_effect() if name in self.single_layer_params]
 
     def _in_effect(self) -> bool:
         on_module = any(name in self.single_layer_params for name in self._adapters_in_effect())

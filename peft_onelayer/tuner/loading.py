@@ -17,16 +17,19 @@ from peft.tuners.tuners_utils import BaseTuner
 from peft.utils.other import AuxiliaryTrainingWrapper
 from safetensors.torch import load_file
 from torch import nn
+from torch.distributed.tensor import DTensor
 
 from peft_onelayer.records.text import printable
 from peft_onelayer.sparse.base import WIDTHS
 from peft_onelayer.sparse.digest import dtype_name
 from peft_onelayer.sparse.encoding import SparseEncoding, describe_base
-from peft_onelayer.sparse.names import base_name, split_key, unwrapped
+from peft_onelayer.sparse.names import MASK, base_name, split_key, unwrapped
 
 from .config import SingleLayerConfig
 from .layer import SingleLayerLayer
+from .mask import Mask, pack, positions, scatter, shape_of, split_masks, unpack
 from .quantized import is_quantized
+from .sharding import is_partitioned
 
 LOADER = "_load_pretrained_model"  # transformers: PreTrainedModel.load_adapter calls it on the instance
 
@@ -36,12 +39,14 @@ def loadable_state_dict(
 ) -> dict[str, torch.Tensor]:
     """The tensors of an adapter's file by the names of the model's parameters, decoded and checked against the model.
 
-    Nothing is written to the model. Tensors are cast to the masters' dtype, because `low_cpu_mem_usage=True` assigns
-    them instead of copying.
+    No value is written to the model. Tensors are cast to the masters' dtype, because `low_cpu_mem_usage=True` assigns
+    them instead of copying. Where the file holds masks, the masters become flat, with the entries that train.
 
     Raises:
-        ValueError: tensors missing or left over, a wrong shape or dtype, NaN or Inf; for a sparse adapter another base.
+        ValueError: tensors missing or left over, a wrong shape or dtype, NaN or Inf; for a sparse adapter another base;
+            for one that was trained under a mask another mask, none where it is to be trained, or changes beside it.
     """
+    state_dict, masks = split_masks(state_dict)
     state_dict = _restore_sparse(model, config, adapter_name, state_dict)
     modules = {name.replace("_checkpoint_wrapped_module.", ""): module for name, module in model.named_modules()}
     for module in modules.values():  # TRL narrows the masters of a quantized model before a checkpoint is loaded
@@ -52,6 +57,12 @@ def loadable_state_dict(
         for name, module in modules.items()
         if isinstance(module, SingleLayerLayer) and adapter_name in module.single_layer_params
         for key, parameter in module.masters(adapter_name).items()
+    }
+    owners = {
+        f"{name}.single_layer_params.{adapter_name}.{key}": (module, key, base_name(f"{name}.{key}"))
+        for name, module in modules.items()
+        if isinstance(module, SingleLayerLayer) and adapter_name in module.single_layer_params
+        for key in module.masters(adapter_name)
     }
     full_names = {_file_key(BaseTuner._remove_adapter_name_from_key(name, adapter_name)): name for name in masters}
     remapped = {full_names.get(_file_key(key), key): tensor for key, tensor in state_dict.items()}
@@ -66,12 +77,16 @@ def loadable_state_dict(
                 f"the adapter {what} {len(names)} tensor(s), for example {printable(min(names))}: "
                 "it was made for another base model, is incomplete, or holds what its configuration does not say."
             )
+    where = _positions(config, adapter_name, owners, {full_names.get(_file_key(k), k): m for k, m in masks.items()})
     for name, parameter in (masters | beside).items():
         tensor = remapped[name]
-        if tensor.shape != parameter.shape:
+        shape = parameter.shape
+        if name in owners and owners[name][1] in owners[name][0].positions(adapter_name):
+            shape = torch.Size(shape_of(dict(owners[name][0]._own())[owners[name][1]]))
+        if tensor.shape != shape:
             raise ValueError(
                 f"the adapter's {printable(name)} has shape {tuple(tensor.shape)} and the model's "
-                f"{tuple(parameter.shape)}: it was made for another base model."
+                f"{tuple(shape)}: it was made for another base model."
             )
         if not tensor.is_floating_point() and not parameter.is_floating_point():
             continue  # a counter of a module that is saved whole
@@ -81,8 +96,93 @@ def loadable_state_dict(
             raise ValueError(f"the adapter's {printable(name)} holds NaN or Inf.")
         if name in masters:
             remapped[name] = tensor.to(parameter.dtype)
+    for name, entries in where.items():
+        module, key, _ = owners[name]
+        remapped[name] = _trained_entries(config, module, key, remapped[name], entries)
+        if key not in module.positions(adapter_name):
+            module.flatten_master(adapter_name, key, entries)
     # a head of `modules_to_save` that is an embedding too was written once more, under a name that no parameter has
     return {name: tensor for name, tensor in remapped.items() if ".modules_to_save." not in name or name in known}
+
+
+def _positions(
+    config: SingleLayerConfig,
+    adapter_name: str,
+    owners: dict[str, tuple[SingleLayerLayer, str, str]],
+    masks: dict[str, torch.Tensor],
+) -> dict[str, torch.Tensor]:
+    """The flat positions of the entries that train, by the names of the masters, from the adapter's file or, where it
+    holds none, from the configuration; empty where the masters stay whole.
+
+    Raises:
+        ValueError: as `loadable_state_dict` says of masks.
+    """
+    if not masks:
+        if config.mask is not None and config.entries is None and not config.inference_mode:
+            raise ValueError(
+                "the adapter was trained under a mask, which its file does not hold: to train it further, take "
+                "config = SingleLayerConfig.from_pretrained(folder), set config.mask to the mask's file, and pass "
+                "config=config to PeftModel.from_pretrained."
+            )
+        held = {name: module.positions(adapter_name) for name, (module, _, _) in owners.items()}
+        return {name: held[name][key] for name, (_, key, _) in owners.items() if key in held[name]}
+    found = {
+        name: unpack(name, masks[name], torch.Size(shape_of(dict(module._own())[key])))
+        for name, (module, key, _) in owners.items()
+        if name in masks
+    }
+    if len(found) < max(len(masks), len(owners)):
+        raise ValueError("the adapter's file holds masks of some of its tensors and not of others: it is damaged.")
+    read = Mask({base: found[name] for name, (_, _, base) in owners.items()})
+    if read.record() != config.mask:
+        here = "another mask was given" if config.entries is not None else "it is damaged"
+        raise ValueError(f"the mask in the adapter's file is not the one that its configuration records: {here}.")
+    config.entries = read
+    return {name: positions(mask) for name, mask in found.items()}
+
+
+def _trained_entries(
+    config: SingleLayerConfig, module: SingleLayerLayer, key: str, tensor: torch.Tensor, where: torch.Tensor
+) -> torch.Tensor:
+    """The entries at the positions `where` of a whole tensor, (n,).
+
+    Raises:
+        ValueError: the others are not the base's.
+    """
+    values = tensor.flatten()
+    where = where.to(tensor.device)
+    with module._gathered():
+        base = module._base_weights()[key].detach()
+        readable = not (base.is_meta or isinstance(base, DTensor) or base.numel() < values.numel())
+        if readable and not config.allow_other_base:
+            kept = torch.ones(len(values), dtype=torch.bool, device=values.device).index_fill(0, where, False)
+            here = base.to(values.device).flatten()
+            if not torch.equal(values[kept].to(here.dtype), here[kept]):
+                raise ValueError(f"the adapter changes entries of its {key} beside its mask: it is damaged.")
+    return values[where]
+
+
+def masked_tensors(
+    model: nn.Module, adapter_name: str, state_dict: dict[str, torch.Tensor]
+) -> dict[str, dict[str, torch.Tensor]]:
+    """What is saved in place of an adapter's flat masters: by their keys in the model's state dict the whole tensor
+    under the suffix "", and the bits of its mask under `MASK`."""
+    saved: dict[str, dict[str, torch.Tensor]] = {}
+    plain = {unwrapped(key): key for key in state_dict}
+    for path, module in model.named_modules():
+        if not isinstance(module, SingleLayerLayer) or adapter_name not in module.single_layer_params:
+            continue
+        origins = module._base_weights()
+        for name, where in module.positions(adapter_name).items():
+            key = plain[unwrapped(f"{path}.single_layer_params.{adapter_name}.{name}")]
+            base: Any = origins[name]
+            if isinstance(base, DTensor) or is_partitioned(base):
+                base = state_dict[plain[unwrapped(f"{path}.base_layer.{name}")]]
+            values, where = state_dict[key], where.to(state_dict[key].device)
+            base = base.detach().to(values.device, values.dtype)
+            mask = torch.zeros(base.numel(), dtype=torch.bool, device=values.device).index_fill(0, where, True)
+            saved[key] = {"": scatter(base, where, values), MASK: pack(mask)}
+    return saved
 
 
 def _saved_beside(
@@ -154,7 +254,7 @@ def _restore_sparse(
         base_name(f"{path}.single_layer_params.{name}"): (layer, name)
         for path, layer in model.named_modules()
         if isinstance(layer, SingleLayerLayer) and adapter_name in layer.single_layer_params
-        for name, _ in layer._own()
+        for name in layer.masters(adapter_name)
     }
     if not any(base_name(stem) in layers for stem, suffix in map(split_key, state_dict) if suffix):
         return state_dict  # also when a run that began with a sparse adapter resumes from its dense checkpoint
@@ -184,7 +284,12 @@ def _restore_sparse(
                 raise ValueError(f"the base's {name} is on the meta device; load the base's weights first.")
             yield base
 
-    shapes = {name: layer.masters(adapter_name)[key].shape for name, (layer, key) in layers.items()}
+    shapes = {
+        name: shape_of(dict(layer._own())[key])
+        if key in layer.positions(adapter_name)
+        else layer.masters(adapter_name)[key].shape
+        for name, (layer, key) in layers.items()
+    }
     restored = encoding.decode(state_dict, shapes, base_tensor, config.allow_other_base, found)
     if not config.allow_other_base and (difference := encoding.other_config(found)):
         warnings.warn(difference, stacklevel=2)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import math
+import os
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
@@ -20,19 +21,21 @@ from torch.nn.parallel import DistributedDataParallel
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from peft_onelayer.layers import resolve_layers
+from peft_onelayer.layers import names_a_file, resolve_layers
 from peft_onelayer.records.text import printable
-from peft_onelayer.sparse.names import unwrapped
+from peft_onelayer.sparse.base import BaseRecord
+from peft_onelayer.sparse.names import base_name, unwrapped
 
 from .base import identify_base, is_renamed, record_stage
 from .config import SingleLayerConfig
 from .graph_cut import GraphCut, installed_graph_cut, installed_graph_cuts
 from .layer import SingleLayerLayer
-from .loading import intercept_transformers, loadable_state_dict, stop_intercepting
+from .loading import intercept_transformers, loadable_state_dict, masked_tensors, stop_intercepting
+from .mask import Mask
 from .merging import MergingTuner
 from .mixed_batch import row_adapters
 from .rounded import keeping_rounded
-from .stack import find_decoder_stack
+from .stack import DecoderStack, find_decoder_stack, layer_kinds
 from .targets import check_blocks, is_name, target_names, targetable
 from .threads import no_switch_by_others
 from .weights import AdapterWeights
@@ -122,7 +125,10 @@ class SingleLayerModel(MergingTuner):
                 f"this adapter was made for a model of {printable(peft_config.num_layers)} blocks and this one has "
                 f"{num_layers}: it belongs to another base model ({printable(peft_config.base_model_name_or_path)})."
             )
-        indices = resolve_layers(peft_config.layer_indices or peft_config.layer, num_layers)  # type: ignore[arg-type]
+        asked: Any = peft_config.layer_indices or peft_config.layer
+        indices = resolve_layers(asked, num_layers, layer_kinds(model))
+        if names_a_file(asked):
+            peft_config.layer = indices
         check_blocks(model, stack, indices, peft_config)
         peft_config.layer_indices, peft_config.num_layers = indices, num_layers
         targets = peft_config.target_modules
@@ -133,14 +139,44 @@ class SingleLayerModel(MergingTuner):
                 if isinstance(module, (nn.Linear, Conv1D))
             ]
         self._targets = target_names(stack, indices, peft_config)
+        parameters = self._restrict(stack, peft_config)
         if isinstance(peft_config.target_modules, str) and not is_name(peft_config.target_modules):
             peft_config.target_modules = sorted(self._targets)  # what is saved holds names, no expression to be matched
-        identify_base(model, peft_config, self._targets)
+        identify_base(model, peft_config, self._targets, parameters)
         if is_renamed(model):
             peft_config.base_model_name_or_path = peft_config.revision = None
         elif peft_config.revision is None:
             peft_config.revision = commit_hash(model)
         return peft_config
+
+    def _restrict(self, stack: DecoderStack, config: SingleLayerConfig) -> set[str] | None:
+        """Leave of the modules to train those that have an entry of the mask.
+
+        Returns:
+            The names in the base of the parameters that train; None without a mask, for all.
+        """
+        if config.mask is None:
+            return None
+        if isinstance(config.mask, (str, os.PathLike)):  # set on the configuration of an adapter to be trained further
+            config.entries = Mask.read(config.mask)
+        if config.entries is None:  # an adapter that is about to be loaded, whose file may hold the mask
+            names = set(BaseRecord.from_json(config.trained_on).block)
+        else:
+            config.entries = config.entries.inside(self.model, stack.name, config.layer_indices or [], self._targets)
+            config.mask = config.entries.record()
+            names = set(config.entries.tensors)
+        self._targets &= {name.rpartition(".")[0] for name in names}
+        return names
+
+    def _trained(self, config: SingleLayerConfig, module: str) -> dict[str, torch.Tensor | None] | None:
+        """Which parameters of a module train, as `AdapterWeights.update_layer` takes it."""
+        if config.mask is None:
+            return None
+        if config.entries is not None:
+            return dict(config.entries.of_module(base_name(module)))
+        names = BaseRecord.from_json(config.trained_on).block
+        own = (name.rpartition(".") for name in names)
+        return {parameter: None for path, _, parameter in own if path == base_name(module)}
 
     def _check_target_module_exists(self, peft_config: SingleLayerConfig, key: str) -> bool:
         # PEFT does not look inside a module that an earlier adapter wrapped, so that one answers for what is in it.
@@ -166,10 +202,10 @@ class SingleLayerModel(MergingTuner):
     ) -> None:
         if isinstance(target, SingleLayerLayer):
             if current_key in self._targets:
-                target.update_layer(adapter_name, peft_config)
+                target.update_layer(adapter_name, peft_config, self._trained(peft_config, current_key))
             self._inject_below(peft_config, adapter_name, target.base_layer, current_key)
             return
-        layer = SingleLayerLayer(target, adapter_name, peft_config)
+        layer = SingleLayerLayer(target, adapter_name, peft_config, self._trained(peft_config, current_key))
         if adapter_name not in self.active_adapters:
             layer.requires_grad_(False)
         # A composite module is wrapped before its children, which then belong to the wrapped module, not the wrapper.
@@ -193,7 +229,8 @@ class SingleLayerModel(MergingTuner):
         layers = _layers_with(self, [adapter_name]).values()
         for layer in layers:
             masters = layer.masters(adapter_name)
-            narrowed = any(base.dtype != masters[n].dtype for n, base in layer._base_weights().items())
+            origins = layer._base_weights()
+            narrowed = any(origins[name].dtype != master.dtype for name, master in masters.items())
             if narrowed and config.master_dtype == "float32" and not config.inference_mode:
                 warnings.warn(
                     "autocast_adapter_dtype=False keeps the trained block in the base model's dtype: without float32 "
@@ -267,7 +304,7 @@ class SingleLayerModel(MergingTuner):
             raise ValueError("adapters with modules_to_save cannot be combined: these modules are no sum of changes.")
         layers = _layers_with(self.model, adapters)
         parts = None  # all of every block, or by their full names what at least one of the adapters has
-        if any(config.target_modules is not None for config in configs):
+        if any(config.target_modules is not None or config.mask is not None for config in configs):
             parts = [unwrapped(name.replace(".base_layer", "")) for name in layers]
         self.peft_config[adapter_name] = dataclasses.replace(
             configs[0],
@@ -277,6 +314,8 @@ class SingleLayerModel(MergingTuner):
             init_weights=True,
             layer_indices=None,
             num_layers=None,
+            mask=None,
+            combined=None,
             encoding=None,
             trained_on=None,
             saved_embeddings=None,
@@ -348,10 +387,12 @@ class SingleLayerModel(MergingTuner):
             if isinstance(module, SingleLayerLayer)
         )
         parallel = any(isinstance(module, (nn.DataParallel, DistributedDataParallel)) for module in model.modules())
+        masked = masked_tensors(model, adapter_name, state_dict)
         return {
-            _name_of_the_plain_model(key, parallel): tensor
+            _name_of_the_plain_model(key, parallel) + suffix: value
             for key, tensor in state_dict.items()
             if unwrapped(key).startswith(prefixes)
+            for suffix, value in masked.get(key, {"": tensor}).items()
         }
 
     @classmethod

@@ -38,6 +38,12 @@ def text_config(model: nn.Module):
     return config.get_text_config(decoder=True) if hasattr(config, "get_text_config") else None
 
 
+def layer_kinds(model: nn.Module) -> list[str] | None:
+    """What each block of `model` is, "full_attention" or another kind, where its configuration says so."""
+    kinds = getattr(text_config(model), "layer_types", None)
+    return None if kinds is None else list(kinds)
+
+
 def find_decoder_stack(model: nn.Module, layers_pattern: str | None = None) -> DecoderStack:
     """Find the one stack of transformer blocks in `model`.
 

@@ -1,4 +1,8 @@
-"""The weights of one module of the trained block: the base's own (W_0), and a full trainable copy (W_i) per adapter."""
+"""The weights of one module of the trained block: the base's own (W_0), and a trainable copy (W_i) per adapter.
+
+The copy is whole, or under a mask one flat parameter with the entries that train; a buffer of positions beside it says
+which they are.
+"""
 
 from __future__ import annotations
 
@@ -14,14 +18,17 @@ from torch.distributed.tensor import DTensor
 from . import rounded
 from .config import SingleLayerConfig
 from .instance import PATCHED, own_parameters, rebound
+from .mask import scatter
 from .quantized import dequantized, is_bitsandbytes
 from .sharding import gathered, is_fully_sharded, is_partitioned, refuse_new_adapter, to_shards
 
+POSITIONS = "_positions"  # ends the name of the buffer of a flat master's positions
 INITIALIZED = "_is_hf_initialized"  # transformers: `PreTrainedModel._init_weights` leaves such a tensor alone
 
 
-def stand_in(base_layer: nn.Module, masters: dict[str, nn.Parameter]) -> nn.Module:
-    """A module of the base layer's own class and settings that owns `masters`, with no children, buffers or hooks.
+def stand_in(base_layer: nn.Module, masters: dict[str, nn.Parameter], positions: dict[str, torch.Tensor]) -> nn.Module:
+    """A module of the base layer's own class and settings that owns `masters`, with no children or hooks, and no
+    buffers but the `positions` of flat masters.
 
     It is never called. It is there for whoever decides by a parameter's owner: transformers' Trainer decays no weight
     of an `nn.LayerNorm`, GaLore projects those of an `nn.Linear`. In place of a bitsandbytes module it is an
@@ -38,6 +45,8 @@ def stand_in(base_layer: nn.Module, masters: dict[str, nn.Parameter]) -> nn.Modu
         module.register_parameter(name, masters.get(name))  # which low_cpu_mem_usage=True replaces
         if getattr(parameter, INITIALIZED, False):
             setattr(module._parameters[name], INITIALIZED, True)
+    for name, where in positions.items():
+        module.register_buffer(name + POSITIONS, where, persistent=False)
     return module.train(base_layer.training)
 
 
@@ -60,7 +69,13 @@ class AdapterWeights(nn.Module, BaseTunerLayer):
     active_adapters: Any  # BaseTunerLayer's list of names
     set_adapter: Any  # BaseTunerLayer's method
 
-    def __init__(self, base_layer: nn.Module, adapter_name: str, config: SingleLayerConfig) -> None:
+    def __init__(
+        self,
+        base_layer: nn.Module,
+        adapter_name: str,
+        config: SingleLayerConfig,
+        trained: dict[str, torch.Tensor | None] | None = None,
+    ) -> None:
         super().__init__()
         self.base_layer = base_layer
         self.single_layer_params = nn.ModuleDict({})
@@ -74,22 +89,37 @@ class AdapterWeights(nn.Module, BaseTunerLayer):
         self.switches: dict[int, int] = {}  # how often each thread has switched adapters on or off, or chosen others
         self._active_adapter = adapter_name
         AdapterWeights.made += 1
-        self.update_layer(adapter_name, config)
+        self.update_layer(adapter_name, config, trained)
 
-    def update_layer(self, adapter_name: str, config: SingleLayerConfig) -> None:
-        """Add the adapter `adapter_name`: a copy of the base's own parameters in the master dtype."""
+    def update_layer(
+        self, adapter_name: str, config: SingleLayerConfig, trained: dict[str, torch.Tensor | None] | None = None
+    ) -> None:
+        """Add the adapter `adapter_name`: a copy of the base's own parameters in the master dtype.
+
+        Args:
+            adapter_name: its name.
+            config: its configuration.
+            trained: which of the own parameters it has, by name, with the flat positions of the entries that train;
+                None in place of positions for a whole one. Default: all of them, whole.
+        """
         refuse_new_adapter(self.base_layer)
         master_dtype = torch.float32 if config.master_dtype == "float32" else None
-        masters = {}
+        masters, positions = {}, {}
         with gathered(p for _, p in self._own()):
             for name, weight in self._base_weights().items():
+                if trained is not None and name not in trained:
+                    continue
+                where = None if trained is None else trained[name]
+                if where is not None:
+                    positions[name] = where if weight.is_meta else where.to(weight.device)
+                    weight = weight.new_empty(len(where)) if weight.is_meta else weight.flatten()[positions[name]]
                 dtype = weight.dtype if master_dtype is None else torch.promote_types(weight.dtype, master_dtype)
                 master = weight.detach().to(dtype, copy=True)
                 if not config.init_weights and not master.is_meta:
                     master += 0.1 * torch.randn_like(master)
                 masters[name] = nn.Parameter(master)
         self.master_dtypes[adapter_name] = master_dtype
-        self.single_layer_params[adapter_name] = stand_in(self.base_layer, masters)
+        self.single_layer_params[adapter_name] = stand_in(self.base_layer, masters, positions)
         adapter_parameters.update({id(p): p for p in self.masters(adapter_name).values()})
         self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
 
@@ -100,6 +130,36 @@ class AdapterWeights(nn.Module, BaseTunerLayer):
     def masters(self, adapter_name: str) -> dict[str, nn.Parameter]:
         """The adapter's parameters on this module."""
         return own_parameters(self.single_layer_params[adapter_name])
+
+    def positions(self, adapter_name: str) -> dict[str, torch.Tensor]:
+        """Of the adapter's flat masters, by name: the positions of their entries in the base's tensor, (n,) int64."""
+        buffers = self.single_layer_params[adapter_name]._buffers.items()
+        return {name.removesuffix(POSITIONS): b for name, b in buffers if name.endswith(POSITIONS) and b is not None}
+
+    def flatten_master(self, adapter_name: str, name: str, where: torch.Tensor) -> None:
+        """Keep of a whole master the entries at the flat positions `where`."""
+        master = self.masters(adapter_name)[name]
+        values = master.data.flatten()
+        master.data = values.new_empty(len(where)) if master.is_meta else values[where.to(values.device)]
+        device = self.base_layer._parameters[name].device if master.is_meta else master.device
+        where = where if device.type == "meta" else where.to(device)
+        self.single_layer_params[adapter_name].register_buffer(name + POSITIONS, where, persistent=False)
+
+    def whole(self, adapter_name: str, name: str, origin: torch.Tensor, dtype: torch.dtype | None = None) -> Any:
+        """The adapter's weight in place of the base's own parameter `name`, in its whole shape.
+
+        Args:
+            adapter_name: one that is on this module.
+            name: of the parameter, which the adapter may not have.
+            origin: the base's values.
+            dtype: of the result; default, that of the master, or where there is none of `origin`.
+        """
+        master = self.masters(adapter_name).get(name)
+        if master is None:
+            return origin.detach().to(dtype or origin.dtype)
+        dtype = dtype or master.dtype
+        where = self.positions(adapter_name).get(name)
+        return master.to(dtype) if where is None else scatter(origin.to(dtype), where, master.to(dtype))
 
     def _apply(self, fn, recurse=True):  # the seam under nn.Module.to, .half, .cuda, .to_empty, ...
         before = {
@@ -144,16 +204,17 @@ class AdapterWeights(nn.Module, BaseTunerLayer):
 
         Those of a bitsandbytes module stay in the master dtype: it computes in that of its input.
         """
-        masters: list[dict[str, Any]] = [self.masters(name) for name in adapters if name in self.single_layer_params]
-        if not masters:
+        adapters = [name for name in adapters if name in self.single_layer_params]
+        if not adapters:
             return {}
         if torch.compiler.is_compiling() or not rounded.keeps() or self._is_shared_out():
-            return self._rounded(masters)
-        sources = [p for part in (*masters, own_parameters(self.base_layer)) for p in part.values()]
+            return self._rounded(adapters)
+        masters = [self.masters(name) for name in adapters]
+        sources: list[torch.Tensor] = [p for part in (*masters, own_parameters(self.base_layer)) for p in part.values()]
         key = id(self), tuple(adapters)
         weights = rounded.find(key, sources)
         if weights is None:
-            weights = self._rounded(masters)
+            weights = self._rounded(adapters)
             if any(weights[name] is not master for name, master in masters[0].items()):
                 rounded.keep(key, sources, weights)
         return dict(weights)
@@ -162,15 +223,23 @@ class AdapterWeights(nn.Module, BaseTunerLayer):
         """Whether several processes hold the parts of this module's parameters, which are whole for one pass only."""
         return is_fully_sharded(self.base_layer) or any(is_partitioned(p) for _, p in self._own())
 
-    def _rounded(self, masters: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
+    def _rounded(self, adapters: list[str]) -> dict[str, torch.Tensor]:
         weights = {}
-        origins = self._base_weights() if len(masters) > 1 else {}
+        masters: dict[str, Any] = self.masters(adapters[0])
+        masked = any(len(self.masters(a)) < len(self._own()) or self.positions(a) for a in adapters)
+        origins = self._base_weights() if len(adapters) > 1 or masked else {}
         for name, base in self._own():
-            weight = masters[0][name]
-            if origins:
-                origin = origins[name].to(weight.dtype)
-                weight = origin + sum(master[name] - origin for master in masters)
-            weights[name] = weight.to(base.dtype) if base.is_floating_point() else weight
+            dtype = base.dtype if base.is_floating_point() else None
+            if not origins:
+                weights[name] = masters[name] if dtype is None else masters[name].to(dtype)
+            elif len(adapters) == 1:
+                weights[name] = self.whole(adapters[0], name, origins[name], dtype)
+            else:
+                found = [self.masters(adapter).get(name) for adapter in adapters]
+                master = next((m.dtype for m in found if m is not None), origins[name].dtype)
+                origin = origins[name].to(master)
+                weight = origin + sum(self.whole(adapter, name, origin) - origin for adapter in adapters)
+                weights[name] = weight if dtype is None else weight.to(dtype)
         return weights
 
     def combine(self, weights: dict[str, float], into: str) -> None:
@@ -181,16 +250,19 @@ class AdapterWeights(nn.Module, BaseTunerLayer):
                 total = origin.clone()
                 for adapter, weight in weights.items():
                     if adapter in self.single_layer_params:
-                        total += weight * (self.masters(adapter)[name].double() - origin)
+                        total += weight * (self.whole(adapter, name, origin).double() - origin)
                 self.masters(into)[name].copy_(total)
 
     def equals_base(self, adapter_name: str) -> bool:
         """Whether the adapter's weights are the base's once rounded to its dtype; False where a process has but a part
         of them, because to ask the others could wait for ever."""
-        for name, base in self._base_weights().items():
-            master = self.masters(adapter_name)[name]
+        origins, positions = self._base_weights(), self.positions(adapter_name)
+        for name, master in self.masters(adapter_name).items():
+            base = origins[name]
             if isinstance(master, DTensor) or master.is_meta or base.is_meta or not master.numel():
                 return False
+            if name in positions:
+                base = base.flatten()[positions[name]]
             if not torch.equal(master.to(base.device, base.dtype), base):
                 return False
         return True
@@ -198,15 +270,18 @@ class AdapterWeights(nn.Module, BaseTunerLayer):
     def to_base_dtype(self, adapter_name: str) -> None:
         """Give up the adapter's master precision: keep it in the base's dtype from now on."""
         self.master_dtypes[adapter_name] = None
-        masters = self.masters(adapter_name)
-        for name, base in self._base_weights().items():
-            masters[name].data = masters[name].data.to(base.dtype)
+        origins = self._base_weights()
+        for name, master in self.masters(adapter_name).items():
+            master.data = master.data.to(origins[name].dtype)
 
     def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
         # PEFT's own version also casts to the base's dtype, which would narrow the masters.
         if adapter_name not in self.single_layer_params:
             return
-        for name, base in self._own():
-            master = self.masters(adapter_name)[name]
+        own, holder = dict(self._own()), self.single_layer_params[adapter_name]
+        for name, master in self.masters(adapter_name).items():
             if not master.is_meta:
-                master.data = master.data.to(device or base.device)
+                master.data = master.data.to(device or own[name].device)
+        for name, where in self.positions(adapter_name).items():
+            if (device or own[name].device).type != "meta":
+                holder._buffers[name + POSITIONS] = where.to(device or own[name].device)

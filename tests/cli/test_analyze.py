@@ -8,7 +8,7 @@ from changes import save_adapter
 from safetensors.torch import load_file, save_file
 
 import models
-from peft_onelayer import analyze_change, compare_adapters, compare_profiles, export_adapter
+from peft_onelayer import analyze_change, compare_adapters, compare_profiles, export_adapter, make_mask
 
 
 @pytest.fixture(scope="module")
@@ -141,3 +141,16 @@ def test_what_is_wrong_is_one_line(onelayer, files, arguments, code, message):
     assert (ended, out) == (code, "") and message in lines[-1], lines
     assert lines[-1].startswith("onelayer") and len(lines) <= 2
     assert len(lines) == 1 or lines[0] in ("measuring ...", "comparing ...")
+
+
+def test_a_mask_is_written_beside_the_analysis(onelayer, files, tmp_path):
+    out = tmp_path / "mask.safetensors"
+    code, lines, text = onelayer(
+        "analyze", files / "base", files / "one", "--mask-out", out, "--share", ".1", "--no-spectrum", "--json"
+    )
+    assert code == 0 and any(f"written to {out}" in line and "(10.00%)" in line for line in lines)
+    assert json.loads(text)["format"] == "onelayer-analysis-1"
+    make_mask(files / "base", files / "one", tmp_path / "direct.safetensors", share=0.1)
+    assert (tmp_path / "direct.safetensors").read_bytes() == out.read_bytes()
+    code, lines, _ = onelayer("analyze", files / "base", files / "one", "--random", ".1")
+    assert code == 1 and "--mask-out" in lines[-1]

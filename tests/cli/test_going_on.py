@@ -6,7 +6,8 @@ from importlib.resources import files
 import pytest
 import torch
 import yaml
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
 
 from peft_onelayer.runs.log import RunLog
 
@@ -150,3 +151,54 @@ def test_a_reporter_that_is_not_there_is_refused_before_the_model_is_loaded(
     code, lines, _ = onelayer(*RUN, "--report-to", given, "--out", tmp_path / "run")
     assert code == 1 and len(lines) == 1 and message in lines[0], lines
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.more
+def test_a_run_under_a_mask_goes_on_bit_for_bit(onelayer, tmp_path, monkeypatch):
+    base = dict(AutoModelForCausalLM.from_pretrained(BASE).named_parameters())
+    torch.manual_seed(0)
+    masks = {name: torch.rand(p.shape) < 0.1 for name, p in base.items() if ".layers.5." in name}
+    save_file(masks, tmp_path / "mask.safetensors")
+    run = [*RUN[:8], "--prompts", "8", "--set", "save_steps=1", "--mask", tmp_path / "mask.safetensors", "--steps", "3"]
+    run += ["--eval-problems", "0"]
+    assert onelayer(*run, "--out", tmp_path / "whole")[0] == 0
+    with monkeypatch.context() as patch:
+        stopped_at(3, patch, KeyboardInterrupt())
+        assert onelayer(*run, "--out", tmp_path / "run")[0] == 130
+    code, lines, _ = onelayer("train", "--resume", "--out", tmp_path / "run")
+    assert code == 0, lines
+    whole, resumed = weights(tmp_path / "whole"), weights(tmp_path / "run")
+    assert whole.keys() == resumed.keys() and all(torch.equal(whole[key], resumed[key]) for key in whole)
+    trained = 0
+    for name, mask in masks.items():
+        key = f"base_model.model.{name.rpartition('.')[0]}.single_layer_params.weight"
+        moved = resumed[key] != base[name]
+        assert not (moved & ~mask).any()
+        trained += int(moved.sum())
+    kept = record(tmp_path / "run")["settings"]["mask"]
+    assert 0 < trained <= kept["trained"] == sum(int(mask.sum()) for mask in masks.values())
+    save_file({n: ~m for n, m in masks.items()}, tmp_path / "mask.safetensors")
+    code, lines, _ = onelayer(*run, "--steps", "4", "--resume", "--out", tmp_path / "run")
+    assert code == 1 and "mask" in lines[-1]
+    code, lines, _ = onelayer(
+        "train", BASE, "--task", "arithmetic", "--mask", tmp_path / "mask.safetensors", "--out", "x"
+    )
+    assert code == 1 and "--mask trains entries of given blocks" in lines[-1]
+
+
+@pytest.mark.more
+def test_a_boosted_run_goes_on_bit_for_bit(onelayer, tmp_path, monkeypatch):
+    (tmp_path / "ranking.json").write_text(json.dumps({"num_layers": 12, "order": [5, 2, 7]}))
+    boost = f"top-2@{tmp_path / 'ranking.json'}:2"
+    run = ["train", BASE, "--task", "arithmetic", "--full", "--boost", boost, "--learning-rate", "1e-3"]
+    run += ["--set", "save_steps=1", "--steps", "3", "--eval-problems", "0"]
+    assert onelayer(*run, "--out", tmp_path / "whole")[0] == 0
+    with monkeypatch.context() as patch:
+        stopped_at(3, patch, KeyboardInterrupt())
+        assert onelayer(*run, "--out", tmp_path / "run")[0] == 130
+    assert onelayer("train", "--resume", "--out", tmp_path / "run")[0] == 0
+    whole, resumed = (load_file(tmp_path / name / "model.safetensors") for name in ("whole", "run"))
+    assert all(torch.equal(whole[key], resumed[key]) for key in whole)
+    assert record(tmp_path / "run")["settings"]["boost"] == {"layers": [2, 5], "factor": 2.0}
+    code, lines, _ = onelayer("train", BASE, "--task", "arithmetic", "--boost", "5:2", "--layer", "5", "--out", "x")
+    assert code == 1 and "add --full" in lines[-1]

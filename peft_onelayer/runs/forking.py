@@ -1,0 +1,78 @@
+"""The learning signal by token entropy, from settings to figures: of a base, or of the adapter that a run left."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from functools import partial
+
+from peft import PeftModel, get_peft_model
+
+from peft_onelayer.analysis.entropy import EntropySignal, signal_by_entropy
+from peft_onelayer.layers import check_layers
+from peft_onelayer.records.locate import adapter_folder
+from peft_onelayer.rl.sampling import OWN_OPTIONS, with_given
+from peft_onelayer.rollouts.prompts import Shape, check_prompt, shaped
+from peft_onelayer.rollouts.settings import Sampling
+from peft_onelayer.tasks import open_task
+from peft_onelayer.tuner import SingleLayerConfig
+
+from .models import check_model_name, load_causal_lm, quiet_logs, to_device, without_progress_bars
+from .progress import Progress, Update
+from .settings import EntropySettings
+
+
+def entropy(settings: EntropySettings, *, progress: Progress | None = None) -> EntropySignal:
+    """Measure which tokens the gradient of a block comes from.
+
+    Args:
+        settings: what is asked for.
+        progress: is told what goes on.
+
+    Raises:
+        ValueError: in one line: settings that cannot work, a model, adapter or data that are not there or do not fit.
+    """
+    progress = progress or Progress()
+    if not 0 < settings.share < 1:
+        raise ValueError(f"--share {settings.share} is no part of the tokens; give a number between 0 and 1.")
+    if settings.samples < 2:
+        raise ValueError(f"--samples must be at least 2, got {settings.samples}: advantages compare completions.")
+    if settings.adapter is None:
+        check_layers(settings.layer)
+    check_model_name(settings.model)
+    with quiet_logs():
+        folder = None if settings.adapter is None else adapter_folder(settings.adapter)
+        task = open_task(settings.task, settings.dataset, settings.reward, unsafe=settings.unsafe)
+    if task.environment_factory is not None:
+        raise ValueError(f"task {task.name} plays through an environment; measure a task of one turn.")
+    own = replace(Sampling(), seed=settings.seed, batch_size=settings.batch_size, samples=settings.samples)
+    sampling = with_given(own, settings.sampling, OWN_OPTIONS)
+    with without_progress_bars(), progress.status(f"loading {settings.model} ..."):
+        base, tokenizer = load_causal_lm(
+            settings.model, settings.revision, trust_remote_code=settings.trust_remote_code
+        )
+    to_device(base)
+    shape = Shape(settings.chat, settings.system, settings.shots or 0, sampling.chat_template_kwargs)
+    task, _ = shaped(task, tokenizer, shape)
+    rows = task.rows("train", settings.problems, settings.seed)
+    check_prompt(rows[0], tokenizer, settings.model, settings.sampling.get("chat_template_kwargs"))
+    layer = settings.layer if isinstance(settings.layer, (int, str)) else list(settings.layer)
+    if folder is None:
+        model = get_peft_model(base, SingleLayerConfig(layer=layer, task_type="CAUSAL_LM"))
+    else:
+        model = PeftModel.from_pretrained(base, str(folder), is_trainable=True)
+    model.eval()
+    with progress.bar("sampling", len(rows) * settings.samples, "completion") as update:
+        return signal_by_entropy(
+            model,
+            tokenizer,
+            task,
+            rows,
+            sampling,
+            share=settings.share,
+            micro_batch=settings.micro_batch,
+            on_progress=partial(_report, update),
+        )
+
+
+def _report(update: Update, done: int) -> None:
+    update(done, "")

@@ -1,0 +1,178 @@
+"""Several adapters of one base vote on the answers to a task's problems, with one base model in memory."""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections import Counter
+from collections.abc import Sequence
+from contextlib import ExitStack
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+
+from peft_onelayer.records.figures import Figures
+from peft_onelayer.records.files import CONFIG, check_file, output, read_fields, write_whole
+from peft_onelayer.records.locate import adapter_folder
+from peft_onelayer.records.run import DataSource
+from peft_onelayer.records.vote import Ballot, VoteRecord
+from peft_onelayer.rl.sampling import OWN_OPTIONS, with_given
+from peft_onelayer.rollouts.prompts import Shape, check_prompt, shaped
+from peft_onelayer.rollouts.sampling import Rollout, sample_rollouts
+from peft_onelayer.rollouts.settings import Sampling
+from peft_onelayer.tasks import Task, completion_text, open_task
+from peft_onelayer.tuner import SingleLayerConfig
+
+from .describe import describe_model
+from .evaluation import run_in, sampling_of_record
+from .models import check_model_name, load_adapter, load_causal_lm, quiet_logs, to_device, without_progress_bars
+from .progress import Progress, Update
+from .settings import VoteSettings
+
+
+def vote(settings: VoteSettings, *, command: str | None = None, progress: Progress | None = None) -> VoteRecord:
+    """Complete each problem with every adapter and take the answer that most completions give; beside it as many
+    samples of one adapter.
+
+    All adapters complete a problem in one batch on one base: what lies below the lowest block that one of them trains
+    runs once for all, the pass over the prompt and its cache included. Completions are sampled as by the run of the
+    first adapter, unless the settings say otherwise.
+
+    Args:
+        settings: what is asked for.
+        command: for the record.
+        progress: is told what goes on.
+
+    Returns:
+        The figures; `settings.out` holds the same.
+
+    Raises:
+        ValueError: in one line: fewer than two adapters, another kind of adapter, other bases, data that are not there.
+        TargetError: `settings.out` may not be used.
+    """
+    progress = progress or Progress()
+    with ExitStack() as stack:
+        if settings.out is not None:
+            check_file(Path(settings.out), _is_vote)
+            stack.enter_context(output(Path(settings.out)))
+        stack.enter_context(without_progress_bars())
+        record = _vote(settings, command, progress)
+        if settings.out is not None:
+            write_whole(Path(settings.out), record.to_json())
+        return record
+
+
+def _vote(settings: VoteSettings, command: str | None, progress: Progress) -> VoteRecord:
+    names = list(settings.adapters)
+    if len(names) < 2:
+        raise ValueError(f"a vote takes two adapters or more, and {len(names)} was given.")
+    if not 0 <= settings.against < len(names):
+        raise ValueError(f"--against {settings.against} is none of the {len(names)} adapters, counted from 0.")
+    if settings.samples < 1:
+        raise ValueError(f"--samples must be at least 1, got {settings.samples}.")
+    with quiet_logs():
+        folders = [adapter_folder(name) for name in names]
+    configs = [read_fields(folder / CONFIG) for folder in folders]
+    for name, config in zip(names, configs, strict=True):
+        if config.get("peft_type") != "SINGLE_LAYER" or not config.get("layer_indices"):
+            raise ValueError(f"{name} is no adapter of this method, and these alone share a base in one batch.")
+    model = settings.model or str(configs[0].get("base_model_name_or_path") or "")
+    if not model:
+        raise ValueError(f"{names[0]} does not name its base model; give it with --base.")
+    check_model_name(model)
+    task = open_task(settings.task, settings.dataset, settings.reward, unsafe=settings.unsafe)
+    if task.environment_factory is not None:
+        raise ValueError(f"task {task.name} plays through an environment and has no answer to vote on.")
+    run = run_in(folders[0])
+    own = Sampling() if run is None else sampling_of_record(run, task, settings)
+    own = replace(own, seed=settings.seed, batch_size=settings.batch_size)
+    sampling = with_given(own, settings.sampling, OWN_OPTIONS)
+    task.rows(settings.split, 1, settings.seed)  # a split that is not there, before the model is loaded
+    with progress.status(f"loading {model} ..."):
+        revision = settings.revision or (configs[0].get("revision") if not settings.model else None)
+        base, tokenizer = load_causal_lm(model, revision, trust_remote_code=settings.trust_remote_code)
+    to_device(base)
+    chat = run.settings.source.chat if run is not None and settings.chat is None else settings.chat
+    shape = Shape(chat, settings.system, settings.shots or 0, sampling.chat_template_kwargs)
+    task, chat = shaped(task, tokenizer, shape)
+    rows = task.rows(settings.split, settings.problems, settings.seed)
+    check_prompt(rows[0], tokenizer, model, settings.sampling.get("chat_template_kwargs"))
+    description = describe_model(base)
+    policy = load_adapter(base, folders[0], settings.allow_other_base)
+    labels = ["default", *(f"adapter{i}" for i in range(1, len(names)))]
+    for label, folder in zip(labels[1:], folders[1:], strict=True):
+        config = SingleLayerConfig.from_pretrained(str(folder), allow_other_base=settings.allow_other_base)
+        policy.add_adapter(label, config)
+        policy.load_adapter(str(folder), label)
+    policy.eval()
+    count = len(names) * settings.samples
+    sampling = replace(sampling, greedy=False, samples=count, batch_size=max(settings.batch_size, count))
+    groups = []
+    for what, members in (("the adapters", labels), ("one adapter", [labels[settings.against]])):
+        with progress.bar(what, len(rows) * count, "completion") as update:
+            report = partial(_report, update)
+            groups.append(
+                sample_rollouts(policy, tokenizer, task, rows, sampling, adapters=members, on_progress=report)
+            )
+    together, alone = groups
+    votes = [[voted(group, task) for group in each] for each in groups]
+    own_rewards = [[_mean([r.reward for r in group[i :: len(names)]]) for group in together] for i in range(len(names))]
+    return VoteRecord(
+        model=description,
+        adapters=names,
+        against=names[settings.against],
+        task=DataSource(task.name, dict(task.data), chat, system=settings.system, shots=settings.shots),
+        split=settings.split,
+        n=len(rows),
+        samples=count,
+        seed=settings.seed,
+        of_adapters=_ballot(together, votes[0]),
+        of_one=_ballot(alone, votes[1]),
+        averages=[_figures(rewards) for rewards in own_rewards],
+        difference=_figures([a - b for a, b in zip(*votes, strict=True)]),
+        shared_blocks=min(index for config in configs for index in config["layer_indices"]),
+        command=command,
+    )
+
+
+def voted(rollouts: Sequence[Rollout], task: Task) -> float:
+    """The reward of the answer that most completions of a problem give; 0 where none holds an answer.
+
+    Of equally many the answer that was given first. Where the task does not say what an answer is, it is the text.
+    """
+    answers = [_answer(rollout, task) for rollout in rollouts]
+    counts = Counter(answer for answer in answers if answer is not None)
+    if not counts:
+        return 0.0
+    winner = counts.most_common(1)[0][0]  # which keeps the order of equal counts
+    return rollouts[answers.index(winner)].reward
+
+
+def _answer(rollout: Rollout, task: Task) -> str | None:
+    text = completion_text(rollout.completion) or ""
+    return text.strip() or None if task.answer is None else task.answer(text)
+
+
+def _ballot(groups: Sequence[Sequence[Rollout]], votes: Sequence[float]) -> Ballot:
+    rewards = [[rollout.reward for rollout in group] for group in groups]
+    return Ballot(_figures(votes), _figures([_mean(own) for own in rewards]), _figures([max(own) for own in rewards]))
+
+
+def _figures(values: Sequence[float]) -> Figures:
+    error = statistics.stdev(values) / math.sqrt(len(values)) if len(values) > 1 else None
+    return Figures(_mean(values), error)
+
+
+def _mean(values: Sequence[float]) -> float:
+    return statistics.fmean(values)
+
+
+def _report(update: Update, done: int) -> None:
+    update(done, "")
+
+
+def _is_vote(file: Path) -> bool:
+    try:
+        return read_fields(file).get("format") == VoteRecord.FORMAT
+    except ValueError:
+        return False
