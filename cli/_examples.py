@@ -28,6 +28,12 @@ EXAMPLES = {
     "inspect": """
   onelayer inspect run
   onelayer inspect me/qwen3-gsm8k --base Qwen/Qwen3-1.7B-Base    also how much changed""",
+    "entropy": """
+  onelayer entropy Qwen/Qwen3-1.7B-Base --layer 14 --task gsm8k    at the start of a run
+  onelayer entropy Qwen/Qwen3-1.7B-Base --adapter run --task gsm8k --json    at its end""",
+    "vote": """
+  onelayer vote run-a run-b run-c --task gsm8k --out vote.json
+  onelayer vote run-a run-b --task gsm8k --samples 2 --problems 64""",
     "merge": """
   onelayer merge Qwen/Qwen3-1.7B-Base run merged
   onelayer merge Qwen/Qwen3-1.7B-Base me/qwen3-gsm8k merged""",

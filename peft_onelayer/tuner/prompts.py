@@ -11,7 +11,7 @@ import threading
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
-from typing import Any
+from typing import Any, cast
 
 import torch
 from peft import PeftModel
@@ -73,13 +73,11 @@ class _Sharing:
         self.skipping = ExitStack()
         self.busy = False
 
+    def _is_due(self) -> bool:
+        return threading.get_ident() == self.thread and not self.busy
+
     def before(self, decoder: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]] | None:
-        if (
-            torch.compiler.is_compiling()
-            or torch.is_grad_enabled()
-            or threading.get_ident() != self.thread
-            or self.busy
-        ):
+        if torch.compiler.is_compiling() or torch.is_grad_enabled() or not self._is_due():
             return None
         self.skipping.close()
         self.back = self.below = None
@@ -116,10 +114,10 @@ class _Sharing:
         self.back, self.below = back, below.layers[:lowest]
 
     def behind(self, decoder: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> None:
-        if torch.compiler.is_compiling() or threading.get_ident() != self.thread or self.busy:
+        if torch.compiler.is_compiling() or not self._is_due():
             return
         self.skipping.close()
-        back, below, cache = self.back, self.below, kwargs.get("past_key_values")
+        back, below, cache = self.back, self.below, cast(DynamicCache, kwargs.get("past_key_values"))
         self.back = self.below = None
         if back is None or output is None:  # nothing shared, or an exception
             return
