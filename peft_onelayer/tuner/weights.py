@@ -153,12 +153,20 @@ class AdapterWeights(nn.Module, BaseTunerLayer):
             name: of the parameter, which the adapter may not have.
             origin: the base's values.
             dtype: of the result; default, that of the master, or where there is none of `origin`.
+
+        Raises:
+            RuntimeError: the entries that train stand in a tensor of which this process has but a part.
         """
         master = self.masters(adapter_name).get(name)
         if master is None:
             return origin.detach().to(dtype or origin.dtype)
         dtype = dtype or master.dtype
         where = self.positions(adapter_name).get(name)
+        if where is not None and (isinstance(origin, DTensor) or (is_partitioned(origin) and not origin.numel())):
+            raise RuntimeError(
+                "the entries that the mask trains stand in a tensor of which each process has a part (DeepSpeed ZeRO-3, "
+                "or FSDP2 outside of a forward pass); use ZeRO-2 or DDP, or save the adapter and merge its files."
+            )
         return master.to(dtype) if where is None else scatter(origin.to(dtype), where, master.to(dtype))
 
     def _apply(self, fn, recurse=True):  # the seam under nn.Module.to, .half, .cuda, .to_empty, ...

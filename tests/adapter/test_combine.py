@@ -64,7 +64,7 @@ def by_hand(method, base, found, index, density):
 
 
 @pytest.mark.parametrize("method", FORMULAS)
-@pytest.mark.parametrize("names", [("one", "two"), ("one", "two", "three")])
+@pytest.mark.parametrize("names", [("one", "two", "three"), pytest.param(("one", "two"), marks=pytest.mark.more)])
 def test_one_block_by_a_formula(folder, tmp_path, method, names):
     density = 0.3 if method in ("ties", "dare") else None
     found = combine_adapters([folder / n for n in names], tmp_path / "out", method, density=density, seed=4)

@@ -39,7 +39,9 @@ def generate(model, ids, mask, names=None):
         return model.generate(input_ids=ids, attention_mask=mask, **options)
 
 
-@pytest.mark.parametrize("family", ["Qwen3", "Llama", "Gemma3Text"])
+@pytest.mark.parametrize(
+    "family", ["Qwen3", *(pytest.param(f, marks=pytest.mark.more) for f in ("Llama", "Gemma3Text"))]
+)
 def test_what_lies_below_the_lowest_trained_block_runs_once_for_all_adapters(family):
     model = two_adapters(family)
     prompts = token_batch(2, 7)
@@ -73,6 +75,7 @@ def test_an_adapter_of_the_first_block_shares_nothing_and_is_right():
     assert torch.equal(shared, generate(model, ids, torch.ones_like(ids), names))
 
 
+@pytest.mark.more
 def test_samples_in_turns_are_greedily_those_of_each_adapter(tmp_path):
     base, tokenizer = load()
     for seed, layer in ((0, 5), (1, 8)):

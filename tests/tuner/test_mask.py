@@ -69,7 +69,7 @@ OPTIMIZERS = {
 }
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dtype", [torch.float32, pytest.param(torch.bfloat16, marks=pytest.mark.more)])
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
 def test_no_other_entry_changes(mask, optimizer, dtype):
     model = masked(mask, [1, 2], dtype)
@@ -341,3 +341,12 @@ def test_a_stranger_names_no_file(tmp_path, mask):
         SingleLayerConfig.from_pretrained(str(tmp_path / "run"))
     with pytest.raises(ValueError, match="mask"):
         open_adapter(tmp_path / "run")
+
+
+def test_a_base_of_which_a_process_has_a_part_is_refused(mask):
+    model = masked(mask, 2)
+    layer = tuner_layers(model)[0]
+    part = torch.empty(0)
+    part.ds_status = "NOT_AVAILABLE"  # DeepSpeed's mark
+    with pytest.raises(RuntimeError, match="use ZeRO-2 or DDP"):
+        layer.whole("default", "weight", part)
