@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from peft_onelayer.records import jsonl
 from peft_onelayer.records.ranking import LayerRanking
 
 STUDY = Path(__file__).parents[1] / "examples" / "study"
@@ -21,7 +22,7 @@ def study(monkeypatch):
     before = set(sys.modules)
     import study
 
-    yield {name: sys.modules[name] for name in ("jsonl", "table", "truth")} | {"study": study}
+    yield {name: sys.modules[name] for name in ("table", "truth")} | {"study": study}
     for name in set(sys.modules) - before:
         if str(STUDY) in str(getattr(sys.modules[name], "__file__", "")):
             del sys.modules[name]
@@ -41,7 +42,7 @@ def test_results_and_the_page_are_written_by_the_script(study, tmp_path):
 
 
 def test_no_race_of_the_study_spent_more_than_its_budget(study):
-    records = study["jsonl"].read_records(RESULTS / study["table"].RANKINGS)
+    records = jsonl.read_records(RESULTS / study["table"].RANKINGS)
     races = [record for record in records if record["budget"] is not None]
     assert len(races) > 100 and {record["method"] for record in races} == {"auto", "race"}
     assert all(0 < record["record"]["cost"]["share"] <= record["budget"] for record in races)
@@ -49,8 +50,8 @@ def test_no_race_of_the_study_spent_more_than_its_budget(study):
 
 def test_a_choice_of_several_blocks_counts_by_the_mean_of_its_blocks(study):
     table, truth = study["table"], study["truth"]
-    records = study["jsonl"].read_records(RESULTS / table.RANKINGS)
-    (found,) = study["jsonl"].find_records(records, case="noise0-arithmetic-grpo", method="auto", budget=0.25, seed=4)
+    records = jsonl.read_records(RESULTS / table.RANKINGS)
+    (found,) = jsonl.find_records(records, case="noise0-arithmetic-grpo", method="auto", budget=0.25, seed=4)
     ranking = LayerRanking.from_dict(found["record"], "")
     assert ranking.pick is None and ranking.order[0] == 0 and ranking.choice == [3, 4, 5, 6, 7]
     (case,) = (case for case in table.load(truth.VIOLATING, RESULTS) if case.cell.base == "noise0")
@@ -61,7 +62,7 @@ def test_a_choice_of_several_blocks_counts_by_the_mean_of_its_blocks(study):
 
 
 def test_a_torn_last_line_is_dropped_and_overwritten(study, tmp_path):
-    read, append = study["jsonl"].read_records, study["jsonl"].append_record
+    read, append = jsonl.read_records, jsonl.append_record
     path = tmp_path / "new" / "records.jsonl"
     assert read(path) == []
     append(path, {"case": "a"})
@@ -91,6 +92,6 @@ def test_what_is_there_is_not_ranked_again(study, tmp_path, monkeypatch):
     again, ranked[:] = list(ranked), []
     for stage in study["study"].STAGES:
         study["study"].rank(cell, tmp_path, tmp_path, stage)
-    assert ranked == again[3:] and len(study["jsonl"].read_records(path)) == len(again)
+    assert ranked == again[3:] and len(jsonl.read_records(path)) == len(again)
     key = {k: v for k, v in json.loads(lines[0]).items() if k != "record"}
     assert key == {"case": "short6-arithmetic-grpo", "method": "auto", "budget": 0.25, "seed": 0}
