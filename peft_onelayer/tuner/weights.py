@@ -164,7 +164,7 @@ class AdapterWeights(nn.Module, BaseTunerLayer):
         where = self.positions(adapter_name).get(name)
         if where is not None and (isinstance(origin, DTensor) or (is_partitioned(origin) and not origin.numel())):
             raise RuntimeError(
-                "the entries that the mask trains stand in a tensor of which each process has a part (DeepSpeed ZeRO-3, "
+                "the entries that the mask trains are in a tensor of which each process has a part (DeepSpeed ZeRO-3, "
                 "or FSDP2 outside of a forward pass); use ZeRO-2 or DDP, or save the adapter and merge its files."
             )
         return master.to(dtype) if where is None else scatter(origin.to(dtype), where, master.to(dtype))
