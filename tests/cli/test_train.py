@@ -94,6 +94,7 @@ def test_it_trains_the_block_and_records_the_run(train, algorithm):
     assert "block 5 of 12" in card and run["command"] in card
 
 
+@pytest.mark.more
 def test_the_command_of_run_json_repeats_the_run(train, onelayer, tmp_path):
     run, folder = train(*ON_BLOCK_5, "--steps", "4", "--seed", "3")
     repeated = [str(tmp_path / "again") if part == str(folder) else part for part in shlex.split(run["command"])]

@@ -38,6 +38,7 @@ def results(tmp_path_factory):
     return torch.load(folder / "ddp.pt")
 
 
+@pytest.mark.more
 @pytest.mark.parametrize("case", CASES)
 def test_two_processes_equal_one_on_the_joint_batch(results, case):
     checkpointing, optimizer, _, accumulate = CASES[case]

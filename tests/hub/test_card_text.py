@@ -99,6 +99,7 @@ def test_whether_a_repository_holds_an_adapter(hub, ask):
     assert ask(code=code).result == [True, False, False]
 
 
+@pytest.mark.more
 def test_push_keeps_what_was_written_here(hub, ask, quick):
     (quick / "README.md").write_text("---\nlicense: mit\n---\n# My title\n")
     shown = ask("push", quick, "me/gsm", "--dry-run").out
@@ -128,6 +129,7 @@ def test_push_keeps_what_was_written_on_the_hub(hub, ask, quick):
     assert any("edited here and on the Hub" in line for line in answer.err)
 
 
+@pytest.mark.more
 def test_a_later_push_keeps_the_form_for_plain_peft_and_renews_it(hub, ask, quick):
     (quick / "eval.json").unlink()
     assert ask("push", quick, "me/gsm", "--with-peft").code == 0

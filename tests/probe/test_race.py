@@ -161,6 +161,7 @@ def test_nothing_is_picked_where_nothing_can_be_learnt():
     assert len(ranking.tied) > 6
 
 
+@pytest.mark.more
 def test_nothing_is_picked_among_fewer_than_five_blocks():
     """There is no mid-5 then: the choice is the first block of the order."""
     model, tokenizer = demo_model.load()
@@ -173,6 +174,7 @@ def test_nothing_is_picked_among_fewer_than_five_blocks():
     assert ranking.pick is None and ranking.choice == ranking.order[:1]
 
 
+@pytest.mark.more
 def test_the_recipe_is_by_default_that_of_the_commands():
     """GRPO with TRL's batch; the race finds the learning rates."""
     model, tokenizer = demo_model.load()
@@ -185,6 +187,7 @@ def test_the_recipe_is_by_default_that_of_the_commands():
     assert spent / one_run == pytest.approx(ranking.cost["share"], rel=0.03)
 
 
+@pytest.mark.more
 def test_fewer_than_two_blocks_are_no_choice():
     with pytest.raises(ValueError, match=r"nothing to choose: of 12 blocks only \[3\]"):
         demo_race(rank=probe_layers, layers=3)
@@ -250,6 +253,7 @@ def test_the_rate_of_several_blocks_trained_together():
     assert rate_together(candidates, [3, 4]) == pytest.approx(1 / 2 / ((1 / 2e-3 + 1 / 2e-3 + 1 / 1e-3) / 3))
 
 
+@pytest.mark.more
 def test_a_step_of_five_blocks_at_their_rate_moves_the_policy_no_further_than_one():
     """The rates of the five blocks alone, and then one step of all at once."""
     model, tokenizer = demo_model.load()

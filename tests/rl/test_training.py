@@ -66,6 +66,7 @@ def test_a_run_that_would_be_resumed_in_part_is_refused(monkeypatch):
     refuse_incomplete_resume(model)
 
 
+@pytest.mark.more
 def test_frozen_blocks_and_prompts_are_run_once(base, tmp_path, monkeypatch):
     """With a reference, by our own training; the weights are those without."""
     model, tokenizer = base

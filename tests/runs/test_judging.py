@@ -77,6 +77,7 @@ def score(model, tokenizer, name):
     return evaluate(model, tokenizer, task, task.rows("test", 24, 0), Sampling(samples=4, batch_size=64))
 
 
+@pytest.mark.more
 def test_measuring_on_the_way_changes_nothing_and_the_best_state_is_put_out(tmp_path, monkeypatch):
     plain = train(settings(tmp_path, out=tmp_path / "plain", eval_problems=0))
     last = train(settings(tmp_path, out=tmp_path / "last", eval_problems=8, eval_every=1, keep="last"))

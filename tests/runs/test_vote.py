@@ -107,6 +107,7 @@ def test_the_majority_and_ties_and_completions_without_an_answer(texts, expected
     assert voted([rollout(text, float(text == "a")) for text in texts], task) == expected
 
 
+@pytest.mark.more
 def test_the_figures(tmp_path):
     for seed, layer in ((0, 5), (1, 6), (2, 8)):
         save_adapter(tmp_path / str(layer), BASE, layer, seed=seed, size=0.003, share=1.0)

@@ -235,6 +235,7 @@ def test_prompts_and_completions_make_the_step_of_every_run():
         plan_sweep(settings(prompts=4, config={"gradient_accumulation_steps": 2}))
 
 
+@pytest.mark.more
 def test_where_no_run_moved_the_policy_the_profile_says_so(tmp_path):
     every = {"same": [*map(str, LAYERS), "full"]}
     sweep_of = lambda name, fate, **more: sweep(tmp_path / name, fate, seeds=[0], **more).sweep.undefined  # noqa: E731

@@ -116,6 +116,7 @@ def test_another_process_makes_the_same_game_from_a_seed():
 # Making and keeping games
 
 
+@pytest.mark.more
 def test_a_game_is_made_once(monkeypatch, tmp_path):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     made = []
@@ -321,7 +322,8 @@ def test_the_tokenizer_writes_and_reads_tool_calls_and_knows_every_word_of_the_g
         assert len(tokenizer.apply_chat_template(chat, return_dict=False)) < TINY.max_completion_tokens
 
 
-@pytest.mark.parametrize("trainer_class", [pytest.param(GRPOTrainer, marks=pytest.mark.more), GiGPOTrainer])
+@pytest.mark.more
+@pytest.mark.parametrize("trainer_class", [GRPOTrainer, GiGPOTrainer])
 def test_a_trainer_plays_the_games_and_trains_the_block(trainer_class, tmp_path):
     task = load_task("textworld:tiny")
     model, tokenizer = small_agent()
