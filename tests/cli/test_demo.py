@@ -52,7 +52,8 @@ def test_it_leaves_an_adapter_that_stands_alone(default_run):
     ranked = summary["why"] != "chosen by the user"
     of_ranking = set() if ranked else {"ranking.png", "layer_profile.json"}
     assert {p.name for p in out.iterdir()} == demo.FILES - of_ranking
-    assert {p.name for p in (out / "adapter").iterdir()} == demo.ADAPTER_FILES - of_ranking
+    later = {"layer_profile.png", "reward.png"}  # which a card that is written anew brings
+    assert {p.name for p in (out / "adapter").iterdir()} == demo.ADAPTER_FILES - of_ranking - later
     (layer,) = summary["layers"]
     tensors = load_file(out / "adapter" / "adapter_model.safetensors")
     assert sum(t.numel() for t in tensors.values()) == summary["trained_parameters"] == 43168
@@ -78,7 +79,8 @@ def test_the_card_states_the_run_and_invents_nothing(default_run):
     card = (folder / "onelayer-demo" / "adapter" / "README.md").read_text()
     summary = json.loads((folder / "onelayer-demo" / "demo.json").read_text())
     assert "$" not in card and "None" not in card and "More Information Needed" not in card
-    assert summary["verdict"] in card and summary["why"] in card and summary["command"] in card
+    assert summary["verdict"] in card and summary["command"] in card
+    assert all(reason in card for reason in summary["why"].split("; "))
     sampled = summary["results"]["sampled"]
     assert f"| {sampled['base']:.4f} ± " in card and f"| {sampled['adapter']:.4f} ± " in card
     assert f"| {sampled['difference']:+.4f} ± {sampled['standard_error']:.4f} |" in card
