@@ -78,6 +78,7 @@ def test_parameters_that_have_changed_are_named(monkeypatch):
         check("peft_onelayer.tuner")
 
 
+@pytest.mark.more
 def test_a_moved_seam_ends_the_import_in_that_line():
     code = """
 import peft.tuners.tuners_utils as utils

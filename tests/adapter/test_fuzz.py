@@ -352,6 +352,7 @@ def check(tmp_path, original, count, first=0):
     print(f"slowest: {slowest:.2f} s")
 
 
+@pytest.mark.more
 def test_mutated_folders_are_refused_or_load_exactly(tmp_path, original):
     check(tmp_path, original, 400)
 

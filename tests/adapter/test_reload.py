@@ -17,6 +17,7 @@ def saved(tmp_path):
     return model, tmp_path / "adapter"
 
 
+@pytest.mark.more
 def test_a_fresh_process_finds_the_same_bits_and_a_changed_weight_is_seen(saved):
     model, folder = saved
     ids = models.token_batch().tolist()

@@ -151,6 +151,7 @@ def test_rewards_that_teach_nothing():
         demo_race(hopeless, budget=0.02)
 
 
+@pytest.mark.more
 def test_nothing_is_picked_where_nothing_can_be_learnt():
     ranking = demo_race(luck(), budget=0.1)
     assert ranking.pick is None and ranking.choice == [3, 4, 5, 6, 7]  # mid-5
