@@ -16,7 +16,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from runs import HERE, Run, Setting, execute
+from one_run import HERE, Run, Setting, execute
 from transformers import AutoConfig
 
 from peft_onelayer.records.jsonl import append_record, read_records
