@@ -320,6 +320,7 @@ EPOCHS = [
 ]
 
 
+@pytest.mark.more
 @pytest.mark.parametrize(("algorithm", "epochs", "steps", "times"), EPOCHS)
 def test_epochs_that_are_set_decide(train, prompts, tmp_path, algorithm, epochs, steps, times):
     options = ["--algorithm", algorithm, "--set", f"num_train_epochs={epochs}", "--layer", "5", *FAST[2:]]

@@ -97,6 +97,7 @@ def test_a_dry_run_shows_what_would_go_up_and_asks_the_hub_nothing(hub, ask, ada
     assert "nothing was sent" in ask("push", adapter, "me/gsm", "--dry-run").out
 
 
+@pytest.mark.more
 def test_private_a_branch_and_a_pull_request(hub, ask, adapter):
     assert ask("push", adapter, "me/gsm", "--private", "--revision", "try").code == 0
     assert hub.repos["me/gsm"].private

@@ -89,6 +89,7 @@ def test_the_same_seed_gives_the_same_ranking(default):
     }
 
 
+@pytest.mark.more
 @pytest.mark.parametrize(
     ("budget", "steps"),
     [(0.05, 150), *(pytest.param(*case, marks=pytest.mark.more) for case in ((0.1, 150), (0.2, 60)))],

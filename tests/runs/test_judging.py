@@ -49,6 +49,7 @@ def same(a, b):
     return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
 
 
+@pytest.mark.more
 def test_base_and_result_are_compared_on_the_same_problems(tmp_path):
     told = Told()
     run = train(settings(tmp_path, steps=1, eval_problems=24, also=["sort"], show=1), progress=told)

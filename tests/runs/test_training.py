@@ -36,6 +36,7 @@ def without_times(run: dict) -> dict:
     return {**run, "command": None, "results": results}
 
 
+@pytest.mark.more
 def test_the_call_writes_the_run_json_of_the_command(tmp_path, onelayer):
     run = train(settings(tmp_path, layer="5", steps=2))
     arguments = [f"--set={name}={str(value).lower()}" for name, value in FEW.items()]

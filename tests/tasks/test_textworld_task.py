@@ -127,6 +127,7 @@ def test_a_game_is_made_once(monkeypatch, tmp_path):
     assert len(made) == draws
 
 
+@pytest.mark.more
 @pytest.mark.parametrize("family", [TINY, pytest.param(DEFAULT, marks=pytest.mark.more)])
 def test_where_home_cannot_be_written_games_are_made_elsewhere(monkeypatch, tmp_path, family):
     expected = game_file(family, "train", 1).read_bytes()
@@ -184,6 +185,7 @@ def test_act_is_the_only_tool_and_has_a_schema():
     assert schema["parameters"]["properties"]["command"]["type"] == "string"
 
 
+@pytest.mark.more
 @pytest.mark.parametrize("name", ["textworld:tiny", "textworld"])
 def test_a_played_walkthrough_earns_one_and_doing_nothing_earns_zero(name):
     for index in range(10 if name == "textworld:tiny" else 1):

@@ -272,6 +272,7 @@ def test_either_stack_of_an_encoder_decoder_model(tmp_path, side, layer):
     check(Case(encoder_decoder(name), layer, pattern=pattern, task_type="SEQ_2_SEQ_LM"), tmp_path)
 
 
+@pytest.mark.more
 @pytest.mark.parametrize("stack", ["L_module.layers", pytest.param("H_module.layers", marks=pytest.mark.more)])
 def test_a_stack_that_runs_several_times_per_pass(tmp_path, stack):
     for layer in (0, 2):
