@@ -20,7 +20,7 @@ from peft_onelayer.tasks import Task
 from .folder import RunFolder
 from .plan import SAMPLES_PER_PAIR, TrainingPlan
 from .progress import Progress
-from .ranking import describe, rank_blocks
+from .ranking import describe, explain, rank_blocks
 
 PAIRS = "pairs.jsonl"
 
@@ -115,10 +115,7 @@ class Preparation:
     def explain(self, error: NothingToLearnError) -> ValueError:
         """What to say, in one line, of completions that teach nothing; three of them are shown."""
         assert self.plan.task is not None
-        shown, why = error.explained(self.plan.task, self.plan.algorithm)
-        for line in shown:
-            self.progress.note(line)
-        return ValueError(why)
+        return explain(error, self.plan.task, self.plan.algorithm, self.progress)
 
     def pairs(self, base: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, task: Task, prompts: int) -> OfflineData:
         """Offline data from graded rollouts of the base, kept in pairs.jsonl so that a resumed run has the same."""

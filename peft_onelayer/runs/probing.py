@@ -21,7 +21,7 @@ from peft_onelayer.tuner.stack import layer_kinds
 from .early import check_probe, plot_beside
 from .models import load_causal_lm, load_skeleton, quiet_logs, to_device, without_progress_bars
 from .progress import Progress
-from .ranking import rank_blocks
+from .ranking import explain, rank_blocks
 from .settings import GENERATE, PROBE_OPTIONS, ProbeSettings
 
 
@@ -94,10 +94,7 @@ def _probe(settings: ProbeSettings, progress: Progress) -> LayerRanking:
             )
         except NothingToLearnError as error:
             assert task is not None
-            shown, why = error.explained(task, algorithm)
-            for line in shown:
-                progress.note(line)
-            raise ValueError(why) from error
+            raise explain(error, task, algorithm, progress) from error
     if out is not None:
         from peft_onelayer.report.plots import plot_ranking
 

@@ -7,9 +7,11 @@ from typing import Any
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from peft_onelayer.probe.probe import probe_layers
+from peft_onelayer.probe.race import NothingToLearnError
 from peft_onelayer.probe.updates import LEAST_KL, MOST_KL
 from peft_onelayer.records.ranking import LayerRanking
 from peft_onelayer.records.text import name_blocks
+from peft_onelayer.rl.algorithms import Algorithm
 from peft_onelayer.tasks import Task
 
 from .progress import Progress
@@ -29,6 +31,14 @@ def rank_blocks(
             on_candidate=lambda number, layer, spent: update(round(100 * spent), f"round {number + 1}: block {layer}"),
             **options,
         )
+
+
+def explain(error: NothingToLearnError, task: Task, algorithm: Algorithm, progress: Progress) -> ValueError:
+    """What to say, in one line, of completions that teach nothing; three of them are shown."""
+    shown, why = error.explained(task, algorithm)
+    for line in shown:
+        progress.note(line)
+    return ValueError(why)
 
 
 def describe(ranking: LayerRanking) -> list[str]:
