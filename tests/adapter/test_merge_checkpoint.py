@@ -369,6 +369,7 @@ def test_one_tensor_at_a_time(sharded, tmp_path, monkeypatch):
     assert alive
 
 
+@pytest.mark.more
 def test_killed_at_any_moment(sharded, tmp_path):
     """SIGKILL before the nth opening or renaming of a file; forks of one process, so that imports are paid once."""
     out, survived = tmp_path / "out", 0

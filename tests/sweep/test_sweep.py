@@ -272,6 +272,7 @@ def workers_of(log):
     return found
 
 
+@pytest.mark.more
 def test_killed_at_random_moments_it_ends_with_the_same_rows(tmp_path):
     undisturbed = sweep(tmp_path / "undisturbed")
     (tmp_path / "log").unlink()
@@ -356,6 +357,7 @@ def _sweep_on_a_full_disk(tmp_path, disk, answer):
     answer.put((full, names, finished))
 
 
+@pytest.mark.more
 def test_a_full_disk_stops_it_and_it_goes_on(tmp_path):
     sweep(tmp_path / "undisturbed")
     (tmp_path / "log").unlink()
