@@ -22,7 +22,7 @@ from typing import Any
 
 from measures import execute_probe, probe_runs, retention_of, retention_runs
 from one_run import Run, Setting, execute
-from planned import DEPTH, RESULTS, SETTINGS, runs, same
+from planned import RESULTS, SETTINGS, runs, same
 
 from peft_onelayer.records.jsonl import append_record, read_records
 from peft_onelayer.statistics import Z_95
@@ -129,10 +129,10 @@ def main() -> None:
         setting = next(s for s in SETTINGS if (s.model, s.task) == (options.model, options.task))
     except StopIteration:
         parser.error(f"no study of {options.model} on {options.task}")
-    folder, depth, path = options.models / setting.model, DEPTH[setting.model], RESULTS / f"{setting.name}.jsonl"
+    folder, path = options.models / setting.model, RESULTS / f"{setting.name}.jsonl"
     if options.list:
         rows = read_records(path)
-        missing = [run for run in dict.fromkeys(runs(setting, depth, rows)) if not any(same(run, r) for r in rows)]
+        missing = [run for run in dict.fromkeys(runs(setting, rows)) if not any(same(run, r) for r in rows)]
         print(f"{len(rows)} runs are there; next of {len(missing)}: " + "; ".join(map(str, missing[:5])))
         return
     if not (folder / "config.json").exists():
@@ -153,7 +153,7 @@ def main() -> None:
     elif options.retention:
         collect(
             RESULTS / f"{setting.name}-retention.jsonl",
-            lambda: retention_runs(setting, depth, read_records(path)),
+            lambda: retention_runs(setting, read_records(path)),
             same,
             lambda run: execute(setting, run, folder, lambda *trained: retention_of(setting, *trained)),
             options.minutes,
@@ -161,7 +161,7 @@ def main() -> None:
     else:
         collect(
             path,
-            lambda: list(dict.fromkeys(runs(setting, depth, read_records(path)))),
+            lambda: list(dict.fromkeys(runs(setting, read_records(path)))),
             same,
             lambda run: execute(setting, run, folder),
             options.minutes,

@@ -10,7 +10,7 @@ from typing import Any
 
 from measures import probe_runs, retention_runs
 from one_run import Setting
-from planned import COMPARED, DEPTH, RESULTS, SEEDS, SETTINGS, best_block, best_rate, grid
+from planned import COMPARED, DEPTH, RESULTS, SEEDS, SETTINGS, aimed, best_block, best_rate, grid
 
 from peft_onelayer.records.jsonl import read_records
 from peft_onelayer.records.ranking import LayerRanking
@@ -18,6 +18,7 @@ from peft_onelayer.statistics import Z_95
 from peft_onelayer.sweep.metric import LayerContribution, gain, layer_contribution
 
 KINDS = ("block", "full", "lora-all", *COMPARED)
+BLOCKS = "each block that is aimed at"
 SEARCH = "the search for the rate of "  # begins the name of a part
 Row = dict[str, Any]
 
@@ -59,13 +60,17 @@ class Study:
         return DEPTH[self.setting.model]
 
     @property
+    def aimed(self) -> list[int]:
+        return aimed(self.setting)
+
+    @property
     def middle(self) -> int:
         return self.depth // 2
 
     @property
     def best(self) -> int | None:
         """The block of the highest score in a whole sweep of the first seed."""
-        return best_block(self.rows, self.depth)
+        return best_block(self.rows, self.setting)
 
     def rate(self, kind: str) -> float | None:
         return best_rate(self.rows, kind)
@@ -115,7 +120,7 @@ class Study:
         found = []
         for seed in SEEDS:
             chosen = self.blocks(seed)
-            if len(chosen) < self.depth:
+            if not chosen.keys() >= set(self.aimed):
                 continue
             block = max(chosen, key=lambda k: chosen[k][0]["mean"])
             others = [row for row in self.of("block", block) if row["run"]["seed"] != seed]
@@ -146,8 +151,9 @@ class Study:
             found.append(_part(f"{SEARCH}{name_of(kind)}", len(rates), missing))
         for seed in SEEDS:
             blocks = self.blocks(seed)
-            missing = [str(k) for k in range(self.depth) if k not in blocks]
-            found.append(_part(f"every block, seed {seed}", self.depth, missing, ranges(map(int, missing))))
+            left = [k for k in self.aimed if k not in blocks]
+            said = f"blocks {ranges(left)}" if left else ""
+            found.append(Part(f"{BLOCKS}, seed {seed}", len(self.aimed) - len(left), len(self.aimed), said))
         found += [
             self._repeated("all parameters", self.full),
             self._repeated("all at the blocks' rate", self.full_at_equal),
@@ -159,11 +165,11 @@ class Study:
         found.append(self._repeated("LoRA on the best block", on_best))
         wanted = probe_runs(self.setting)
         done = {tuple(sorted(row["probe"].items())) for row in self.probes}
-        left = [probe for probe in wanted if tuple(sorted(probe.items())) not in done]
-        listed = [f"{p['method']}, budget {p['budget']:g} of {p['steps']} steps" for p in left]
-        found.append(Part("probes", len(wanted) - len(left), len(wanted), "; ".join(dict.fromkeys(listed))))
+        unmade = [probe for probe in wanted if tuple(sorted(probe.items())) not in done]
+        listed = [f"{p['method']}, budget {p['budget']:g} of {p['steps']} steps" for p in unmade]
+        found.append(Part("probes", len(wanted) - len(unmade), len(wanted), "; ".join(dict.fromkeys(listed))))
         kept = {(r["run"]["kind"], r["run"]["block"], r["run"]["seed"]) for r in self.kept}
-        asked = retention_runs(self.setting, self.depth, self.rows)
+        asked = retention_runs(self.setting, self.rows)
         gone = [str(run) for run in asked if (run.kind, run.block, run.seed) not in kept]
         unknown = (
             [] if self.best is not None and self.rate("full") and self.rate("lora-all") else ["those not chosen yet"]
@@ -181,12 +187,12 @@ class Study:
         return _part(name, len(SEEDS), [f"seed {seed}" for seed in SEEDS if seed not in there])
 
     def recovery(self, ranking: LayerRanking) -> tuple[float, float] | None:
-        """C(pick) / C(best), and whether the pick is the best or tied with it; of several blocks, their means. None
-        before every block was measured."""
-        blocks, (base,) = self.blocks(), self.of("base")[:1]
-        if len(blocks) < self.depth:
+        """C(pick) / C(best of those aimed at), and whether the pick is the best or tied with it; of several blocks,
+        their means. None before these blocks were measured, and where a pick was not."""
+        blocks, base = self.blocks(), self.of("base")
+        if not base or not blocks.keys() >= {*self.aimed, *ranking.choice}:
             return None
-        gains = {k: statistics.fmean(row["mean"] for row in rows) - base["mean"] for k, rows in blocks.items()}
+        gains = {k: statistics.fmean(row["mean"] for row in rows) - base[0]["mean"] for k, rows in blocks.items()}
         most, tied = max(gains.values()), self.tied()
         picks = ranking.choice
         return statistics.fmean(gains[k] / most for k in picks), statistics.fmean(k in tied for k in picks)

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 from one_run import HERE, Run, Setting
-from planned import SEEDS, best_block, best_rate
+from planned import DEPTH, SEEDS, best_block, best_rate
 
 from peft_onelayer.probe.probe import probe_layers
 from peft_onelayer.probe.race import BudgetError, NothingToLearnError
@@ -65,12 +65,12 @@ def execute_probe(setting: Setting, probe: Probe, folder: Path) -> dict[str, Any
     return row | {"versions": describe_machine()}
 
 
-def retention_runs(setting: Setting, num_layers: int, rows: Sequence[dict[str, Any]]) -> list[Run]:
+def retention_runs(setting: Setting, rows: Sequence[dict[str, Any]]) -> list[Run]:
     """The runs to repeat for what they kept, those that can be named yet: the base, all parameters, the middle block,
     the best one, and LoRA on all linears, at their tuned rates."""
-    best, found = best_block(rows, num_layers), [Run("base")]
+    best, found = best_block(rows, setting), [Run("base")]
     for seed in SEEDS:
-        for kind, blocks in (("full", [None]), ("block", [num_layers // 2, best]), ("lora-all", [None])):
+        for kind, blocks in (("full", [None]), ("block", [DEPTH[setting.model] // 2, best]), ("lora-all", [None])):
             rate = best_rate(rows, kind)
             if rate is not None:
                 found += [Run(kind, k, rate, seed) for k in blocks if kind != "block" or k is not None]

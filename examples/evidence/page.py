@@ -11,7 +11,7 @@ import statistics
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from figures import SEARCH, Study, name_of, studies
+from figures import BLOCKS, SEARCH, Study, name_of, studies
 from planned import RESULTS, SEEDS
 from sections import drawing, section, transplants
 from words import contribution, points, seeds_of, where
@@ -137,8 +137,8 @@ def _missing(study: Study) -> str:
     listed = [f"the search for the rate{'s' * (len(rates) > 1)} of {', '.join(rates)}"] if rates else []
     for part in study.parts():
         if part.there < part.wanted and not part.name.startswith(SEARCH):
-            exact = part.missing if part.name.startswith("every block") else ""
-            listed.append(f"{part.name} (missing {exact})" if exact else part.name)
+            exact = part.missing if part.name.startswith(BLOCKS) else ""
+            listed.append(f"{part.name} ({exact})" if exact else part.name)
     return ", ".join(listed)
 
 

@@ -18,6 +18,7 @@ SETTINGS = [
 ]
 DEPTH = {"smollm2-135m": 30, "qwen2.5-coder-0.5b": 24}  # blocks
 STRIDE = {"smollm2-135m": 3, "qwen2.5-coder-0.5b": 3}  # between the blocks that are measured first
+EVERY = {"smollm2-135m-sums": 1, "smollm2-135m-repeated": 2, "qwen2.5-coder-0.5b-repeated": 3}  # n-th block is aimed at
 COMPARED = ("lora-all-sized", "lora-block", "mask", "norms")  # beside blocks, all parameters and LoRA on all linears
 
 
@@ -29,6 +30,12 @@ def spread(num_layers: int, stride: int) -> list[int]:
     """
     first = [k for k in range(num_layers) if k % stride == 0 or k == num_layers - 1]
     return first + [k for k in range(num_layers) if k not in first]
+
+
+def aimed(setting: Setting) -> list[int]:
+    """The blocks that a study measures, ascending; the middle and the last one are always among them."""
+    depth, stride = DEPTH[setting.model], EVERY[setting.name]
+    return [k for k in range(depth) if k % stride == 0 or k in (depth // 2, depth - 1)]
 
 
 def grid(kind: str) -> str:
@@ -46,23 +53,24 @@ def best_rate(rows: Sequence[dict[str, Any]], kind: str) -> float | None:
     return max(sorted(found), key=found.__getitem__) if asked and len(found) == max(asked) else None
 
 
-def best_block(rows: Sequence[dict[str, Any]], num_layers: int) -> int | None:
-    """The block of the highest score in the sweep of the first seed; None before every block is there."""
+def best_block(rows: Sequence[dict[str, Any]], setting: Setting) -> int | None:
+    """The block of the highest score in the sweep of the first seed; None before all of it is there."""
     rate = best_rate(rows, "block")
     found = [r for r in rows if (r["run"]["kind"], r["run"]["rate"], r["run"]["seed"]) == ("block", rate, SEEDS[0])]
-    if rate is None or len({r["run"]["block"] for r in found}) < num_layers:
+    if rate is None or not {r["run"]["block"] for r in found}.issuperset(aimed(setting)):
         return None
     return int(max(found, key=lambda r: r["mean"])["run"]["block"])
 
 
-def runs(setting: Setting, num_layers: int, rows: Sequence[dict[str, Any]]) -> Iterator[Run]:
+def runs(setting: Setting, rows: Sequence[dict[str, Any]]) -> Iterator[Run]:
     """The runs that can be named yet, in their order: those at a tuned rate only when its search is done."""
+    num_layers = DEPTH[setting.model]
     middle = num_layers // 2
     yield Run("base", searched=True)
     yield from (Run("block", middle, rate, searched=True) for rate in setting.rates)
     yield from (Run("full", None, rate, searched=True) for rate in setting.rates)
     block, full = best_rate(rows, "block"), best_rate(rows, "full")
-    blocks = spread(num_layers, STRIDE[setting.model])
+    blocks = [k for k in spread(num_layers, STRIDE[setting.model]) if k in aimed(setting)]
     if block is not None:
         measured = [Run("block", k, block, searched=k == middle) for k in blocks]
         yield from measured[: blocks.index(num_layers - 1) + 1]
@@ -70,7 +78,7 @@ def runs(setting: Setting, num_layers: int, rows: Sequence[dict[str, Any]]) -> I
     if block is None or full is None:
         return
     yield from measured
-    best = best_block(rows, num_layers)
+    best = best_block(rows, setting)
     for kind in COMPARED:
         at = middle if kind == "lora-block" else None
         yield from (Run(kind, at, rate, searched=True) for rate in getattr(setting, grid(kind)))

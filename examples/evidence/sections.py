@@ -217,7 +217,7 @@ def transplants(found: Sequence[Study], results: Path) -> list[str]:
     if not cases:
         return []
     lines = [
-        "| case | blocks | Spearman with C | the depth prior's | C(pick) / C(best) | sum of the blocks | all together | "
+        "| case | blocks | Spearman with C | the depth prior's | C(pick) / C(best) | sum of the blocks | all blocks | "
         "windows |"
     ]
     lines.append("|---|---|---|---|---|---|---|---|")

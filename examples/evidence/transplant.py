@@ -116,7 +116,7 @@ class Figures:
     """How a transplant profile stands to the truth.
 
     Attributes:
-        blocks: with a truth that were put in alone, and all blocks; the rest is None until all of them are there.
+        blocks: with a truth, and all blocks; the rest is None until each was put in alone.
         spearman: of the gains of single blocks with the truth, and its 95 % interval, as if blocks were independent.
         prior: the depth prior's Spearman with the truth.
         recovery: truth of the block that gains most when put in alone, over the truth of the best block.
@@ -160,7 +160,7 @@ def transplant_figures(rows: Sequence[Row], truth: Sequence[float | None]) -> Fi
     alone = [gains.get(("single", (k,))) for k in range(depth)]
     middle = {t.blocks[len(t.blocks) // 2]: gains.get(("window", t.blocks)) for t in transplants(depth, ["window"])}
     both = [k for k in range(depth) if alone[k] is not None and truth[k] is not None]
-    if len(both) < depth:
+    if None in alone or len(both) < 2:
         return Figures((len(both), depth), *[None] * 7)
     spearman = rank_correlation(alone, truth)
     most = max(truth[k] or 0.0 for k in both)
@@ -168,10 +168,10 @@ def transplant_figures(rows: Sequence[Row], truth: Sequence[float | None]) -> Fi
     whole = gain(full, base)[0]
     together = gains.get(("below", tuple(range(depth))))
     return Figures(
-        blocks=(depth, depth),
+        blocks=(len(both), depth),
         spearman=spearman,
         interval=spearman_interval(spearman, len(both)),
-        prior=rank_correlation(list(depth_prior(depth)), truth),
+        prior=rank_correlation(depth_prior(depth), truth),
         recovery=(truth[pick] or 0.0) / most if most > 0 else None,
         all_blocks=None if together is None or not whole else together / whole,
         singles=sum(v or 0.0 for v in alone) / whole if whole else None,

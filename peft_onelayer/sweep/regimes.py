@@ -142,6 +142,6 @@ def papers_regime(rates: Mapping[str, tuple[float, float]]) -> str:
         f"scripts that appear to be its authors' train all parameters at {SCRIPTS_RATIO:g} of a block's rate."
     )
     if ratios[nearest] == 1:
-        return f"{said} If these made its tables, none of the regimes here is theirs: in each the rates are equal."
+        return f"{said} If these made its tables, none of the regimes here is theirs."
     near = f"{nearest} is nearest to it here, with {ratios[nearest]:.2g}"
     return f"{said} Its tables likely hold what the scripts ran: {near}. Which they hold cannot be told from outside."
