@@ -61,6 +61,14 @@ def sweep(
             show_default=False,
         ),
     ] = None,
+    regimes: Annotated[
+        bool,
+        typer.Option(
+            "--regimes",
+            help="With --search-learning-rates: C at equal rates (--learning-rate, or the blocks' tuned one), with the "
+            "full run's tuned, and with both tuned.",
+        ),
+    ] = False,
     settings: Set = None,
     problems: Annotated[int, typer.Option(min=1, help="Held-out problems to evaluate on.")] = 256,
     samples: Annotated[int, typer.Option(min=1, help="Sampled completions per problem.")] = 4,
@@ -112,6 +120,7 @@ def sweep(
             learning_rate=learning_rate,
             full_learning_rate=full_learning_rate,
             search_learning_rates=_numbers("--search-learning-rates", search_learning_rates or "", float),
+            regimes=regimes,
             config=config_from_text(algorithm, settings or [], SWEEP_OPTIONS),
             problems=problems,
             samples=samples,
@@ -141,7 +150,14 @@ def sweep(
 
             try:
                 profile = sweep_layers(
-                    asked, out=out, engine=engine, workers=workers, engine_options=options, on_start=start, on_row=show
+                    asked,
+                    out=out,
+                    engine=engine,
+                    workers=workers,
+                    engine_options=options,
+                    on_start=start,
+                    on_note=note,
+                    on_row=show,
                 )
             except BaseException:
                 for line in unlearnable:
@@ -213,6 +229,12 @@ def _print_profile(profile: LayerRanking, out: Path) -> None:
     print_line("± one standard error: over the problems, paired, and over the seeds where there are several.")
     if sweep.undefined:
         print_line(f"C is undefined: {sweep.undefined}.")
+    if sweep.regimes:
+        from peft_onelayer.sweep.regimes import regime_lines, regime_table
+
+        print_table("C under three regimes of learning rates", *regime_table(sweep.regimes))
+        for line in regime_lines(sweep.regimes, sweep.seeds):
+            print_line(line)
     print_line(_verdict(profile))
     still = [str(k) for k in profile.order if profile.scores[k] == 0 == profile.errors[k]]
     if still and (len(still) < len(profile.order) or sweep.full_gain != [0, 0]):

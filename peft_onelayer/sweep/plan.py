@@ -121,6 +121,7 @@ def plan_sweep(settings: SweepSettings) -> Plan:
     Raises:
         ValueError: a setting that cannot work, a model or data that are not there.
     """
+    _check_regimes(settings)
     algorithm = load_algorithm(settings.algorithm)
     if not algorithm.online:
         raise ValueError(f"a sweep compares runs by their reward; {algorithm.name} is offline, choose one such as grpo")
@@ -185,6 +186,20 @@ def plan_sweep(settings: SweepSettings) -> Plan:
 def with_learning_rate(spec: RunSpec, rate: float | None) -> RunSpec:
     """The run at this rate; with None as it is."""
     return spec if rate is None else replace(spec, settings={**spec.settings, "learning_rate": rate})
+
+
+def _check_regimes(settings: SweepSettings) -> None:
+    if not settings.regimes:
+        return
+    if not settings.search_learning_rates:
+        raise ValueError(
+            "--regimes compares tuned rates with equal ones: give rates to choose from, such as "
+            "--search-learning-rates 1e-6,5e-6,2e-5"
+        )
+    if settings.full_learning_rate is not None:
+        raise ValueError("--regimes has the rate of all parameters tuned; leave --full-learning-rate out")
+    if isinstance(settings.learning_rate, Mapping):
+        raise ValueError("the regimes need one learning rate for all blocks, and each block has its own")
 
 
 def _learning_rates(settings: SweepSettings, layers: Sequence[int]) -> tuple[dict[int, float | None], float | None]:

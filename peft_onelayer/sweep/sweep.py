@@ -21,6 +21,7 @@ from peft_onelayer.runs.models import without_progress_bars
 from .engines import load_engine
 from .plan import plan_sweep
 from .profile import make_profile
+from .regimes import added_runs, describe_added
 from .run_layer import Row, RunSpec, run_layer
 from .settings import SweepSettings
 from .store import RowStore
@@ -38,6 +39,7 @@ def sweep_layers(
     engine_options: Mapping[str, Any] | None = None,
     run_row: Callable[[RunSpec], Row] = run_layer,
     on_start: Callable[[int], None] = lambda total: None,
+    on_note: Callable[[str], None] = lambda line: None,
     on_row: OnRow = lambda done, total, spec, row: None,
 ) -> LayerRanking:
     """Measure the layer contribution of the blocks that `settings` name, and write the profile into `out`.
@@ -52,6 +54,7 @@ def sweep_layers(
         engine_options: arguments of the engine's own.
         run_row: the function that makes a row.
         on_start: called with the number of rows, when all checks are done.
+        on_note: told, before anything runs, which runs the regimes add, where they are asked for.
         on_row: called with (rows done, rows in all, specification, row), also for rows that were there already, and
             for those of runs that find a learning rate.
 
@@ -75,6 +78,9 @@ def sweep_layers(
         store = RowStore(out / ROWS)
         store.prepare()
         counter, total = itertools.count(1), len(plan.specs) + len(plan.of_rates)
+        if settings.regimes:
+            total += len(added_runs(plan, settings))
+            on_note(describe_added(plan, settings))
         on_start(total)
         rows_of = partial(
             collect_rows,
@@ -86,6 +92,8 @@ def sweep_layers(
         rows = rows_of(plan.of_rates)
         plan = plan.with_learning_rates(rows)
         rows |= rows_of(plan.specs)
+        if settings.regimes:  # those that are there already, at a tuned rate, are taken from the store
+            rows |= rows_of(added_runs(plan, settings))
         profile = make_profile(settings, plan, rows)
         write_whole(out / PROFILE, profile.to_json())
         write_whole(out / Path(PROFILE).with_suffix(".csv"), profile.to_csv())

@@ -149,3 +149,18 @@ def test_ctrl_c_says_what_is_kept_and_the_same_command_goes_on(sweep, tmp_path, 
     kept = f"{rows} finished runs are kept in {tmp_path}/out/rows; the same command goes on with the others"
     assert code == 130 and rows > 0 and kept in lines, lines
     assert sweep("--layers", "0,5", "--steps", "3", "--problems", "50", "--workers", "1")[0] == 0
+
+
+def test_three_regimes_of_rates(sweep, tmp_path):
+    few = ["--layers", "0,5", "--steps", "3", "--problems", "50", "--seeds", "0,1"]
+    code, lines, out = sweep(*few, "--search-learning-rates", "1e-4,1e-3", "--learning-rate", "5e-4", "--regimes")
+    first = next(i for i, line in enumerate(lines) if "score" in line)
+    assert code == 0 and any("--regimes adds 6 runs to the sweep" in line for line in lines[:first]), lines
+    assert "C under three regimes of learning rates" in out and "equal rates" in out and "both tuned" in out
+    regimes = LayerRanking.from_json((tmp_path / "out" / "layer_profile.json").read_text()).sweep.regimes
+    value, error = (regimes["equal rates"][name][5] for name in ("contribution", "contribution_errors"))
+    assert f"{value:.2f} [{value - 1.959964 * error:.2f}, {value + 1.959964 * error:.2f}]" in out
+    assert "Its tables likely hold what the scripts ran" in " ".join(out.split())
+    code, lines, _ = sweep(*few, "--regimes", "--out", str(tmp_path / "other"))
+    assert code == 1 and "--regimes compares tuned rates with equal ones" in lines[-1] and len(lines) == 1
+    assert not (tmp_path / "other" / "rows").exists()
