@@ -13,13 +13,16 @@ from ._errors import user_error
 from ._options import (
     Chat,
     Completions,
+    Dataset,
     Json,
     ModelName,
     Prompts,
     Revision,
+    Reward,
     Set,
     Shots,
     System,
+    TaskName,
     TrustRemoteCode,
     Unsafe,
 )
@@ -31,7 +34,9 @@ if TYPE_CHECKING:
 
 def sweep(
     model: ModelName,
-    task: Annotated[str, typer.Option(help="arithmetic, gsm8k, reasoning_gym:chain_sum, ... or a file.py.")],
+    task: TaskName = None,
+    dataset: Dataset = None,
+    reward: Reward = None,
     out: Annotated[Path, typer.Option(help="Folder for the rows and the profile; goes on with what is in it.")] = Path(
         "onelayer-sweep"
     ),
@@ -98,7 +103,7 @@ def sweep(
     from peft_onelayer.runs.early import check_sweep
 
     with user_error(ValueError, OSError):
-        check_sweep(model, task, algorithm, layers, out)
+        check_sweep(model, task, dataset, reward, algorithm, layers, out)
     with status("loading ..."):
         from peft_onelayer.report.plots import plot_profile
         from peft_onelayer.rl.recipe import config_from_text
@@ -111,6 +116,8 @@ def sweep(
         asked = SweepSettings(
             model=model,
             task=task,
+            dataset=dataset,
+            reward=reward,
             layers=layers,
             algorithm=algorithm,
             steps=steps,
@@ -165,7 +172,7 @@ def sweep(
                 if shown and not unlearnable and (rows := len(list(out.glob("rows/*.json")))):
                     note(f"{rows} finished runs are kept in {out / 'rows'}; the same command goes on with the others")
                 raise
-    plot_profile(profile, out / "layer_profile.png", f"{algorithm} on {task}, {steps} steps")
+    plot_profile(profile, out / "layer_profile.png", f"{algorithm} on {profile.task}, {steps} steps")
     if as_json:
         print(profile.to_json(), end="")
     else:

@@ -249,11 +249,13 @@ def _holds_completions(file: Path) -> bool:
     return isinstance(first, dict) and {"model", "decoding", "completion", "reward"} <= first.keys()
 
 
-def check_sweep(model: str, task: str, algorithm: str, layers: str, out: Path) -> None:
+def check_sweep(
+    model: str, task: str | None, dataset: str | None, reward: str | None, algorithm: str, layers: str, out: Path
+) -> None:
     """Raise ValueError, in one line, for a sweep that cannot be."""
     if not load_algorithm(algorithm).online:
         raise ValueError(f"a sweep compares runs by their reward; {algorithm} is offline, choose one such as grpo")
-    check_task_name(task)
+    check_source(task, dataset, reward)
     if layers != "all":
         check_layers(layers)
     check_model_name(model)

@@ -15,7 +15,7 @@ from peft_onelayer.rl.recipe import make_recipe, refuse_fields, refuse_without_e
 from peft_onelayer.rl.sampling import sampling_of_run
 from peft_onelayer.rollouts.prompts import Shape, check_prompt, shaped
 from peft_onelayer.runs.models import load_skeleton
-from peft_onelayer.tasks import load_task
+from peft_onelayer.tasks import open_task
 from peft_onelayer.tuner import find_decoder_stack
 from peft_onelayer.tuner.model import commit_hash
 from peft_onelayer.tuner.stack import layer_kinds
@@ -134,7 +134,7 @@ def plan_sweep(settings: SweepSettings) -> Plan:
         if getattr(settings, name) < 1:
             raise ValueError(f"{name} must be at least 1, got {getattr(settings, name)}")
     check_model_name(settings.model, settings.revision)
-    task = load_task(settings.task, unsafe=settings.unsafe)
+    task = open_task(settings.task, settings.dataset, settings.reward, unsafe=settings.unsafe)
     recipe = make_recipe(algorithm, task, settings.config, prompts=settings.prompts, completions=settings.completions)
     config = recipe.config(output_dir="unused", max_steps=settings.steps)
     given = dict(settings.config) | (step_fields(recipe) if settings.prompts or settings.completions else {})
@@ -152,7 +152,9 @@ def plan_sweep(settings: SweepSettings) -> Plan:
         model=str(folder.resolve()) if folder.is_dir() else settings.model,
         revision=commit_hash(model) or settings.revision,
         model_digests=model_digests(settings.model),
-        task=settings.task,
+        task=settings.task or task.name,
+        dataset=settings.dataset,
+        reward=settings.reward,
         task_data=dict(task.data),
         layer="full",
         algorithm=settings.algorithm,

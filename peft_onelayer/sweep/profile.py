@@ -99,7 +99,7 @@ def make_profile(settings: SweepSettings, plan: Plan, rows: Mapping[str, Row]) -
             [*every, *of_rates, *(row for row in added if row not in every)],
             [row for rows in finished.values() for row in rows],
         ),
-        task=settings.task,
+        task=plan.base.task,
         seed=settings.seeds[0],
         sweep=sweep,
     )

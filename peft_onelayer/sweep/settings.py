@@ -26,7 +26,8 @@ class SweepSettings:
 
     Attributes:
         model: base model: a folder or a Hub id.
-        task: a name for `load_task`.
+        task: a name for `load_task`; None with `dataset`.
+        dataset, reward: instead of a task, as of `TrainingSettings`.
         layers: blocks to measure: "all", or as `SingleLayerConfig` takes them.
         algorithm: a name for `load_algorithm`; an online one.
         steps: optimizer steps of every run.
@@ -57,7 +58,9 @@ class SweepSettings:
     """
 
     model: str
-    task: str
+    task: str | None = None
+    dataset: str | None = None
+    reward: str | None = None
     layers: int | str | Sequence[int] = "all"
     algorithm: str = "grpo"
     steps: int = STEPS

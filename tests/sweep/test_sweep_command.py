@@ -21,8 +21,9 @@ def sweep(monkeypatch, capfd, tmp_path):
     """Runs the command, with runs that compute nothing: (exit code, lines on stderr, stdout)."""
     monkeypatch.setattr(module, "sweep_layers", functools.partial(module.sweep_layers, run_row=fake_runs.run))
 
-    def run(*arguments, model=DEMO):
-        command = ["onelayer", "sweep", model, "--task", "arithmetic", "--out", str(tmp_path / "out"), *arguments]
+    def run(*arguments, model=DEMO, task="arithmetic"):
+        named = ["--task", task] if task else []
+        command = ["onelayer", "sweep", model, *named, "--out", str(tmp_path / "out"), *arguments]
         monkeypatch.setattr(sys, "argv", command)
         capfd.readouterr()
         with pytest.raises(SystemExit) as ended:
@@ -51,6 +52,23 @@ def test_it_prints_the_contributions_and_writes_the_profile(sweep, tmp_path):
     code, lines, out = sweep(*arguments, "--json")
     assert code == 0 and json.loads(out) == json.loads(profile.to_json())
     assert sum(fake_runs.started(tmp_path).values()) == 9  # nothing ran again
+    assert f"7 of 7 runs are in {tmp_path / 'out' / 'rows'} already and are not run again" in lines
+
+
+def test_a_data_set_with_a_reward(sweep, tmp_path):
+    rows = "".join(json.dumps({"prompt": f"{i}+1="}) + "\n" for i in range(64))
+    (tmp_path / "rows.jsonl").write_text(rows, encoding="utf-8")
+    reward = "def reward(prompts, completions, **kwargs):\n    return [0.0] * len(completions)\n"
+    (tmp_path / "reward.py").write_text(reward, encoding="utf-8")
+    options = ["--dataset", str(tmp_path / "rows.jsonl"), "--reward", f"{tmp_path / 'reward.py'}:reward"]
+    few = ["--layers", "0", "--steps", "2", "--problems", "5", "--out", str(tmp_path / "new")]
+    code, lines, out = sweep(*options, *few, task=None)
+    assert code == 0, lines
+    assert "block" in out and (tmp_path / "new" / "layer_profile.json").exists()
+    specs = [row["spec"] for row in fake_runs.stored(tmp_path / "new").values()]
+    assert {spec["dataset"] for spec in specs} == {options[1]} and {spec["reward"] for spec in specs} == {options[3]}
+    code, lines, _ = sweep(*options, *few)
+    assert code == 1 and "give --task, or --dataset with --reward" in lines[-1]
 
 
 def test_what_scored_as_the_base_is_named(sweep, monkeypatch, tmp_path):
