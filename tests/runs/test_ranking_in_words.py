@@ -40,6 +40,9 @@ def test_the_best_block_that_ran_is_named_with_the_gain_of_its_own_rounds():
 def test_without_a_gain_the_rounds_together_err_as_rarely_as_one():
     draws = np.random.default_rng(0).standard_normal((20_000, 3))
     errors = [0.03, 0.05, 0.2]
-    found = (gain_of_rounds([[4 * i + 4, e * d, e] for i, (e, d) in enumerate(zip(errors, row))]) for row in draws)
+    found = (
+        gain_of_rounds([[4 * i + 4, e * d, e] for i, (e, d) in enumerate(zip(errors, row, strict=True))])
+        for row in draws
+    )
     share = np.mean([gain > 1.959964 * error for gain, error in found])
     assert abs(share - 0.025) < 4 * math.sqrt(0.025 * 0.975 / 20_000)
