@@ -133,9 +133,7 @@ class Server:
         ValueError: another backend.
     """
 
-    def __init__(
-        self, url: str, send: Callable[[Manifest, NamedTensors], None], group: Callable[[], Any]
-    ) -> None:
+    def __init__(self, url: str, send: Callable[[Manifest, NamedTensors], None], group: Callable[[], Any]) -> None:
         self.url, self._send, self._group = url, send, group
         self.name = f"the vLLM server at {url}"
         config = self._ask("/server_info?config_format=json")["vllm_config"]

@@ -123,14 +123,14 @@ class Engine:
             self.late = [(name, tensor.clone(), indices)]
 
     def named_parameters(self):
+        """Asked for their digests. What arrived before may be sent again."""
+        self.arrived = {}
         return self.model.named_parameters()
 
     def digests(self) -> dict[str, str]:
-        """Ends what arrived, so that it may be sent again."""
-        self.arrived = {}
         return {
             n: hashlib.sha256(p.detach().contiguous().view(-1).view(torch.uint8).numpy()).hexdigest()
-            for n, p in self.model.named_parameters()
+            for n, p in self.named_parameters()
         }
 
     def reset_prefix_cache(self) -> None:

@@ -1,0 +1,170 @@
+"""Keeping an engine at the weights of a policy: what is sent of the trained block, and the check that it arrived."""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from peft import PeftModel
+
+from .engines import Engine, manifest_of
+from .policy_weights import Entries, PolicyWeights, changed, digest, held_as
+
+INDEX_BYTES = 4  # of a position, int32
+
+
+@dataclass(frozen=True)
+class Push:
+    """What one push sent.
+
+    Attributes:
+        why: "first", "sleep", "digest" or "error" for everything; "adapters" for the tensors of the blocks whole,
+            "block" for what trains of them, "changes" for what has changed.
+        nbytes: of tensors, values and positions.
+        tensors: how many were sent whole.
+        entries: how many were sent with their positions.
+    """
+
+    why: str
+    nbytes: int
+    tensors: int
+    entries: int
+
+
+class LayerSync:
+    """Keeps an engine at the weights of a policy.
+
+    It holds a copy of what may have changed, in the engine's dtype.
+
+    Attributes:
+        pushes: what was sent, in order.
+    """
+
+    def __init__(self, model: PeftModel, engine: Engine | None, changed_only: bool) -> None:
+        self.model, self.engine, self.changed_only = model, engine, changed_only
+        self.pushes: list[Push] = []
+        self._sent: dict[str, torch.Tensor] = {}  # as the engine has them
+        self._adapters: tuple[str, ...] = ()
+        self._everything: str | None = "first"  # why the next push has to send everything
+        if engine is None:
+            return
+        weights, held = PolicyWeights(model), engine.names()
+        for name in weights.changing:
+            if held_as(name, held) is None:
+                raise ValueError(
+                    f"{engine.name} has no parameter {name}, alone or fused with others, so that its digest cannot be "
+                    "checked; leave out sync_trained_layer."
+                )
+            if not engine.takes_tensors and math.prod(weights.shape(name)) > torch.iinfo(torch.int32).max:
+                raise ValueError(
+                    f"{name} has more entries than vLLM's backend sparse_nccl can tell with positions in int32; start "
+                    "the server with the backend nccl."
+                )
+        if changed_only and not engine.takes_entries:
+            warnings.warn(
+                f"{engine.name} takes whole tensors only, so every tensor with a changed entry is sent whole; see "
+                "'With vLLM' in docs/trainers.md.",
+                stacklevel=3,
+            )
+
+    def forget(self, why: str = "sleep") -> None:
+        """Send everything with the next push: the engine has lost its weights."""
+        self._everything = why
+
+    def push(self) -> None:
+        """Bring the engine to the policy's weights, and check that it is there.
+
+        Raises:
+            RuntimeError: its digests differ also after everything was sent.
+        """
+        if self.engine is None:
+            return
+        weights = PolicyWeights(self.model)
+        names = list(dict.fromkeys([*weights.changing, *self._sent]))
+        now = {name: self._in_engine(weights, name).clone() for name in names}
+        why, self._everything = self._everything, "error"  # if it fails, nobody knows what the engine has
+        if why is None:
+            self._push_block(weights, now)
+        else:
+            self._push_everything(weights, why)
+        if wrong := self._differing(weights, names):
+            warnings.warn(
+                f"push {len(self.pushes)}: the digests of {len(wrong)} tensors of {self.engine.name} are not the "
+                f"policy's (first: {wrong[0]}), so everything is sent again.",
+                stacklevel=2,
+            )
+            self._push_everything(weights, "digest")
+            if wrong := self._differing(weights, names):
+                raise RuntimeError(
+                    f"{self.engine.name} has other weights than the policy, also after everything was sent again: "
+                    f"{len(wrong)} tensors differ, first {wrong[0]}. Does it hold them in another dtype or quantized?"
+                )
+        self._sent, self._adapters, self._everything = now, weights.adapters, None
+
+    def _in_engine(self, weights: PolicyWeights, name: str) -> torch.Tensor:
+        """The policy's tensor in the engine's dtype."""
+        assert self.engine is not None
+        return weights[name].to(self.engine.dtype(name, weights.dtype(name)))
+
+    def _push_everything(self, weights: PolicyWeights, why: str) -> None:
+        self._send(why, weights, weights.names, {})
+
+    def _push_block(self, weights: PolicyWeights, now: dict[str, torch.Tensor]) -> None:
+        """Send of the tensors `now` what may have, or has, changed."""
+        assert self.engine is not None
+        why = "adapters" if weights.adapters != self._adapters else "changes" if self.changed_only else "block"
+        whole, parts = [], {}
+        for name, tensor in now.items():
+            where = None
+            if name in self._sent and why == "changes":
+                where = changed(tensor, self._sent[name])
+            elif name in self._sent and why == "block":
+                where = weights.positions(name)
+            if where is not None and not len(where):
+                continue
+            with_positions = math.inf if where is None else len(where) * (4 + tensor.element_size())
+            if (
+                where is None
+                or not self.engine.takes_entries
+                or (self.engine.takes_tensors and with_positions >= tensor.nbytes)
+            ):
+                whole.append(name)
+            else:
+                parts[name] = where
+        self._send(why, weights, whole, parts)
+
+    def _send(self, why: str, weights: PolicyWeights, whole: list[str], parts: dict[str, torch.Tensor]) -> None:
+        """Send the tensors `whole` and of others `parts`, the entries at flat positions."""
+        assert self.engine is not None
+        engine, nbytes, count = self.engine, 0, 0
+
+        def cut() -> Iterator[Entries]:
+            nonlocal nbytes, count
+            places: dict[str, Any] = parts if engine.takes_tensors else {**dict.fromkeys(whole), **parts}
+            for name, where in places.items():
+                entries = Entries.of(name, self._in_engine(weights, name), where)
+                nbytes, count = nbytes + entries.nbytes, count + len(entries.indices)
+                yield entries
+
+        if whole and engine.takes_tensors:
+            rows = [(n, engine.dtype(n, weights.dtype(n)), weights.shape(n)) for n in whole]
+            nbytes += sum(dtype.itemsize * math.prod(shape) for _, dtype, shape in rows)
+            engine.send_tensors(manifest_of(rows), ((n, self._in_engine(weights, n)) for n in whole))
+        if parts or (whole and not engine.takes_tensors):
+            engine.send_entries(cut())
+        self.pushes.append(Push(why, nbytes, len(whole) if engine.takes_tensors else 0, count))
+
+    def _differing(self, weights: PolicyWeights, names: Iterable[str]) -> list[str]:
+        """The engine's names of the tensors whose digests are not the policy's."""
+        assert self.engine is not None
+        held = self.engine.digests()
+        parts = dict(found for name in names if (found := held_as(name, held)) is not None)
+        return [
+            name
+            for name, of in parts.items()
+            if set(held[name]) != {digest(self._in_engine(weights, part) for part in of)}
+        ]
