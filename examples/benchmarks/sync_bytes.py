@@ -149,7 +149,8 @@ def main() -> None:
         f"{total[3] // count:13,} {syncs.everything * count / total[3]:>24,.0f} x"
     )
     print(
-        f"everything / block {syncs.everything / block:.1f} x; mean reward of the steps {sum(rewards) / len(rewards):.2f}"
+        f"everything / block {syncs.everything / block:.1f} x; "
+        f"mean reward of the steps {sum(rewards) / len(rewards):.2f}"
     )
 
 

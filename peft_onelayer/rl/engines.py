@@ -5,6 +5,7 @@ The calls are those of the vLLM that TRL names (`trl.import_utils.is_vllm_availa
 
 from __future__ import annotations
 
+import importlib
 import json
 import urllib.error
 import urllib.request
@@ -113,10 +114,10 @@ class InProcess:
 def _patching() -> tuple[Any, Any] | None:
     """vLLM's class and function for entries in the coordinates of a checkpoint; None: this vLLM has none."""
     try:
-        from vllm.model_executor.model_loader import checkpoint_weight_patch
+        module = importlib.import_module("vllm.model_executor.model_loader.checkpoint_weight_patch")
     except ImportError:
         return None
-    return checkpoint_weight_patch.CheckpointWeightPatch, checkpoint_weight_patch.load_checkpoint_weight_patches
+    return module.CheckpointWeightPatch, module.load_checkpoint_weight_patches
 
 
 class Server:

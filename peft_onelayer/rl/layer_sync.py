@@ -73,7 +73,7 @@ class LayerSync:
 
     def forget(self, why: str = "sleep") -> None:
         """Send everything with the next push: the engine has lost its weights."""
-        self._everything = why
+        self._everything = self._everything or why
 
     def push(self) -> None:
         """Bring the engine to the policy's weights, and check that it is there.
@@ -126,15 +126,12 @@ class LayerSync:
                 where = weights.positions(name)
             if where is not None and not len(where):
                 continue
-            with_positions = math.inf if where is None else len(where) * (4 + tensor.element_size())
-            if (
-                where is None
-                or not self.engine.takes_entries
-                or (self.engine.takes_tensors and with_positions >= tensor.nbytes)
-            ):
-                whole.append(name)
-            else:
-                parts[name] = where
+            if where is not None and self.engine.takes_entries:
+                nbytes = len(where) * (INDEX_BYTES + tensor.element_size())
+                if nbytes < tensor.nbytes or not self.engine.takes_tensors:
+                    parts[name] = where
+                    continue
+            whole.append(name)
         self._send(why, weights, whole, parts)
 
     def _send(self, why: str, weights: PolicyWeights, whole: list[str], parts: dict[str, torch.Tensor]) -> None:
@@ -162,9 +159,9 @@ class LayerSync:
         """The engine's names of the tensors whose digests are not the policy's."""
         assert self.engine is not None
         held = self.engine.digests()
-        parts = dict(found for name in names if (found := held_as(name, held)) is not None)
+        parts = dict(held_as(name, held) or (name, []) for name in names)
         return [
             name
             for name, of in parts.items()
-            if set(held[name]) != {digest(self._in_engine(weights, part) for part in of)}
+            if set(held.get(name, ())) != {digest(self._in_engine(weights, part) for part in of)}
         ]

@@ -274,6 +274,10 @@ class Server:
                 info = body["init_info"]
                 assert info["packed"] and info["world_size"] == 2
                 self.queue = GROUPS.setdefault(info["master_port"], queue.Queue())
+            case "/pause" | "/resume":
+                pass
+            case "/pause" | "/resume":
+                pass
             case "/start_weight_update":
                 self.updating = True
             case "/update_weights":
@@ -381,7 +385,7 @@ def modules() -> dict[str, ModuleType]:
         "vllm": {"LLM": LLM, "SamplingParams": SamplingParams, "RequestOutput": RequestOutput, "__version__": VERSION},
         "vllm.sampling_params": {"StructuredOutputsParams": dict},
         "vllm.utils": {},
-        "vllm.utils.network_utils": {"get_ip": lambda: "127.0.0.1"},
+        "vllm.utils.network_utils": {"get_ip": lambda: "127.0.0.1", "get_open_port": lambda: 0},
         "vllm.model_executor": {},
         "vllm.model_executor.model_loader": {},
         "vllm.model_executor.model_loader.checkpoint_weight_patch": {

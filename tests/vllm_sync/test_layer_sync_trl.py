@@ -1,11 +1,16 @@
 """`sync_trained_layer` under TRL's own trainers, in the process and with a server, and what it refuses."""
 
+import copy
 import warnings
+from types import SimpleNamespace
 
 import pytest
 import torch
-from tuner.helpers import move, same
+from safetensors.torch import save_file
+from transformers import AutoModelForCausalLM
+from tuner.helpers import move, same, wrap
 
+from models import build
 from peft_onelayer.rl import sync_trained_layer
 from vllm_sync.test_sync import Run
 
@@ -85,3 +90,168 @@ def test_the_layer_is_at_most_a_part_of_l_of_what_trl_sends(tmp_path, tokenizer,
     block = sum(t.nbytes for n, t in trl.engine.syncs[-1].items() if "layers.1." in n)
     assert [push.nbytes for push in ours.layers.pushes] == [everything, block, block]
     assert 4 * block <= everything and ours.engine.syncs[-1].keys() < trl.names
+
+
+def test_with_a_server_that_takes_entries_they_cross_the_wire(run):
+    r = run(mode="server", dtype=BF16, backend="sparse_nccl")
+    r.generation.sync_weights()
+    move(r.model, scale=1e-5)
+    r.generation.sync_weights()
+    first, second = r.layers.pushes
+    numel = sum(p.numel() for p in r.engine.model.parameters())
+    assert (first.entries, first.nbytes, first.tensors) == (numel, 6 * numel, 0)
+    assert 0 < second.entries == second.nbytes // 6 < numel / 20
+
+
+@pytest.mark.parametrize("mode", ["colocate", "server"])
+def test_an_engine_that_was_started_anew_is_sent_everything_aloud(run, mode):
+    r = run(mode=mode, dtype=BF16)
+    r.generation.sync_weights()
+    for _ in range(2):
+        r.engine.model = AutoModelForCausalLM.from_pretrained(r.checkpoint, dtype="auto").eval()
+        move(r.model)
+        with pytest.warns(UserWarning, match=r"push \d: the digests of \d+ tensors of the .* everything is sent again"):
+            r.generation.sync_weights()
+    assert r.whys == ["first", "changes", "digest", "changes", "digest"]
+
+
+def test_after_sleep_at_level_2_everything_is_sent(run):
+    r = run(vllm_enable_sleep_mode=True, gradient_accumulation_steps=2, steps_per_generation=1)
+    r.train(syncs=4)
+    assert r.whys == ["first", *["sleep"] * 3]
+    assert all(p.isnan().all() for p in r.engine.model.parameters())
+
+
+@pytest.mark.parametrize("mode", ["colocate", "server"])
+def test_after_a_push_that_failed_everything_is_sent(run, mode):
+    r = run(mode=mode, dtype=BF16)
+    r.generation.sync_weights()
+    move(r.model)
+    if mode == "server":
+        r.generation.vllm_client.communicator.fail = True
+    else:
+        r.engine.fail_at = "model.layers.1.mlp.up_proj.weight"
+    with pytest.raises(RuntimeError, match=r"connection was lost|out of memory"):
+        r.generation.sync_weights()
+    r.engine.arrived, r.engine.fail_at = {}, None
+    if mode == "server":
+        r.generation.vllm_client.communicator.fail = False
+    r.generation.sync_weights()
+    assert r.whys == ["first", "error"]
+
+
+def one_line(error) -> str:
+    text = str(error.value)
+    assert "\n" not in text and len(text) < 400
+    return text
+
+
+def test_what_cannot_be_synced_is_refused_in_one_line(run, monkeypatch):
+    r = run()
+    with pytest.raises(ValueError, match="was called for this trainer before") as error:
+        r.generation.sync_weights = r.sync
+        sync_trained_layer(r.trainer)
+    one_line(error)
+    r.generation.sync_weights = type(r.generation).sync_weights.__get__(r.generation)
+    monkeypatch.setattr(r.generation, "tensor_parallel_size", 2)
+    with pytest.raises(ValueError, match="vllm_tensor_parallel_size=2 shares each tensor") as error:
+        sync_trained_layer(r.trainer)
+    one_line(error)
+    monkeypatch.setattr(r.trainer, "is_fsdp_enabled", True)
+    with pytest.raises(ValueError, match="FSDP or DeepSpeed ZeRO-3 leaves each process a part") as error:
+        sync_trained_layer(r.trainer)
+    one_line(error)
+    monkeypatch.undo()
+    r.generation.model = r.generation.model.get_base_model()
+    with pytest.raises(ValueError, match="a Qwen3ForCausalLM, is not wrapped with SingleLayerConfig") as error:
+        sync_trained_layer(r.trainer)
+    one_line(error)
+    r.trainer.vllm_generation = None
+    with pytest.raises(ValueError, match="this GRPOTrainer has no sync to take over: it needs use_vllm=True") as error:
+        sync_trained_layer(r.trainer)
+    one_line(error)
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        ({"checker": False}, r"does not tell the digests of its weights \(POST /weight_checker: .*no endpoint"),
+        ({"backend": "ipc"}, "has the weight-transfer backend 'ipc'; start it with --weight-transfer-config"),
+    ],
+    ids=["no digests", "backend"],
+)
+def test_servers_that_cannot_be_synced_with_are_refused_in_one_line(run, options, says):
+    with pytest.raises(ValueError, match=says) as error:
+        run(mode="server", **options)
+    one_line(error)
+
+
+def test_a_server_that_takes_whole_tensors_only_is_named(tmp_path, tokenizer, serve):
+    r = Run(tmp_path, tokenizer, serve, mode="server")
+    with pytest.warns(UserWarning, match=r"the vLLM server at http://\S+ takes whole tensors only, so every tensor"):
+        sync_trained_layer(r.trainer)
+
+
+def test_an_engine_without_the_blocks_tensors_is_refused_in_one_line(tmp_path, tokenizer, serve):
+    r = Run(tmp_path, tokenizer, serve)
+    r.engine.named_parameters = lambda: [("language_model.norm.weight", torch.zeros(1))]
+    with pytest.raises(
+        ValueError, match=r"has no parameter model\.layers\.1\.\S+, alone or fused with others"
+    ) as error:
+        sync_trained_layer(r.trainer)
+    one_line(error)
+
+
+@pytest.mark.filterwarnings("ignore:You are importing from 'trl.experimental'")
+@pytest.mark.parametrize("backend", ["nccl", "sparse_nccl"])
+@pytest.mark.parametrize("masked", [False, True])
+def test_async_grpo_sends_the_trained_block(tmp_path, tokenizer, serve, monkeypatch, backend, masked):
+    """TRL's own transfer and its calls, as `AsyncGRPOTrainer._sync_weight_merged` makes them, without the trainer."""
+    from trl.experimental.async_grpo import async_grpo_trainer, weight_transfer
+    from trl.experimental.async_grpo.vllm_client import VLLMClient
+
+    monkeypatch.setattr(weight_transfer, "get_open_port", lambda: 51300)
+    base = build(dtype=BF16)
+    base.save_pretrained(tmp_path / "model")
+    tokenizer.save_pretrained(tmp_path / "model")
+    served = serve(str(tmp_path / "model"), backend=backend)
+    for parameter in served.engine.model.parameters():
+        parameter.data.normal_()
+    mask = None
+    if masked:
+        save_file({"model.layers.2.mlp.up_proj.weight": torch.rand(48, 32) < 0.1}, tmp_path / "mask.safetensors")
+        mask = str(tmp_path / "mask.safetensors")
+    model = wrap(base, mask=mask)
+    rows = [(n, str(p.dtype)[6:], list(p.shape)) for n, p in async_grpo_trainer._iter_vllm_named_params(model)]
+    info = dict(zip(("names", "dtype_names", "shapes"), map(list, zip(*rows, strict=True)), strict=True))
+    accelerator = SimpleNamespace(
+        unwrap_model=lambda model: model,
+        state=SimpleNamespace(deepspeed_plugin=None),
+        is_main_process=True,
+        wait_for_everyone=lambda: None,
+        device=torch.device("cpu"),
+    )
+    trainer = SimpleNamespace(
+        model=model,
+        accelerator=accelerator,
+        is_fsdp_enabled=False,
+        weight_transfer=weight_transfer.WeightTransferClient(VLLMClient(served.url), info),
+        rollout_worker=None,
+        model_version=0,
+    )
+    trainer._streaming_iter = lambda: async_grpo_trainer.AsyncGRPOTrainer._streaming_iter(trainer)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".* takes whole tensors only")
+        sync = sync_trained_layer(trainer)
+    trainer.weight_transfer.init_weight_transfer()
+    for step in range(3):
+        if step:
+            move(model, seed=step, scale=1e-3)
+        async_grpo_trainer.AsyncGRPOTrainer._sync_weight_merged(trainer, 0.0)
+        expected = {n: p.detach() for n, p in copy.deepcopy(model).merge_and_unload().named_parameters()}
+        assert same(dict(served.engine.model.named_parameters()), expected)
+    assert [push.why for push in sync.pushes] == ["first", "changes", "changes"] and trainer.model_version == 3
+    assert bool(sync.pushes[-1].entries) == (backend == "sparse_nccl")
+    assert len({push.tensors for push in sync.pushes}) == (1 if backend == "sparse_nccl" else 2)
+    trainer.weight_transfer.destroy()
+    assert trainer.weight_transfer.transfer.model_update_group is None
