@@ -43,8 +43,8 @@ class Receiver:
     def names(self) -> list[str]:
         return list(self.held)
 
-    def digests(self) -> dict[str, list[str]]:
-        return {name: [digest([tensor])] for name, tensor in self.held.items()}
+    def digests(self, names: Any) -> dict[str, list[str]]:
+        return {name: [digest([self.held[name]])] for name in names}
 
     def dtype(self, name: str, of_base: torch.dtype) -> torch.dtype:
         return torch.bfloat16
@@ -64,9 +64,8 @@ class Syncs(TrainerCallback):
     """Sends the policy after every step, in each form."""
 
     def __init__(self) -> None:
-        self.rows: list[
-            tuple[int, int, int, int]
-        ] = []  # changed entries; bytes of the block, of entries, of the shorter
+        # Of each step: changed entries; bytes of the block, of entries, of the shorter.
+        self.rows: list[tuple[int, ...]] = []
 
     def begin(self, model: Any) -> None:
         weights = PolicyWeights(model)

@@ -9,7 +9,7 @@ import importlib
 import json
 import urllib.error
 import urllib.request
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Protocol
 
@@ -44,8 +44,8 @@ class Engine(Protocol):
             ValueError: it cannot tell, or holds parts of parameters only.
         """
 
-    def digests(self) -> dict[str, list[str]]:
-        """SHA-256 of the bytes of every parameter that the engine holds, by its own names; one for each replica.
+    def digests(self, names: Collection[str]) -> dict[str, list[str]]:
+        """SHA-256 of the bytes of the engine's own parameters `names`, perhaps of more; one for each replica.
 
         Raises:
             ValueError: it cannot tell, or holds parts of parameters only.
@@ -94,8 +94,8 @@ class InProcess:
     def names(self) -> list[str]:
         return list(self._dtypes)
 
-    def digests(self) -> dict[str, list[str]]:
-        return {name: [digest([parameter])] for name, parameter in self.model.named_parameters()}
+    def digests(self, names: Collection[str]) -> dict[str, list[str]]:
+        return {name: [digest([parameter])] for name, parameter in self.model.named_parameters() if name in names}
 
     def dtype(self, name: str, of_base: torch.dtype) -> torch.dtype:
         found = held_as(name, self._dtypes)
@@ -148,9 +148,9 @@ class Server:
         self._dtype = getattr(torch, config["model_config"]["dtype"].removeprefix("torch."))
 
     def names(self) -> list[str]:
-        return list(self.digests())
+        return list(self.digests(()))
 
-    def digests(self) -> dict[str, list[str]]:
+    def digests(self, names: Collection[str]) -> dict[str, list[str]]:
         try:
             checksums = self._ask("/weight_checker", {"action": "checksum"})["checksums"]
         except (OSError, KeyError, ValueError) as error:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,6 +15,7 @@ from .engines import Engine, manifest_of
 from .policy_weights import Entries, PolicyWeights, changed, digest, held_as
 
 INDEX_BYTES = 4  # of a position, int32
+PARTIAL = ("adapters", "block", "changes")  # pushes of less than everything
 
 
 @dataclass(frozen=True)
@@ -22,8 +23,8 @@ class Push:
     """What one push sent.
 
     Attributes:
-        why: "first", "sleep", "digest" or "error" for everything; "adapters" for the tensors of the blocks whole,
-            "block" for what trains of them, "changes" for what has changed.
+        why: "first", "sleep", "restart", "digest" or "error": everything. "adapters": the tensors of the blocks whole.
+            "block": what trains of them. "changes": what has changed.
         nbytes: of tensors, values and positions.
         tensors: how many were sent whole.
         entries: how many were sent with their positions.
@@ -48,13 +49,15 @@ class LayerSync:
         self.model, self.engine, self.changed_only = model, engine, changed_only
         self.pushes: list[Push] = []
         self._sent: dict[str, torch.Tensor] = {}  # as the engine has them
+        self._rest: dict[str, list[str]] = {}  # digests that it told of other parameters, after everything was sent
+        self._unlike: set[str] = set()  # those among them that it has in a form of its own
         self._adapters: tuple[str, ...] = ()
         self._everything: str | None = "first"  # why the next push has to send everything
         if engine is None:
             return
-        weights, held = PolicyWeights(model), engine.names()
+        weights, self._held = PolicyWeights(model), set(engine.names())
         for name in weights.changing:
-            if held_as(name, held) is None:
+            if held_as(name, self._held) is None:
                 raise ValueError(
                     f"{engine.name} has no parameter {name}, alone or fused with others, so that its digest cannot be "
                     "checked; leave out sync_trained_layer."
@@ -79,7 +82,7 @@ class LayerSync:
         """Bring the engine to the policy's weights, and check that it is there.
 
         Raises:
-            RuntimeError: its digests differ also after everything was sent.
+            RuntimeError: its digests differ also after everything was sent twice.
         """
         if self.engine is None:
             return
@@ -91,19 +94,35 @@ class LayerSync:
             self._push_block(weights, now)
         else:
             self._push_everything(weights, why)
-        if wrong := self._differing(weights, names):
+        tries = 0 if why is None else 1
+        while wrong := self._differing(weights, names):
+            if tries == 2:
+                self._refuse_or_accept(wrong, self._parts(names))
+                break
             warnings.warn(
                 f"push {len(self.pushes)}: the digests of {len(wrong)} tensors of {self.engine.name} are not the "
                 f"policy's (first: {wrong[0]}), so everything is sent again.",
                 stacklevel=2,
             )
             self._push_everything(weights, "digest")
-            if wrong := self._differing(weights, names):
-                raise RuntimeError(
-                    f"{self.engine.name} has other weights than the policy, also after everything was sent again: "
-                    f"{len(wrong)} tensors differ, first {wrong[0]}. Does it hold them in another dtype or quantized?"
-                )
+            tries += 1
         self._sent, self._adapters, self._everything = now, weights.adapters, None
+
+    def _refuse_or_accept(self, wrong: list[str], block: Collection[str]) -> None:
+        """Raise RuntimeError for a tensor of the block; take the others for right, of which the engine has a form of its
+        own."""
+        assert self.engine is not None
+        if of_block := [name for name in wrong if name in block]:
+            raise RuntimeError(
+                f"{self.engine.name} has other weights than the policy, though everything was sent twice: "
+                f"{len(of_block)} tensors differ, first {of_block[0]}. Does it hold them in another dtype or quantized?"
+            )
+        self._unlike.update(wrong)
+        warnings.warn(
+            f"{self.engine.name} has {len(wrong)} tensors that adapters do not change, first {wrong[0]}, in a form of "
+            "its own (padded, or in another dtype), so that only later changes of them are found.",
+            stacklevel=3,
+        )
 
     def _in_engine(self, weights: PolicyWeights, name: str) -> torch.Tensor:
         """The policy's tensor in the engine's dtype."""
@@ -155,13 +174,30 @@ class LayerSync:
             engine.send_entries(cut())
         self.pushes.append(Push(why, nbytes, len(whole) if engine.takes_tensors else 0, count))
 
+    def _parts(self, names: Iterable[str]) -> dict[str, list[str]]:
+        """The engine's names of the policy's tensors `names`, with all tensors that the engine holds under them."""
+        return dict(held_as(name, self._held) or (name, []) for name in names)
+
     def _differing(self, weights: PolicyWeights, names: Iterable[str]) -> list[str]:
-        """The engine's names of the tensors whose digests are not the policy's."""
+        """The engine's names of the tensors whose digests are not the policy's.
+
+        Of what adapters cannot change, a server tells the digests, too. They are compared with the policy's after
+        everything was sent, and with themselves later on.
+        """
         assert self.engine is not None
-        held = self.engine.digests()
-        parts = dict(held_as(name, held) or (name, []) for name in names)
-        return [
-            name
-            for name, of in parts.items()
-            if set(held.get(name, ())) != {digest(self._in_engine(weights, part) for part in of)}
-        ]
+        everything = self.pushes[-1].why not in PARTIAL
+        parts = self._parts(names)
+        told = self.engine.digests(parts)
+        comparable = self._parts(weights.names) if everything else parts
+        wrong = [name for name in parts if name not in told]
+        for name, digests in told.items():
+            if name in comparable and name not in self._unlike:
+                expected = {digest(self._in_engine(weights, part) for part in comparable[name])}
+                right = set(digests) == expected
+            else:
+                right = everything or self._rest.get(name) == digests
+            if not right:
+                wrong.append(name)
+        if everything:
+            self._rest = {name: digests for name, digests in told.items() if name not in parts}
+        return wrong

@@ -40,9 +40,10 @@ class Entries:
     @classmethod
     def of(cls, name: str, tensor: torch.Tensor, where: torch.Tensor | None) -> Entries:
         """The entries of `tensor` at the flat positions `where`, (n,) int64; None: all."""
-        flat = tensor.flatten()
-        where = torch.arange(len(flat), device=flat.device) if where is None else where.to(flat.device)
-        return cls(name, where.to(torch.int32), flat[where], tuple(tensor.shape))
+        flat, shape = tensor.flatten(), tuple(tensor.shape)
+        if where is None:
+            return cls(name, torch.arange(len(flat), dtype=torch.int32, device=flat.device), flat, shape)
+        return cls(name, where.to(flat.device, torch.int32), flat[where], shape)
 
     @property
     def nbytes(self) -> int:

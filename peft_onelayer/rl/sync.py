@@ -112,7 +112,10 @@ class _GenerationSync:
         self.generation, self.sync = generation, sync
 
     def __call__(self) -> None:
-        generation = self.generation
+        generation, engine = self.generation, self.sync.engine
+        if isinstance(engine, InProcess) and engine.llm is not generation.llm:
+            self.sync.engine = InProcess(generation.llm)
+            self.sync.forget("restart")
         if generation.mode == "colocate" and generation.enable_sleep_mode:
             if generation._llm_weights_sleeping:  # at level 2, which forgets them
                 self.sync.forget()

@@ -143,8 +143,17 @@ def test_the_sign_of_a_zero_is_a_change():
     assert held[:2].signbit().tolist() == [True, False]
 
 
-@pytest.mark.parametrize("takes", [("tensors", "entries"), ("entries",), ("tensors",)], ids="-".join)
-@pytest.mark.parametrize("changed_only", [True, False])
+BOTH, ENTRIES, TENSORS = ("tensors", "entries"), ("entries",), ("tensors",)
+
+
+@pytest.mark.parametrize(
+    ("takes", "changed_only"),
+    [
+        (ENTRIES, True),
+        (BOTH, False),
+        *(pytest.param(t, c, marks=pytest.mark.more) for t, c in ((BOTH, True), (TENSORS, True), (ENTRIES, False))),
+    ],
+)
 def test_several_blocks_and_modules_to_save(takes, changed_only):
     model = wrap(build(dtype=BF16), layer=[0, 3], modules_to_save=["lm_head"])
     pair = Pair(model, takes=takes, changed_only=changed_only)
@@ -172,8 +181,15 @@ def test_tied_embeddings_have_one_name():
     pair.push("changes")
 
 
-@pytest.mark.parametrize("family", ["qwen3_moe", "gpt_oss", "phi3", "gemma3_text"])
-@pytest.mark.parametrize("takes", [("tensors",), ("entries",)], ids="-".join)
+@pytest.mark.parametrize(
+    ("family", "takes"),
+    [
+        ("qwen3_moe", ENTRIES),
+        ("phi3", TENSORS),
+        *(pytest.param(f, ENTRIES, marks=pytest.mark.more) for f in ("gpt_oss", "phi3", "gemma3_text")),
+        *(pytest.param(f, TENSORS, marks=pytest.mark.more) for f in ("gpt_oss", "qwen3_moe", "gemma3_text")),
+    ],
+)
 def test_experts_and_fused_tensors_of_the_checkpoint(family, takes):
     model = wrap(build_architecture(family, dtype=BF16), layer=1)
     pair = Pair(model, takes=takes)
@@ -204,7 +220,7 @@ class FusedEngine(Engine):
         return self.held.items()
 
 
-@pytest.mark.parametrize("takes", [("tensors",), ("entries",)], ids="-".join)
+@pytest.mark.parametrize("takes", [pytest.param(TENSORS, marks=pytest.mark.more), ENTRIES], ids="-".join)
 def test_an_engine_that_fuses_tensors(takes):
     """The digest of what it holds as one covers tensors that do not train, too."""
     model = wrap(build("Qwen2", dtype=BF16), target_modules=["q_proj", "up_proj"])
@@ -234,8 +250,14 @@ def masked(tmp_path, share, layer=2, seed=0):
     return wrap(model, layer=layer, mask=str(tmp_path / "mask.safetensors")), tensors
 
 
-@pytest.mark.parametrize("takes", [("tensors", "entries"), ("entries",), ("tensors",)], ids="-".join)
-@pytest.mark.parametrize("changed_only", [True, False])
+@pytest.mark.parametrize(
+    ("takes", "changed_only"),
+    [
+        (ENTRIES, True),
+        (BOTH, False),
+        *(pytest.param(t, c, marks=pytest.mark.more) for t, c in ((BOTH, True), (TENSORS, True), (ENTRIES, False))),
+    ],
+)
 def test_under_a_mask_its_entries_are_sent(tmp_path, takes, changed_only):
     model, mask = masked(tmp_path, 0.2)
     pair = Pair(model, takes=takes, changed_only=changed_only)
@@ -248,7 +270,7 @@ def test_under_a_mask_its_entries_are_sent(tmp_path, takes, changed_only):
         assert push.tensors == (tensors if changed_only else len(mask))
 
 
-@pytest.mark.parametrize("changed_only", [True, False])
+@pytest.mark.parametrize("changed_only", [True, pytest.param(False, marks=pytest.mark.more)])
 def test_after_a_switch_of_adapters_the_blocks_are_sent_whole(tmp_path, changed_only):
     model = wrap(build(dtype=BF16), layer=1)
     model.add_adapter("other", SingleLayerConfig(layer=[2, 3], modules_to_save=["lm_head"]))
@@ -305,10 +327,26 @@ def test_200_steps_with_dropped_repeated_and_late_pushes(takes):
                     pair.sync.push()
                     break
                 except RuntimeError as error:  # the repair met with a fault, too: said aloud, and tried again
-                    assert "also after everything was sent again" in str(error)
+                    assert "though everything was sent twice" in str(error)
         assert bool(caught) == (pair.sync.pushes[-1].why == "digest")
         repaired += bool(caught)
         assert same(held, base | {name: master.detach().to(BF16) for name, master in masters(model).items()})
     assert min(happened.count(kind) for kind in ("drop", "repeat", "late")) >= 20
     assert 20 <= repaired < 150
     pair.check()
+
+
+def test_an_engine_that_never_holds_the_policys_weights_is_an_error():
+    model = wrap(build(dtype=BF16))
+    pair = Pair(model)
+    pair.engine.fault = lambda: "drop"
+    nudge(model)
+    with (
+        pytest.warns(UserWarning, match="everything is sent again"),
+        pytest.raises(RuntimeError, match=r"other weights than the policy, though everything was sent twice") as error,
+    ):
+        pair.sync.push()
+    assert "\n" not in str(error.value)
+    assert [push.why for push in pair.sync.pushes] == ["first", "changes", "digest", "digest"]
+    pair.engine.fault = None
+    pair.push("error")
