@@ -109,8 +109,7 @@ class LayerSync:
         self._sent, self._adapters, self._everything = now, weights.adapters, None
 
     def _refuse_or_accept(self, wrong: list[str], block: Collection[str]) -> None:
-        """Raise RuntimeError for a tensor of the block; take the others for right, of which the engine has a form of its
-        own."""
+        """Raise RuntimeError for a tensor of the block; take the others for right, in a form of the engine's own."""
         assert self.engine is not None
         if of_block := [name for name in wrong if name in block]:
             raise RuntimeError(

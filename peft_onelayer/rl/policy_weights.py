@@ -139,7 +139,7 @@ def digest(parts: Iterable[torch.Tensor]) -> str:
     """SHA-256 of tensors' bytes, one after the other, as a hexadecimal string."""
     found = hashlib.sha256()
     for tensor in parts:
-        found.update(memoryview(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy()))
+        found.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
     return found.hexdigest()
 
 

@@ -181,6 +181,15 @@ def test_tied_embeddings_have_one_name():
     pair.push("changes")
 
 
+def test_an_engine_that_ties_a_head_which_trains_apart_is_refused():
+    model = wrap(build(dtype=BF16, tie_word_embeddings=True), modules_to_save=["lm_head"])
+    served = Engine(build(dtype=BF16, tie_word_embeddings=True))
+    with pytest.raises(
+        ValueError, match=r"the engine in this process has no parameter lm_head\.weight, alone or fused"
+    ):
+        LayerSync(model, InProcess(LLM(served)), True)
+
+
 @pytest.mark.parametrize(
     ("family", "takes"),
     [

@@ -59,7 +59,7 @@ MORE_TRANSFERS = [("nccl", True), ("sparse_nccl", False)]
 MORE = [
     {"mode": "colocate", "changed_only": False, "family": "gpt_oss"},
     {"mode": "server", "changed_only": False, "modules_to_save": ["lm_head"]},
-    {"mode": "server", "backend": "sparse_nccl", "family": "gemma3_text", "modules_to_save": ["lm_head"]},
+    {"mode": "server", "backend": "sparse_nccl", "family": "qwen3_moe", "modules_to_save": ["lm_head"]},
     {"mode": "colocate", "name": "RLOO", "entrance": "peft_config", "beta": 0.05},
     {"mode": "server", "name": "SDPO"},
     {"mode": "server", "name": "Distillation", "dtype": BF16, "backend": "sparse_nccl"},
