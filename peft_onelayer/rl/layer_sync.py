@@ -15,6 +15,7 @@ from .engines import Engine, manifest_of
 from .policy_weights import Entries, PolicyWeights, changed, digest, held_as
 
 INDEX_BYTES = 4  # of a position, int32
+POSITIONS = 2**31  # that int32 can tell
 PARTIAL = ("adapters", "block", "changes")  # pushes of less than everything
 
 
@@ -62,7 +63,8 @@ class LayerSync:
                     f"{engine.name} has no parameter {name}, alone or fused with others, so that its digest cannot be "
                     "checked; leave out sync_trained_layer."
                 )
-            if not engine.takes_tensors and math.prod(weights.shape(name)) > torch.iinfo(torch.int32).max:
+        for name in weights.names:
+            if not engine.takes_tensors and math.prod(weights.shape(name)) > POSITIONS:
                 raise ValueError(
                     f"{name} has more entries than vLLM's backend sparse_nccl can tell with positions in int32; start "
                     "the server with the backend nccl."
@@ -144,7 +146,7 @@ class LayerSync:
                 where = weights.positions(name)
             if where is not None and not len(where):
                 continue
-            if where is not None and self.engine.takes_entries:
+            if where is not None and self.engine.takes_entries and tensor.numel() <= POSITIONS:
                 nbytes = len(where) * (INDEX_BYTES + tensor.element_size())
                 if nbytes < tensor.nbytes or not self.engine.takes_tensors:
                     parts[name] = where
@@ -194,7 +196,7 @@ class LayerSync:
                 expected = {digest(self._in_engine(weights, part) for part in comparable[name])}
                 right = set(digests) == expected
             else:
-                right = everything or self._rest.get(name) == digests
+                right = everything or set(self._rest.get(name, ())) == set(digests)
             if not right:
                 wrong.append(name)
         if everything:

@@ -12,6 +12,7 @@ from tuner.helpers import masters, move, same, wrap
 
 from models import build, build_architecture
 from peft_onelayer import SingleLayerConfig
+from peft_onelayer.rl import layer_sync
 from peft_onelayer.rl.engines import InProcess
 from peft_onelayer.rl.layer_sync import LayerSync, Push
 from peft_onelayer.rl.policy_weights import FUSED
@@ -179,6 +180,19 @@ def test_tied_embeddings_have_one_name():
     assert "lm_head.weight" not in plain(model)
     nudge(model)
     pair.push("changes")
+
+
+def test_positions_beyond_int32_are_refused_or_sent_in_whole_tensors(monkeypatch):
+    model = wrap(build(dtype=BF16))
+    pair = Pair(model)
+    monkeypatch.setattr(layer_sync, "POSITIONS", 32 * 32 - 1)  # what is smaller: k, v, and the norms
+    nudge(model)
+    push = pair.push("changes")
+    assert push.entries and push.tensors
+    with pytest.raises(
+        ValueError, match=r"model\.embed_tokens\.weight has more entries than vLLM's backend sparse_nccl"
+    ):
+        Pair(model, takes=ENTRIES)
 
 
 def test_an_engine_that_ties_a_head_which_trains_apart_is_refused():
