@@ -19,6 +19,7 @@ from peft_onelayer.rl.policy_weights import FUSED
 from vllm_sync.engine import LLM, Engine
 
 BF16 = torch.bfloat16
+BOTH, ENTRIES, TENSORS = ("tensors", "entries"), ("entries",), ("tensors",)  # what an engine takes
 
 
 def plain(model) -> dict[str, torch.Tensor]:
@@ -111,7 +112,7 @@ def test_what_rounds_to_the_same_is_not_sent():
     assert pair.push() == Push("changes", 0, 0, 0)
 
 
-@pytest.mark.parametrize("takes", [("tensors", "entries"), ("entries",), ("tensors",)], ids="-".join)
+@pytest.mark.parametrize("takes", [ENTRIES, TENSORS, pytest.param(BOTH, marks=pytest.mark.more)], ids="-".join)
 def test_a_float32_base_and_an_engine_in_bfloat16(takes):
     model = wrap(build())
     pair = Pair(model, dtype=BF16, takes=takes)
@@ -142,9 +143,6 @@ def test_the_sign_of_a_zero_is_a_change():
     assert pair.push().entries == 1
     held = dict(pair.engine.model.named_parameters())["model.layers.2.input_layernorm.weight"]
     assert held[:2].signbit().tolist() == [True, False]
-
-
-BOTH, ENTRIES, TENSORS = ("tensors", "entries"), ("entries",), ("tensors",)
 
 
 @pytest.mark.parametrize(

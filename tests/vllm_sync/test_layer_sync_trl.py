@@ -52,11 +52,11 @@ def run(tmp_path, tokenizer, serve):
 
 CASES = [
     {"mode": "colocate", "dtype": BF16},
-    {"mode": "server", "dtype": BF16},
     {"mode": "server", "dtype": BF16, "backend": "sparse_nccl", "layer": [0, 3]},
 ]
 MORE_TRANSFERS = [("nccl", True), ("sparse_nccl", False)]
 MORE = [
+    {"mode": "server", "dtype": BF16},
     {"mode": "colocate", "changed_only": False, "family": "gpt_oss"},
     {"mode": "server", "changed_only": False, "modules_to_save": ["lm_head"]},
     {"mode": "server", "backend": "sparse_nccl", "family": "qwen3_moe", "modules_to_save": ["lm_head"]},
@@ -104,7 +104,7 @@ def test_with_a_server_that_takes_entries_they_cross_the_wire(run):
     assert 0 < second.entries == second.nbytes // 6 < numel / 20
 
 
-@pytest.mark.parametrize("mode", ["colocate", "server"])
+@pytest.mark.parametrize("mode", [pytest.param("colocate", marks=pytest.mark.more), "server"])
 def test_an_engine_that_was_started_anew_is_sent_everything_aloud(run, mode):
     r = run(mode=mode, dtype=BF16)
     r.generation.sync_weights()
@@ -168,7 +168,7 @@ def test_after_sleep_at_level_2_everything_is_sent(run):
     assert all(p.isnan().all() for p in r.engine.model.parameters())
 
 
-@pytest.mark.parametrize("mode", ["colocate", "server"])
+@pytest.mark.parametrize("mode", [pytest.param("colocate", marks=pytest.mark.more), "server"])
 def test_after_a_push_that_failed_everything_is_sent(run, mode):
     r = run(mode=mode, dtype=BF16)
     r.generation.sync_weights()
