@@ -95,6 +95,10 @@ def task() -> Any:
     return module
 
 
+def times(a: int, b: int) -> str:
+    return f"{a / b:,.0f} x" if b else "-"
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("model")
@@ -140,12 +144,12 @@ def main() -> None:
     print(f"learning rate {given.learning_rate:g}, block {given.layer}, everything {syncs.everything:,} bytes a step")
     print("step   changed        block      entries   the shorter   (bytes)   everything / the shorter")
     for step, (entries, whole, parts, shorter) in enumerate(syncs.rows, 1):
-        ratio = "-" if not shorter else f"{syncs.everything / shorter:,.0f} x"
+        ratio = times(syncs.everything, shorter)
         print(f"{step:4} {entries * ITEM / block:8.2%} {whole:12,} {parts:12,} {shorter:13,} {ratio:>26}")
     total, count = [sum(column) for column in zip(*syncs.rows, strict=True)], len(syncs.rows)
     print(
         f"mean {total[0] / count * ITEM / block:8.2%} {total[1] // count:12,} {total[2] // count:12,} "
-        f"{total[3] // count:13,} {syncs.everything * count / total[3]:>24,.0f} x"
+        f"{total[3] // count:13,} {times(syncs.everything * count, total[3]):>26}"
     )
     print(
         f"everything / block {syncs.everything / block:.1f} x; "
