@@ -172,8 +172,9 @@ class LayerRanking(Record):
         if self.sweep is None:
             return {"format": self.FORMAT, **own}
         measured = {f.name: getattr(self.sweep, f.name) for f in fields(Sweep)}
-        if self.sweep.learning_rates_found is None:
-            del measured["learning_rates_found"]
+        for name in ("learning_rates_found", "regimes"):
+            if measured[name] is None:
+                del measured[name]
         return {"format": FORMATS[1], **own, **measured} | ({"source": self.source} if self.source else {})
 
     @classmethod
