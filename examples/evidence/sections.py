@@ -231,7 +231,7 @@ def transplants(found: Sequence[Study], results: Path) -> list[str]:
     said = ""
     if len(toys) > 1:
         alone, prior = (mean_interval([pair[i] for pair in toys]) for i in (0, 1))
-        predicts = "it predicts C" if alone[1] > 0 else "it does not predict C, so no probe method goes by it"
+        predicts = "it predicts C" if alone[1] > 0 else "that it predicts C is not shown, and no probe goes by it"
         said = (
             f"Over the {len(toys)} toys the mean rank correlation is {alone[0]:.2f} [{alone[1]:.2f}, {alone[2]:.2f}], "
             f"that of the depth prior {prior[0]:.2f} [{prior[1]:.2f}, {prior[2]:.2f}] (cases drawn anew): {predicts}."
