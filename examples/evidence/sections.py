@@ -10,7 +10,7 @@ from drawing import profile_svg
 from figures import KINDS, Row, Study, name_of, ranges
 from measures import OTHER
 from planned import SEEDS, grid
-from transplant import TOYS, toy_cases, transplant_figures
+from transplant import TOYS, mean_interval, toy_bases, toy_cases, transplant_figures
 from words import TASKS, cell, gained, interval, mean_of, points, score, where
 
 from peft_onelayer.records.ranking import LayerRanking
@@ -213,7 +213,8 @@ def _nats(row: Row) -> list[float]:
 
 
 def transplants(found: Sequence[Study], results: Path) -> list[str]:
-    cases = [*toy_cases(results), *((where(s), s.transplants, _truth(s)) for s in found if s.transplants)]
+    of_toys = toy_cases(results)
+    cases = [*of_toys, *((where(s), s.transplants, _truth(s)) for s in found if s.transplants)]
     if not cases:
         return []
     lines = [
@@ -221,15 +222,41 @@ def transplants(found: Sequence[Study], results: Path) -> list[str]:
         "windows |"
     ]
     lines.append("|---|---|---|---|---|---|---|---|")
-    for name, rows, truth in cases:
+    toys: list[tuple[float, float]] = []
+    for i, (name, rows, truth) in enumerate(cases):
         figures = transplant_figures(rows, truth)
         lines.append(f"| {name} | {' | '.join(figures.cells())} |")
+        if i < len(of_toys) and figures.spearman is not None and figures.prior is not None:
+            toys.append((figures.spearman, figures.prior))
+    said = ""
+    if len(toys) > 1:
+        alone, prior = (mean_interval([pair[i] for pair in toys]) for i in (0, 1))
+        predicts = "it predicts C" if alone[1] > 0 else "that it predicts C is not shown, and no probe goes by it"
+        said = (
+            f"Over the {len(toys)} toys the mean rank correlation is {alone[0]:.2f} [{alone[1]:.2f}, {alone[2]:.2f}], "
+            f"that of the depth prior {prior[0]:.2f} [{prior[1]:.2f}, {prior[2]:.2f}] (cases drawn anew): {predicts}."
+        )
     return [
         "## Do the blocks of a full run predict C?",
         "After one full run its blocks were put into the base one at a time, without training; the gain of each is "
         f"held against what the block gains when it is trained alone. The toys are those of [the study]({TOYS}).",
         "\n".join(lines),
+        said,
+        _remade(of_toys),
     ]
+
+
+def _remade(cases: Sequence[tuple[str, list[Row], list[float | None]]]) -> str:
+    """How far the toys' bases, which were made anew, score from those that the study swept."""
+    if not cases:
+        return ""
+    swept = toy_bases()
+    away = [abs(next(r["mean"] for r in rows if r["kind"] == "base") - swept[name]) for name, rows, _ in cases]
+    return (
+        "The toys' bases were made anew by the study's script, and their scores are "
+        f"{min(away):.3f} to {max(away):.3f} away from those of the bases that it swept: the truth is of bases that "
+        "are alike, not the same."
+    )
 
 
 def _truth(study: Study) -> list[float | None]:

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import statistics
 import sys
 import time
 from collections.abc import Mapping, Sequence
@@ -18,6 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from one_run import HERE
 from planned import DEPTH, RESULTS, SEEDS, SETTINGS, best_rate
@@ -177,6 +179,19 @@ def transplant_figures(rows: Sequence[Row], truth: Sequence[float | None]) -> Fi
         singles=sum(v or 0.0 for v in alone) / whole if whole else None,
         windows=rank_correlation([middle.get(k) for k in range(depth)], truth),
     )
+
+
+def mean_interval(values: Sequence[float]) -> tuple[float, float, float]:
+    """The mean, and both ends of its 95 % interval over cases that are drawn anew."""
+    drawn = np.random.default_rng(0).integers(0, len(values), (10_000, len(values)))
+    low, high = np.quantile(np.asarray(values)[drawn].mean(axis=1), (0.025, 0.975))
+    return statistics.fmean(values), float(low), float(high)
+
+
+def toy_bases() -> dict[str, float]:
+    """The score of the base of each of the study's sweeps, by case."""
+    rows = [row for row in read_records(STUDY / "results" / "truth.jsonl") if row["what"] == "profile"]
+    return {row["case"]: row["record"]["base"] for row in rows}
 
 
 def toy_truth() -> dict[str, list[float | None]]:

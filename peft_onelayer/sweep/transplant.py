@@ -6,21 +6,23 @@ all from below or from above. One evaluation each.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+import itertools
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from peft_onelayer.records.ranking import LayerRanking, Sweep
+from peft_onelayer.records.files import CONFIG
 from peft_onelayer.rollouts.evaluation import Evaluation, evaluate
+from peft_onelayer.rollouts.prompts import Shape, shaped
 from peft_onelayer.rollouts.settings import Sampling
-from peft_onelayer.statistics import Z_95
-from peft_onelayer.tasks import Task
+from peft_onelayer.runs.models import load_causal_lm, to_device, without_progress_bars
+from peft_onelayer.tasks import Task, load_task
 from peft_onelayer.tuner import find_decoder_stack
-from peft_onelayer.tuner.model import commit_hash
 
 from .metric import gain, layer_contribution
 
@@ -115,103 +117,116 @@ def evaluate_transplants(
         yield transplant, found
 
 
+@dataclass(frozen=True)
+class TransplantProfile:
+    """What each block of a fully trained model gains in the base, put in alone. Lists have one entry for each block.
+
+    Nothing is trained, so a share is no layer contribution.
+
+    Attributes:
+        base: name or path of the model before training.
+        full: of the model after it.
+        task: that was evaluated.
+        problems: number evaluated on.
+        samples: completions of each problem.
+        base_score: of the base.
+        full_score: of the fully trained model.
+        full_gain: the difference and its standard error.
+        gains: in mean score over the base.
+        errors: standard errors of the gains.
+        shares: gains over the full run's gain; None where that is noise.
+        share_errors: standard errors of the shares, None likewise.
+        undefined: why there are no shares; None where there are.
+        tokens_generated: by all evaluations.
+    """
+
+    base: str
+    full: str
+    task: str
+    problems: int
+    samples: int
+    base_score: float
+    full_score: float
+    full_gain: tuple[float, float | None]
+    gains: list[float]
+    errors: list[float | None]
+    shares: list[float | None]
+    share_errors: list[float | None]
+    undefined: str | None
+    tokens_generated: int
+
+    @property
+    def order(self) -> list[int]:
+        """The blocks, the largest gain first."""
+        return sorted(range(len(self.gains)), key=lambda k: -self.gains[k])
+
+    def to_json(self) -> dict[str, Any]:
+        """The JSON object that `onelayer analyze --transplant --json` prints."""
+        return {"format": "onelayer-transplant-1", **asdict(self)}
+
+
 def transplant_profile(
-    base: PreTrainedModel,
-    donor: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    task: Task,
+    base: str,
+    full: str,
+    task: str,
     *,
     problems: int = 256,
     samples: int = 4,
     batch_size: int = 64,
     seed: int = 0,
-    on_block: Callable[[int, int], None] = lambda done, total: None,
-) -> LayerRanking:
-    """What each block of a fully trained model gains in the base, put in alone; the base's weights are then as before.
+    revision: str | None = None,
+    on_evaluation: Callable[[int, int], None] = lambda done, total: None,
+) -> TransplantProfile:
+    """Put each block of a fully trained model into its base, alone, and evaluate.
 
     Args:
-        base: the model before training.
-        donor: the same after training all parameters.
-        problems: of the test split.
-        on_block: called with the evaluations that are done and their number.
-
-    Returns:
-        A ranking of the method "transplant": scores are gains in mean score; `sweep` has their shares of the full run's
-        gain as "contribution", which are no layer contributions: nothing was trained.
+        base: the model before training: a folder or a Hub id.
+        full: the whole model after training all parameters, likewise.
+        task: a name for `load_task`.
+        problems: of the test split; fewer where it is smaller.
+        samples: completions of each problem, at temperature 1.
+        seed: of the problems and of sampling.
+        revision: Hub revision of the base.
+        on_evaluation: called with the evaluations that are done, and their number.
 
     Raises:
-        ValueError: models with other blocks.
+        ValueError: in one line: no such model or task, an adapter in place of a model, or models with other blocks.
     """
-    check_donor(base, donor)
-    rows = task.rows("test", problems, seed)
-    sampling = Sampling(samples=samples, seed=seed, batch_size=batch_size)
-    depth = len(find_decoder_stack(base).blocks)
-    total, scores = depth + 2, {}
-    before, after = (evaluate(model, tokenizer, task, rows, sampling) for model in (base, donor))
-    on_block(2, total)
-    generated = before.tokens_generated + after.tokens_generated
-    measured = evaluate_transplants(base, donor, tokenizer, task, transplants(depth, ["single"]), rows, sampling)
-    for k, (_, found) in enumerate(measured):
-        scores[k] = found.scores
-        generated += found.tokens_generated
-        on_block(k + 3, total)
-    return profile_of_scores(
-        scores,
-        before.scores,
-        after.scores,
-        model=base.name_or_path,
-        revision=commit_hash(base),
-        task=task.name,
-        seed=seed,
-        samples=samples,
-        tokens=generated,
-    )
-
-
-def profile_of_scores(
-    scores: Mapping[int, Sequence[float]],
-    base: Sequence[float],
-    full: Sequence[float],
-    *,
-    model: str,
-    revision: str | None,
-    task: str,
-    seed: int,
-    samples: int,
-    tokens: int,
-) -> LayerRanking:
-    """The ranking from the scores of every block put in alone, (P,) each, as of base and full."""
-    depth = len(scores)
-    gains = [gain(scores[k], base) for k in range(depth)]
-    shares = [layer_contribution(scores[k], base, full) for k in range(depth)]
-    order = sorted(range(depth), key=lambda k: -gains[k][0])
-    best = order[0]
-    differences = {k: gain(scores[best], scores[k]) for k in order}
-    return LayerRanking(
-        model=model,
-        revision=revision,
-        num_layers=depth,
-        method="transplant",
-        scores=[value for value, _ in gains],
-        errors=[error for _, error in gains],
-        order=order,
-        tied=[k for k, (value, error) in differences.items() if value <= Z_95 * (error or 0.0)],
-        pick=best if gains[best][0] > Z_95 * (gains[best][1] or 0.0) else None,
-        learning_rate=None,
-        cost={"tokens_generated": tokens, "tokens_trained": 0, "seconds": 0.0, "share": 0.0},
+    if (Path(full).expanduser() / CONFIG).is_file():
+        raise ValueError(f"{full} is an adapter; a transplant needs the whole model that training all parameters left")
+    asked = load_task(task)
+    with without_progress_bars():
+        model, tokenizer = load_causal_lm(base, revision)
+        donor, _ = load_causal_lm(full)
+        check_donor(model, donor)
+        for loaded in (model, donor):
+            to_device(loaded)
+        asked, _ = shaped(asked, tokenizer, Shape())
+        rows, sampling = asked.rows("test", problems, seed), Sampling(samples=samples, seed=seed, batch_size=batch_size)
+        singles = transplants(len(find_decoder_stack(model).blocks), ["single"])
+        found: list[Evaluation] = []
+        for one in itertools.chain(
+            (evaluate(whole, tokenizer, asked, rows, sampling) for whole in (model, donor)),
+            (e for _, e in evaluate_transplants(model, donor, tokenizer, asked, singles, rows, sampling)),
+        ):
+            found.append(one)
+            on_evaluation(len(found), len(singles) + 2)
+    before, after, *alone = found
+    gains = [gain(one.scores, before.scores) for one in alone]
+    shares = [layer_contribution(one.scores, before.scores, after.scores) for one in alone]
+    return TransplantProfile(
+        base=base,
+        full=full,
         task=task,
-        seed=seed,
-        sweep=Sweep(
-            contribution=[share.value for share in shares],
-            base=sum(base) / len(base),
-            full=sum(full) / len(full),
-            contribution_errors=[share.standard_error for share in shares],
-            undefined=next((share.reason for share in shares), None),
-            means=[sum(scores[k]) / len(scores[k]) for k in range(depth)],
-            full_gain=list(gain(full, base)),
-            seeds=[seed],
-            problems=len(base),
-            samples=samples,
-            split="test",
-        ),
+        problems=before.n,
+        samples=samples,
+        base_score=before.mean,
+        full_score=after.mean,
+        full_gain=gain(after.scores, before.scores),
+        gains=[value for value, _ in gains],
+        errors=[error for _, error in gains],
+        shares=[share.value for share in shares],
+        share_errors=[share.standard_error for share in shares],
+        undefined=next((share.reason for share in shares), None),
+        tokens_generated=sum(one.tokens_generated for one in found),
     )
