@@ -126,11 +126,15 @@ def test_what_is_finished_never_runs_again(tmp_path):
     ("changes", "what"),
     [
         ({"steps": 9}, "--steps 4, and 9 is asked for"),
-        ({"algorithm": "dr_grpo"}, "--algorithm grpo, and dr_grpo is asked for"),
-        ({"task": "sort"}, "--task arithmetic, and sort is asked for"),
-        ({"learning_rate": 2e-3}, "--full-learning-rate 0.001, and 0.002 is asked for"),
+        pytest.param({"algorithm": "dr_grpo"}, "--algorithm grpo, and dr_grpo is asked for", marks=pytest.mark.more),
+        pytest.param({"task": "sort"}, "--task arithmetic, and sort is asked for", marks=pytest.mark.more),
+        pytest.param(
+            {"learning_rate": 2e-3}, "--full-learning-rate 0.001, and 0.002 is asked for", marks=pytest.mark.more
+        ),
         ({"learning_rate": 2e-3, "full_learning_rate": 1e-3}, "--learning-rate 0.001, and 0.002 is asked for"),
-        ({"config": {"temperature": 0.9}}, "--set {}, and {'temperature': 0.9} is asked for"),
+        pytest.param(
+            {"config": {"temperature": 0.9}}, "--set {}, and {'temperature': 0.9} is asked for", marks=pytest.mark.more
+        ),
         ({"problems": 100}, "evaluated otherwise"),
     ],
     ids=str,

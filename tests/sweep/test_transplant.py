@@ -70,6 +70,7 @@ def full(tmp_path_factory):
     return folder
 
 
+@pytest.mark.more
 def test_a_profile_of_every_block(full, onelayer):  # noqa: F811
     found = transplant_profile(DEMO, str(full), "arithmetic", problems=24, samples=2)
     task = load_task("arithmetic")
