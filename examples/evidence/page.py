@@ -46,7 +46,8 @@ def page_text(found: Sequence[Study], results: Path, kept: str) -> str:
     parts = [
         "# Does one block match full training?",
         "Written by `python examples/evidence/page.py` from [the rows](../examples/evidence/results); changes by hand "
-        "are lost, but for one part.",
+        "are lost, but for one part. The models are [4-bit files, dequantized to bfloat16]"
+        "(models.md#the-pretrained-models-that-were-measured), not the checkpoints on the Hub.",
         "## The answer",
         " ".join(answer(found)),
         "## What is there, and what is missing",
