@@ -333,7 +333,7 @@ SEAMS: dict[str, tuple[Seam, ...]] = {
         Seam(
             "huggingface_hub._commit_api:_upload_lfs_files", "to say why a push failed", says=("raise RuntimeError(",)
         ),
-        Seam("huggingface_hub._commit_api:_upload_xet_files", "to tell Xet's errors", says=("import hf_xet",)),
+        Seam("huggingface_hub._commit_api:_upload_xet_files", "to tell Xet's errors", says=("hf_xet",)),
         Seam("huggingface_hub.file_download:xet_get", "to tell Xet's errors", says=("hf_xet",)),
     ),
     "onelayer_cli._hub": (
