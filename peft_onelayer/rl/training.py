@@ -160,7 +160,7 @@ def train_rows(
         callbacks=[_Progress(on_step, on_log), *callbacks],
         **arguments,
     )
-    if layers is not None:
+    if layers is not None and (not isinstance(layers, PeftConfig) or isinstance(layers, SingleLayerConfig)):
         shared_prefix(trainer)
     if algorithm.online:
         shared_prompts(trainer)
