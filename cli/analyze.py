@@ -1,10 +1,12 @@
 """`onelayer analyze`: what training changed in each tensor, block and kind of tensor, read from the files.
 
---json prints an object of the format "onelayer-analysis-1": the fields of `Analysis`.
+--json prints an object of the format "onelayer-analysis-1": the fields of `Analysis`; with --transplant one of the
+format "onelayer-transplant-1": those of `TransplantProfile`.
 """
 
 from __future__ import annotations
 
+from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -13,11 +15,12 @@ import typer
 from ._errors import user_error
 from ._hub import quiet_hub
 from ._options import AllowOtherBase, Json, Revision
-from ._output import common_prefix, late_bar, note, print_json, print_line, print_table, status
+from ._output import Bar, common_prefix, late_bar, note, print_json, print_line, print_table, progress_bar, status
 
 if TYPE_CHECKING:
     from peft_onelayer.analysis.change import Analysis, GroupChange
     from peft_onelayer.analysis.measure import TensorChange
+    from peft_onelayer.sweep.transplant import TransplantProfile
 
 LISTED = 60  # tensors up to which the table has a line for each
 IMAGES = (".png", ".pdf", ".svg")
@@ -27,6 +30,7 @@ EXAMPLES = """Examples:
   onelayer analyze Qwen/Qwen3-1.7B-Base run                     an adapter, dense or sparse
   onelayer analyze Qwen/Qwen3-1.7B-Base full-run --json         a whole checkpoint, for a program
   onelayer analyze base tuned --no-spectrum --plot change.png   without ranks, which take the longest
+  onelayer analyze base full-run --transplant gsm8k             each block of the full run alone in the base
   onelayer analyze base run --mask-out mask.safetensors --share .05   for train --mask"""
 
 
@@ -55,6 +59,16 @@ def analyze(
         typer.Option(help="Of --mask-out: this share of the entries, drawn at random.", show_default=False),
     ] = None,
     seed: Annotated[int, typer.Option(min=0, help="Of --random.")] = 0,
+    transplant: Annotated[
+        str | None,
+        typer.Option(
+            metavar="TASK",
+            help="Instead, put each block of OTHER, a whole model, into BASE and evaluate it on this task.",
+            show_default=False,
+        ),
+    ] = None,
+    problems: Annotated[int, typer.Option(min=2, help="Of --transplant: held-out problems.")] = 256,
+    samples: Annotated[int, typer.Option(min=1, help="Of --transplant: completions of each.")] = 4,
     revision: Revision = None,
     allow_other_base: AllowOtherBase = False,
     as_json: Json = False,
@@ -64,7 +78,18 @@ def analyze(
         from peft_onelayer.analysis.change import analyze_change
         from peft_onelayer.analysis.mask import make_mask
         from peft_onelayer.records.files import check_file, output
+        from peft_onelayer.runs.early import check_task_name
 
+    if transplant is not None:
+        with user_error(ValueError):
+            if len(others) > 1 or plot is not None or mask_out is not None:
+                raise ValueError(
+                    "--transplant takes one OTHER, and measures no tensors: leave out --plot and --mask-out."
+                )
+            check_task_name(transplant)
+        found_blocks = _transplant(base, others[0], transplant, problems, samples, revision)
+        print_json(found_blocks.to_json()) if as_json else _print_blocks(found_blocks)
+        return
     with user_error(ValueError):
         if plot is not None:
             if plot.suffix not in IMAGES:
@@ -106,6 +131,50 @@ def analyze(
         print_json(found.to_json())
     else:
         _print(found)
+
+
+def _transplant(
+    base: str, full: str, task: str, problems: int, samples: int, revision: str | None
+) -> TransplantProfile:
+    from peft_onelayer.sweep.transplant import transplant_profile
+
+    with user_error(ValueError, OSError), quiet_hub(), ExitStack() as stack:
+        shown: list[Bar] = []
+
+        def update(done: int, total: int) -> None:
+            if not shown:
+                shown.append(stack.enter_context(progress_bar("evaluating blocks", total)))
+            shown[0].update(done)
+
+        return transplant_profile(
+            base, full, task, problems=problems, samples=samples, revision=revision, on_evaluation=update
+        )
+
+
+def _print_blocks(found: TransplantProfile) -> None:
+    def cell(value: float | None, error: float | None, sign: str = "") -> str:
+        return "" if value is None else f"{value:{sign}.4f}" + ("" if error is None else f" ± {error:.4f}")
+
+    rows = [["base", f"{found.base_score:.4f}", "", ""]]
+    rows.append(["full", f"{found.full_score:.4f}", cell(*found.full_gain, sign="+"), ""])
+    for k, value in enumerate(found.gains):
+        share = "undefined" if found.undefined else cell(found.shares[k], found.share_errors[k])
+        rows.append([str(k), f"{found.base_score + value:.4f}", cell(value, found.errors[k], "+"), share])
+    print_table(
+        f"blocks of {found.full} in {found.base}, each alone, on {found.task}: {found.problems} problems x "
+        f"{found.samples}",
+        ["block", "score", "gain", "share of full's"],
+        rows,
+    )
+    print_line("± one standard error over the problems, paired.")
+    if found.undefined:
+        print_line(f"There are no shares: {found.undefined}.")
+    else:
+        total = sum(share or 0.0 for share in found.shares)
+        print_line(f"The shares add up to {total:.2f}; the largest is of block {found.order[0]}.")
+    print_line(
+        "Nothing was trained: this says where a full run put its gain, not what a block gains when it is trained alone."
+    )
 
 
 def _print(found: Analysis) -> None:

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Annotated
 
 import typer
@@ -53,33 +54,36 @@ def entropy(
     as_json: Json = False,
 ) -> None:
     """Show which tokens the learning signal of a block comes from: those of high entropy, or the rest."""
-    with status("loading ..."):
-        from peft_onelayer.rl.sampling import OWN_OPTIONS, sampling_from_text
-        from peft_onelayer.runs.forking import entropy as measure
-        from peft_onelayer.runs.settings import EntropySettings
+    from peft_onelayer.runs.early import check_entropy
+    from peft_onelayer.runs.settings import EntropySettings
 
     with user_error(ValueError, OSError, ImportError):
+        asked = EntropySettings(
+            model=model,
+            adapter=adapter,
+            layer=layer,
+            task=task,
+            dataset=dataset,
+            reward=reward,
+            share=share,
+            problems=problems,
+            samples=samples,
+            batch_size=batch_size,
+            seed=seed,
+            chat=chat,
+            system=system,
+            shots=shots,
+            revision=revision,
+            trust_remote_code=trust_remote_code,
+            unsafe=unsafe,
+        )
+        check_entropy(asked)
+        with status("loading ..."):
+            from peft_onelayer.rl.sampling import OWN_OPTIONS, sampling_from_text
+            from peft_onelayer.runs.forking import entropy as measure
+        given = sampling_from_text(sampling or [], OWN_OPTIONS)
         found = measure(
-            EntropySettings(
-                model=model,
-                adapter=adapter,
-                layer=layer,
-                task=task,
-                dataset=dataset,
-                reward=reward,
-                share=share,
-                problems=problems,
-                samples=samples,
-                sampling=sampling_from_text(sampling or [], OWN_OPTIONS),
-                batch_size=batch_size,
-                seed=seed,
-                chat=chat,
-                system=system,
-                shots=shots,
-                revision=revision,
-                trust_remote_code=trust_remote_code,
-                unsafe=unsafe,
-            ),
+            replace(asked, sampling=given),
             progress=TerminalProgress(),
         )
     if as_json:

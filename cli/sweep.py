@@ -13,13 +13,16 @@ from ._errors import user_error
 from ._options import (
     Chat,
     Completions,
+    Dataset,
     Json,
     ModelName,
     Prompts,
     Revision,
+    Reward,
     Set,
     Shots,
     System,
+    TaskName,
     TrustRemoteCode,
     Unsafe,
 )
@@ -31,7 +34,9 @@ if TYPE_CHECKING:
 
 def sweep(
     model: ModelName,
-    task: Annotated[str, typer.Option(help="arithmetic, gsm8k, reasoning_gym:chain_sum, ... or a file.py.")],
+    task: TaskName = None,
+    dataset: Dataset = None,
+    reward: Reward = None,
     out: Annotated[Path, typer.Option(help="Folder for the rows and the profile; goes on with what is in it.")] = Path(
         "onelayer-sweep"
     ),
@@ -61,6 +66,14 @@ def sweep(
             show_default=False,
         ),
     ] = None,
+    regimes: Annotated[
+        bool,
+        typer.Option(
+            "--regimes",
+            help="With --search-learning-rates: C at equal rates (--learning-rate, or the blocks' tuned one), with the "
+            "full run's tuned, and with both tuned.",
+        ),
+    ] = False,
     settings: Set = None,
     problems: Annotated[int, typer.Option(min=1, help="Held-out problems to evaluate on.")] = 256,
     samples: Annotated[int, typer.Option(min=1, help="Sampled completions per problem.")] = 4,
@@ -90,7 +103,7 @@ def sweep(
     from peft_onelayer.runs.early import check_sweep
 
     with user_error(ValueError, OSError):
-        check_sweep(model, task, algorithm, layers, out)
+        check_sweep(model, task, dataset, reward, algorithm, layers, out)
     with status("loading ..."):
         from peft_onelayer.report.plots import plot_profile
         from peft_onelayer.rl.recipe import config_from_text
@@ -103,6 +116,8 @@ def sweep(
         asked = SweepSettings(
             model=model,
             task=task,
+            dataset=dataset,
+            reward=reward,
             layers=layers,
             algorithm=algorithm,
             steps=steps,
@@ -112,6 +127,7 @@ def sweep(
             learning_rate=learning_rate,
             full_learning_rate=full_learning_rate,
             search_learning_rates=_numbers("--search-learning-rates", search_learning_rates or "", float),
+            regimes=regimes,
             config=config_from_text(algorithm, settings or [], SWEEP_OPTIONS),
             problems=problems,
             samples=samples,
@@ -141,7 +157,14 @@ def sweep(
 
             try:
                 profile = sweep_layers(
-                    asked, out=out, engine=engine, workers=workers, engine_options=options, on_start=start, on_row=show
+                    asked,
+                    out=out,
+                    engine=engine,
+                    workers=workers,
+                    engine_options=options,
+                    on_start=start,
+                    on_note=note,
+                    on_row=show,
                 )
             except BaseException:
                 for line in unlearnable:
@@ -149,7 +172,7 @@ def sweep(
                 if shown and not unlearnable and (rows := len(list(out.glob("rows/*.json")))):
                     note(f"{rows} finished runs are kept in {out / 'rows'}; the same command goes on with the others")
                 raise
-    plot_profile(profile, out / "layer_profile.png", f"{algorithm} on {task}, {steps} steps")
+    plot_profile(profile, out / "layer_profile.png", f"{algorithm} on {profile.task}, {steps} steps")
     if as_json:
         print(profile.to_json(), end="")
     else:
@@ -213,6 +236,12 @@ def _print_profile(profile: LayerRanking, out: Path) -> None:
     print_line("± one standard error: over the problems, paired, and over the seeds where there are several.")
     if sweep.undefined:
         print_line(f"C is undefined: {sweep.undefined}.")
+    if sweep.regimes:
+        from peft_onelayer.sweep.regimes import regime_lines, regime_table
+
+        print_table("C under three regimes of learning rates", *regime_table(sweep.regimes))
+        for line in regime_lines(sweep.regimes, sweep.seeds):
+            print_line(line)
     print_line(_verdict(profile))
     still = [str(k) for k in profile.order if profile.scores[k] == 0 == profile.errors[k]]
     if still and (len(still) < len(profile.order) or sweep.full_gain != [0, 0]):

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated
 
@@ -59,35 +60,38 @@ def vote(
     as_json: Json = False,
 ) -> None:
     """Let adapters vote on the answers to a task's problems, with one base model in memory."""
-    with status("loading ..."):
-        from peft_onelayer.rl.sampling import OWN_OPTIONS, sampling_from_text
-        from peft_onelayer.runs.settings import VoteSettings
-        from peft_onelayer.runs.voting import vote as take_vote
+    from peft_onelayer.runs.early import check_vote
+    from peft_onelayer.runs.settings import VoteSettings
 
     with user_error(ValueError, OSError, ImportError):
+        asked = VoteSettings(
+            model=base or "",
+            adapters=adapters,
+            against=against,
+            task=task,
+            dataset=dataset,
+            reward=reward,
+            split=split,
+            problems=problems,
+            samples=samples,
+            batch_size=batch_size,
+            seed=seed,
+            chat=chat,
+            system=system,
+            shots=shots,
+            out=out,
+            revision=revision,
+            trust_remote_code=trust_remote_code,
+            allow_other_base=allow_other_base,
+            unsafe=unsafe,
+        )
+        check_vote(asked)
+        with status("loading ..."):
+            from peft_onelayer.rl.sampling import OWN_OPTIONS, sampling_from_text
+            from peft_onelayer.runs.voting import vote as take_vote
+        given = sampling_from_text(sampling or [], OWN_OPTIONS)
         found = take_vote(
-            VoteSettings(
-                model=base or "",
-                adapters=adapters,
-                against=against,
-                task=task,
-                dataset=dataset,
-                reward=reward,
-                split=split,
-                problems=problems,
-                samples=samples,
-                sampling=sampling_from_text(sampling or [], OWN_OPTIONS),
-                batch_size=batch_size,
-                seed=seed,
-                chat=chat,
-                system=system,
-                shots=shots,
-                out=out,
-                revision=revision,
-                trust_remote_code=trust_remote_code,
-                allow_other_base=allow_other_base,
-                unsafe=unsafe,
-            ),
+            replace(asked, sampling=given),
             command=command_line(),
             progress=TerminalProgress(),
         )

@@ -89,6 +89,7 @@ def check(user: str) -> None:
 _TUNER = "peft.tuners.tuners_utils:BaseTuner."
 _LAYER = "peft.tuners.tuners_utils:BaseTunerLayer."
 _GRPO = "trl.trainer.grpo_trainer:GRPOTrainer."
+_VLLM = "trl.generation.vllm_generation:VLLMGeneration."
 _CHAT = "trl.chat_template_utils:"
 _SDPO = "trl.experimental.sdpo:SDPOTrainer"
 _SDFT = "trl.experimental.sdft:SDFTTrainer"
@@ -271,6 +272,51 @@ SEAMS: dict[str, tuple[Seam, ...]] = {
     "peft_onelayer.rl.prefix": (Seam("torch.nn.modules.dropout:_DropoutNd", "to know that a pass is random"),),
     "peft_onelayer.tuner.prompts": (
         Seam("transformers.cache_utils:DynamicLayer.batch_select_indices", "one pass of equal prompts", ("indices",)),
+    ),
+    "peft_onelayer.rl.sync": (
+        Seam(
+            _VLLM + "sync_weights",
+            "to send the trained block alone",
+            says=(
+                'self.llm.wake_up(tags=["weights"])',
+                "self._llm_weights_sleeping = False",
+                "self.llm.llm_engine.model_executor.driver_worker.model_runner.model.load_weights([(name, param)])",
+                "self.vllm_client.reset_prefix_cache()",
+            ),
+        ),
+        Seam(
+            _VLLM + "generate",
+            "to know what an engine has forgotten",
+            says=("self.llm.sleep(level=2)", "self._llm_weights_sleeping = True", "self.sync_weights()"),
+        ),
+        Seam(_VLLM + "__init__", "to find the engine", ("model", "mode", "tensor_parallel_size", "enable_sleep_mode")),
+        Seam(
+            "trl.generation.vllm_client:VLLMClient.update_named_params",
+            "to send a server some tensors",
+            ("metadata", "named_params"),
+        ),
+        Seam(
+            "trl.generation.vllm_client:VLLMClient.init_communicator",
+            "to send a server entries",
+            says=("self.communicator = open_trainer_endpoint(init_info)",),
+        ),
+    ),
+    "peft_onelayer.rl.transfer": (
+        Seam(
+            "trl.experimental.async_grpo.weight_transfer:WeightTransferClient.send_weights",
+            "to send a server some tensors",
+            ("iterator",),
+            says=("self.vllm.update_weights(self._weight_update_info,", "group=self.model_update_group,"),
+        ),
+        Seam(
+            "trl.experimental.async_grpo.async_grpo_trainer:AsyncGRPOTrainer._sync_weight_merged",
+            "to take the place of its transfer",
+            says=(
+                "self.weight_transfer.pause()",
+                "self.weight_transfer.send_weights(self._streaming_iter())",
+                "self.weight_transfer.resume()",
+            ),
+        ),
     ),
     "peft_onelayer.rl.entropy": (
         Seam(

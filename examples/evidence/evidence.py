@@ -3,74 +3,113 @@
     python examples/evidence/evidence.py smollm2-135m sums [--models FOLDER] [--minutes 60]
 
 FOLDER has a folder for each model. Every finished run is a line of results/MODEL-TASK.jsonl, and runs that are there
-are not repeated. `--list` says what is there and what is missing.
+are not repeated. `--list` says what is there and what is missing. `--probes` ranks the blocks, and `--retention`
+repeats chosen runs to see what they did to another task and to plain text; both have files of their own. `--repeat RUN`
+runs one row again and says whether it comes out within the row's interval; it writes nothing.
 """
 
 from __future__ import annotations
 
 import argparse
 import os
+import re
+import sys
 import time
-from collections.abc import Iterator, Sequence
-from dataclasses import asdict
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from one_run import HERE, Run, Setting, execute
-from transformers import AutoConfig
+from measures import execute_probe, probe_runs, retention_of, retention_runs
+from one_run import Run, Setting, execute
+from planned import RESULTS, SETTINGS, runs, same
 
 from peft_onelayer.records.jsonl import append_record, read_records
-
-RESULTS = HERE / "results"
-SEEDS = (0, 1)
-RATES, LORA_RATES = (1e-5, 3e-5, 1e-4, 3e-4), (1e-4, 3e-4, 1e-3, 3e-3)
-SETTINGS = [
-    Setting("smollm2-135m", "sums", RATES, LORA_RATES),
-    Setting("smollm2-135m", "repeated", RATES, LORA_RATES),
-    Setting("qwen2.5-coder-0.5b", "repeated", RATES, LORA_RATES),
-]
-STRIDE = {"smollm2-135m": 3, "qwen2.5-coder-0.5b": 3}  # between the blocks that are measured first
+from peft_onelayer.statistics import Z_95
+from peft_onelayer.sweep.metric import gain
 
 
-def spread(num_layers: int, stride: int) -> list[int]:
-    """Every block, those first that are `stride` apart, the last block among them.
+def parse_run(text: str) -> Run:
+    """The run that `str(Run)` names, such as "block 15, rate 1e-4, seed 0", "lora-all, rate 0.001, seed 1" or "base".
 
-    >>> spread(7, 3)
-    [0, 3, 6, 1, 2, 4, 5]
+    Raises:
+        ValueError: the text is not of this form.
     """
-    first = [k for k in range(num_layers) if k % stride == 0 or k == num_layers - 1]
-    return first + [k for k in range(num_layers) if k not in first]
+    match = re.fullmatch(r"([a-z-]+?)(?: (\d+))?(?:, rate ([\d.e-]+))?(?:, seed (\d+))?", text.strip())
+    if match is None:
+        raise ValueError(f"{text!r} names no run; expected such as 'block 15, rate 1e-4, seed 0' or 'base'")
+    kind, block, rate, seed = match.groups()
+    return Run(kind, None if block is None else int(block), None if rate is None else float(rate), int(seed or 0))
 
 
-def best_rate(rows: Sequence[dict[str, Any]], kind: str) -> float | None:
-    """The rate of the highest score on the search's problems, the lowest of equal ones; None before all are there."""
-    found = {r["run"]["rate"]: r["search_mean"] for r in rows if r["run"]["kind"] == kind and r["run"]["searched"]}
-    asked = {len(r["setting"]["lora_rates" if kind.startswith("lora") else "rates"]) for r in rows}
-    return max(sorted(found), key=found.__getitem__) if asked and len(found) == max(asked) else None
+@dataclass(frozen=True)
+class Repetition:
+    """A row and the same run again.
+
+    Attributes:
+        interval: of the row's mean, at 95 %, over the problems.
+        inside: whether the new mean lies in it.
+        equal: problems that scored exactly the same.
+        difference: new less old, with its paired standard error.
+    """
+
+    interval: tuple[float, float]
+    inside: bool
+    equal: int
+    difference: tuple[float, float | None]
 
 
-def runs(setting: Setting, num_layers: int, rows: Sequence[dict[str, Any]]) -> Iterator[Run]:
-    """The runs that can be named yet, in their order: those at a tuned rate only when its search is done."""
-    middle = num_layers // 2
-    yield Run("base", searched=True)
-    yield from (Run("block", middle, rate, searched=True) for rate in setting.rates)
-    yield from (Run("full", None, rate, searched=True) for rate in setting.rates)
-    block, full = best_rate(rows, "block"), best_rate(rows, "full")
-    blocks = spread(num_layers, STRIDE[setting.model])
-    if block is not None:
-        measured = [Run("block", k, block, searched=k == middle) for k in blocks]
-        yield from measured[: blocks.index(num_layers - 1) + 1]
-    yield from (Run("lora-all", None, rate, searched=True) for rate in setting.lora_rates)
-    if block is None or full is None:
-        return
-    yield from measured
-    for seed in SEEDS[1:]:
-        yield from (Run("full", None, rate, seed) for rate in sorted({full, block}))
-        yield from (Run("block", k, block, seed) for k in blocks)
+def compare(row: Mapping[str, Any], again: Mapping[str, Any]) -> Repetition:
+    """Whether a run that was repeated comes out within the interval of its row."""
+    low, high = (row["mean"] + sign * Z_95 * row["standard_error"] for sign in (-1, 1))
+    equal = sum(a == b for a, b in zip(row["scores"], again["scores"], strict=True))
+    return Repetition((low, high), low <= again["mean"] <= high, equal, gain(again["scores"], row["scores"]))
 
 
-def same(run: Run, row: dict[str, Any]) -> bool:
-    return {**row["run"], "searched": None} == {**asdict(run), "searched": None}
+def repeat(setting: Setting, rows: Sequence[dict[str, Any]], text: str, folder: Path) -> bool:
+    """Run one row again, say what came out, and whether it lies within the row's interval; nothing is written.
+
+    Raises:
+        ValueError: no such row.
+    """
+    run = parse_run(text)
+    found = [row for row in rows if same(run, row)]
+    if not found:
+        there = "; ".join(str(Run(**row["run"])) for row in rows) or "none"
+        raise ValueError(f"no row of {run}; the rows are: {there}")
+    row, again = found[0], execute(setting, run, folder)
+    seen = compare(row, again)
+    difference, error = seen.difference
+    print(
+        f"{run}: {again['mean']:.4f}, {'within' if seen.inside else 'OUTSIDE'} the row's {row['mean']:.4f} "
+        f"[{seen.interval[0]:.4f}, {seen.interval[1]:.4f}]; the difference is {difference:+.4f} ± {error or 0:.4f}, "
+        f"and {seen.equal} of {len(row['scores'])} problems scored the same"
+    )
+    if again["versions"] != row["versions"]:
+        print(f"the row's versions: {row['versions']}\nthese versions: {again['versions']}")
+    return seen.inside
+
+
+def collect(
+    path: Path, wanted: Callable[[], Sequence[Any]], there: Callable[[Any, Any], bool], make: Any, minutes: float
+) -> None:
+    """Make what is wanted and not yet a row of `path`, one at a time, until nothing is missing or the time is over.
+
+    Args:
+        wanted: asked again after every row, as it may name more then.
+        there: whether a row is of one that is wanted.
+        make: gives the row of one that is wanted.
+    """
+    start = time.perf_counter()
+    while time.perf_counter() - start <= 60 * minutes:
+        rows = read_records(path)
+        missing = [one for one in wanted() if not any(there(one, row) for row in rows)]
+        if not missing:
+            return
+        row = make(missing[0])
+        append_record(path, row)
+        score = f": {row['mean']:.4f} ± {row['standard_error']:.4f}" if "mean" in row else ""
+        print(f"{missing[0]}{score}, {row['cpu_seconds']} s", flush=True)
 
 
 def main() -> None:
@@ -80,29 +119,53 @@ def main() -> None:
     default = os.environ.get("ONELAYER_MODELS", "~/.cache/onelayer-models")
     parser.add_argument("--models", type=Path, default=Path(default).expanduser())
     parser.add_argument("--minutes", type=float, default=float("inf"), help="begin no run after so many")
-    parser.add_argument("--list", action="store_true", help="what is there, and what is missing")
+    what = parser.add_mutually_exclusive_group()
+    what.add_argument("--list", action="store_true", help="what is there, and what is missing")
+    what.add_argument("--probes", action="store_true", help="rank the blocks, by depth and by races")
+    what.add_argument("--retention", action="store_true", help="repeat chosen runs, for what they kept")
+    what.add_argument("--repeat", metavar="RUN", help="run one row again, such as 'block 15, rate 1e-4, seed 0'")
     options = parser.parse_args()
     try:
         setting = next(s for s in SETTINGS if (s.model, s.task) == (options.model, options.task))
     except StopIteration:
         parser.error(f"no study of {options.model} on {options.task}")
-    folder = options.models / setting.model
+    folder, path = options.models / setting.model, RESULTS / f"{setting.name}.jsonl"
+    if options.list:
+        rows = read_records(path)
+        missing = [run for run in dict.fromkeys(runs(setting, rows)) if not any(same(run, r) for r in rows)]
+        print(f"{len(rows)} runs are there; next of {len(missing)}: " + "; ".join(map(str, missing[:5])))
+        return
     if not (folder / "config.json").exists():
         parser.error(f"{folder} holds no model; give the folder that has {setting.model} with --models")
-    num_layers = AutoConfig.from_pretrained(folder).num_hidden_layers
-    path, start = RESULTS / f"{setting.name}.jsonl", time.perf_counter()
-    while True:
-        rows = read_records(path)
-        planned = list(dict.fromkeys(runs(setting, num_layers, rows)))
-        missing = [run for run in planned if not any(same(run, row) for row in rows)]
-        if options.list:
-            print(f"{len(rows)} runs are there; next of {len(missing)}: " + "; ".join(map(str, missing[:5])))
-            return
-        if not missing or time.perf_counter() - start > 60 * options.minutes:
-            return
-        row = execute(setting, missing[0], folder)
-        append_record(path, row)
-        print(f"{missing[0]}: {row['mean']:.4f} ± {row['standard_error']:.4f}, {row['cpu_seconds']} s", flush=True)
+    if options.repeat is not None:
+        try:
+            sys.exit(not repeat(setting, read_records(path), options.repeat, folder))
+        except ValueError as error:
+            parser.error(str(error))
+    if options.probes:
+        collect(
+            RESULTS / f"{setting.name}-probes.jsonl",
+            lambda: probe_runs(setting),
+            lambda probe, row: row["probe"] == probe,
+            lambda probe: execute_probe(setting, probe, folder),
+            options.minutes,
+        )
+    elif options.retention:
+        collect(
+            RESULTS / f"{setting.name}-retention.jsonl",
+            lambda: retention_runs(setting, read_records(path)),
+            same,
+            lambda run: execute(setting, run, folder, lambda *trained: retention_of(setting, *trained)),
+            options.minutes,
+        )
+    else:
+        collect(
+            path,
+            lambda: list(dict.fromkeys(runs(setting, read_records(path)))),
+            same,
+            lambda run: execute(setting, run, folder),
+            options.minutes,
+        )
 
 
 if __name__ == "__main__":

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from peft import LoraConfig, PeftConfig
+from safetensors.torch import save_file
 
 from peft_onelayer import SingleLayerConfig
 from peft_onelayer.rl.recipe import make_recipe
@@ -61,7 +64,9 @@ class Run:
     """One run.
 
     Attributes:
-        kind: "base", "full", "block", "lora-all", "lora-all-sized", "lora-block" or "norms".
+        kind: "base"; "full"; "block"; LoRA, as "lora-all" (r = 16) and "lora-all-sized" (of a block's size) on all
+            linears, and "lora-block" (r = 16); "mask", as many entries of all blocks as a block has, at random;
+            "norms", those of all blocks.
         block: for "block" and "lora-block".
         rate: learning rate; None for the base.
         seed: of training and of its data.
@@ -79,8 +84,29 @@ class Run:
         return what if self.rate is None else f"{what}, rate {self.rate:g}, seed {self.seed}"
 
 
-def peft_config(run: Run, model: Any) -> PeftConfig | None:
-    """What PEFT is asked to train; None for every parameter. LoRA's alpha is twice its rank."""
+def random_mask(model: Any, seed: int, file: Path) -> None:
+    """Write a mask of as many entries as a block has, drawn without replacement from all entries of all blocks."""
+    blocks = find_decoder_stack(model).blocks
+    inside = {id(parameter) for block in blocks for parameter in block.parameters()}
+    shapes = {name: tuple(p.shape) for name, p in model.named_parameters() if id(p) in inside}
+    sizes = [int(np.prod(shape)) for shape in shapes.values()]
+    generator = np.random.default_rng(seed)
+    counts = generator.multivariate_hypergeometric(sizes, sum(p.numel() for p in blocks[0].parameters()))
+    masks = {}
+    for (name, shape), size, count in zip(shapes.items(), sizes, counts, strict=True):
+        mask = torch.zeros(size, dtype=torch.bool)
+        mask[torch.from_numpy(generator.choice(size, count, replace=False))] = True
+        if count:
+            masks[name] = mask.view(shape)
+    save_file(masks, file)
+
+
+def peft_config(run: Run, model: Any, scratch: Path) -> PeftConfig | None:
+    """What PEFT is asked to train; None for every parameter. LoRA's alpha is twice its rank.
+
+    Args:
+        scratch: folder for the file of a mask, which must be there until the model is wrapped.
+    """
     blocks = find_decoder_stack(model).blocks
     linears = [(name, m) for name, m in blocks[0].named_modules() if isinstance(m, torch.nn.Linear)]
     norms = [name for name, m in blocks[0].named_modules() if not list(m.children()) and "norm" in name]
@@ -92,6 +118,9 @@ def peft_config(run: Run, model: Any) -> PeftConfig | None:
         case "block":
             assert run.block is not None
             return SingleLayerConfig(layer=run.block, **common)
+        case "mask":
+            random_mask(model, run.seed, scratch / "mask.safetensors")
+            return SingleLayerConfig(layer="all", mask=str(scratch / "mask.safetensors"), **common)
         case "norms":
             return SingleLayerConfig(layer=f"0-{len(blocks) - 1}", target_modules=norms, **common)
         case "lora-all":
@@ -105,11 +134,17 @@ def peft_config(run: Run, model: Any) -> PeftConfig | None:
     raise ValueError(f"no kind of run {run.kind!r}")
 
 
-def execute(setting: Setting, run: Run, folder: Path) -> dict[str, Any]:
+def execute(
+    setting: Setting,
+    run: Run,
+    folder: Path,
+    also: Callable[[Any, Any], dict[str, Any]] = lambda model, tokenizer: {},
+) -> dict[str, Any]:
     """Train and evaluate `run`; nothing is left but the row.
 
     Args:
         folder: of the base model.
+        also: is given the trained model and the tokenizer at the end; its fields go into the row.
 
     Returns:
         "format", "setting", "run"; "scores" on the test problems in their order, each the mean of its samples, with
@@ -119,14 +154,14 @@ def execute(setting: Setting, run: Run, folder: Path) -> dict[str, Any]:
     start, cpu = time.perf_counter(), time.process_time()
     task = load_task(str(HERE / f"{setting.task}.py"))
     row: dict[str, Any] = {"format": FORMAT, "setting": asdict(setting), "run": asdict(run)}
-    with without_progress_bars():
+    with without_progress_bars(), tempfile.TemporaryDirectory() as scratch:
         model: Any
         model, tokenizer = load_causal_lm(str(folder))
         if run.kind != "base":
             recipe = make_recipe(
                 "grpo", task, prompts=setting.prompts, completions=setting.completions, learning_rate=run.rate
             )
-            what = peft_config(run, model)
+            what = peft_config(run, model, Path(scratch))
             result = train_layer(model, tokenizer, task, what, steps=setting.steps, seed=run.seed, recipe=recipe)
             model = result.model
             row["parameters"] = sum(p.numel() for p in model.parameters() if p.requires_grad)
@@ -138,5 +173,6 @@ def execute(setting: Setting, run: Run, folder: Path) -> dict[str, Any]:
         if run.searched:
             problems = task.rows("train", setting.search_problems, SEARCH_SEED)
             row["search_mean"] = evaluate(model, tokenizer, task, problems, replace(sampling, seed=1)).mean
+        row |= also(model, tokenizer)
     row |= {"cpu_seconds": round(time.process_time() - cpu, 1), "seconds": round(time.perf_counter() - start, 1)}
     return row | {"versions": describe_machine()}

@@ -10,7 +10,7 @@ from statistics import NormalDist, fmean
 import numpy as np
 
 from peft_onelayer.records.ranking import LayerRanking
-from peft_onelayer.statistics import Z_95
+from peft_onelayer.statistics import Z_95, gain_of_rounds
 
 from .posterior import Measured, Posterior
 from .settings import RaceSettings
@@ -82,13 +82,13 @@ def make_ranking(
     rounds = measured_rounds(candidates, settings)
     updates = rounds[-1].updates
     of_block = {
-        k: [(m.updates, float(m.gains[i]), float(m.covariance[i, i])) for m in rounds for i in _position(m, k)]
+        k: [[m.updates, float(m.gains[i]), math.sqrt(m.covariance[i, i])] for m in rounds for i in _position(m, k)]
         for k in sorted(candidates)
     }
     # Whether it beats the base is asked of its own gains, since the posterior leaves the rounds' offsets open, and at
     # a level for the best of so many.
     z = NormalDist().inv_cdf(1 - 0.025 / len(candidates))
-    gain, variance = (sum(values[i] for values in of_block[best]) for i in (1, 2))
+    gain, own_error = gain_of_rounds(of_block[best])
 
     def each(values: Mapping[int, float] | Sequence[float] | np.ndarray, among: Iterable[int]) -> list[float | None]:
         found = {k: float(values[k]) for k in among}
@@ -104,16 +104,14 @@ def make_ranking(
         errors=each(updates * error, layers),
         order=order,
         tied=tied,
-        pick=best if gain > z * math.sqrt(variance) else None,
+        pick=best if gain > z * own_error else None,
         learning_rate=rates[best] if learning_rate is None else learning_rate,
         cost=cost,
         task=task,
         seed=seed,
         learning_rates=each(rates, rates),
         expected=round(min(1.0, max(0.0, posterior.mean[best] / top)), 3) if top > 0 else None,
-        rounds={
-            str(k): [[n, gain, math.sqrt(variance)] for n, gain, variance in values] for k, values in of_block.items()
-        },
+        rounds={str(k): values for k, values in of_block.items()},
         first_step_kl={str(k): [c.kl, c.kl_noise] for k, c in sorted(candidates.items()) if c.kl is not None},
     )
     if ranking.pick is not None:

@@ -7,6 +7,7 @@ from dataclasses import dataclass, fields
 from typing import Any, Literal
 
 from .fields import read
+from .text import check_limits
 
 
 @dataclass(frozen=True)
@@ -86,7 +87,8 @@ NAMES = {field.name for field in fields(AdapterConfig)}
 
 def check_adapter_config(config: Mapping[str, Any], where: str) -> None:
     """Raise ValueError, naming the field, for a field of another type than `AdapterConfig` says, or text that is too
-    long to be what it should be."""
+    long to be what it should be; and for what is beyond the limits of `check_limits`, which PEFT has not."""
+    check_limits(dict(config), where)
     read(AdapterConfig, {name: value for name, value in config.items() if name in NAMES}, where)
     for name, value in config.items():
         limit = LIMITS.get(name)

@@ -51,6 +51,8 @@ class Sweep:
         split: of the problems.
         stopped: by block, the steps at which early stopping ended its runs; such a run has no score.
         greedy: {"base", "full", "means"}: the same by greedy decoding; None where it was not asked for.
+        regimes: by "equal rates", "the full run's tuned" and "both tuned": "block_rate", "full_rate", "full_gain",
+            "contribution", "contribution_errors" and "undefined"; None where it was not asked for.
     """
 
     contribution: list[float | None]
@@ -73,6 +75,7 @@ class Sweep:
     split: str | None = None
     stopped: dict[str, list[int]] = field(default_factory=dict)
     greedy: dict[str, Any] | None = None
+    regimes: dict[str, Any] | None = None
 
 
 @dataclass(frozen=True)
@@ -169,8 +172,9 @@ class LayerRanking(Record):
         if self.sweep is None:
             return {"format": self.FORMAT, **own}
         measured = {f.name: getattr(self.sweep, f.name) for f in fields(Sweep)}
-        if self.sweep.learning_rates_found is None:
-            del measured["learning_rates_found"]
+        for name in ("learning_rates_found", "regimes"):
+            if measured[name] is None:
+                del measured[name]
         return {"format": FORMATS[1], **own, **measured} | ({"source": self.source} if self.source else {})
 
     @classmethod

@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from .prefix import shared_prefix
     from .prompts import shared_prompts
     from .scored import scored_positions
+    from .sync import sync_trained_layer
 
 __all__ = [
     "EMAAdapterCallback",
@@ -22,6 +23,7 @@ __all__ = [
     "scored_positions",
     "shared_prefix",
     "shared_prompts",
+    "sync_trained_layer",
 ]
 
 _MODULES = {
@@ -34,6 +36,7 @@ _MODULES = {
     "scored_positions": ".scored",
     "shared_prefix": ".prefix",
     "shared_prompts": ".prompts",
+    "sync_trained_layer": ".sync",
 }
 
 

@@ -160,8 +160,8 @@ def train_rows(
         callbacks=[_Progress(on_step, on_log), *callbacks],
         **arguments,
     )
-    if layers is not None and (not isinstance(layers, PeftConfig) or isinstance(layers, SingleLayerConfig)):
-        shared_prefix(trainer)
+    if layers is not None and not (isinstance(layers, PeftConfig) and not isinstance(layers, SingleLayerConfig)):
+        shared_prefix(trainer)  # another method has no frozen blocks below a trained one
     if algorithm.online:
         shared_prompts(trainer)
     scored_positions(trainer)

@@ -260,7 +260,7 @@ def _write_plots(run: Run, record: DemoRecord, folder: Path) -> None:
 def _write_records(run: Run, evaluation: EvaluationRecord, verdict: str, trained: int) -> None:
     """Put the evaluation beside the adapter, the verdict into run.json, and both into the card."""
     assert run.record.results is not None
-    finished = replace(run.record, results=replace(run.record.results, verdict=verdict))
+    finished = replace(run.record, results=replace(run.results, verdict=verdict))
     local = bool(finished.settings.model.sha256)
     card = model_card(read_fields(run.folder / CONFIG), finished, evaluation, parameters=trained, local_base=local)
     for name, text in ((RUN, finished.to_json()), (EVALUATION, evaluation.to_json()), (CARD, card)):

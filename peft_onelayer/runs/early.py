@@ -18,11 +18,20 @@ from peft_onelayer.records.evaluation import EvaluationRecord
 from peft_onelayer.records.files import CONFIG, TargetError, check_file, check_folder, read_fields
 from peft_onelayer.records.locate import check_model_name
 from peft_onelayer.records.text import meant
+from peft_onelayer.records.vote import VoteRecord
 from peft_onelayer.rl.algorithms import Algorithm, load_algorithm
 from peft_onelayer.tasks import EXTRA, TASKS, Task, load_task
 
 from .folder import RunFolder
-from .settings import KEEP, EvaluationSettings, ProbeSettings, TrainingSettings, check_ranking
+from .settings import (
+    KEEP,
+    EntropySettings,
+    EvaluationSettings,
+    ProbeSettings,
+    TrainingSettings,
+    VoteSettings,
+    check_ranking,
+)
 
 DEMO = "demo.json"
 DEMO_TASKS = ("arithmetic", "sort")
@@ -163,9 +172,7 @@ def check_evaluation(settings: EvaluationSettings) -> None:
         raise ValueError("--samples 0 with --no-greedy leaves nothing to measure.")
     if settings.temperature is not None and not settings.temperature > 0:
         raise ValueError("--temperature must be above 0; for greedy decoding alone use --samples 0.")
-    if settings.split not in ("test", "train"):
-        near = meant(settings.split, ("test", "train"))
-        raise ValueError(f"split must be 'train' or 'test', got {settings.split!r}{near}")
+    _check_split(settings.split)
     out = None if settings.out is None else Path(settings.out)
     if out is not None:
         check_file(out, _is_evaluation)
@@ -181,6 +188,47 @@ def check_evaluation(settings: EvaluationSettings) -> None:
             raise ValueError(f"{settings.model} is an adapter itself; give its base model, or leave --adapter out.")
     else:
         check_model_name(settings.model, settings.revision)
+
+
+def check_vote(settings: VoteSettings) -> None:
+    """Raise ValueError, in one line, for a vote that cannot be."""
+    names = list(settings.adapters)
+    if len(names) < 2:
+        raise ValueError(f"a vote takes two adapters or more, and {len(names)} was given.")
+    if not 0 <= settings.against < len(names):
+        raise ValueError(f"--against {settings.against} is none of the {len(names)} adapters, counted from 0.")
+    if settings.samples < 1:
+        raise ValueError(f"--samples must be at least 1, got {settings.samples}.")
+    _check_split(settings.split)
+    if settings.out is not None:
+        check_file(Path(settings.out), _is_vote)
+    check_source(settings.task, settings.dataset, settings.reward)
+    if settings.model:
+        check_model_name(settings.model, settings.revision)
+
+
+def check_entropy(settings: EntropySettings) -> None:
+    """Raise ValueError, in one line, for a measurement of the learning signal that cannot be."""
+    if not 0 < settings.share < 1:
+        raise ValueError(f"--share {settings.share} is no part of the tokens; give a number between 0 and 1.")
+    if settings.samples < 2:
+        raise ValueError(f"--samples must be at least 2, got {settings.samples}: advantages compare completions.")
+    if settings.adapter is None:
+        check_layers(settings.layer)
+    check_source(settings.task, settings.dataset, settings.reward)
+    check_model_name(settings.model, settings.revision)
+
+
+def _check_split(split: str) -> None:
+    if split not in ("test", "train"):
+        raise ValueError(f"split must be 'train' or 'test', got {split!r}{meant(split, ('test', 'train'))}")
+
+
+def _is_vote(file: Path) -> bool:
+    try:
+        return read_fields(file).get("format") == VoteRecord.FORMAT
+    except ValueError:
+        return False
 
 
 def _is_evaluation(file: Path) -> bool:
@@ -201,11 +249,13 @@ def _holds_completions(file: Path) -> bool:
     return isinstance(first, dict) and {"model", "decoding", "completion", "reward"} <= first.keys()
 
 
-def check_sweep(model: str, task: str, algorithm: str, layers: str, out: Path) -> None:
+def check_sweep(
+    model: str, task: str | None, dataset: str | None, reward: str | None, algorithm: str, layers: str, out: Path
+) -> None:
     """Raise ValueError, in one line, for a sweep that cannot be."""
     if not load_algorithm(algorithm).online:
         raise ValueError(f"a sweep compares runs by their reward; {algorithm} is offline, choose one such as grpo")
-    check_task_name(task)
+    check_source(task, dataset, reward)
     if layers != "all":
         check_layers(layers)
     check_model_name(model)

@@ -8,7 +8,6 @@ from functools import partial
 from peft import PeftModel, get_peft_model
 
 from peft_onelayer.analysis.entropy import EntropySignal, signal_by_entropy
-from peft_onelayer.layers import check_layers
 from peft_onelayer.records.locate import adapter_folder
 from peft_onelayer.rl.sampling import OWN_OPTIONS, with_given
 from peft_onelayer.rollouts.prompts import Shape, check_prompt, shaped
@@ -16,7 +15,8 @@ from peft_onelayer.rollouts.settings import Sampling
 from peft_onelayer.tasks import open_task
 from peft_onelayer.tuner import SingleLayerConfig
 
-from .models import check_model_name, load_causal_lm, quiet_logs, to_device, without_progress_bars
+from .early import check_entropy
+from .models import load_causal_lm, quiet_logs, to_device, without_progress_bars
 from .progress import Progress, Update
 from .settings import EntropySettings
 
@@ -32,13 +32,7 @@ def entropy(settings: EntropySettings, *, progress: Progress | None = None) -> E
         ValueError: in one line: settings that cannot work, a model, adapter or data that are not there or do not fit.
     """
     progress = progress or Progress()
-    if not 0 < settings.share < 1:
-        raise ValueError(f"--share {settings.share} is no part of the tokens; give a number between 0 and 1.")
-    if settings.samples < 2:
-        raise ValueError(f"--samples must be at least 2, got {settings.samples}: advantages compare completions.")
-    if settings.adapter is None:
-        check_layers(settings.layer)
-    check_model_name(settings.model)
+    check_entropy(settings)
     with quiet_logs():
         folder = None if settings.adapter is None else adapter_folder(settings.adapter)
         task = open_task(settings.task, settings.dataset, settings.reward, unsafe=settings.unsafe)

@@ -48,17 +48,17 @@ class Speakers:
         chat: bool | None = None,
         progress: Progress | None = None,
     ) -> None:
-        progress, names = progress or Progress(), list(adapters)
+        progress, names, given = progress or Progress(), list(adapters), revision
         with without_progress_bars(), quiet_logs():
             if holds_adapter(model):
                 names.insert(0, model)
                 fields = read_fields(adapter_folder(model) / CONFIG)
-                model, revision = fields.get("base_model_name_or_path") or "", revision or fields.get("revision")
+                model, revision = fields.get("base_model_name_or_path") or "", given or fields.get("revision")
                 if not model:
                     raise ValueError(f"{names[0]} does not name its base model; give the base, then the adapter.")
             if twice := [name for name in names if names.count(name) > 1]:
                 raise ValueError(f"{twice[0]} is given twice; name each adapter once.")
-            check_model_name(model)
+            check_model_name(model, given)
             folders = [adapter_folder(name) for name in names]
             for name, folder in zip(names, folders, strict=True):
                 check_adapter_folder(folder, name)

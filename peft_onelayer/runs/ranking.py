@@ -12,6 +12,7 @@ from peft_onelayer.probe.updates import LEAST_KL, MOST_KL
 from peft_onelayer.records.ranking import LayerRanking
 from peft_onelayer.records.text import name_blocks
 from peft_onelayer.rl.algorithms import Algorithm
+from peft_onelayer.statistics import gain_of_rounds
 from peft_onelayer.tasks import Task
 
 from .progress import Progress
@@ -72,9 +73,11 @@ def describe(ranking: LayerRanking) -> list[str]:
         f"through the model and {cost['seconds']:.0f} s: {cost['share']:.0%} of the tokens of the training run"
     )
     if ranking.pick is None:
-        instead = name_blocks(ranking.choice)
+        ran = next(k for k in ranking.order if str(k) in (ranking.rounds or {}))
+        own, error = (POINTS * value for value in gain_of_rounds((ranking.rounds or {})[str(ran)]))
         return [
-            f"no block gained beyond noise (most: block {best}, {gain}), so the choice is {instead}",
+            f"no block gained beyond noise (most: block {ran}, in its own rounds {own:+.1f} points of reward, standard "
+            f"error {error:.1f}), so the choice is {name_blocks(ranking.choice)}",
             *blind[: len(outside)],
             spent,
         ]

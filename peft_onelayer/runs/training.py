@@ -66,6 +66,12 @@ class Run:
     folder: Path
     is_main_process: bool
 
+    @property
+    def results(self) -> RunResults:
+        """What came of it: rewards, verdict, what moved."""
+        assert self.record.results is not None  # a run that has ended
+        return self.record.results
+
 
 def train(
     settings: TrainingSettings,

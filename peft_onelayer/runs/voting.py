@@ -12,7 +12,7 @@ from functools import partial
 from pathlib import Path
 
 from peft_onelayer.records.figures import Figures
-from peft_onelayer.records.files import CONFIG, check_file, output, read_fields, write_whole
+from peft_onelayer.records.files import CONFIG, output, read_fields, write_whole
 from peft_onelayer.records.locate import adapter_folder
 from peft_onelayer.records.run import DataSource
 from peft_onelayer.records.vote import Ballot, VoteRecord
@@ -24,6 +24,7 @@ from peft_onelayer.tasks import Task, completion_text, open_task
 from peft_onelayer.tuner import SingleLayerConfig
 
 from .describe import describe_model
+from .early import check_vote
 from .evaluation import run_in, sampling_of_record
 from .models import check_model_name, load_adapter, load_causal_lm, quiet_logs, to_device, without_progress_bars
 from .progress import Progress, Update
@@ -51,9 +52,9 @@ def vote(settings: VoteSettings, *, command: str | None = None, progress: Progre
         TargetError: `settings.out` may not be used.
     """
     progress = progress or Progress()
+    check_vote(settings)
     with ExitStack() as stack:
         if settings.out is not None:
-            check_file(Path(settings.out), _is_vote)
             stack.enter_context(output(Path(settings.out)))
         stack.enter_context(without_progress_bars())
         record = _vote(settings, command, progress)
@@ -64,12 +65,6 @@ def vote(settings: VoteSettings, *, command: str | None = None, progress: Progre
 
 def _vote(settings: VoteSettings, command: str | None, progress: Progress) -> VoteRecord:
     names = list(settings.adapters)
-    if len(names) < 2:
-        raise ValueError(f"a vote takes two adapters or more, and {len(names)} was given.")
-    if not 0 <= settings.against < len(names):
-        raise ValueError(f"--against {settings.against} is none of the {len(names)} adapters, counted from 0.")
-    if settings.samples < 1:
-        raise ValueError(f"--samples must be at least 1, got {settings.samples}.")
     with quiet_logs():
         folders = [adapter_folder(name) for name in names]
     configs = [read_fields(folder / CONFIG) for folder in folders]
@@ -79,7 +74,8 @@ def _vote(settings: VoteSettings, command: str | None, progress: Progress) -> Vo
     model = settings.model or str(configs[0].get("base_model_name_or_path") or "")
     if not model:
         raise ValueError(f"{names[0]} does not name its base model; give it with --base.")
-    check_model_name(model)
+    revision = settings.revision or (configs[0].get("revision") if not settings.model else None)
+    check_model_name(model, settings.revision)
     task = open_task(settings.task, settings.dataset, settings.reward, unsafe=settings.unsafe)
     if task.environment_factory is not None:
         raise ValueError(f"task {task.name} plays through an environment and has no answer to vote on.")
@@ -89,7 +85,6 @@ def _vote(settings: VoteSettings, command: str | None, progress: Progress) -> Vo
     sampling = with_given(own, settings.sampling, OWN_OPTIONS)
     task.rows(settings.split, 1, settings.seed)  # a split that is not there, before the model is loaded
     with progress.status(f"loading {model} ..."):
-        revision = settings.revision or (configs[0].get("revision") if not settings.model else None)
         base, tokenizer = load_causal_lm(model, revision, trust_remote_code=settings.trust_remote_code)
     to_device(base)
     chat = run.settings.source.chat if run is not None and settings.chat is None else settings.chat
@@ -169,10 +164,3 @@ def _mean(values: Sequence[float]) -> float:
 
 def _report(update: Update, done: int) -> None:
     update(done, "")
-
-
-def _is_vote(file: Path) -> bool:
-    try:
-        return read_fields(file).get("format") == VoteRecord.FORMAT
-    except ValueError:
-        return False

@@ -15,7 +15,7 @@ from peft_onelayer.rl.recipe import make_recipe, refuse_fields, refuse_without_e
 from peft_onelayer.rl.sampling import sampling_of_run
 from peft_onelayer.rollouts.prompts import Shape, check_prompt, shaped
 from peft_onelayer.runs.models import load_skeleton
-from peft_onelayer.tasks import load_task
+from peft_onelayer.tasks import open_task
 from peft_onelayer.tuner import find_decoder_stack
 from peft_onelayer.tuner.model import commit_hash
 from peft_onelayer.tuner.stack import layer_kinds
@@ -121,6 +121,7 @@ def plan_sweep(settings: SweepSettings) -> Plan:
     Raises:
         ValueError: a setting that cannot work, a model or data that are not there.
     """
+    _check_regimes(settings)
     algorithm = load_algorithm(settings.algorithm)
     if not algorithm.online:
         raise ValueError(f"a sweep compares runs by their reward; {algorithm.name} is offline, choose one such as grpo")
@@ -133,7 +134,7 @@ def plan_sweep(settings: SweepSettings) -> Plan:
         if getattr(settings, name) < 1:
             raise ValueError(f"{name} must be at least 1, got {getattr(settings, name)}")
     check_model_name(settings.model, settings.revision)
-    task = load_task(settings.task, unsafe=settings.unsafe)
+    task = open_task(settings.task, settings.dataset, settings.reward, unsafe=settings.unsafe)
     recipe = make_recipe(algorithm, task, settings.config, prompts=settings.prompts, completions=settings.completions)
     config = recipe.config(output_dir="unused", max_steps=settings.steps)
     given = dict(settings.config) | (step_fields(recipe) if settings.prompts or settings.completions else {})
@@ -151,7 +152,9 @@ def plan_sweep(settings: SweepSettings) -> Plan:
         model=str(folder.resolve()) if folder.is_dir() else settings.model,
         revision=commit_hash(model) or settings.revision,
         model_digests=model_digests(settings.model),
-        task=settings.task,
+        task=settings.task or task.name,
+        dataset=settings.dataset,
+        reward=settings.reward,
         task_data=dict(task.data),
         layer="full",
         algorithm=settings.algorithm,
@@ -185,6 +188,20 @@ def plan_sweep(settings: SweepSettings) -> Plan:
 def with_learning_rate(spec: RunSpec, rate: float | None) -> RunSpec:
     """The run at this rate; with None as it is."""
     return spec if rate is None else replace(spec, settings={**spec.settings, "learning_rate": rate})
+
+
+def _check_regimes(settings: SweepSettings) -> None:
+    if not settings.regimes:
+        return
+    if not settings.search_learning_rates:
+        raise ValueError(
+            "--regimes compares tuned rates with equal ones: give rates to choose from, such as "
+            "--search-learning-rates 1e-6,5e-6,2e-5"
+        )
+    if settings.full_learning_rate is not None:
+        raise ValueError("--regimes has the rate of all parameters tuned; leave --full-learning-rate out")
+    if isinstance(settings.learning_rate, Mapping):
+        raise ValueError("the regimes need one learning rate for all blocks, and each block has its own")
 
 
 def _learning_rates(settings: SweepSettings, layers: Sequence[int]) -> tuple[dict[int, float | None], float | None]:

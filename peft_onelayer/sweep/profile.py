@@ -12,6 +12,7 @@ from peft_onelayer.statistics import Z_95
 
 from .metric import gain, layer_contribution
 from .plan import Plan
+from .regimes import added_runs, make_regimes
 from .run_layer import Row
 from .settings import SweepSettings
 
@@ -23,7 +24,8 @@ def make_profile(settings: SweepSettings, plan: Plan, rows: Mapping[str, Row]) -
     known; they are taken as its steps times the finished runs' mean per step. The share is of one run of one block.
 
     Args:
-        plan: the runs, at the learning rates that were found.
+        plan: the runs, at the learning rates that were found; where regimes are asked for, the rows are of
+            `added_runs` too.
         rows: by the digests of their specifications; that of a run which was stopped early has "stopped", its steps,
             and no scores.
 
@@ -35,6 +37,7 @@ def make_profile(settings: SweepSettings, plan: Plan, rows: Mapping[str, Row]) -
     layers = {k: [rows[spec.digest()] for spec in specs] for k, specs in plan.blocks.items()}
     of_rates = [rows[spec.digest()] for spec in plan.of_rates]
     every = [base, *full, *(row for rows in layers.values() for row in rows)]
+    added = [rows[spec.digest()] for spec in added_runs(plan, settings)] if settings.regimes else []
     if len({row["problems_digest"] for row in every if "stopped" not in row}) > 1:
         raise ValueError("the rows of a sweep must be measured on the same problems; these are not")
     finished = {k: [row for row in rows if "stopped" not in row] for k, rows in layers.items()}
@@ -78,6 +81,7 @@ def make_profile(settings: SweepSettings, plan: Plan, rows: Mapping[str, Row]) -
             if any("stopped" in row for row in rows)
         },
         greedy=_greedy(base, full, finished, each),
+        regimes=make_regimes(plan, settings, rows) if settings.regimes else None,
     )
     return LayerRanking(
         model=settings.model,
@@ -91,8 +95,11 @@ def make_profile(settings: SweepSettings, plan: Plan, rows: Mapping[str, Row]) -
         pick=pick,
         learning_rate=rates[order[0]] if order else None,
         learning_rates=each(rates) if len(set(rates.values())) > 1 else None,
-        cost=_cost([*every, *of_rates], [row for rows in finished.values() for row in rows]),
-        task=settings.task,
+        cost=_cost(
+            [*every, *of_rates, *(row for row in added if row not in every)],
+            [row for rows in finished.values() for row in rows],
+        ),
+        task=plan.base.task,
         seed=settings.seeds[0],
         sweep=sweep,
     )

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from peft_onelayer.tasks import Task
 
 FORMAT = "onelayer-row-1"
+OPTIONAL = ("system", "shots", "dataset", "reward")  # None is as if there were no such field
 
 Layer = int | Literal["base", "full"] | list[int]
 Row = dict[str, Any]
@@ -35,7 +36,7 @@ class RunSpec:
         model: folder, or id on the Hub.
         revision: commit of a model on the Hub.
         model_digests: `model_digests(model)`: checked before the run.
-        task: name for `load_task`.
+        task: name for `load_task`; of a data set its own name.
         layer: the block, or blocks, to train; "full" for every parameter; "base" to train nothing.
         algorithm: name for `load_algorithm`; an online one.
         settings: fields of the algorithm's TRL configuration, over its defaults; the learning rate is among them.
@@ -54,6 +55,7 @@ class RunSpec:
         task_data: `Task.data`: what identifies the data.
         unsafe: as of `load_task`.
         trust_remote_code: whether the code that comes with the model may run.
+        dataset, reward: of prompts and a reward in place of a task; None for none.
     """
 
     model: str
@@ -78,6 +80,8 @@ class RunSpec:
     unsafe: bool = False
     sampling: Mapping[str, Any] = field(default_factory=dict)
     trust_remote_code: bool = False
+    dataset: str | None = None
+    reward: str | None = None
 
     def __post_init__(self) -> None:
         if isinstance(self.layer, str) and self.layer not in ("base", "full"):
@@ -86,8 +90,8 @@ class RunSpec:
     def digest(self) -> str:
         """SHA-256 of the specification as canonical JSON: keys sorted, no spaces.
 
-        A folder is known by the digests of its files; its path is left out, so that it can be moved. `system` and
-        `shots` are left out where there are none.
+        A folder is known by the digests of its files; its path is left out, so that it can be moved. The fields of
+        `OPTIONAL` are left out where there are none.
 
         Raises:
             ValueError: a setting is no JSON value.
@@ -97,7 +101,7 @@ class RunSpec:
         ('0047035b', True)
         """
         identity = asdict(self)
-        identity = {k: v for k, v in identity.items() if k not in ("system", "shots") or v is not None}
+        identity = {k: v for k, v in identity.items() if k not in OPTIONAL or v is not None}
         if self.model_digests:
             del identity["model"]
         try:
@@ -153,14 +157,14 @@ def run_layer(spec: RunSpec, on_step: OnStep = lambda step, reward: None) -> Row
     from peft_onelayer.rollouts.prompts import Shape, shaped
     from peft_onelayer.runs.describe import describe_machine
     from peft_onelayer.runs.models import load_causal_lm, to_device, without_progress_bars
-    from peft_onelayer.tasks import load_task
+    from peft_onelayer.tasks import open_task
 
     start = time.perf_counter()
     found = model_digests(spec.model)
     if found != spec.model_digests:
         changed = min(name for name, _ in found.items() ^ spec.model_digests.items())
         raise ValueError(f"the model in {spec.model} is not the one that the run was made for: {changed} differs")
-    task = load_task(spec.task, unsafe=spec.unsafe)
+    task = open_task(None if spec.dataset else spec.task, spec.dataset, spec.reward, unsafe=spec.unsafe)
     if dict(task.data) != dict(spec.task_data):
         raise ValueError(f"the data of task {spec.task} is not what the run was made for: {dict(task.data)}")
     with without_progress_bars():

@@ -26,7 +26,8 @@ class SweepSettings:
 
     Attributes:
         model: base model: a folder or a Hub id.
-        task: a name for `load_task`.
+        task: a name for `load_task`; None with `dataset`.
+        dataset, reward: instead of a task, as of `TrainingSettings`.
         layers: blocks to measure: "all", or as `SingleLayerConfig` takes them.
         algorithm: a name for `load_algorithm`; an online one.
         steps: optimizer steps of every run.
@@ -40,6 +41,8 @@ class SweepSettings:
             must be given where each block has its own.
         search_learning_rates: rates to choose both from instead: each trains the middle one of `layers`, and all
             parameters, with the first seed; the best on problems of the training split is taken.
+        regimes: whether to measure C under three regimes of rates too (`regimes.py`): at equal rates, `learning_rate`
+            or else the blocks' tuned one; with the full run's tuned; with both tuned. It needs `search_learning_rates`.
         config: values by field of the algorithm's TRL configuration; what of it shapes completions shapes those of
             the evaluation too, the base's among them.
         problems: held-out problems to evaluate on; fewer where the split is smaller.
@@ -55,7 +58,9 @@ class SweepSettings:
     """
 
     model: str
-    task: str
+    task: str | None = None
+    dataset: str | None = None
+    reward: str | None = None
     layers: int | str | Sequence[int] = "all"
     algorithm: str = "grpo"
     steps: int = STEPS
@@ -65,6 +70,7 @@ class SweepSettings:
     learning_rate: float | Mapping[int, float] | None = None
     full_learning_rate: float | None = None
     search_learning_rates: Sequence[float] = ()
+    regimes: bool = False
     config: Mapping[str, Any] = field(default_factory=dict)
     problems: int = 256
     samples: int = 4

@@ -25,11 +25,15 @@ class RowStore:
         for left in (*self.folder.glob(f".*{PARTIAL}*"), *self.folder.parent.glob(f".*{PARTIAL}*")):
             left.unlink(missing_ok=True)
 
+    def path(self, digest: str) -> Path:
+        """The file of the row whose specification has this digest."""
+        return self.folder / f"{digest}.json"
+
     def read(self, spec: RunSpec) -> Row | None:
         """The row of `spec`; None where there is none, or a damaged one."""
         digest = spec.digest()
         try:
-            row = json.loads((self.folder / f"{digest}.json").read_text(encoding="utf-8"))
+            row = json.loads(self.path(digest).read_text(encoding="utf-8"))
         except (FileNotFoundError, ValueError):
             return None
         complete = isinstance(row, dict) and row.get("format") == FORMAT and row.get("digest") == digest
@@ -41,4 +45,4 @@ class RowStore:
         Raises:
             OSError: the disk is full, or not there any more.
         """
-        write_whole(self.folder / f"{row['digest']}.json", json.dumps(without_secrets(row), allow_nan=False) + "\n")
+        write_whole(self.path(row["digest"]), json.dumps(without_secrets(row), allow_nan=False) + "\n")

@@ -13,14 +13,15 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from peft_onelayer.records.files import PROFILE, check_folder, output, write_whole
-from peft_onelayer.records.privacy import holds_secrets
-from peft_onelayer.records.ranking import LayerRanking
+from peft_onelayer.records.files import PROFILE, TargetError, check_folder, output, read_text, write_whole
+from peft_onelayer.records.privacy import holds_secrets, without_secrets
+from peft_onelayer.records.ranking import LayerRanking, Sweep
 from peft_onelayer.runs.models import without_progress_bars
 
 from .engines import load_engine
-from .plan import plan_sweep
+from .plan import Plan, plan_sweep
 from .profile import make_profile
+from .regimes import added_runs, describe_added
 from .run_layer import Row, RunSpec, run_layer
 from .settings import SweepSettings
 from .store import RowStore
@@ -38,6 +39,7 @@ def sweep_layers(
     engine_options: Mapping[str, Any] | None = None,
     run_row: Callable[[RunSpec], Row] = run_layer,
     on_start: Callable[[int], None] = lambda total: None,
+    on_note: Callable[[str], None] = lambda line: None,
     on_row: OnRow = lambda done, total, spec, row: None,
 ) -> LayerRanking:
     """Measure the layer contribution of the blocks that `settings` name, and write the profile into `out`.
@@ -52,12 +54,14 @@ def sweep_layers(
         engine_options: arguments of the engine's own.
         run_row: the function that makes a row.
         on_start: called with the number of rows, when all checks are done.
+        on_note: told which runs the regimes add, where they are asked for, and how many runs are there already.
         on_row: called with (rows done, rows in all, specification, row), also for rows that were there already, and
             for those of runs that find a learning rate.
 
     Raises:
         ValueError: a setting that cannot work; a learning rate that is to be found, where nothing can be learned.
-        TargetError: `out` may not be written, no sweep made it, or another process writes to it.
+        TargetError: `out` may not be written, no sweep made it, it holds the profile of a sweep with other settings, or
+            another process writes to it.
         RunsFailedError: some runs failed; the rows of all others are kept.
         DiskFullError: a row could not be written.
     """
@@ -74,7 +78,11 @@ def sweep_layers(
             plan = plan_sweep(settings)
         store = RowStore(out / ROWS)
         store.prepare()
+        _check_profile(out, plan, settings, store)
         counter, total = itertools.count(1), len(plan.specs) + len(plan.of_rates)
+        if settings.regimes:
+            total += len(added_runs(plan, settings))
+            on_note(describe_added(plan, settings))
         on_start(total)
         rows_of = partial(
             collect_rows,
@@ -85,11 +93,48 @@ def sweep_layers(
         )
         rows = rows_of(plan.of_rates)
         plan = plan.with_learning_rates(rows)
+        if there := sum(store.read(spec) is not None for spec in plan.specs):
+            on_note(f"{there} of {len(plan.specs)} runs are in {out / ROWS} already and are not run again")
         rows |= rows_of(plan.specs)
+        if settings.regimes:  # those that are there already, at a tuned rate, are taken from the store
+            rows |= rows_of(added_runs(plan, settings))
         profile = make_profile(settings, plan, rows)
         write_whole(out / PROFILE, profile.to_json())
         write_whole(out / Path(PROFILE).with_suffix(".csv"), profile.to_csv())
     return profile
+
+
+def _check_profile(out: Path, plan: Plan, settings: SweepSettings, store: RowStore) -> None:
+    """Raise TargetError where `out` holds a profile that the new one would not continue but replace."""
+    path = out / PROFILE
+    if not path.exists():
+        return
+    profile = LayerRanking.from_json(read_text(path), str(path))
+    before, now = profile.sweep or Sweep([], None, None), dict(plan.full[0].settings)
+    full_rate = now.pop("learning_rate", before.full_learning_rate)
+    rates = {
+        spec.settings.get("learning_rate", profile.learning_rate) for specs in plan.blocks.values() for spec in specs
+    }
+    one_rate = profile.learning_rates is None and len(rates) == 1
+    compared = {
+        "--task": (profile.task, plan.base.task),
+        "--algorithm": (before.algorithm, settings.algorithm),
+        "--steps": (before.steps, settings.steps),
+        "--set": (before.settings, without_secrets(now)),
+        "--full-learning-rate": (before.full_learning_rate, full_rate),
+        "--learning-rate": (profile.learning_rate, rates.pop()) if one_rate else (None, None),
+    }
+    for option, (old, new) in compared.items():
+        if old != new:
+            raise TargetError(
+                f"{out} holds the profile of a sweep with {option} {old}, and {new} is asked for; give another --out, "
+                f"or take {PROFILE} away."
+            )
+    if not store.path(plan.base.digest()).exists():
+        raise TargetError(
+            f"{out} holds the profile of a sweep of another model, or evaluated otherwise (--problems, --samples, "
+            f"...); give another --out, or take {PROFILE} away."
+        )
 
 
 def collect_rows(

@@ -58,6 +58,18 @@ class MergeableWeights(AdapterWeights):
         self._unmerged = {}
         self.merged_adapters = []
 
+    def merged_weights(self) -> dict[str, torch.Tensor]:
+        """The base's own parameters as merging the active adapters would leave them, by name, in the base's dtypes.
+
+        Nothing is written. A tensor may be one that the module keeps.
+        """
+        names = [name for name in self.names_when_merged() if name in self.single_layer_params]
+        return {**self._base_weights(), **self._weights_of(names)}
+
+    def names_when_merged(self) -> list[str]:
+        """The adapters that are merged once the active ones are too, on this module or not."""
+        return list(dict.fromkeys([*self.merged_adapters, *self.active_adapters]))
+
     def refuse_merging(self) -> None:
         """Raise ValueError if the base's weights are quantized: rounding to their grid would undo the training."""
         if any(is_quantized(parameter) for _, parameter in self._own()):

@@ -84,6 +84,7 @@ class SingleLayerModel(MergingTuner):
     prefix: str = "single_layer_"
     tuner_layer_cls = SingleLayerLayer
     target_module_mapping: dict[str, list[str]] = {}
+    _expression: str | None = None  # in `target_modules`, while PEFT must not see it
 
     def __init__(
         self, model: nn.Module, peft_config: SingleLayerConfig | dict[str, SingleLayerConfig], *args: Any, **kwargs: Any
@@ -105,6 +106,10 @@ class SingleLayerModel(MergingTuner):
         self.peft_config[adapter_name] = config = copy.deepcopy(self.peft_config[adapter_name])
         if config.modules_to_save is not None:  # PEFT lists the heads again for each model that uses a config object
             config.modules_to_save = list(dict.fromkeys(config.modules_to_save))
+        self._expression, targets = None, config.target_modules
+        if isinstance(targets, str) and not is_name(targets) and targets.lower() != ALL_LINEAR:
+            # PEFT's `_check_tied_modules` would match it by `re`, without a limit, before `_prepare_adapter_config`.
+            self._expression, config.target_modules = targets, None
         super().inject_adapter(model, adapter_name, *args, **kwargs)
         stop_intercepting(self.model)
         intercept_transformers(self.model, adapter_name)
@@ -112,6 +117,8 @@ class SingleLayerModel(MergingTuner):
     def _prepare_adapter_config(self, peft_config: SingleLayerConfig, model_config: dict) -> SingleLayerConfig:
         """Resolve `layer` against the model and refuse what cannot be trained, before anything is changed."""
         model = self.model
+        if self._expression is not None:
+            peft_config.target_modules = self._expression
         for name, module in model.named_modules():
             if isinstance(module, BaseTunerLayer) and not isinstance(module, SingleLayerLayer):
                 raise ValueError(

@@ -73,9 +73,9 @@ def target_names(stack: DecoderStack, indices: list[int], config: SingleLayerCon
                 (prefix, path) for prefix, path in modules if matches(target, unwrapped(path), whole, unwrapped(prefix))
             ]
             if not found:
-                known = ", ".join(dict.fromkeys(path for _, path in modules))
+                known = printable(", ".join(dict.fromkeys(path for _, path in modules)), 300)
                 raise ValueError(
-                    f"target_modules entry {printable(target)!r} matches nothing in block "
+                    f"target_modules entry {printable(target, 80)!r} matches nothing in block "
                     f"{', '.join(map(str, indices))}; its modules are {known}."
                 )
             chosen += found

@@ -68,7 +68,7 @@ def edit_config(folder, **changes):
     path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
 
 
-@pytest.mark.parametrize("name", ["block", "lora"])
+@pytest.mark.parametrize("name", ["block", pytest.param("lora", marks=pytest.mark.more)])
 def test_the_figures_are_those_of_the_library(onelayer, adapters, tmp_path, name):
     code, lines, out = onelayer(
         "eval", FOLDER, "--adapter", adapters / name, "--task", "arithmetic", *SMALL, "--json", "--out", tmp_path / "e"

@@ -43,7 +43,7 @@ def stopped_at(step, monkeypatch, error):
 @pytest.mark.parametrize(
     ("error", "code"),
     [
-        (KeyboardInterrupt(), 130),
+        pytest.param(KeyboardInterrupt(), 130, marks=pytest.mark.more),
         pytest.param(ValueError("the reward broke"), 1, marks=pytest.mark.more),
         pytest.param(SystemExit(143), 143, marks=pytest.mark.more),
     ],

@@ -20,6 +20,7 @@ def onelayer():
 
 
 TRAIN = ["train", "{root}/base", "--out", "{root}/new"]
+VOTE = ["vote", "{root}/dense", "{root}/sparse", "--task", "sort", "--base", "{root}/base"]
 
 
 @pytest.fixture(scope="module")
@@ -104,6 +105,18 @@ LORA = ["--format", "lora"]
         (["export", "{root}/dense", "{root}/out", *LORA, "--base", "./nowhere"], 1, "no model folder at nowhere"),
         (["export", "{root}/dense", "{root}/out", *LORA, "--base", "{root}/sparse"], 1, "is an adapter and not a base"),
         (["compare", "{root}/dense"], 1, "takes two or more"),
+        (["vote", "{root}/dense", "--task", "sort"], 1, "a vote takes two adapters or more"),
+        (["vote", "{root}/dense", "{root}/sparse"], 1, "give --task"),
+        (["vote", "{root}/dense", "{root}/sparse", "--task", "sotr"], 1, "did you mean 'sort'?"),
+        (["vote", "{root}/dense", "{root}/sparse", "--task", "sort", "--against", "2"], 1, "none of the 2 adapters"),
+        (["vote", "{root}/dense", "{root}/sparse", "--task", "sort", "--split", "tset"], 1, "did you mean test?"),
+        ([*VOTE, "--revision", "v1"], 1, "--revision v1 is for a repository on the Hub, and"),
+        ([*VOTE, "--out", "{root}/base/config.json"], 1, "config.json"),
+        (["entropy", "{root}/base"], 1, "give --task"),
+        (["entropy", "{root}/base", "--task", "sort", "--share", "20"], 1, "give a number between 0 and 1"),
+        (["entropy", "{root}/base", "--task", "sort", "--layer", "middel"], 1, 'Did you mean "middle"?'),
+        (["entropy", "{root}/base", "--task", "sort", "--revision", "v1"], 1, "--revision v1 is for a repository on"),
+        (["entropy", "./nowhere", "--task", "sort"], 1, "no model folder at nowhere"),
         (["compare", "{root}/dense", "{root}/base"], 1, "give the base"),
         (["trian"], 2, "Did you mean 'train'?"),
         (["train", "{root}/base"], 2, "--out is missing"),

@@ -160,7 +160,9 @@ def test_full_trains_everything(train, algorithm):
     assert not list(folder.glob("*.bin"))
 
 
-@pytest.mark.parametrize(("layer", "blocks"), [("-1,3-4", [3, 4, 11]), ("mid-5", [3, 4, 5, 6, 7])])
+@pytest.mark.parametrize(
+    ("layer", "blocks"), [("-1,3-4", [3, 4, 11]), pytest.param("mid-5", [3, 4, 5, 6, 7], marks=pytest.mark.more)]
+)
 def test_layers_as_the_tuner_takes_them(train, layer, blocks):
     run, folder = train("train", BASE, "--task", "sort", "--layer", layer, "--steps", "1", *FAST)
     assert run["layers"] == blocks and changed_tensors(folder) == tensors_of(*blocks)
@@ -212,7 +214,7 @@ def test_the_defaults_train_a_block_that_moves(train):
     assert changed_tensors(folder) == tensors_of(6)
 
 
-@pytest.mark.parametrize("algorithm", ["dpo", "kto"])
+@pytest.mark.parametrize("algorithm", ["dpo", pytest.param("kto", marks=pytest.mark.more)])
 def test_offline_on_pairs_from_graded_rollouts(train, algorithm):
     arguments = ["train", BASE, "--algorithm", algorithm, "--task", "arithmetic", "--pairs-from-task", "40"]
     run, folder = train(*arguments, "--layer", "5", "--steps", "2", *FAST)

@@ -21,6 +21,7 @@ def folder(tmp_path_factory):
     return folder
 
 
+@pytest.mark.more
 @pytest.mark.parametrize("kind", ["trainer", "sft", "grpo"])
 def test_trains_on_two_processes_and_saves_once(folder, kind):
     found = torch.load(folder / "trainers.pt")[kind]

@@ -177,13 +177,16 @@ def test_a_token_that_may_only_read(hub, ask, quick):
 
 
 CREATE, CARD, COMMIT = "/api/repos/create", "/api/validate-yaml", "/api/models/me/gsm/commit"
-QUICK = {(CREATE, 503), (COMMIT, "drop"), (COMMIT, "lost")}
 
 
 @pytest.mark.parametrize(
     ("step", "what"),
     [
-        pytest.param(step, what, marks=[] if (step, what) in QUICK else pytest.mark.slow)
+        pytest.param(
+            step,
+            what,
+            marks=pytest.mark.slow if what == "hang" else [] if (step, what) == (COMMIT, "lost") else pytest.mark.more,
+        )
         for step in (CREATE, CARD, COMMIT)
         for what in (503, "drop", "lost", "hang")
     ],

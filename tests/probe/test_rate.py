@@ -12,7 +12,11 @@ from peft_onelayer.tasks import Task, load_task
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("layers", [6, [3, 4, 5, 6, 7], None], ids=["block", "blocks", "full"])
+@pytest.mark.parametrize(
+    "layers",
+    [6, pytest.param([3, 4, 5, 6, 7], marks=pytest.mark.more), pytest.param(None, marks=pytest.mark.more)],
+    ids=["block", "blocks", "full"],
+)
 def test_the_rate_moves_the_policy_within_the_bounds_and_the_model_stays(layers, dtype):
     model, tokenizer = demo_model.load()
     model.to(dtype)

@@ -115,7 +115,7 @@ def test_updates_are_clipped_adamw_steps(batch):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("rate", [1e-7, 5e-6, 3e-3, 0.3])
-@pytest.mark.parametrize("layer", [0, 11])
+@pytest.mark.parametrize("layer", [pytest.param(0, marks=pytest.mark.more), 11])
 def test_the_first_update_moves_the_policy_by_neither_too_much_nor_too_little(batch, layer, rate, dtype):
     model, _ = demo_model.load()
     model.to(dtype)

@@ -103,6 +103,7 @@ def test_names_that_begin_alike_are_not_mixed_up(tmp_path):
     assert names(tmp_path) == []
 
 
+@pytest.mark.more
 def test_one_of_many_at_a_time(tmp_path):
     command = [sys.executable, "-c", RACE, tmp_path / "out", str(time.time() + 1)]
     racing = [subprocess.Popen(command, stderr=subprocess.PIPE) for _ in range(4)]

@@ -313,7 +313,7 @@ TRAININGS = {
 @pytest.mark.parametrize(
     "options",
     [
-        pytest.param(options, id=name, marks=[pytest.mark.slow] if i >= 4 else [])
+        pytest.param(options, id=name, marks=[pytest.mark.slow] if i >= 4 else [pytest.mark.more] if i >= 2 else [])
         for i, (name, options) in enumerate(TRAININGS.items())
     ],
 )

@@ -98,7 +98,7 @@ def same(a, b):
     ("algorithm", "family", "options"),
     [
         ("dpo", "Qwen3", {}),
-        ("dpo", "Gemma3Text", {"gradient_accumulation_steps": 2}),
+        pytest.param("dpo", "Gemma3Text", {"gradient_accumulation_steps": 2}, marks=pytest.mark.more),
         pytest.param("dpo", "GPT2", {}, marks=pytest.mark.more),
         ("kto", "Llama", {}),
         pytest.param("grpo", "Qwen3", {}, marks=pytest.mark.more),

@@ -4,7 +4,7 @@ import dataclasses
 import demo_model
 import pytest
 import torch
-from peft import get_peft_model
+from peft import LoraConfig, get_peft_model
 
 from models import build
 from peft_onelayer import SingleLayerConfig
@@ -87,3 +87,12 @@ def test_frozen_blocks_and_prompts_are_run_once(base, tmp_path, monkeypatch):
         forwards.append(sum(shape[0] * shape[1] for shape in rows))
     assert all(torch.equal(trained[0][name], trained[1][name]) for name in trained[0])
     assert forwards[0] < 0.85 * forwards[1]  # with the comparison, once
+
+
+def test_another_peft_method_trains_to_compare_with(base):
+    model, tokenizer = base
+    lora = LoraConfig(r=2, target_modules=["q_proj"], task_type="CAUSAL_LM")
+    result = train_layer(copy.deepcopy(model), tokenizer, load_task("arithmetic"), lora, steps=1, seed=0)
+    trained = {name: p for name, p in result.model.named_parameters() if p.requires_grad}
+    assert len(trained) == 2 * 12 and all("lora_" in name for name in trained) and len(result.rewards) == 1
+    assert all(bool(p.any()) for name, p in trained.items() if "lora_B" in name)  # they are 0 before training

@@ -144,6 +144,7 @@ def test_a_full_run_and_an_offline_one_are_measured_too(tmp_path, monkeypatch, c
     assert same(kept, at_1) and one.keys() == kept.keys()
 
 
+@pytest.mark.more
 def test_a_run_whose_reward_falls_stops_and_says_so(tmp_path, onelayer):
     (tmp_path / "r.py").write_text(
         "calls = 0\n\ndef reward(completions, **kwargs):\n"

@@ -1,7 +1,8 @@
 """Runs that take no time to compute, for tests of what surrounds them: importable by the engines' processes.
 
 The file FAKE_RUNS_LOG gets the digest and the node of every run that starts. What happens to one is told by
-`settings`, or by the JSON in FAKE_RUNS_FATE: "sleep", the length of a step in seconds; "kill", block -> how often its
+`settings`, or by the JSON in FAKE_RUNS_FATE: "levels", the score by block and rate,
+such as "full 0.001"; "sleep", the length of a step in seconds; "kill", block -> how often its
 process kills itself; "fail", block -> what it raises; "same", the blocks that score what the base does; "nothing",
 whether there is nothing to learn from.
 """
@@ -37,6 +38,8 @@ def run(spec, on_step=lambda step, reward: None):
     if spec.steps == 0 and spec.layer != "base":
         return _rate(spec, settings)
     scores = [_score(spec, i) for i in range(spec.problems)]
+    if level := settings.get("levels", {}).get(f"{spec.layer} {settings.get('learning_rate', 0):g}"):
+        scores = [level + 0.1 * (_score(spec, i) % 0.1) for i in range(spec.problems)]
     if str(spec.layer) in settings.get("same", ()):
         scores = [_score(replace(spec, layer="base", seed=0), i) for i in range(spec.problems)]
     return {

@@ -134,6 +134,8 @@ def test_the_digest_is_of_all_that_decides_the_outcome(tmp_path):
         "unsafe": True,
         "sampling": {"temperature": 0.5},
         "trust_remote_code": True,
+        "dataset": "rows.jsonl",
+        "reward": "reward.py:reward",
     }
     assert changes.keys() | {"model"} == asdict(spec).keys()
     digests = {replace(spec, **{name: value}).digest() for name, value in changes.items()}

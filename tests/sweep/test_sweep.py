@@ -7,6 +7,7 @@ import json
 import multiprocessing
 import os
 import random
+import re
 import shutil
 import time
 from collections import Counter
@@ -121,6 +122,33 @@ def test_what_is_finished_never_runs_again(tmp_path):
     assert started(tmp_path)[row.stem] == 2 and sum(started(tmp_path).values()) == ROWS + 1
 
 
+@pytest.mark.parametrize(
+    ("changes", "what"),
+    [
+        ({"steps": 9}, "--steps 4, and 9 is asked for"),
+        pytest.param({"algorithm": "dr_grpo"}, "--algorithm grpo, and dr_grpo is asked for", marks=pytest.mark.more),
+        pytest.param({"task": "sort"}, "--task arithmetic, and sort is asked for", marks=pytest.mark.more),
+        pytest.param(
+            {"learning_rate": 2e-3}, "--full-learning-rate 0.001, and 0.002 is asked for", marks=pytest.mark.more
+        ),
+        ({"learning_rate": 2e-3, "full_learning_rate": 1e-3}, "--learning-rate 0.001, and 0.002 is asked for"),
+        pytest.param(
+            {"config": {"temperature": 0.9}}, "--set {}, and {'temperature': 0.9} is asked for", marks=pytest.mark.more
+        ),
+        ({"problems": 100}, "evaluated otherwise"),
+    ],
+    ids=str,
+)
+def test_the_profile_of_another_sweep_is_not_replaced(tmp_path, changes, what):
+    given = {"seeds": [0], "layers": "0", "steps": 4, "learning_rate": 1e-3, "full_learning_rate": None}
+    sweep(tmp_path / "out", **given)
+    before = {path: path.read_bytes() for path in (tmp_path / "out").rglob("*.*")}
+    with pytest.raises(TargetError, match=re.escape(what)):
+        sweep(tmp_path / "out", **{**given, **changes})
+    assert {path: path.read_bytes() for path in (tmp_path / "out").rglob("*.*")} == before
+    sweep(tmp_path / "out", **{**given, "layers": "0,5", "seeds": [0, 1]})  # goes on
+
+
 def test_the_search_for_learning_rates(tmp_path):
     profile = sweep(tmp_path / "out", seeds=[3], layers="0-2,mid-1", search_learning_rates=[1e-4, 1e-3])
     search = profile.sweep.learning_rate_search
@@ -180,6 +208,7 @@ def test_rates_that_nobody_gives_are_found_once_and_kept(tmp_path):
     again = sweep(tmp_path / "out", seeds=[3, 4], problems=200, samples=4, **NONE)
     assert max(started(tmp_path).values()) == 1 and len(started(tmp_path)) == 8 + 5
     assert again.learning_rate == 3e-3
+    (tmp_path / "out" / "layer_profile.json").unlink()
     sweep(tmp_path / "out", seeds=[3], problems=100, steps=3, **NONE)  # another evaluation and length: the same rates
     assert (
         sum(
@@ -272,6 +301,7 @@ def workers_of(log):
     return found
 
 
+@pytest.mark.more
 def test_killed_at_random_moments_it_ends_with_the_same_rows(tmp_path):
     undisturbed = sweep(tmp_path / "undisturbed")
     (tmp_path / "log").unlink()
@@ -356,6 +386,7 @@ def _sweep_on_a_full_disk(tmp_path, disk, answer):
     answer.put((full, names, finished))
 
 
+@pytest.mark.more
 def test_a_full_disk_stops_it_and_it_goes_on(tmp_path):
     sweep(tmp_path / "undisturbed")
     (tmp_path / "log").unlink()

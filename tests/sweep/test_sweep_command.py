@@ -21,8 +21,9 @@ def sweep(monkeypatch, capfd, tmp_path):
     """Runs the command, with runs that compute nothing: (exit code, lines on stderr, stdout)."""
     monkeypatch.setattr(module, "sweep_layers", functools.partial(module.sweep_layers, run_row=fake_runs.run))
 
-    def run(*arguments, model=DEMO):
-        command = ["onelayer", "sweep", model, "--task", "arithmetic", "--out", str(tmp_path / "out"), *arguments]
+    def run(*arguments, model=DEMO, task="arithmetic"):
+        named = ["--task", task] if task else []
+        command = ["onelayer", "sweep", model, *named, "--out", str(tmp_path / "out"), *arguments]
         monkeypatch.setattr(sys, "argv", command)
         capfd.readouterr()
         with pytest.raises(SystemExit) as ended:
@@ -51,6 +52,23 @@ def test_it_prints_the_contributions_and_writes_the_profile(sweep, tmp_path):
     code, lines, out = sweep(*arguments, "--json")
     assert code == 0 and json.loads(out) == json.loads(profile.to_json())
     assert sum(fake_runs.started(tmp_path).values()) == 9  # nothing ran again
+    assert f"7 of 7 runs are in {tmp_path / 'out' / 'rows'} already and are not run again" in lines
+
+
+def test_a_data_set_with_a_reward(sweep, tmp_path):
+    rows = "".join(json.dumps({"prompt": f"{i}+1="}) + "\n" for i in range(64))
+    (tmp_path / "rows.jsonl").write_text(rows, encoding="utf-8")
+    reward = "def reward(prompts, completions, **kwargs):\n    return [0.0] * len(completions)\n"
+    (tmp_path / "reward.py").write_text(reward, encoding="utf-8")
+    options = ["--dataset", str(tmp_path / "rows.jsonl"), "--reward", f"{tmp_path / 'reward.py'}:reward"]
+    few = ["--layers", "0", "--steps", "2", "--problems", "5", "--out", str(tmp_path / "new")]
+    code, lines, out = sweep(*options, *few, task=None)
+    assert code == 0, lines
+    assert "block" in out and (tmp_path / "new" / "layer_profile.json").exists()
+    specs = [row["spec"] for row in fake_runs.stored(tmp_path / "new").values()]
+    assert {spec["dataset"] for spec in specs} == {options[1]} and {spec["reward"] for spec in specs} == {options[3]}
+    code, lines, _ = sweep(*options, *few)
+    assert code == 1 and "give --task, or --dataset with --reward" in lines[-1]
 
 
 def test_what_scored_as_the_base_is_named(sweep, monkeypatch, tmp_path):
@@ -149,3 +167,18 @@ def test_ctrl_c_says_what_is_kept_and_the_same_command_goes_on(sweep, tmp_path, 
     kept = f"{rows} finished runs are kept in {tmp_path}/out/rows; the same command goes on with the others"
     assert code == 130 and rows > 0 and kept in lines, lines
     assert sweep("--layers", "0,5", "--steps", "3", "--problems", "50", "--workers", "1")[0] == 0
+
+
+def test_three_regimes_of_rates(sweep, tmp_path):
+    few = ["--layers", "0,5", "--steps", "3", "--problems", "50", "--seeds", "0,1"]
+    code, lines, out = sweep(*few, "--search-learning-rates", "1e-4,1e-3", "--learning-rate", "5e-4", "--regimes")
+    first = next(i for i, line in enumerate(lines) if "score" in line)
+    assert code == 0 and any("--regimes adds 6 runs to the sweep" in line for line in lines[:first]), lines
+    assert "C under three regimes of learning rates" in out and "equal rates" in out and "both tuned" in out
+    regimes = LayerRanking.from_json((tmp_path / "out" / "layer_profile.json").read_text()).sweep.regimes
+    value, error = (regimes["equal rates"][name][5] for name in ("contribution", "contribution_errors"))
+    assert f"{value:.2f} [{value - 1.959964 * error:.2f}, {value + 1.959964 * error:.2f}]" in out
+    assert "Its tables likely hold what the scripts ran" in " ".join(out.split())
+    code, lines, _ = sweep(*few, "--regimes", "--out", str(tmp_path / "other"))
+    assert code == 1 and "--regimes compares tuned rates with equal ones" in lines[-1] and len(lines) == 1
+    assert not (tmp_path / "other" / "rows").exists()

@@ -268,6 +268,7 @@ def write(tmp_path):
     return write
 
 
+@pytest.mark.more
 def test_all_of_a_file_is_for_evaluation(write):
     task = load_task(f"humaneval:{write('mine.jsonl')}")
     rows = task.rows("test", 100, 0)
@@ -343,6 +344,7 @@ def test_without_a_sandbox_loading_is_refused_unless_unsafe(write, monkeypatch):
         assert task.reward([STUB] * 2, [BODY, "    pass"], [TEST] * 2, ["roots"] * 2) == [1.0, 0.0]
 
 
+@pytest.mark.more
 def test_programs_past_the_time_limit_score_0_and_are_counted(monkeypatch):
     """And a text of a million characters is not even read."""
     run = sandbox.run

@@ -177,7 +177,13 @@ def test_a_child_process_has_its_own(method):
 def run(script, folder):
     """Start a Python process that scores; it prints the pid of its server first."""
     script = f"import sys; sys.path.insert(0, {str(folder)!r})\nfrom peft_onelayer.tasks import limits\n{script}"
-    return subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    return subprocess.Popen(
+        [sys.executable, "-c", script],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # who started the tests may ignore it
+    )
 
 
 LOOPING = """

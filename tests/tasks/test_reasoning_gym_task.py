@@ -109,7 +109,14 @@ def test_an_entry_as_text_keeps_what_json_would_not():
     assert json.loads(to_text(entry))
 
 
-@pytest.mark.parametrize("name", ["chain_sum", "tower_of_hanoi", "list_functions"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param("chain_sum", marks=pytest.mark.more),
+        pytest.param("tower_of_hanoi", marks=pytest.mark.more),
+        "list_functions",
+    ],
+)
 def test_the_splits_never_overlap_whatever_the_seeds(name):
     task = load_task(f"reasoning_gym:{name}")
     train = {row["question"] for seed in range(3) for row in task.rows("train", 60, seed)}
@@ -119,6 +126,7 @@ def test_the_splits_never_overlap_whatever_the_seeds(name):
     assert task.rows("train", 20, 5) != task.rows("train", 20, 6)
 
 
+@pytest.mark.more
 def test_a_small_space_of_questions_gives_what_there_is(monkeypatch):
     task = load_task("reasoning_gym:tower_of_hanoi")
     train, test = task.rows("train", 10**4, 0), task.rows("test", 10**4, 0)

@@ -45,14 +45,18 @@ def test_no_loss_is_left_out(trainer, losses):
 
 
 def runs():
-    """By default the first variant of each cell, on a bfloat16 base; the rest is slow."""
+    """The first variant of each cell on a bfloat16 base: by default of a wrapped model, and with `peft_config` for the
+    first cell of each trainer, `more` for the others; the rest is slow."""
+    trainers = set()
     for cell in CELLS:
         for i, variant in enumerate(cell.variants()):
             for dtype in (torch.bfloat16,) if cell.slow else (torch.bfloat16, torch.float32):
                 for way in WAYS:
-                    slow = [pytest.mark.slow] if i or cell.slow or dtype == torch.float32 else []
+                    marks = [pytest.mark.more] if way == "peft_config" and cell.trainer in trainers else []
+                    marks = [pytest.mark.slow] if i or cell.slow or dtype == torch.float32 else marks
                     name = f"{cell.name}-{cell.label(variant)}-{way}-{str(dtype).removeprefix('torch.')}"
-                    yield pytest.param(cell, variant, way, dtype, id=name.replace(" ", "_"), marks=slow)
+                    yield pytest.param(cell, variant, way, dtype, id=name.replace(" ", "_"), marks=marks)
+        trainers.add(cell.trainer)
 
 
 @pytest.mark.parametrize(("cell", "variant", "way", "dtype"), list(runs()))

@@ -8,9 +8,24 @@ from pathlib import Path
 
 import pytest
 from trl_cells import SERVER_CELLS
-from trl_runner import WAYS
+from trl_runner import WAYS, WORKS
 
 HERE = Path(__file__).parent
+
+
+def outcomes_of(folder, chat_tokenizer, *arguments) -> dict[str, dict[str, str]]:
+    chat_tokenizer.save_pretrained(folder)
+    # The stand-ins come first on the path: `vllm` and `kernels`, as far as TRL imports them.
+    path = os.pathsep.join(map(str, (HERE / "standins", HERE, HERE.parent)))
+    run = subprocess.run(
+        [sys.executable, HERE / "trl_server_run.py", folder, *arguments],
+        env={**os.environ, "PYTHONPATH": path},
+        capture_output=True,
+        text=True,
+        timeout=500,
+    )
+    assert run.returncode == 0, run.stderr[-4000:]
+    return json.loads((folder / "outcomes.json").read_text())
 
 
 # The asynchronous trainers start one process more each.
@@ -21,19 +36,15 @@ HERE = Path(__file__).parent
     ids=["AsyncGRPO and synchronous", "AsyncDistillationTrainer"],
 )
 def test_trainers_with_a_server(tmp_path, chat_tokenizer, record, names):
-    chat_tokenizer.save_pretrained(tmp_path)
-    # The stand-ins come first on the path: `vllm` and `kernels`, as far as TRL imports them.
-    path = os.pathsep.join(map(str, (HERE / "standins", HERE, HERE.parent)))
-    run = subprocess.run(
-        [sys.executable, HERE / "trl_server_run.py", tmp_path, *names],
-        env={**os.environ, "PYTHONPATH": path},
-        capture_output=True,
-        text=True,
-        timeout=500,
-    )
-    assert run.returncode == 0, run.stderr[-4000:]
-    outcomes = json.loads((tmp_path / "outcomes.json").read_text())
+    outcomes = outcomes_of(tmp_path, chat_tokenizer, *names)
     assert sorted(outcomes) == sorted(names)
     for cell in SERVER_CELLS:
         for way in WAYS if cell.name in names else ():
             record(cell, {}, way, outcomes[cell.name][way])
+
+
+@pytest.mark.more
+@pytest.mark.parametrize("name", ["AsyncGRPOTrainer", "AsyncDistillationTrainer"])
+def test_asynchronous_trainers_that_send_the_trained_block(tmp_path, chat_tokenizer, name):
+    """After the first push only tensors of the block are sent, and the server ends with exactly the merged weights."""
+    assert outcomes_of(tmp_path, chat_tokenizer, name, "--layer")[name]["peft_config"] == WORKS

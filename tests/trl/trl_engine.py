@@ -14,12 +14,16 @@ import torch
 import vllm
 from torch import nn
 
+from peft_onelayer.rl.policy_weights import digest
+
 
 class Engine:
-    def __init__(self, model: nn.Module, eos_token_id: int) -> None:
+    def __init__(self, model: nn.Module, eos_token_id: int, parts: bool = False) -> None:
+        self.parts = parts  # whether later pushes may be of a part
         self.model = model.eval()
         self.eos_token_id = eos_token_id
         self.calls: list[str] = []  # the endpoints in order, without generation
+        self.sent: list[list[str]] = []  # the names in each push
         self.asked = False  # to score a sequence
         self.lock = threading.Lock()
         engine = self
@@ -57,7 +61,10 @@ class Engine:
             # Started with --enable-lora: TRL has to find out that this adapter is none, and to push merged weights.
             lora, parallel = {"max_lora_rank": 8, "max_loras": 8}, {"data_parallel_size": 1}
             model = {"dtype": str(self.model.dtype)}
-            return {"vllm_config": {"model_config": model, "lora_config": lora, "parallel_config": parallel}}
+            config = {"model_config": model, "lora_config": lora, "parallel_config": parallel}
+            return {"vllm_config": {**config, "weight_transfer_config": {"backend": "nccl"}}}
+        if path == "/weight_checker":
+            return {"checksums": {f"dp0:pp0:pcp0:tp0:{n}": digest([p]) for n, p in self.model.named_parameters()}}
         if path == "/get_world_size":
             return {"world_size": 1}
         self.calls.append(path)
@@ -66,10 +73,11 @@ class Engine:
         return {}
 
     def receive(self, manifest: dict[str, list]) -> None:
-        """The announced names are the model's own, all of them, and the tensors are as announced."""
+        """The announced names are the model's own, in the first push all of them, and the tensors are as announced."""
         tensors = vllm.SENT.get(timeout=60)
         own = dict(self.model.named_parameters())
-        assert sorted(manifest["names"]) == sorted(own), set(manifest["names"]) ^ own.keys()
+        self.sent.append(manifest["names"])
+        assert (self.parts and self.sent[1:]) or sorted(manifest["names"]) == sorted(own), manifest["names"]
         columns = (manifest[key] for key in ("names", "dtype_names", "shapes"))
         for name, dtype, shape, tensor in zip(*columns, tensors, strict=True):
             assert (str(tensor.dtype).removeprefix("torch."), list(tensor.shape)) == (dtype, shape), name

@@ -73,11 +73,12 @@ def run(
     tokenizer,
     folder: Path,
     examine: Callable[[Any], None] = lambda trainer: None,
+    prepare: Callable[[Any], Any] = lambda trainer: None,
     **options,
 ) -> str:
     """Returns `WORKS` after checking the weights, or the reason for which TRL (or our extension) refused.
 
-    `examine` gets the trainer for further checks; `options` are added to those of the cell.
+    `prepare` gets the trainer before it trains, `examine` for further checks; `options` are added to those of the cell.
     """
     model = classifier(dtype) if cell.head else build(num_layers=LAYERS, dtype=dtype)
     task = {"layer": LAYER, "task_type": "SEQ_CLS" if cell.head else "CAUSAL_LM"}
@@ -95,6 +96,7 @@ def run(
             model = str(folder / "student")
     try:
         trainer = make(cell, model, tokenizer, folder, dtype, **variant, **options)(**arguments)
+        prepare(trainer)
         trainer.train()
     except Exception as error:
         if cell.by_name and way == "wrapped" and isinstance(error, TypeError):

@@ -1,7 +1,8 @@
 """Trains against stand-ins of servers, in a process of its own, because TRL looks for vLLM when it is imported.
 
-Usage: python trl_server_run.py FOLDER TRAINER ..., with the tokenizer in FOLDER. Writes FOLDER/outcomes.json: for those
-of `SERVER_CELLS` the outcome of each way, or the traceback of a defect.
+Usage: python trl_server_run.py FOLDER TRAINER ... [--layer], with the tokenizer in FOLDER. Writes FOLDER/outcomes.json:
+for those of `SERVER_CELLS` the outcome of each way, or the traceback of a defect. With --layer `sync_trained_layer` is
+called.
 """
 
 from __future__ import annotations
@@ -19,14 +20,16 @@ from trl_engine import Engine
 from trl_runner import COMMON, WAYS, run
 
 from models import build
+from peft_onelayer.rl import sync_trained_layer
+from peft_onelayer.rl.layer_sync import LayerSync
 
 PUSH = ["/pause", "/start_weight_update", "/update_weights", "/finish_weight_update", "/resume"]
 
 
-def train(cell: Cell, way: str, folder: Path) -> str:
+def train(cell: Cell, way: str, folder: Path, layer: bool) -> str:
     tokenizer = AutoTokenizer.from_pretrained(folder)
     # The policy's server starts with other weights than the policy's, so that only a push can make them right.
-    student = Engine(build(num_layers=LAYERS, seed=3), tokenizer.eos_token_id)
+    student = Engine(build(num_layers=LAYERS, seed=3), tokenizer.eos_token_id, parts=layer)
     teacher = Engine(build(num_layers=LAYERS, seed=7), tokenizer.eos_token_id)
     urls = {
         "vllm_server_base_url": student.url,
@@ -35,12 +38,21 @@ def train(cell: Cell, way: str, folder: Path) -> str:
     }
     options: dict[str, Any] = {name: url for name, url in urls.items() if name in cell.config.__dataclass_fields__}
 
+    syncs: list[LayerSync] = []
+
+    def prepare(trainer) -> None:
+        if layer:
+            syncs.append(sync_trained_layer(trainer))
+
     def examine(trainer) -> None:
         assert teacher.asked == ("teacher_server_urls" in options or "teacher_model_server_url" in options)
         if not cell.by_name:
             return
         pushes = [call for call in student.calls if call in PUSH]
         assert pushes == PUSH * (1 + COMMON["max_steps"]), pushes  # at the start and after each step
+        everything = {name for name, _ in student.model.named_parameters()}
+        assert not syncs or [set(names) == everything for names in student.sent] == [True, False, False]
+        assert [push.why for sync in syncs for push in sync.pushes] == ["first", "changes", "changes"] * len(syncs)
         merged = dict(trainer.accelerator.unwrap_model(trainer.model).merge_and_unload().named_parameters())
         served = dict(student.model.named_parameters())
         assert merged.keys() == served.keys() and all(torch.equal(served[name], merged[name]) for name in merged)
@@ -48,7 +60,7 @@ def train(cell: Cell, way: str, folder: Path) -> str:
         kl = [entry["kl"] for entry in trainer.state.log_history if "kl" in entry]
         assert bool(kl) == (cell.name == "AsyncGRPOTrainer") and all(abs(first) < 1e-6 for first in kl[:1])
 
-    return run(cell, {}, way, torch.float32, tokenizer, folder / way / cell.name, examine, **options)
+    return run(cell, {}, way, torch.float32, tokenizer, folder / way / cell.name, examine, prepare, **options)
 
 
 def main(folder: Path, names: list[str]) -> None:
@@ -58,7 +70,7 @@ def main(folder: Path, names: list[str]) -> None:
     for cell in SERVER_CELLS:
         for way in WAYS if cell.name in names else ():
             try:
-                outcome = train(cell, way, folder)
+                outcome = train(cell, way, folder, "--layer" in names)
             except Exception:
                 outcome = traceback.format_exc()
             outcomes.setdefault(cell.name, {})[way] = outcome

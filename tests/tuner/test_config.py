@@ -333,3 +333,16 @@ def test_task_types(tmp_path, task_type, model_class, heads):
     loaded = PeftModel.from_pretrained(base(), tmp_path)
     tokens = torch.arange(3, 11)[None]
     assert torch.equal(loaded(tokens)[0], model(tokens)[0])
+
+
+@pytest.mark.parametrize("field", ["encoding", "trained_on"])
+def test_a_saved_configuration_may_not_be_nested_without_end(tmp_path, field):
+    """PEFT reads the file without a limit, and copies what it reads."""
+    wrap(layer=1).save_pretrained(tmp_path)
+    deep: object = {}
+    for _ in range(900):
+        deep = {"a": deep}
+    path = tmp_path / "adapter_config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), field: deep}))
+    with pytest.raises(ValueError, match="is nested more than 64 deep"):
+        PeftModel.from_pretrained(build(), str(tmp_path))

@@ -30,9 +30,8 @@ LINEAR_ATTENTION = "falcon_h1 falcon_mamba jamba mamba mamba2 qwen3_5_text qwen3
 ODD = "bart bert ctrl deepseek_v32 inkling2_text xlnet"
 FAMILIES = f"{DENSE} {EXPERTS} {LINEAR_ATTENTION} {ODD}".split()
 # One of each kind of block: fused and transposed weights, parallel branches, shared inputs, experts, states, others.
-SHOWN = "bloom ctrl deepseek_v3 falcon gemma3_text gemma4_text gpt2 gpt_neox gpt_oss llama mamba2 mixtral phi3"
-SHOWN += " qwen3 qwen3_moe qwen3_next xlnet"
-SHOWN_TWICE = ["gpt_oss", "qwen3", "qwen3_next"]  # with several blocks too
+SHOWN = "bloom ctrl falcon gemma3_text gemma4_text gpt2 gpt_oss llama mamba2 mixtral qwen3 qwen3_next"
+SHOWN_TWICE = ["gpt_oss", "qwen3"]  # with several blocks too
 LAYERS = {"middle": "middle", "first and last": [0, -1]}
 
 # Parameters that get no gradient in full fine-tuning either, by the end of their names.
@@ -231,9 +230,7 @@ def test_every_family(tmp_path, family, layer):
     check(of_family(family, layer), tmp_path)
 
 
-@pytest.mark.parametrize(
-    ("model_type", "layer"), list(choices(MULTIMODAL, ["gemma3", "llama4", "llava", "qwen3_5"], []))
-)
+@pytest.mark.parametrize(("model_type", "layer"), list(choices(MULTIMODAL, ["gemma3"], [])))
 def test_the_text_stack_of_a_multimodal_model(tmp_path, model_type, layer):
     inputs = {"token_type_ids": torch.zeros_like(token_batch())} if model_type in ("gemma3", "paligemma") else {}
     check(Case(build_multimodal(model_type), layer, inputs=inputs), tmp_path)
@@ -266,7 +263,7 @@ SIDES = {
 }
 
 
-@pytest.mark.parametrize(("side", "layer"), list(choices(SIDES, SIDES, [])))
+@pytest.mark.parametrize(("side", "layer"), list(choices(SIDES, ["t5-encoder", "bart-decoder"], [])))
 def test_either_stack_of_an_encoder_decoder_model(tmp_path, side, layer):
     name, pattern = SIDES[side]
     check(Case(encoder_decoder(name), layer, pattern=pattern, task_type="SEQ_2_SEQ_LM"), tmp_path)

@@ -126,7 +126,16 @@ def test_an_embedding_inside_the_block_keeps_its_class(tmp_path):
     assert found["ours"] == found["theirs"] and torch.nn.Embedding in found["ours"].values()
 
 
-@pytest.mark.parametrize("name", ["adamw_torch_fused", "adafactor", *QUANTIZED, *COMPILED])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "adamw_torch_fused",
+        pytest.param("adafactor", marks=pytest.mark.more),
+        *QUANTIZED[:1],
+        *(pytest.param(name, marks=pytest.mark.more) for name in QUANTIZED[1:]),
+        *COMPILED,
+    ],
+)
 def test_masters_stay_float32_and_the_run_resumes(tmp_path, name):
     def bf16():
         return wrap(build(dtype=torch.bfloat16, **SIZES))

@@ -134,7 +134,7 @@ def test_trainer_and_checkpointing(load, tmp_path):
 @pytest.mark.parametrize(
     ("trainer", "trained_before"),
     [
-        ("SFT", True),
+        pytest.param("SFT", True, marks=pytest.mark.more),
         pytest.param("SFT", False, marks=pytest.mark.more),
         pytest.param("GRPO", True, marks=pytest.mark.more),
         ("GRPO", False),

@@ -133,7 +133,7 @@ SECOND_ADAPTER = pytest.mark.skipif(
 )
 
 
-@pytest.mark.parametrize("beta", [0.0, pytest.param(0.05, marks=SECOND_ADAPTER)])
+@pytest.mark.parametrize("beta", [0.0, pytest.param(0.05, marks=[SECOND_ADAPTER, pytest.mark.more])])
 @pytest.mark.parametrize("trained_before", [False, True])
 def test_grpo(tmp_path, tokenizer, beta, trained_before):
     from trl import GRPOConfig, GRPOTrainer

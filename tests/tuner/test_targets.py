@@ -106,3 +106,13 @@ def test_a_range_without_end_is_refused_at_once():
     for layer in ("0-99999999999999", "5-3000000000,1"):
         with pytest.raises(ValueError, match="is out of range"):
             wrap(build(), layer=layer)
+
+
+@pytest.mark.parametrize("pattern", [*WRONG, HANGING[0], HANGING[1], "(e|e|m|b)*" * 9 + "(_|t|o|k|n|s)*" * 9 + "!"])
+def test_peft_is_never_given_an_expression(pattern):
+    """It would match it with the names of embeddings first, by `re`."""
+    start = time.process_time()
+    with pytest.raises(ValueError, match=r"^target_modules ") as error:
+        wrap(layer=1, target_modules=pattern)
+    assert type(error.value) is ValueError and len(str(error.value)) < 500
+    assert time.process_time() - start < 5

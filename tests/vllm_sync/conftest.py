@@ -37,8 +37,8 @@ def serve(monkeypatch):
     monkeypatch.setattr(VLLMClient, "init_communicator", lambda self, device: init_communicator(self, "cuda"))
     servers = []
 
-    def start(path: str) -> engine.Server:
-        servers.append(engine.Server(path))
+    def start(path: str, **options) -> engine.Server:
+        servers.append(engine.Server(path, **options))
         return servers[-1]
 
     yield start

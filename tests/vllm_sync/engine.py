@@ -8,15 +8,17 @@ outright is NCCL: what a trainer broadcasts goes through a queue.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import queue
 import threading
+from collections.abc import Callable
 from dataclasses import dataclass
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from importlib.machinery import ModuleSpec
 from types import ModuleType, SimpleNamespace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -63,15 +65,21 @@ class RequestOutput:
 class Engine:
     """The weights of a checkpoint, what arrived for them, and generation."""
 
-    def __init__(self, path: str) -> None:
-        self.model = AutoModelForCausalLM.from_pretrained(path, dtype="auto").eval()
-        self.tokenizer = AutoTokenizer.from_pretrained(path)
+    def __init__(self, model: Any, tokenizer: Any = None) -> None:
+        self.model = model.eval()
+        self.tokenizer = tokenizer
         self.random = torch.Generator().manual_seed(0)
         self.asleep: set[str] = set()
         self.arrived: dict[str, torch.Tensor] = {}  # since the last completed sync
         self.syncs: list[dict[str, torch.Tensor]] = []  # what arrived in each of them
         self.generations = 0
         self.fail_at: str | None = None  # the parameter whose loading fails
+        self.fault: Callable[[], str] | None = None  # what happens to each tensor that arrives: see `_arrive`
+        self.late: list[tuple[str, torch.Tensor, torch.Tensor | None]] = []
+
+    @classmethod
+    def load(cls, path: str) -> Engine:
+        return cls(AutoModelForCausalLM.from_pretrained(path, dtype="auto"), AutoTokenizer.from_pretrained(path))
 
     @torch.no_grad()
     def load_weights(self, weights: list[tuple[str, torch.Tensor]]) -> None:
@@ -83,8 +91,47 @@ class Engine:
                 raise RuntimeError(f"out of memory while loading {name}")
             if name not in own or name in self.arrived or own[name].shape != tensor.shape:
                 raise ValueError(f"no parameter {name} of shape {tuple(tensor.shape)}, or pushed twice")
-            own[name].copy_(tensor)
+            self._arrive(name, tensor, None)
             self.arrived[name] = tensor.clone()
+
+    @torch.no_grad()
+    def load_entries(self, name: str, shape: list[int], indices: torch.Tensor, values: torch.Tensor) -> None:
+        """Replace entries, with what vLLM's `load_checkpoint_weight_patches` refuses."""
+        own = dict(self.model.named_parameters())
+        if "weights" in self.asleep or name not in own or list(own[name].shape) != list(shape):
+            raise ValueError(f"no parameter {name} of shape {list(shape)}, or it sleeps")
+        if indices.dtype != torch.int32 or indices.ndim != 1 or values.shape != indices.shape:
+            raise ValueError(f"{name}: expected flat int32 indices and as many values")
+        if values.isnan().any() or indices.min() < 0 or indices.max() >= own[name].numel():
+            raise ValueError(f"{name}: NaN values, or indices out of range")
+        if len(indices.unique()) != len(indices):
+            raise ValueError(f"{name}: duplicate indices")
+        self._arrive(name, values, indices)
+
+    def _arrive(self, name: str, tensor: torch.Tensor, indices: torch.Tensor | None) -> None:
+        """Set the parameter. With a fault "drop" it is not set, and with "late" only behind what arrives next."""
+        what, late, self.late = self.fault() if self.fault else "", self.late, []
+        if what == "late":
+            self.late = [(name, tensor.clone(), indices)]
+        for n, t, i in [*([] if what in ("late", "drop") else [(name, tensor, indices)]), *late]:
+            target = dict(self.model.named_parameters())[n].data
+            if i is None:
+                target.copy_(t)
+            else:
+                target.view(-1)[i.long()] = t.to(target.dtype)
+        if what == "repeat":
+            self.late = [(name, tensor.clone(), indices)]
+
+    def named_parameters(self):
+        """Asked for their digests. What arrived before may be sent again."""
+        self.arrived = {}
+        return self.model.named_parameters()
+
+    def digests(self) -> dict[str, str]:
+        return {
+            n: hashlib.sha256(p.detach().contiguous().view(-1).view(torch.uint8).numpy()).hexdigest()
+            for n, p in self.named_parameters()
+        }
 
     def reset_prefix_cache(self) -> None:
         """TRL's last call of a sync."""
@@ -134,8 +181,10 @@ class Engine:
 class LLM:
     """vLLM in the trainer's process ("colocate")."""
 
-    def __init__(self, model: str, *, max_model_len: int | None = None, enable_sleep_mode: bool = False, **_) -> None:
-        self.engine = Engine(model)
+    def __init__(
+        self, model: str | Engine, *, max_model_len: int | None = None, enable_sleep_mode: bool = False, **_
+    ) -> None:
+        self.engine = model if isinstance(model, Engine) else Engine.load(model)
         self.enable_sleep_mode = enable_sleep_mode
         runner = SimpleNamespace(model=self.engine)
         executor = SimpleNamespace(driver_worker=SimpleNamespace(model_runner=runner))
@@ -190,8 +239,9 @@ def packed_nccl_broadcast_producer(iterator, group: Communicator, src: int, post
 class Server:
     """vLLM behind HTTP on 127.0.0.1, as `vllm serve` with a weight-transfer engine."""
 
-    def __init__(self, path: str) -> None:
-        self.engine = Engine(path)
+    def __init__(self, path: str, backend: str = "nccl", checker: bool = True) -> None:
+        self.engine = Engine.load(path)
+        self.backend, self.checker = backend, checker  # `/weight_checker` is newer than VERSION
         self.queue: queue.Queue | None = None
         self.updating = False
         self.http = ThreadingHTTPServer(("127.0.0.1", 0), self._handler())
@@ -212,19 +262,28 @@ class Server:
             case "/v1/models":
                 return {"data": [{"id": "stand-in"}]}
             case "/server_info":
-                config = {"logprobs_mode": "processed_logprobs"}
-                return {"vllm_config": {"weight_transfer_config": {"backend": "nccl"}, "model_config": config}}
+                dtype = str(self.engine.model.dtype)
+                config = {"logprobs_mode": "processed_logprobs", "dtype": dtype}
+                return {"vllm_config": {"weight_transfer_config": {"backend": self.backend}, "model_config": config}}
+            case "/weight_checker" if self.checker:
+                assert body == {"action": "checksum"}
+                return {"checksums": {f"dp0:pp0:pcp0:tp0:{n}": d for n, d in self.engine.digests().items()}}
             case "/get_world_size":
                 return {"world_size": 1}
             case "/init_weight_transfer_engine":
                 info = body["init_info"]
                 assert info["packed"] and info["world_size"] == 2
                 self.queue = GROUPS.setdefault(info["master_port"], queue.Queue())
+            case "/pause" | "/resume":
+                pass
+            case "/pause" | "/resume":
+                pass
             case "/start_weight_update":
                 self.updating = True
             case "/update_weights":
                 assert self.updating
-                self.receive(**body["update_info"])
+                receive = self.receive if self.backend == "nccl" else self.receive_entries
+                receive(**body["update_info"])
             case "/finish_weight_update":
                 self.updating = False
             case "/reset_prefix_cache":
@@ -248,6 +307,18 @@ class Server:
             received = torch.cat([received, packed])
         for name, dtype, shape, part in zip(names, dtypes, shapes, received.split(sizes), strict=True):
             self.engine.load_weights([(name, part.clone().view(dtype).view(shape))])
+
+    def receive_entries(
+        self, names: list[str], dtype_names: list[str], shapes: list[list[int]], num_updates_list: list[int]
+    ) -> None:
+        """As vLLM's `SparseNCCLWeightTransferEngine`: for each name positions and values, then all are applied."""
+        patches = []
+        for name, dtype, shape, count in zip(names, dtype_names, shapes, num_updates_list, strict=True):
+            indices, values = (self.queue.get(timeout=60) for _ in range(2))
+            assert len(indices) == len(values) == count and values.dtype == getattr(torch, dtype)
+            patches.append((name, shape, indices, values))
+        for patch in patches:
+            self.engine.load_entries(*patch)
 
     def complete(self, body: dict[str, Any]) -> dict[str, Any]:
         fields = {key: value for key, value in body.items() if key in SamplingParams.__dataclass_fields__}
@@ -294,13 +365,33 @@ class Server:
         return Handler
 
 
+class CheckpointWeightPatch(NamedTuple):
+    name: str
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    values: torch.Tensor
+    indices: torch.Tensor | None = None
+
+
+def load_checkpoint_weight_patches(model: Engine, patches: list[CheckpointWeightPatch]) -> None:
+    for patch in patches:
+        assert patch.values.dtype == patch.dtype
+        model.load_entries(patch.name, list(patch.shape), patch.indices, patch.values)
+
+
 def modules() -> dict[str, ModuleType]:
     """The part of the package `vllm` that TRL imports, for `sys.modules`."""
     contents = {
         "vllm": {"LLM": LLM, "SamplingParams": SamplingParams, "RequestOutput": RequestOutput, "__version__": VERSION},
         "vllm.sampling_params": {"StructuredOutputsParams": dict},
         "vllm.utils": {},
-        "vllm.utils.network_utils": {"get_ip": lambda: "127.0.0.1"},
+        "vllm.utils.network_utils": {"get_ip": lambda: "127.0.0.1", "get_open_port": lambda: 0},
+        "vllm.model_executor": {},
+        "vllm.model_executor.model_loader": {},
+        "vllm.model_executor.model_loader.checkpoint_weight_patch": {
+            "CheckpointWeightPatch": CheckpointWeightPatch,
+            "load_checkpoint_weight_patches": load_checkpoint_weight_patches,
+        },
         "vllm.distributed": {},
         "vllm.distributed.weight_transfer": {},
         "vllm.distributed.weight_transfer.nccl_common": {"trainer_init": Communicator},

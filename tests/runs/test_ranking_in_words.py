@@ -1,0 +1,48 @@
+"""What a race without a pick says."""
+
+import math
+
+import numpy as np
+import pytest
+
+from peft_onelayer.records.ranking import LayerRanking
+from peft_onelayer.runs.ranking import describe
+from peft_onelayer.statistics import gain_of_rounds
+
+ROUNDS = {"0": [[4.0, 0.01, 0.03]], "2": [[4.0, 0.05, 0.04], [8.0, 0.02, 0.10]]}
+
+
+def test_the_best_block_that_ran_is_named_with_the_gain_of_its_own_rounds():
+    ranking = LayerRanking(
+        model="m",
+        revision=None,
+        num_layers=3,
+        method="auto",
+        scores=[0.01, 0.2, 0.1],
+        errors=[0.01, 0.01, 0.01],
+        order=[1, 2, 0],  # by its neighbours block 1 is the best, and did not run
+        tied=[1, 2, 0],
+        pick=None,
+        learning_rate=None,
+        cost={"tokens_generated": 1, "tokens_trained": 2, "seconds": 3, "share": 0.2},
+        task="t",
+        seed=0,
+        rounds=ROUNDS,
+    )
+    # By hand: the gain per update is (4 * .05 / .04^2 + 8 * .02 / .1^2) / (16 / .04^2 + 64 / .1^2).
+    slope = (4 * 0.05 / 0.04**2 + 8 * 0.02 / 0.1**2) / (16 / 0.04**2 + 64 / 0.1**2)
+    error = 8 / math.sqrt(16 / 0.04**2 + 64 / 0.1**2)
+    assert gain_of_rounds(ROUNDS["2"]) == pytest.approx((8 * slope, error))
+    said = f"(most: block 2, in its own rounds {800 * slope:+.1f} points of reward, standard error {100 * error:.1f})"
+    assert said in describe(ranking)[0]
+
+
+def test_without_a_gain_the_rounds_together_err_as_rarely_as_one():
+    draws = np.random.default_rng(0).standard_normal((20_000, 3))
+    errors = [0.03, 0.05, 0.2]
+    found = (
+        gain_of_rounds([[4 * i + 4, e * d, e] for i, (e, d) in enumerate(zip(errors, row, strict=True))])
+        for row in draws
+    )
+    share = np.mean([gain > 1.959964 * error for gain, error in found])
+    assert abs(share - 0.025) < 4 * math.sqrt(0.025 * 0.975 / 20_000)
