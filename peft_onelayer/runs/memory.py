@@ -26,7 +26,7 @@ from transformers import (
     Trainer,
     TrainingArguments,
 )
-from trl.trainer.utils import add_fused_lm_head
+from trl.trainer import utils as trl_utils
 
 from peft_onelayer.records.text import name_blocks, one_line
 from peft_onelayer.tuner import SingleLayerConfig, find_decoder_stack
@@ -144,8 +144,9 @@ def estimate_memory(
             model = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
             size = next(model.parameters()).dtype.itemsize
             if batches.outputs is not None:
-                temperature = getattr(arguments, "temperature", None) or 1.0
-                add_fused_lm_head(model, temperature=temperature, outputs=batches.outputs)
+                trl_utils.add_fused_lm_head(
+                    model, temperature=getattr(arguments, "temperature", None) or 1.0, outputs=batches.outputs
+                )
             model, what = _prepared(model, train, mask)
         without_numbers(model, mode)
         trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
