@@ -224,26 +224,25 @@ def _training(model: Any, train: Any, batches: Batches, arguments: TrainingArgum
 
     decoder = decoder_of(model)
     handle = decoder.register_forward_hook(cut) if decoder is not None else None
-    with LiveBytes(model) as live:
+    if batches.passes > 1:  # those of the passes before
+        for parameter in model.parameters():
+            parameter.grad = torch.empty_like(parameter) if parameter.requires_grad else None
+    with LiveBytes(model) as live, _autocast(arguments):
         ids = torch.empty((batches.rows, length), dtype=torch.long)
         attention = torch.ones_like(ids)
-        for _ in range(min(batches.passes, 2)):  # the second has the gradients of the first beside it
-            before = live.restart()
-            with _autocast(arguments):
-                if batches.outputs is None:
-                    logits = model(input_ids=ids, attention_mask=attention, use_cache=False).logits
-                    loss = nn.functional.cross_entropy(logits.float().flatten(0, 1), ids.flatten())
-                    del logits
-                else:
-                    labels = ids[:, start:] if decoder is not None else ids
-                    output = model(input_ids=ids, attention_mask=attention, labels=labels, fused_lm_head=True)
-                    loss = output.log_probs.sum()
-                    del output
-            loss.backward()
-            del loss
-        held = live.peak - before
-        if batches.passes == 1:
-            held -= sum(_storages([p.grad for p in model.parameters() if p.grad is not None]))
+        if batches.outputs is None:
+            logits = model(input_ids=ids, attention_mask=attention, use_cache=False).logits
+            loss = nn.functional.cross_entropy(logits.float().flatten(0, 1), ids.flatten())
+            del logits
+        else:
+            labels = ids[:, start:] if decoder is not None else ids
+            output = model(input_ids=ids, attention_mask=attention, labels=labels, fused_lm_head=True)
+            loss = output.log_probs.sum()
+            del output
+        loss.backward()
+    held = live.peak
+    if batches.passes == 1:
+        held -= sum(_storages([p.grad for p in model.parameters() if p.grad is not None]))
     if handle is not None:
         handle.remove()
     kept = batches.kept if _is_block(train) and min(train) > 0 else 0

@@ -55,14 +55,15 @@ class LiveBytes(TorchDispatchMode):
     def __init__(self, known: nn.Module | None = None) -> None:
         """
         Args:
-            known: a model whose own tensors are not counted.
+            known: a model whose own tensors and gradients are not counted.
         """
         super().__init__()
         self.live = self.peak = 0
         self._storages: dict[int, weakref.ref] = {}
-        tensors = [] if known is None else [*known.parameters(), *known.buffers()]
-        for tensor in tensors:
-            self._keep(tensor.untyped_storage(), 0)
+        for tensor in [] if known is None else [*known.parameters(), *known.buffers()]:
+            for own in (tensor, tensor.grad):
+                if own is not None:
+                    self._keep(own.untyped_storage(), 0)
 
     def restart(self) -> int:
         """Look for the peak anew, and return the bytes that live now."""
