@@ -44,7 +44,9 @@ def print_memory(found: DryRun) -> None:
     for share in next((one.sparse for one in estimates if one.sparse), {}):
         cells = [size(one.sparse[share]) if one.sparse else "" for one in estimates]
         rows.append([f"sparse, {share:.0%} of the entries changed by one step", *cells])
-    title = f"{found.model}: passes of {given.rows} x ({given.prompt} + {given.completion}) tokens, {given.passes} a step"
+    title = (
+        f"{found.model}: passes of {given.rows} x ({given.prompt} + {given.completion}) tokens, {given.passes} a step"
+    )
     if given.generated:
         title += f"; generations of {given.generated}"
     print_table(title, ["", *(one.what for one in estimates)], rows)

@@ -36,7 +36,15 @@ FUSED = {
     "SFTTrainer": ("log_probs", "entropy", "is_top1"),
 }
 
-TEXTS = ("chosen", "rejected", "completion", "reference", "messages", "text", "privileged_context")  # columns behind the prompt
+TEXTS = (
+    "chosen",
+    "rejected",
+    "completion",
+    "reference",
+    "messages",
+    "text",
+    "privileged_context",
+)  # columns behind the prompt
 
 
 @dataclass(frozen=True)

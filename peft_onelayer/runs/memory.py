@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import inspect
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -119,6 +119,7 @@ def estimate_memory(
     arguments: TrainingArguments,
     *,
     mask: str | None = None,
+    on_gpu: bool | None = None,
     trust_remote_code: bool = False,
 ) -> MemoryEstimate:
     """What training holds.
@@ -130,6 +131,7 @@ def estimate_memory(
         arguments: of the trainer, such as `trl.GRPOConfig(...)`: of them are the optimizer, checkpointing, autocast and
             how completions are sampled.
         mask: file of the entries of the blocks that train, as `SingleLayerConfig` takes it.
+        on_gpu: whether a GPU's kernels are meant, or a CPU's; None for what this machine has.
         trust_remote_code: run the Python code that comes with the model.
 
     Raises:
@@ -137,6 +139,7 @@ def estimate_memory(
     """
     if getattr(config, "quantization_config", None) is not None:
         raise ValueError("the model is quantized, and how much its weights take does not follow from its shapes")
+    on_gpu = torch.cuda.is_available() if on_gpu is None else on_gpu
     mode = fake_mode()
     with warnings.catch_warnings(), quiet_logs():
         warnings.simplefilter("ignore")
@@ -154,9 +157,9 @@ def estimate_memory(
         own = sum(_storages([*model.parameters(), *model.buffers()]))
         masters = 0 if train is None else sum(_storages(trained))
         try:
-            with mode:
+            with mode, _folded_by_kernels() if on_gpu else contextlib.nullcontext():
                 activations, prefix = _training(model, train, batches, arguments)
-                cache, sampling = _generation(model, train, batches, arguments)
+                cache, sampling = _generation(model, train, batches, arguments, on_gpu)
             optimizer = _optimizer(model, trained, arguments)
         except (RuntimeError, NotImplementedError, TypeError, AttributeError) as error:
             raise ValueError(
@@ -249,6 +252,22 @@ def _training(model: Any, train: Any, batches: Batches, arguments: TrainingArgum
     return max(held, 0), kept * length * width
 
 
+@contextlib.contextmanager
+def _folded_by_kernels() -> Iterator[None]:
+    """Within, TRL's LM head makes of a tile of logits what it needs without tensors beside it, as on a GPU."""
+    try:
+        from trl.kernels import chunked_logprob as head
+    except ImportError:  # a TRL without one
+        yield
+        return
+    kept = head._forward_tile, head._backward_tile
+    head._forward_tile = head._backward_tile = lambda *args, **kwargs: None
+    try:
+        yield
+    finally:
+        head._forward_tile, head._backward_tile = kept
+
+
 def _autocast(arguments: TrainingArguments) -> contextlib.AbstractContextManager[Any]:
     if not (arguments.bf16 or arguments.fp16):
         return contextlib.nullcontext()
@@ -256,7 +275,9 @@ def _autocast(arguments: TrainingArguments) -> contextlib.AbstractContextManager
 
 
 @torch.no_grad()
-def _generation(model: Any, train: Any, batches: Batches, arguments: TrainingArguments) -> tuple[int, int]:
+def _generation(
+    model: Any, train: Any, batches: Batches, arguments: TrainingArguments, on_gpu: bool
+) -> tuple[int, int]:
     """Keys and values of a generation at its last token, and what else it holds at its peak."""
     if not batches.generated:
         return 0, 0
@@ -269,9 +290,11 @@ def _generation(model: Any, train: Any, batches: Batches, arguments: TrainingArg
     if _is_block(train) and size < 4:  # the copy that is kept in a generation
         rounded = sum(p.numel() for p in base.parameters() if p.requires_grad) * size
     length, rows = batches.prompt + batches.completion, batches.generated
-    with _autocast(arguments), LiveBytes(model) as live:
-        prompts = torch.empty((max(rows // batches.group, 1), batches.prompt), dtype=torch.long)
-        _next_token(base, prompts, None, length=batches.prompt)
+    group = batches.group if rows % batches.group == 0 else 1
+    contiguous = _is_block(train)  # what its LM head is given, which spares the copies
+    with _autocast(arguments), LiveBytes(model, on_cpu=not on_gpu and not contiguous) as live:
+        prompts = torch.empty((rows // group, batches.prompt), dtype=torch.long)
+        _next_token(base, prompts, None, length=batches.prompt, group=group)
         prefill = live.peak
         before = live.restart()
         cache = _next_token(base, torch.empty((rows, length - 1), dtype=torch.long), None, length=length - 1)[1]
@@ -284,12 +307,22 @@ def _generation(model: Any, train: Any, batches: Batches, arguments: TrainingArg
     return held, peak - held + rounded
 
 
-def _next_token(model: Any, ids: torch.Tensor, cache: Any, *, length: int) -> tuple[torch.Tensor, Any]:
-    """The logits (B, 1, V) behind `ids` (B, T), which end at position `length`, and the cache."""
+def _next_token(model: Any, ids: torch.Tensor, cache: Any, *, length: int, group: int = 1) -> tuple[torch.Tensor, Any]:
+    """The logits (B, 1, V) behind `ids` (B, T), which end at position `length`, and the cache; with a `group` those of
+    each row so many times, as `shared_prompts` makes them."""
+
+    def widen(decoder: nn.Module, args: tuple, output: Any) -> None:
+        output.past_key_values.batch_repeat_interleave(group)
+        output.last_hidden_state = output.last_hidden_state.repeat_interleave(group, 0)
+
+    decoder = decoder_of(model)
+    handle = decoder.register_forward_hook(widen) if group > 1 and decoder is not None else None
     inputs = {"input_ids": ids, "attention_mask": torch.ones((len(ids), length), dtype=torch.long), "use_cache": True}
     if "logits_to_keep" in inspect.signature(model.forward).parameters:
         inputs["logits_to_keep"] = 1
     output = model(**inputs, **({} if cache is None else {"past_key_values": cache}))
+    if handle is not None:
+        handle.remove()
     return output.logits, output.past_key_values
 
 

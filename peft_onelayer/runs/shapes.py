@@ -47,17 +47,22 @@ def without_numbers(model: nn.Module, mode: FakeTensorMode) -> None:
 class LiveBytes(TorchDispatchMode):
     """Counts the bytes of the tensors that are made while it is entered, as long as they live.
 
+    Of what kernels allocate inside one thing counts: on a CPU a batched product in half precision copies a matrix that
+    is shared by the batch once for each of its rows.
+
     Attributes:
         live: bytes now.
         peak: the most there were, since `restart`.
     """
 
-    def __init__(self, known: nn.Module | None = None) -> None:
+    def __init__(self, known: nn.Module | None = None, *, on_cpu: bool = True) -> None:
         """
         Args:
             known: a model whose own tensors and gradients are not counted.
+            on_cpu: whether a CPU's kernels are meant.
         """
         super().__init__()
+        self.on_cpu = on_cpu
         self.live = self.peak = 0
         self._storages: dict[int, weakref.ref] = {}
         for tensor in [] if known is None else [*known.parameters(), *known.buffers()]:
@@ -73,6 +78,9 @@ class LiveBytes(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         output = func(*args, **(kwargs or {}))
         tree_map_only(torch.Tensor, self._count, output)
+        if func is torch.ops.aten.bmm.default and self.on_cpu:
+            copied = [t for t in args if t.dtype in (torch.bfloat16, torch.float16) and t.stride(0) == 0 < t.size(0)]
+            self.peak = max(self.peak, self.live + sum(t.numel() * t.itemsize for t in copied))
         return output
 
     def _count(self, tensor: torch.Tensor) -> None:

@@ -348,9 +348,7 @@ class _Training:
         return movement
 
 
-def blocks_of_adapter(
-    settings: TrainingSettings, num_layers: int, kinds: list[str] | None
-) -> tuple[Path, list[int]]:
+def blocks_of_adapter(settings: TrainingSettings, num_layers: int, kinds: list[str] | None) -> tuple[Path, list[int]]:
     """The folder of the adapter that a run starts from, and its blocks.
 
     Raises:

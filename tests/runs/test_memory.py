@@ -6,7 +6,7 @@ from importlib.resources import files
 import pytest
 import torch
 import trl
-from transformers import AutoConfig, LlamaConfig, LlamaForCausalLM
+from transformers import LlamaConfig, LlamaForCausalLM
 from trl.trainer import utils
 
 import demo_model
@@ -47,10 +47,11 @@ def test_the_model_of_the_benchmarks(method):
     assert estimate.peak == pytest.approx(measured, rel=0.1)
 
 
-def held(model, train, *, optim="adamw_torch_fused", rows=4, completion=12, **fields):
+def held(model, train, *, optim="adamw_torch_fused", rows=4, completion=12, outputs=None, **fields):
     given = {"use_cpu": True, "bf16": False, "per_device_train_batch_size": rows, "num_generations": rows}
     arguments = trl.GRPOConfig("unused", optim=optim, max_completion_length=completion, **given, **fields)
-    return estimate_memory(model, train, Batches(rows=rows, prompt=20, completion=completion, passes=2), arguments)
+    batches = Batches(rows=rows, prompt=20, completion=completion, passes=2, outputs=outputs)
+    return estimate_memory(model, train, batches, arguments)
 
 
 def bytes_of(model, dtype):
@@ -81,9 +82,9 @@ def test_sgd_keeps_no_state():
 
 
 def test_without_checkpointing_blocks_above_the_trained_one_keep_activations_and_those_below_none():
-    config = LlamaConfig(vocab_size=32, hidden_size=64, intermediate_size=128, num_hidden_layers=8)
-    with_it = [held(config, [k], rows=64).activations for k in (0, 7)]
-    without = [held(config, [k], rows=64, gradient_checkpointing=False).activations for k in (0, 7)]
+    config = LlamaConfig(vocab_size=32, hidden_size=64, intermediate_size=128, num_hidden_layers=5)
+    with_it = [held(config, [k], rows=64).activations for k in (0, 4)]
+    without = [held(config, [k], rows=64, gradient_checkpointing=False).activations for k in (0, 4)]
     assert without[0] > 2 * without[1] and without[0] > 2 * with_it[0]
     assert without[1] < 1.2 * with_it[1]
 
@@ -92,7 +93,8 @@ def test_keys_and_values_are_those_of_every_block():
     config = build("Qwen3").config
     arguments = trl.GRPOConfig("unused", use_cpu=True, bf16=False)
     found = estimate_memory(config, [1], Batches(rows=2, prompt=5, completion=7, generated=6, group=2), arguments)
-    assert found.cache == 6 * (5 + 7) * 2 * 2 * 8 * 4 * 4  # rows, tokens, keys and values, heads, width, float32, blocks
+    expected = 6 * (5 + 7) * 2 * 2 * 8 * 4 * 4  # rows, tokens, keys and values, heads, width, float32, blocks
+    assert 0 <= found.cache - expected <= 64
 
 
 def test_a_mask_leaves_what_it_trains(tmp_path):
@@ -131,10 +133,23 @@ def test_counted_bytes_are_those_that_live():
         assert (live.live, live.restart(), live.peak) == (0, 0, 0)
 
 
+def test_a_frozen_head_in_half_precision_is_copied_for_every_row_on_a_cpu_but_for_a_block():
+    sizes = {"vocab_size": 5000, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}
+    config = LlamaConfig(num_attention_heads=4, dtype=torch.bfloat16, **sizes)
+    arguments = trl.GRPOConfig("unused", use_cpu=True, bf16=False)
+    batches = Batches(rows=64, prompt=5, completion=2, generated=16, group=8)
+    cpu, gpu = (estimate_memory(config, lora(), batches, arguments, on_gpu=on_gpu) for on_gpu in (False, True))
+    block = estimate_memory(config, [1], batches, arguments, on_gpu=False)
+    copies = 16 * 5000 * 32 * 2
+    assert copies < cpu.sampling + cpu.cache < 1.4 * copies
+    assert block.sampling < copies / 2 and gpu.sampling < copies / 2
+    assert gpu.activations < cpu.activations
+
+
 def test_what_shapes_do_not_tell_is_said_in_one_line():
     config = build("Llama").config
-    with pytest.raises(ValueError, match=r"^what optim=adamw_bnb_8bit keeps does not follow from shapes: [^\n]+$"):
-        held(config, [1], optim="adamw_bnb_8bit")
+    with pytest.raises(ValueError, match=r"^what optim=lomo keeps does not follow from shapes: [^\n]+$"):
+        held(config, [1], optim="lomo")
     config.quantization_config = {"quant_method": "gptq"}
     with pytest.raises(ValueError, match=r"^the model is quantized, [^\n]+$"):
         held(config, [1])
@@ -142,18 +157,18 @@ def test_what_shapes_do_not_tell_is_said_in_one_line():
 
 @pytest.fixture
 def only_a_configuration(tmp_path):
-    AutoConfig.from_pretrained(DEMO).save_pretrained(tmp_path / "model")
+    build("Qwen3", num_layers=2).config.save_pretrained(tmp_path / "model")
     assert [path.name for path in (tmp_path / "model").iterdir()] == ["config.json"]
     return tmp_path / "model"
 
 
-ASKED = ("--task", "arithmetic", "--layer", "5", "--dry-run")
+ASKED = ("--task", "arithmetic", "--layer", "1", "--dry-run")
 
 
 def test_the_command_needs_a_configuration_and_writes_nothing(onelayer, only_a_configuration):
     code, err, out = onelayer("train", only_a_configuration, *ASKED)
     assert code == 0 and "no tokenizer is there, so 3 characters were taken for a token" in err
-    assert "block 5" in out and "LoRA r=16, all linears" in out and "peak with --set optim=sgd" in out
+    assert "block 1" in out and "LoRA r=16, all linears" in out and "peak with --set optim=sgd" in out
     assert len(list(only_a_configuration.iterdir())) == 1
 
 
@@ -164,7 +179,7 @@ def test_the_command_counts_the_run_that_it_is_asked_for(onelayer, tmp_path):
     assert code == 0 and not (tmp_path / "run").exists() and not list(tmp_path.glob(".*"))
     found = json.loads(out)
     assert (found["batches"]["rows"], found["batches"]["passes"], found["batches"]["group"]) == (8, 2, 4)
-    assert [one["what"] for one in found["estimates"]] == ["block 5", "full", "LoRA r=16, all linears"]
+    assert [one["what"] for one in found["estimates"]] == ["block 1", "full", "LoRA r=16, all linears"]
     assert found["estimates"][0]["optimizer"] == 0
 
 
@@ -172,8 +187,8 @@ def test_the_command_counts_the_run_that_it_is_asked_for(onelayer, tmp_path):
     ("given", "says"),
     [
         (("--resume",), "--dry-run looks at a run that is to begin; leave out --resume"),
-        (("--layer", "99"), "layer='99' is out of range: the model has 12 blocks"),
-        (("--set", "optim=adamw_8bit"), "what optim=adamw_bnb_8bit keeps does not follow from shapes"),
+        (("--layer", "99"), "layer='99' is out of range: the model has 2 blocks"),
+        (("--set", "optim=lomo"), "what optim=lomo keeps does not follow from shapes"),
     ],
 )
 def test_what_cannot_be_is_one_line(onelayer, only_a_configuration, given, says):
@@ -182,10 +197,12 @@ def test_what_cannot_be_is_one_line(onelayer, only_a_configuration, given, says)
 
 
 @pytest.mark.skipif(not hasattr(utils, "add_fused_lm_head"), reason="this TRL has no fused LM head")
-def test_offline_rows_are_cut_where_the_trainer_cuts_them(tmp_path):
+def test_offline_rows_are_cut_where_the_trainer_cuts_them(tmp_path, only_a_configuration):
     data = tmp_path / "pairs.jsonl"
-    data.write_text("".join(json.dumps({"prompt": "1" * n, "chosen": "2" * 9, "rejected": "3"}) + "\n" for n in (4, 20)))
-    settings = {"model": DEMO, "dataset": str(data), "algorithm": "dpo", "layer": 3, "out": "unused"}
+    data.write_text(
+        "".join(json.dumps({"prompt": "1" * n, "chosen": "2" * 27, "rejected": "3"}) + "\n" for n in (12, 60))
+    )
+    settings = {"model": str(only_a_configuration), "dataset": str(data), "algorithm": "dpo", "layer": 1, "out": "-"}
     whole, cut = (dry_run(TrainingSettings(**settings, config=c)).batches for c in ({}, {"max_length": 16}))
     assert (whole.rows, whole.prompt + whole.completion, whole.prompt, whole.generated) == (16, 29, 4, 0)
     assert cut.prompt + cut.completion == 16
