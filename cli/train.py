@@ -10,6 +10,7 @@ import typer
 from . import _completion
 from ._errors import user_error
 from ._figures import print_run
+from ._memory import print_memory
 from ._options import (
     Algorithm,
     Also,
@@ -31,7 +32,6 @@ from ._options import (
     TrustRemoteCode,
     Unsafe,
 )
-from ._memory import print_memory
 from ._output import TerminalProgress, command_line, note, print_json, print_next, status
 
 if TYPE_CHECKING:

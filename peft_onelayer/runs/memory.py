@@ -29,7 +29,7 @@ from transformers import (
 from trl.trainer import utils as trl_utils
 
 from peft_onelayer.records.text import name_blocks, one_line
-from peft_onelayer.tuner import SingleLayerConfig, find_decoder_stack
+from peft_onelayer.tuner import SingleLayerConfig
 from peft_onelayer.tuner.prompts import decoder_of
 
 from .models import quiet_logs

@@ -3,14 +3,14 @@
 import json
 from importlib.resources import files
 
+import demo_model
 import pytest
 import torch
 import trl
+from memory_peak import METHODS, estimated_and_measured
 from transformers import LlamaConfig, LlamaForCausalLM
 from trl.trainer import utils
 
-import demo_model
-from memory_peak import METHODS, estimated_and_measured
 from models import build
 from peft_onelayer.runs import TrainingSettings
 from peft_onelayer.runs.dry_run import dry_run
@@ -81,6 +81,7 @@ def test_sgd_keeps_no_state():
     assert adam.peak == sgd.peak + adam.optimizer and sgd.peak_without_state == sgd.peak
 
 
+@pytest.mark.more
 def test_without_checkpointing_blocks_above_the_trained_one_keep_activations_and_those_below_none():
     config = LlamaConfig(vocab_size=32, hidden_size=64, intermediate_size=128, num_hidden_layers=5)
     with_it = [held(config, [k], rows=64).activations for k in (0, 4)]
@@ -133,6 +134,7 @@ def test_counted_bytes_are_those_that_live():
         assert (live.live, live.restart(), live.peak) == (0, 0, 0)
 
 
+@pytest.mark.more
 def test_a_frozen_head_in_half_precision_is_copied_for_every_row_on_a_cpu_but_for_a_block():
     sizes = {"vocab_size": 5000, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}
     config = LlamaConfig(num_attention_heads=4, dtype=torch.bfloat16, **sizes)
@@ -175,7 +177,7 @@ def test_the_command_needs_a_configuration_and_writes_nothing(onelayer, only_a_c
 @pytest.mark.more
 def test_the_command_counts_the_run_that_it_is_asked_for(onelayer, tmp_path):
     given = (*ASKED, "--prompts", "4", "--completions", "4", "--set", "optim=sgd", "--json")
-    code, err, out = onelayer("train", DEMO, *given, "--out", tmp_path / "run")
+    code, _, out = onelayer("train", DEMO, *given, "--out", tmp_path / "run")
     assert code == 0 and not (tmp_path / "run").exists() and not list(tmp_path.glob(".*"))
     found = json.loads(out)
     assert (found["batches"]["rows"], found["batches"]["passes"], found["batches"]["group"]) == (8, 2, 4)
