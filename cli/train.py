@@ -10,6 +10,7 @@ import typer
 from . import _completion
 from ._errors import user_error
 from ._figures import print_run
+from ._memory import print_memory
 from ._options import (
     Algorithm,
     Also,
@@ -31,13 +32,13 @@ from ._options import (
     TrustRemoteCode,
     Unsafe,
 )
-from ._output import TerminalProgress, command_line, print_next, status
+from ._output import TerminalProgress, command_line, note, print_json, print_next, status
 
 if TYPE_CHECKING:
     from peft_onelayer.runs.settings import TrainingSettings
 
 # Parameters that say how to run, or are read in another way.
-NOT_SETTINGS = {"settings", "sampling", "out", "recipe", "config", "resume", "as_json"}
+NOT_SETTINGS = {"settings", "sampling", "out", "recipe", "config", "resume", "dry_run", "as_json"}
 
 
 def train(
@@ -160,11 +161,18 @@ def train(
     ] = 0,
     report_to: Annotated[str, typer.Option(help="TRL's own logging: wandb, trackio, tensorboard, ...")] = "none",
     unsafe: Unsafe = False,
+    dry_run: Annotated[
+        bool,
+        typer.Option(
+            "--dry-run",
+            help="Print what the run would hold in memory, beside full training and LoRA; load and write nothing.",
+        ),
+    ] = False,
     as_json: Json = False,
 ) -> None:
     """Train one block of MODEL (or several, or all) with an algorithm of TRL; the result is a PEFT adapter."""
     for name, value in (("MODEL", model), ("--out", out)):
-        if value is None and not (recipe or config or (resume and name == "MODEL")):
+        if value is None and not (recipe or config or (resume and name == "MODEL") or (dry_run and name == "--out")):
             raise typer.BadParameter(f"{name} is missing; give it, or --recipe or --config", param_hint=name)
     given = {
         name: context.params[name]
@@ -191,6 +199,10 @@ def train(
             raise ValueError("--learning-rate and --set learning_rate say the same; give one of them")
         if sampling:
             given["sampling"] = parse_settings(sampling, "--sampling")
+        if dry_run and resume:
+            raise ValueError("--dry-run looks at a run that is to begin; leave out --resume")
+        if dry_run and out is None:
+            out = Path("run")  # is not looked at
         for name, path in (("out", out), ("mask", mask)):
             if path is not None:
                 given[name] = str(path)
@@ -198,12 +210,22 @@ def train(
         flat = {
             name: value for name, value in fields.items() if name not in OPTIONS
         }  # others TRL's fields are asked for
-        check_training(options_from(merged(kept, flat | given), str(source or "this command")), resume=resume)
+        check_training(
+            options_from(merged(kept, flat | given), str(source or "this command")), resume=resume, writes=not dry_run
+        )
         with status("loading ..."):
+            from peft_onelayer.runs.dry_run import dry_run as run_dry
             from peft_onelayer.runs.training import train as run_training
         # for its messages; the texts are read with those of the file
         config_from_text(given.get("algorithm") or kept.get("algorithm") or "grpo", settings or [], TRAINING_OPTIONS)
         asked = settings_from(merged(kept, fields | given), str(source or "this command"))
+        if dry_run:
+            with status("counting ..."):
+                found = run_dry(asked)
+            for line in found.notes:
+                note(line)
+            print_json(found.to_json()) if as_json else print_memory(found)
+            return
         run = run_training(
             asked,
             resume=resume,

@@ -262,6 +262,11 @@ SEAMS: dict[str, tuple[Seam, ...]] = {
         ),
         Seam(_GRPO + "_compute_loss", "advantages of (B, T)", says=("if advantages.dim() == 1:",)),
     ),
+    "peft_onelayer.runs.shapes": (
+        Seam("torch._subclasses.fake_tensor:FakeTensorMode", "shapes without numbers", ("allow_non_fake_inputs",)),
+        Seam("torch.utils._python_dispatch:TorchDispatchMode", "to see every tensor that is made"),
+        Seam("torch.utils._pytree:tree_map_only", "to see every tensor that is made"),
+    ),
     "peft_onelayer.rl.prefix": (Seam("torch.nn.modules.dropout:_DropoutNd", "to know that a pass is random"),),
     "peft_onelayer.tuner.prompts": (
         Seam("transformers.cache_utils:DynamicLayer.batch_select_indices", "one pass of equal prompts", ("indices",)),

@@ -30,6 +30,8 @@ def scored_positions(trainer: Trainer) -> ScoredPositions:
     model = trainer.accelerator.unwrap_model(trainer.model)
     scored = ScoredPositions(model.get_base_model() if isinstance(model, PeftModel) else model)
     trainer.add_callback(scored)
+    if (reference := getattr(trainer, "ref_model", None)) is not None:  # beside a model that trains in full
+        trainer.add_callback(ScoredPositions(trainer.accelerator.unwrap_model(reference)))
     return scored
 
 

@@ -37,11 +37,12 @@ DEMO = "demo.json"
 DEMO_TASKS = ("arithmetic", "sort")
 
 
-def check_training(settings: TrainingSettings, *, resume: bool = False) -> None:
+def check_training(settings: TrainingSettings, *, resume: bool = False, writes: bool = True) -> None:
     """Raise ValueError, in one line, for settings of a run that cannot work, or a folder that it may not be written to.
 
     Args:
         settings: values in their `config` may be texts.
+        writes: whether the folder is looked at, for which a lock stands beside it for a moment.
     """
     algorithm = load_algorithm(settings.algorithm)
     check_ranking(settings.method, settings.budget)
@@ -70,7 +71,7 @@ def check_training(settings: TrainingSettings, *, resume: bool = False) -> None:
     if str(settings.config.get("use_vllm", False)).lower() in ("true", "yes", "1") and not _installed("vllm"):
         raise ValueError("use_vllm needs vLLM, which is not installed; pip install 'trl[vllm]', or leave use_vllm out")
     check_model_name(settings.model, settings.revision)
-    if os.environ.get("RANK", "0") == "0":
+    if writes and os.environ.get("RANK", "0") == "0":
         with claimed(Path(settings.out)):  # a run that goes on is named before what its folder lacks yet
             RunFolder(Path(settings.out), resume)
 

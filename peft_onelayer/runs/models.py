@@ -118,6 +118,29 @@ def load_skeleton(
         return model, AutoTokenizer.from_pretrained(source, **trusted)
 
 
+def load_config(name: str, revision: str | None = None, *, trust_remote_code: bool = False) -> PretrainedConfig:
+    """The configuration of a causal language model, which may be all that is there of it.
+
+    Raises:
+        ValueError: in one line: not there, or not a causal language model.
+    """
+    trusted = {"revision": revision, "trust_remote_code": trust_remote_code}
+    with _errors_in_one_line(name), quiet_logs():
+        return _checked_config(_source(name), trusted)
+
+
+def load_tokenizer(
+    name: str, revision: str | None = None, *, trust_remote_code: bool = False
+) -> PreTrainedTokenizerBase | None:
+    """The tokenizer beside a configuration; None where there is none, or an empty one made from the configuration."""
+    with quiet_logs():
+        try:
+            found = AutoTokenizer.from_pretrained(_source(name), revision=revision, trust_remote_code=trust_remote_code)
+        except (OSError, ValueError, KeyError, TypeError, ImportError):
+            return None
+    return found if found("1 + 2 = a")["input_ids"] else None
+
+
 def _source(name: str) -> str:
     check_model_name(name)
     return str(Path(name).expanduser()) if is_local(name) else name

@@ -126,7 +126,7 @@ class _Training:
         num_layers, chat = len(find_decoder_stack(base).blocks), None
         layers = None
         if settings.init_adapter is not None:
-            layers = self._blocks_of_adapter(settings.init_adapter, num_layers, layer_kinds(base))
+            self.init_adapter, layers = blocks_of_adapter(settings, num_layers, layer_kinds(base))
         elif not settings.full and settings.layer != "auto":
             layers = resolve_layers(settings.layer, num_layers, layer_kinds(base))
         if plan.task is not None:
@@ -196,24 +196,6 @@ class _Training:
             elif self.keeps and self.folder.main and not isinstance(error, Exception):
                 self.progress.note("no checkpoint had been written yet")
             raise
-
-    def _blocks_of_adapter(self, name: str, num_layers: int, kinds: list[str] | None) -> list[int]:
-        """The blocks of the adapter to start from, of which it keeps the folder and the digest.
-
-        Raises:
-            ValueError: no adapter of this method, or other blocks than --layer says.
-        """
-        self.init_adapter = adapter_folder(name)
-        fields = read_fields(self.init_adapter / CONFIG)
-        if fields.get("peft_type") != "SINGLE_LAYER" or not (self.init_adapter / WEIGHTS).exists():
-            raise ValueError(f"--init-adapter {name} is no adapter that onelayer train wrote; export keeps its folder")
-        layers = resolve_layers(fields.get("layer_indices") or fields["layer"], num_layers)
-        if self.settings.layer != "auto" and resolve_layers(self.settings.layer, num_layers, kinds) != layers:
-            raise ValueError(
-                f"--init-adapter {name} holds {name_blocks(layers)} and --layer {self.settings.layer} names others; "
-                "leave out --layer"
-            )
-        return layers
 
     def _record(self, base: PreTrainedModel, layers: list[int] | None, chat: bool | None) -> RunRecord:
         settings, task, data = self.settings, self.plan.task, self.plan.data
@@ -364,6 +346,26 @@ class _Training:
         for line in [movement.summary(), *movement.notes()] if movement else []:
             self.progress.note(line)
         return movement
+
+
+def blocks_of_adapter(settings: TrainingSettings, num_layers: int, kinds: list[str] | None) -> tuple[Path, list[int]]:
+    """The folder of the adapter that a run starts from, and its blocks.
+
+    Raises:
+        ValueError: no adapter of this method, or other blocks than --layer says.
+    """
+    name = str(settings.init_adapter)
+    folder = adapter_folder(name)
+    fields = read_fields(folder / CONFIG)
+    if fields.get("peft_type") != "SINGLE_LAYER" or not (folder / WEIGHTS).exists():
+        raise ValueError(f"--init-adapter {name} is no adapter that onelayer train wrote; export keeps its folder")
+    layers = resolve_layers(fields.get("layer_indices") or fields["layer"], num_layers)
+    if settings.layer != "auto" and resolve_layers(settings.layer, num_layers, kinds) != layers:
+        raise ValueError(
+            f"--init-adapter {name} holds {name_blocks(layers)} and --layer {settings.layer} names others; "
+            "leave out --layer"
+        )
+    return folder, layers
 
 
 def _why_full(boost: Boost | None) -> str:

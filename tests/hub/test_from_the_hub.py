@@ -111,3 +111,13 @@ def test_what_may_not_be_read_is_one_line(published, ask, tmp_path, command):
     answer = ask(*command, token=OTHER_TOKEN)
     assert answer.code == 1 and answer.out == "" and len(answer.err) == 1 and "me/gsm" in answer.err[0], answer
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.more
+def test_what_a_run_would_hold_needs_a_configuration_only(hub, ask, base_folder):
+    hub.add("org/shape", {"config.json": (base_folder / "config.json").read_bytes()})
+    answer = ask("train", "org/shape", "--task", "arithmetic", "--layer", "1", "--dry-run", "--json")
+    assert answer.code == 0, answer.err
+    assert [one["what"] for one in json.loads(answer.out)["estimates"]] == ["block 1", "full", "LoRA r=16, all linears"]
+    answer = ask("train", "org/nothing", "--task", "arithmetic", "--layer", "1", "--dry-run")
+    assert answer.code != 0 and len([line for line in answer.err if "org/nothing" in line]) == 1
