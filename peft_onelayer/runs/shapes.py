@@ -38,7 +38,8 @@ def without_numbers(model: nn.Module, mode: FakeTensorMode) -> None:
 
     with mode:
         for module in model.modules():
-            for tensors in (module._parameters, module._buffers, vars(module)):
+            holders: tuple[dict[str, Any], ...] = (module._parameters, module._buffers, vars(module))
+            for tensors in holders:
                 for name, tensor in list(tensors.items()):
                     if isinstance(tensor, torch.Tensor):
                         tensors[name] = fake(tensor)
