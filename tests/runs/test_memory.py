@@ -27,7 +27,7 @@ DEMO = str(files("peft_onelayer") / "demo_model")
         pytest.param("full", {}, marks=pytest.mark.more),
         pytest.param("LoRA", {"beta": 0.0}, marks=pytest.mark.more),
         pytest.param("block", {"gradient_checkpointing": False, "optim": "sgd"}, marks=pytest.mark.more),
-        pytest.param("full", {"beta": 0.0, "gradient_accumulation_steps": 1}, marks=pytest.mark.more),
+        pytest.param("full", {"beta": 0.0}, marks=pytest.mark.more),
     ],
     ids=str,
 )
