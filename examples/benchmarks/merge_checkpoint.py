@@ -28,6 +28,7 @@ from peft_onelayer.adapter.merge import merge_into_checkpoint
 WIDTH, INNER, VOCABULARY = 2048, 6144, 8192  # a block of 110 MB in bfloat16, near that of Qwen3-1.7B
 PEAK = r"""
 import re, sys
+from pathlib import Path
 from peft_onelayer.adapter.merge import merge_into_checkpoint
 def peak():  # not getrusage: there a child starts at its parent's size
     return re.search(r"VmHWM:\s*(\d+)", Path("/proc/self/status").read_text(encoding="utf-8"))[1]
