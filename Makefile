@@ -43,11 +43,9 @@ format: $(READY)
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 
+# Every benchmark that a CPU can run, one table at the end.
 bench: $(READY)
-	$(BIN)/python examples/benchmarks/import_time.py
-	$(BIN)/python examples/benchmarks/graph_cut.py
-	$(BIN)/python examples/benchmarks/race_prefix.py
-	$(BIN)/python examples/benchmarks/threads.py
+	$(BIN)/python examples/benchmarks/bench.py
 
 # Trains every trainer of TRL and writes what came out into docs/trainers.md.
 trl-table: $(READY)

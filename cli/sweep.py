@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from contextlib import ExitStack, redirect_stdout
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -100,19 +101,11 @@ def sweep(
     as_json: Json = False,
 ) -> None:
     """Measure the layer contribution of MODEL's blocks: base, full and one run per block, on the same problems."""
-    from peft_onelayer.runs.early import check_sweep
+    from peft_onelayer.rl.settings import parse_settings
+    from peft_onelayer.sweep.early import check_sweep, check_target
+    from peft_onelayer.sweep.settings import SWEEP_OPTIONS, SweepSettings
 
     with user_error(ValueError, OSError):
-        check_sweep(model, task, dataset, reward, algorithm, layers, out)
-    with status("loading ..."):
-        from peft_onelayer.report.plots import plot_profile
-        from peft_onelayer.rl.recipe import config_from_text
-        from peft_onelayer.sweep.engines import RunsFailedError
-        from peft_onelayer.sweep.settings import SWEEP_OPTIONS, SweepSettings
-        from peft_onelayer.sweep.sweep import sweep_layers
-
-    # Ray and Ray Tune report on stdout, which is for the result.
-    with user_error(ValueError, OSError, RunsFailedError), redirect_stdout(sys.stderr):
         asked = SweepSettings(
             model=model,
             task=task,
@@ -128,7 +121,7 @@ def sweep(
             full_learning_rate=full_learning_rate,
             search_learning_rates=_numbers("--search-learning-rates", search_learning_rates or "", float),
             regimes=regimes,
-            config=config_from_text(algorithm, settings or [], SWEEP_OPTIONS),
+            config=parse_settings(settings or []),
             problems=problems,
             samples=samples,
             greedy=greedy,
@@ -140,7 +133,18 @@ def sweep(
             trust_remote_code=trust_remote_code,
             unsafe=unsafe,
         )
+        check_sweep(asked)
+        check_target(out)
         options = _engine_options(engine, early_stop, slurm or [])
+    with status("loading ..."):
+        from peft_onelayer.report.plots import plot_profile
+        from peft_onelayer.rl.recipe import config_from_text
+        from peft_onelayer.sweep.engines import RunsFailedError
+        from peft_onelayer.sweep.sweep import sweep_layers
+
+    # Ray and Ray Tune report on stdout, which is for the result.
+    with user_error(ValueError, OSError, RunsFailedError), redirect_stdout(sys.stderr):
+        asked = replace(asked, config=config_from_text(algorithm, settings or [], SWEEP_OPTIONS))
         with ExitStack() as stack:  # the bar appears when all checks are done
             shown: list[Bar] = []
             unlearnable: list[str] = []  # completions that teach nothing

@@ -96,3 +96,17 @@ def test_everything_runs_at_a_tiny_size(tmp_path):
     assert sum(row.get("ok") is True for row in rows) >= 25
     table = out.with_suffix(".md").read_text(encoding="utf-8")
     assert all(f"| {row['case']} |" in table for row in rows[1:])
+
+
+@pytest.mark.more
+def test_the_memory_of_every_way_of_training_is_estimated_for_the_run_that_is_made(tmp_path):
+    out = tmp_path / "memory.jsonl"
+    command = [sys.executable, str(FOLDER / "gpu_memory.py"), "--small", "--out", str(out)]
+    subprocess.run(command, check=True, capture_output=True, cwd=tmp_path)
+    rows = written(out)
+    assert [row.get("way") for row in rows] == [None, "block", "full", "LoRA"]
+    for row in rows[1:]:
+        assert "failed" not in row and row["estimated"] == row["estimate"]["peak"] > 0
+        parts = [part["part"] for part in row["parts"]]
+        step = ["before generation", "generation", "passes", "last pass, clipping", "optimizer", "end of step"]
+        assert parts == ["loading", "wrapping", *step, *step, "end"]

@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 import transformers
+from bench import row
 from peft import get_peft_model
 from transformers import AutoModelForCausalLM
 
@@ -65,6 +66,7 @@ def main() -> None:
                 runs.append(parts)
             least = [[min(run[model][part] for run in runs) for part in (0, 1)] for model in range(3)]
             ratios = [[least[2][part] / least[base][part] for part in (0, 1)] for base in (0, 1)]
+            row(f"wrapped / base with that head, {rows} rows, {str(dtype)[6:]}", ratios[1][0], 1)
             print(
                 f"{str(dtype)[6:]:9} {rows:4} {least[0][0]:6.2f} s ({least[0][1]:.2f})"
                 f" {ratios[0][0]:20.3f} ({ratios[0][1]:.3f}) {ratios[1][0]:30.3f} ({ratios[1][1]:.3f})",

@@ -13,6 +13,7 @@ import time
 import warnings
 
 import torch
+from bench import row
 from peft import PeftModel, get_peft_model
 from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -65,6 +66,13 @@ def block_forwards(model: PeftModel, ids: torch.Tensor) -> int:
     return count
 
 
+def needed(layer: int) -> float:
+    """Operations without the cut over those with it, a forward pass of a block as the unit: to run a block again costs
+    one, so does the gradient of its input, and that of its weights."""
+    above = NUM_LAYERS - layer
+    return (3 * NUM_LAYERS + 1) / (NUM_LAYERS + 2 * above)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--pairs", type=int, default=5)
@@ -85,6 +93,7 @@ def main() -> None:
         )
         ratios = sorted(b / a for a, b in times)
         seconds = [statistics.median(pair[i] for pair in times) for i in (0, 1)]
+        row(f"step without / with the cut, block {layer} of {NUM_LAYERS}", statistics.median(ratios), needed(layer))
         ratio = f"{statistics.median(ratios):.2f} ({ratios[0]:.2f}-{ratios[-1]:.2f})"
         forwards = f"{block_forwards(cut, ids)} of {block_forwards(uncut, ids)}"
         print(f"{layer:5d} {seconds[0]:8.2f} s {seconds[1]:8.2f} s {ratio:>32} {forwards:>16} {equal!s:>21}")

@@ -11,6 +11,8 @@ import statistics
 import subprocess
 import sys
 
+from bench import row
+
 IMPORTS = ("peft", "peft_onelayer", "peft_onelayer, peft")
 TIMED = "import time; start = time.process_time(); import {}; print(time.process_time() - start)"
 LARGE = "{'torch', 'peft', 'transformers', 'trl', 'datasets', 'matplotlib', 'numpy'}"
@@ -36,6 +38,8 @@ def main() -> None:
             times[names].append(float(run(TIMED.format(names))))
     for names in IMPORTS:
         ratios = sorted(ours / peft for ours, peft in zip(times[names], times["peft"], strict=True))
+        if names != "peft":
+            row(f"import {names} / import peft, CPU time", statistics.median(ratios), 1 if "," in names else None)
         print(
             f"import {names:20} median {statistics.median(times[names]):.3f} s of {rounds}; over import peft: "
             f"median {statistics.median(ratios):.3f}, from {ratios[0]:.3f} to {ratios[-1]:.3f}"

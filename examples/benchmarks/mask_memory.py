@@ -10,6 +10,7 @@ import tempfile
 from pathlib import Path
 
 import torch
+from bench import row
 from peft import get_peft_model
 from safetensors.torch import save_file
 from transformers import Qwen3Config, Qwen3ForCausalLM
@@ -52,6 +53,8 @@ def main() -> None:
             entries, held = measure(share, Path(folder))
             whole = whole or held
             name = "all, no mask" if share is None else f"{share:.0%}"
+            if share is not None:
+                row(f"memory held with a mask of {share:.0%} / without", held / whole, share)
             print(f"| {entries:,} | {name} | {held / 1e6:.0f} MB | {held / whole:.0%} |")
 
 

@@ -13,6 +13,7 @@ import warnings
 
 import torch
 import transformers
+from bench import row
 from transformers import PretrainedConfig, Qwen2Config, Qwen3Config
 from trl import GRPOConfig
 
@@ -60,6 +61,13 @@ def held(config: PretrainedConfig, given: argparse.Namespace) -> dict[str, Memor
     return {name: estimate_memory(config, way, batches, arguments, on_gpu=True) for name, way in ways.items()}
 
 
+def needed(found: dict[str, MemoryEstimate]) -> float:
+    """Bytes of weights, gradients and AdamW's moments of one block over those of everything: 2 of each parameter in
+    bfloat16 and 16 of one that trains."""
+    full, block = found["full"].trained, found["block"].trained
+    return (2 * full + 16 * block) / (16 * full)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     for name, default in (("rows", 8), ("prompt", 256), ("completion", 3072), ("generated", 0)):
@@ -80,6 +88,7 @@ def main() -> None:
             f"{found[w].peak / 1e9:.1f} ({found[w].peak_without_state / 1e9:.1f})" for w in ("full", "LoRA", "block")
         ]
         ratio = found["block"].peak / found["full"].peak
+        row(f"peak of one block / in full, {name}", ratio, needed(found))
         sizes = f"{found['full'].trained / 1e9:.2f}B | {found['block'].trained / 1e6:.1f}M"
         print(f"| {name} | {sizes} | {' | '.join(cells)} | {ratio:.2f} |", flush=True)
 

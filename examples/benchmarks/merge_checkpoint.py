@@ -20,6 +20,7 @@ import time
 from pathlib import Path
 
 import torch
+from bench import row
 from safetensors.torch import save_file
 from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -129,6 +130,7 @@ def main() -> None:
             pairs.append((took["copy"], took["merge"]))
         for copied, merged in pairs:
             print(f"copy {copied:.2f} s, merge {merged:.2f} s, ratio {merged / copied:.2f}")
+        row("merge / copy of a checkpoint", statistics.median(merged / copied for copied, merged in pairs), 1)
         print(f"median ratio {statistics.median(merged / copied for copied, merged in pairs):.2f}")
     finally:
         shutil.rmtree(root)

@@ -4,7 +4,8 @@
 
 8 prompts with 8 completions of 6 tokens: sums of two numbers after three examples. TRL's defaults, the base in
 bfloat16, the same data, rewards and learning rate for all. One step warms up; the others are measured, and generation
-apart from the rest. Ratios are to full-parameter training and to LoRA on all linear layers, as far as these were run.
+apart from the rest. Ratios are to full-parameter training and to LoRA on all linear layers, as far as these were run,
+and beside those to full-parameter training stand the ratios of the multiplications that are needed.
 """
 
 import argparse
@@ -18,9 +19,10 @@ from typing import Any
 
 import torch
 import transformers
+from bench import row
 from datasets import Dataset
 from peft import LNTuningConfig, LoraConfig
-from transformers import AutoModelForCausalLM, AutoTokenizer, PrinterCallback, TrainerCallback
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PrinterCallback, TrainerCallback
 from trl import GRPOConfig, GRPOTrainer
 
 from peft_onelayer import SingleLayerConfig
@@ -137,6 +139,27 @@ def measure(name: str, peer: tuple, model_name: str, layer: int, steps: int, pro
     return statistics.median(whole), statistics.median(generation)
 
 
+def needed(name: str, model_name: str, layer: int) -> float:
+    """Multiplications of a step by weights: every prompt generates once for its group, checkpointing runs a block again
+    where it has a backward pass, and the head scores completions alone."""
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(model_name))
+    blocks, head = model.get_decoder().layers, model.lm_head.weight.numel()
+    above, size = len(blocks) - layer, sum(parameter.numel() for parameter in blocks[0].parameters())
+    passes, scores = len(blocks) + 2 * above, 2  # again, and the gradient of the input or, at the block, of its weights
+    if name.startswith("full"):
+        passes, scores = 4 * len(blocks), 3
+    elif name == "LoRA, all linears":
+        passes = 3 * len(blocks)
+    if "beta" in name:  # of the reference, from the block up
+        passes, scores = passes + above, scores + 1
+    prompt = len(AutoTokenizer.from_pretrained(model_name)(rows(1)[0]["prompt"])["input_ids"])
+    completions = PROMPTS * GROUP
+    generation = len(blocks) * (PROMPTS * prompt + completions * (TOKENS - 1))
+    trained = passes * completions * (prompt + TOKENS)
+    return size * (generation + trained) + head * completions * TOKENS * (1 + scores)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("model")
@@ -162,6 +185,9 @@ def main() -> None:
         print(f"{name:32} {step:5.1f} s {generation:9.1f} s", flush=True)
     print()
     for name, step in found.items():
+        if "full" in found and name != "full":
+            least = [needed(way, given.model, given.layer) for way in (name, "full")]
+            row(f"GRPO step, {name} / full, CPU time", step / found["full"], least[0] / least[1])
         ratios = [f"{step / found[to]:9.2f}" if to in found else " " * 9 for to in ("full", "LoRA, all linears")]
         print(f"{name:32} {step:5.1f} s              {ratios[0]} {ratios[1]:>12}", flush=True)
 

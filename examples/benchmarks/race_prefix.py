@@ -14,6 +14,7 @@ import time
 from dataclasses import replace
 
 import torch
+from bench import row
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from peft_onelayer.probe.batch import Batch
@@ -31,6 +32,13 @@ def turn(model: LlamaForCausalLM, batch: Batch, layer: int) -> tuple[float, list
         seconds = time.perf_counter() - start
     assert candidate.weights is not None
     return seconds, candidate.weights
+
+
+def needed(layer: int) -> float:
+    """Operations of an update that starts at a block over those of a whole one, a forward pass of a block as the unit:
+    the gradient of a block's input costs one, so does that of its weights."""
+    above = NUM_LAYERS - layer
+    return 2 * above / (NUM_LAYERS + above)
 
 
 def main() -> None:
@@ -61,6 +69,7 @@ def main() -> None:
         runs = [(turn(model, whole, layer), turn(model, started, layer)) for _ in range(pairs)]
         ratios = [part / all_of_it for (all_of_it, _), (part, _) in runs]
         equal = all(torch.equal(x, y) for (_, a), (_, b) in runs for x, y in zip(a, b, strict=True))
+        row(f"updates from block {layer} of {NUM_LAYERS} / whole passes", statistics.median(ratios), needed(layer))
         seconds = [statistics.median(run[i][0] for run in runs) for i in (0, 1)]
         spread = f"{statistics.median(ratios):.2f} ({min(ratios):.2f}-{max(ratios):.2f})"
         print(f"{layer:5}  {seconds[0]:5.2f} s  {seconds[1]:13.2f} s   {spread:>28}   {equal!s:>17}")

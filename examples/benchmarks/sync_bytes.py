@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 import transformers
+from bench import row
 from datasets import Dataset
 from transformers import AutoModelForCausalLM, AutoTokenizer, PrinterCallback, TrainerCallback
 from trl import GRPOConfig, GRPOTrainer
@@ -151,6 +152,10 @@ def main() -> None:
         f"mean {total[0] / count * ITEM / block:8.2%} {total[1] // count:12,} {total[2] // count:12,} "
         f"{total[3] // count:13,} {times(syncs.everything * count, total[3]):>26}"
     )
+    row(
+        "sync of the block / of everything, bytes", block / syncs.everything, 1 / trainer.model.config.num_hidden_layers
+    )
+    row("sync of changed entries / of everything, bytes", total[3] / count / syncs.everything)
     print(
         f"everything / block {syncs.everything / block:.1f} x; "
         f"mean reward of the steps {sum(rewards) / len(rewards):.2f}"

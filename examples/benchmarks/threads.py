@@ -16,6 +16,7 @@ from concurrent.futures import ThreadPoolExecutor
 from unittest import mock
 
 import torch
+from bench import row
 from peft import get_peft_model
 from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -68,6 +69,7 @@ def main() -> None:
             times[name].append(value)
     for name, other in (("wrapped", "plain"), ("exchanged", "wrapped")):
         ratios = [a / b for a, b in zip(times[name], times[other], strict=True)]
+        row(f"a pass {name} / {other}", statistics.median(ratios), 1 if name == "wrapped" else None)
         print(f"{name}/{other}, time of a pass, median: {statistics.median(ratios):.3f}")
 
     expected = wrapped(input_ids=ids, use_cache=False).logits

@@ -10,6 +10,7 @@ import ast
 import importlib.util
 import json
 import os
+from functools import partial
 from pathlib import Path
 
 from peft_onelayer.layers import check_layers
@@ -176,7 +177,7 @@ def check_evaluation(settings: EvaluationSettings) -> None:
     _check_split(settings.split)
     out = None if settings.out is None else Path(settings.out)
     if out is not None:
-        check_file(out, _is_evaluation)
+        check_file(out, partial(_is_of, format=EvaluationRecord.FORMAT))
     if settings.completions is not None:
         if out is not None and Path(settings.completions).resolve() == out.resolve():
             raise ValueError(f"--out and --save-completions both name {out}; give two files.")
@@ -202,7 +203,7 @@ def check_vote(settings: VoteSettings) -> None:
         raise ValueError(f"--samples must be at least 1, got {settings.samples}.")
     _check_split(settings.split)
     if settings.out is not None:
-        check_file(Path(settings.out), _is_vote)
+        check_file(Path(settings.out), partial(_is_of, format=VoteRecord.FORMAT))
     check_source(settings.task, settings.dataset, settings.reward)
     if settings.model:
         check_model_name(settings.model, settings.revision)
@@ -225,17 +226,10 @@ def _check_split(split: str) -> None:
         raise ValueError(f"split must be 'train' or 'test', got {split!r}{meant(split, ('test', 'train'))}")
 
 
-def _is_vote(file: Path) -> bool:
+def _is_of(file: Path, format: str) -> bool:
+    """Whether an earlier command wrote `file` in this format, so that nothing is lost by replacing it."""
     try:
-        return read_fields(file).get("format") == VoteRecord.FORMAT
-    except ValueError:
-        return False
-
-
-def _is_evaluation(file: Path) -> bool:
-    """Whether an earlier evaluation wrote `file`, so that nothing is lost by replacing it."""
-    try:
-        return read_fields(file).get("format") == EvaluationRecord.FORMAT
+        return read_fields(file).get("format") == format
     except ValueError:
         return False
 
@@ -248,19 +242,6 @@ def _holds_completions(file: Path) -> bool:
     except (ValueError, StopIteration):
         return False
     return isinstance(first, dict) and {"model", "decoding", "completion", "reward"} <= first.keys()
-
-
-def check_sweep(
-    model: str, task: str | None, dataset: str | None, reward: str | None, algorithm: str, layers: str, out: Path
-) -> None:
-    """Raise ValueError, in one line, for a sweep that cannot be."""
-    if not load_algorithm(algorithm).online:
-        raise ValueError(f"a sweep compares runs by their reward; {algorithm} is offline, choose one such as grpo")
-    check_source(task, dataset, reward)
-    if layers != "all":
-        check_layers(layers)
-    check_model_name(model)
-    check_folder(out, lambda folder: (folder / "rows").is_dir())
 
 
 def check_demo(out: Path, task: str, layer: str, model: str | None) -> None:

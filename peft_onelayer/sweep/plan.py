@@ -9,9 +9,8 @@ from pathlib import Path
 
 from peft_onelayer.layers import resolve_layers
 from peft_onelayer.records.files import model_digests
-from peft_onelayer.records.locate import check_model_name
 from peft_onelayer.rl.algorithms import load_algorithm
-from peft_onelayer.rl.recipe import make_recipe, refuse_fields, refuse_without_effect, step_fields
+from peft_onelayer.rl.recipe import make_recipe, refuse_without_effect, step_fields
 from peft_onelayer.rl.sampling import sampling_of_run
 from peft_onelayer.rollouts.prompts import Shape, check_prompt, shaped
 from peft_onelayer.runs.models import load_skeleton
@@ -20,8 +19,9 @@ from peft_onelayer.tuner import find_decoder_stack
 from peft_onelayer.tuner.model import commit_hash
 from peft_onelayer.tuner.stack import layer_kinds
 
+from .early import check_sweep
 from .run_layer import Row, RunSpec
-from .settings import SWEEP_OPTIONS, SweepSettings
+from .settings import SweepSettings
 
 
 @dataclass(frozen=True)
@@ -121,19 +121,10 @@ def plan_sweep(settings: SweepSettings) -> Plan:
     Raises:
         ValueError: a setting that cannot work, a model or data that are not there.
     """
-    _check_regimes(settings)
+    check_sweep(settings)
     algorithm = load_algorithm(settings.algorithm)
-    if not algorithm.online:
-        raise ValueError(f"a sweep compares runs by their reward; {algorithm.name} is offline, choose one such as grpo")
-    refuse_fields(settings.config, SWEEP_OPTIONS)
     refuse_without_effect(settings.config, algorithm)
     seeds = list(settings.seeds)
-    if not seeds or len(set(seeds)) < len(seeds) or min(seeds) < 0:
-        raise ValueError(f"seeds must be one or more different numbers from 0, got {seeds}")
-    for name in ("steps", "problems", "samples", "batch_size"):
-        if getattr(settings, name) < 1:
-            raise ValueError(f"{name} must be at least 1, got {getattr(settings, name)}")
-    check_model_name(settings.model, settings.revision)
     task = open_task(settings.task, settings.dataset, settings.reward, unsafe=settings.unsafe)
     recipe = make_recipe(algorithm, task, settings.config, prompts=settings.prompts, completions=settings.completions)
     config = recipe.config(output_dir="unused", max_steps=settings.steps)
@@ -188,20 +179,6 @@ def plan_sweep(settings: SweepSettings) -> Plan:
 def with_learning_rate(spec: RunSpec, rate: float | None) -> RunSpec:
     """The run at this rate; with None as it is."""
     return spec if rate is None else replace(spec, settings={**spec.settings, "learning_rate": rate})
-
-
-def _check_regimes(settings: SweepSettings) -> None:
-    if not settings.regimes:
-        return
-    if not settings.search_learning_rates:
-        raise ValueError(
-            "--regimes compares tuned rates with equal ones: give rates to choose from, such as "
-            "--search-learning-rates 1e-6,5e-6,2e-5"
-        )
-    if settings.full_learning_rate is not None:
-        raise ValueError("--regimes has the rate of all parameters tuned; leave --full-learning-rate out")
-    if isinstance(settings.learning_rate, Mapping):
-        raise ValueError("the regimes need one learning rate for all blocks, and each block has its own")
 
 
 def _learning_rates(settings: SweepSettings, layers: Sequence[int]) -> tuple[dict[int, float | None], float | None]:

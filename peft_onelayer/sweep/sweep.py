@@ -13,11 +13,12 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from peft_onelayer.records.files import PROFILE, TargetError, check_folder, output, read_text, write_whole
+from peft_onelayer.records.files import PROFILE, TargetError, output, read_text, write_whole
 from peft_onelayer.records.privacy import holds_secrets, without_secrets
 from peft_onelayer.records.ranking import LayerRanking, Sweep
 from peft_onelayer.runs.models import without_progress_bars
 
+from .early import ROWS, check_target
 from .engines import load_engine
 from .plan import Plan, plan_sweep
 from .profile import make_profile
@@ -26,7 +27,6 @@ from .run_layer import Row, RunSpec, run_layer
 from .settings import SweepSettings
 from .store import RowStore
 
-ROWS = "rows"
 OnRow = Callable[[int, int, RunSpec, Row], None]
 
 
@@ -72,7 +72,7 @@ def sweep_layers(
             f"the settings hold a secret, and the engine {engine} would keep it in its files; use the engine local, or "
             "leave the secret to the environment of the workers"
         )
-    check_folder(out, lambda folder: (folder / ROWS).is_dir())
+    check_target(out)
     with output(out, "finished rows are kept, and the same command runs the others"):
         with without_progress_bars():
             plan = plan_sweep(settings)

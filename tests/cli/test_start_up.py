@@ -20,6 +20,7 @@ def onelayer():
 
 
 TRAIN = ["train", "{root}/base", "--out", "{root}/new"]
+SWEEP = ["sweep", "{root}/base", "--task", "sort"]
 VOTE = ["vote", "{root}/dense", "{root}/sparse", "--task", "sort", "--base", "{root}/base"]
 
 
@@ -148,6 +149,13 @@ LORA = ["--format", "lora"]
         (["eval", "{root}/dense", "--adapter", "{root}/sparse", "--task", "sort"], 1, "is an adapter itself"),
         (["sweep", "{root}/base", "--task", "sotr"], 1, "did you mean 'sort'?"),
         (["sweep", "{root}/base", "--task", "sort", "--algorithm", "dpo"], 1, "dpo is offline"),
+        ([*SWEEP, "--seeds", "one"], 1, "--seeds takes whole numbers separated by commas, got 'one'"),
+        ([*SWEEP, "--seeds", "1,1"], 1, "seeds must be one or more different numbers from 0, got [1, 1]"),
+        ([*SWEEP, "--regimes"], 1, "give rates to choose from"),
+        ([*SWEEP, "--set", "max_steps=3"], 1, "field max_steps is set by --steps"),
+        ([*SWEEP, "--revision", "v1"], 1, "--revision v1 is for a repository on the Hub, and"),
+        ([*SWEEP, "--early-stop"], 1, "use it with --engine ray, not local"),
+        ([*SWEEP, "--out", "{root}/base"], 1, "exists and holds other files"),
         (["demo", "--task", "srot"], 1, "did you mean sort?"),
         (["demo", "--layer", "middel"], 1, 'Did you mean "middle"?'),
         (["push", "{root}/dense"], 2, "Missing argument"),

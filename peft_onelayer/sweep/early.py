@@ -1,0 +1,56 @@
+"""What can be refused of a sweep's settings at once, as `runs/early.py` does of other commands'."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+from peft_onelayer.layers import check_layers
+from peft_onelayer.records.files import check_folder
+from peft_onelayer.records.locate import check_model_name
+from peft_onelayer.rl.algorithms import load_algorithm
+from peft_onelayer.rl.recipe import refuse_fields
+from peft_onelayer.runs.early import check_source
+
+from .settings import SWEEP_OPTIONS, SweepSettings
+
+ROWS = "rows"
+
+
+def check_sweep(settings: SweepSettings) -> None:
+    """Raise ValueError, in one line, for a sweep that cannot be; values in `config` may be texts."""
+    _check_regimes(settings)
+    if not load_algorithm(settings.algorithm).online:
+        raise ValueError(
+            f"a sweep compares runs by their reward; {settings.algorithm} is offline, choose one such as grpo"
+        )
+    refuse_fields(settings.config, SWEEP_OPTIONS)
+    seeds = list(settings.seeds)
+    if not seeds or len(set(seeds)) < len(seeds) or min(seeds) < 0:
+        raise ValueError(f"seeds must be one or more different numbers from 0, got {seeds}")
+    for name in ("steps", "problems", "samples", "batch_size"):
+        if getattr(settings, name) < 1:
+            raise ValueError(f"{name} must be at least 1, got {getattr(settings, name)}")
+    check_source(settings.task, settings.dataset, settings.reward)
+    if settings.layers != "all":
+        check_layers(settings.layers)
+    check_model_name(settings.model, settings.revision)
+
+
+def check_target(out: Path) -> None:
+    """Raise `TargetError` for a folder that no sweep made."""
+    check_folder(out, lambda folder: (folder / ROWS).is_dir())
+
+
+def _check_regimes(settings: SweepSettings) -> None:
+    if not settings.regimes:
+        return
+    if not settings.search_learning_rates:
+        raise ValueError(
+            "--regimes compares tuned rates with equal ones: give rates to choose from, such as "
+            "--search-learning-rates 1e-6,5e-6,2e-5"
+        )
+    if settings.full_learning_rate is not None:
+        raise ValueError("--regimes has the rate of all parameters tuned; leave --full-learning-rate out")
+    if isinstance(settings.learning_rate, Mapping):
+        raise ValueError("the regimes need one learning rate for all blocks, and each block has its own")
