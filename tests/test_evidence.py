@@ -5,6 +5,7 @@ import random
 import re
 import sys
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -247,8 +248,32 @@ def test_a_page_of_a_few_rows_says_what_is_missing_by_name(evidence, written):
     assert "No contribution of a block can be given yet: of the runs there are 3 of " in page
     assert "the searches for" not in page and "each block that is aimed at, seed 0 (blocks 0-29)" in sentences(page)[1]
     assert "the repeated word: everything" in sentences(page)[1]
-    assert "| the search for the rate of a block | 2 of 4 | 0.0001, 0.0003 |" in page
+    assert "| the search for the rate of a block | 2 of 5 | 0.0001, 0.0003, 0.001 |" in page
     assert "nothing was measured" in page and "complete." not in page.replace("incomplete.", "")
+
+
+def test_several_runs_are_made_at_a_time_and_one_that_fails_takes_none_along(evidence, tmp_path, capsys):
+    path, there = tmp_path / "rows.jsonl", lambda one, row: one == {"run": row["run"]}
+    wanted = [{"run": 0}, 5, {"run": 1}, {"run": 2}]
+    make = partial(dict, seconds=1.0)
+    failed = evidence.collect(path, lambda: wanted, there, make, float("inf"), 2)
+    assert failed == ["5: TypeError: 'int' object is not iterable"] and "5 failed: TypeError" in capsys.readouterr().out
+    assert sorted(row["run"] for row in read_records(path)) == [0, 1, 2]
+    wanted.append({"run": 3})
+    assert evidence.collect(path, lambda: wanted[2:], there, make, float("inf"), 1) == []
+    assert [row["run"] for row in read_records(path)][3:] == [3]
+    assert evidence.collect(path, lambda: [{"run": 4}], there, make, -1.0, 1) == [] and len(read_records(path)) == 4
+
+
+def test_runs_of_another_machine_stand_beside_their_rows(evidence, written):
+    setting = evidence.SETTINGS[0]
+    rows = whole(evidence, setting)[:3]
+    again = [{**rows[0], "scores": [min(1.0, s + 0.001) for s in rows[0]["scores"]], "mean": rows[0]["mean"] + 0.001}]
+    again.append({**rows[1], "mean": rows[1]["mean"] + 0.1})
+    page, _ = written(setting, rows, repeats=again)
+    told = [line for line in page.splitlines() if line.endswith(("| yes |", "| no |"))]
+    assert len(told) == 2 and told[0].startswith("| base |") and told[0].endswith("| yes |")
+    assert told[1].startswith("| block 15, rate 1e-05, seed 0 |") and told[1].endswith("| no |")
 
 
 def test_a_partial_profile_is_shown_as_one(evidence, written):

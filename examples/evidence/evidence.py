@@ -1,6 +1,6 @@
-"""Does one block match full-parameter RL? Measured on pretrained models, resumably, a run at a time.
+"""Does one block match full-parameter RL? Measured on pretrained models, resumably, run by run.
 
-    python examples/evidence/evidence.py smollm2-135m sums [--models FOLDER] [--minutes 60]
+    python examples/evidence/evidence.py smollm2-135m sums [--models FOLDER] [--minutes 60] [--jobs 1]
 
 FOLDER has a folder for each model. Every finished run is a line of results/MODEL-TASK.jsonl, and runs that are there
 are not repeated. `--list` says what is there and what is missing. `--probes` ranks the blocks, and `--retention`
@@ -11,12 +11,15 @@ runs one row again and says whether it comes out within the row's interval; it w
 from __future__ import annotations
 
 import argparse
+import multiprocessing
 import os
 import re
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -91,25 +94,47 @@ def repeat(setting: Setting, rows: Sequence[dict[str, Any]], text: str, folder: 
 
 
 def collect(
-    path: Path, wanted: Callable[[], Sequence[Any]], there: Callable[[Any, Any], bool], make: Any, minutes: float
-) -> None:
-    """Make what is wanted and not yet a row of `path`, one at a time, until nothing is missing or the time is over.
+    path: Path,
+    wanted: Callable[[], Sequence[Any]],
+    there: Callable[[Any, Any], bool],
+    make: Callable[[Any], dict[str, Any]],
+    minutes: float,
+    jobs: int,
+) -> list[str]:
+    """Make what is wanted and not yet a row of `path`, until nothing is missing or the time is over.
 
     Args:
         wanted: asked again after every row, as it may name more then.
         there: whether a row is of one that is wanted.
-        make: gives the row of one that is wanted.
+        make: gives the row of one that is wanted; called in other processes.
+        minutes: none is begun after so many.
+        jobs: that are made at a time, each in a process of its own.
+
+    Returns:
+        What failed, with the reason, in a line each; it is not begun again.
     """
     start = time.perf_counter()
-    while time.perf_counter() - start <= 60 * minutes:
-        rows = read_records(path)
-        missing = [one for one in wanted() if not any(there(one, row) for row in rows)]
-        if not missing:
-            return
-        row = make(missing[0])
-        append_record(path, row)
-        score = f": {row['mean']:.4f} ± {row['standard_error']:.4f}" if "mean" in row else ""
-        print(f"{missing[0]}{score}, {row['cpu_seconds']} s", flush=True)
+    failed: dict[str, str] = {}
+    with ProcessPoolExecutor(jobs, multiprocessing.get_context("spawn")) as pool:
+        begun: dict[Future[dict[str, Any]], Any] = {}
+        while True:
+            rows = read_records(path)
+            for one in wanted() if time.perf_counter() - start <= 60 * minutes else ():
+                known = str(one) in failed or one in begun.values() or any(there(one, row) for row in rows)
+                if not known and len(begun) < jobs:
+                    begun[pool.submit(make, one)] = one
+            if not begun:
+                return [f"{name}: {reason}" for name, reason in failed.items()]
+            for future in wait(begun, return_when=FIRST_COMPLETED).done:
+                one = begun.pop(future)
+                if isinstance(error := future.exception(), Exception):
+                    failed[str(one)] = f"{type(error).__name__}: {error}"
+                    print(f"{one} failed: {failed[str(one)]}", flush=True)
+                    continue
+                row = future.result()
+                append_record(path, row)
+                score = f": {row['mean']:.4f} ± {row['standard_error']:.4f}" if "mean" in row else ""
+                print(f"{one}{score}, {row['seconds']} s", flush=True)
 
 
 def main() -> None:
@@ -119,6 +144,7 @@ def main() -> None:
     default = os.environ.get("ONELAYER_MODELS", "~/.cache/onelayer-models")
     parser.add_argument("--models", type=Path, default=Path(default).expanduser())
     parser.add_argument("--minutes", type=float, default=float("inf"), help="begin no run after so many")
+    parser.add_argument("--jobs", type=int, default=1, help="runs at a time, on one GPU or on as many cores")
     what = parser.add_mutually_exclusive_group()
     what.add_argument("--list", action="store_true", help="what is there, and what is missing")
     what.add_argument("--probes", action="store_true", help="rank the blocks, by depth and by races")
@@ -142,30 +168,33 @@ def main() -> None:
             sys.exit(not repeat(setting, read_records(path), options.repeat, folder))
         except ValueError as error:
             parser.error(str(error))
+    limits = options.minutes, options.jobs
     if options.probes:
-        collect(
+        failed = collect(
             RESULTS / f"{setting.name}-probes.jsonl",
             lambda: probe_runs(setting),
             lambda probe, row: row["probe"] == probe,
-            lambda probe: execute_probe(setting, probe, folder),
-            options.minutes,
+            partial(execute_probe, setting, folder=folder),
+            *limits,
         )
     elif options.retention:
-        collect(
+        failed = collect(
             RESULTS / f"{setting.name}-retention.jsonl",
             lambda: retention_runs(setting, read_records(path)),
             same,
-            lambda run: execute(setting, run, folder, lambda *trained: retention_of(setting, *trained)),
-            options.minutes,
+            partial(execute, setting, folder=folder, also=partial(retention_of, setting)),
+            *limits,
         )
     else:
-        collect(
+        failed = collect(
             path,
             lambda: list(dict.fromkeys(runs(setting, read_records(path)))),
             same,
-            lambda run: execute(setting, run, folder),
-            options.minutes,
+            partial(execute, setting, folder=folder),
+            *limits,
         )
+    if failed:
+        sys.exit("failed:\n" + "\n".join(failed))
 
 
 if __name__ == "__main__":

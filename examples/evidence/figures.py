@@ -42,6 +42,7 @@ class Study:
         probes: its `--probes`.
         kept: its `--retention`.
         transplants: of `transplant.py`.
+        repeats: runs that are rows too, made again on another machine.
     """
 
     setting: Setting
@@ -49,10 +50,11 @@ class Study:
     probes: Sequence[Row] = ()
     kept: Sequence[Row] = ()
     transplants: Sequence[Row] = ()
+    repeats: Sequence[Row] = ()
 
     @classmethod
     def read(cls, setting: Setting, results: Path = RESULTS) -> Study:
-        ends = ("", "-probes", "-retention", "-transplant")
+        ends = ("", "-probes", "-retention", "-transplant", "-repeats")
         return cls(setting, *(read_records(results / f"{setting.name}{end}.jsonl") for end in ends))
 
     @property

@@ -18,7 +18,7 @@ from peft_onelayer.rl.recipe import make_recipe
 from peft_onelayer.rollouts.evaluation import evaluate
 from peft_onelayer.rollouts.settings import Sampling
 from peft_onelayer.runs.describe import describe_machine
-from peft_onelayer.runs.models import load_causal_lm, without_progress_bars
+from peft_onelayer.runs.models import load_causal_lm, to_device, without_progress_bars
 from peft_onelayer.tasks import load_task
 
 PROBE_FORMAT = "onelayer-evidence-probe-1"
@@ -53,6 +53,7 @@ def execute_probe(setting: Setting, probe: Probe, folder: Path) -> dict[str, Any
     task = load_task(str(HERE / f"{setting.task}.py"))
     with without_progress_bars():
         model, tokenizer = load_causal_lm(str(folder))
+        to_device(model)
         recipe = make_recipe("grpo", task, prompts=setting.prompts, completions=setting.completions)
         options: dict[str, Any] = {"training_steps": probe["steps"], "recipe": recipe, "seed": probe["seed"]}
         options |= {"budget": probe["budget"]} if probe["budget"] else {}
@@ -86,7 +87,7 @@ def retention_of(setting: Setting, model: Any, tokenizer: Any) -> dict[str, Any]
     nats, tokens = [], []
     model.eval()
     for paragraph in PLAIN_TEXT.read_text(encoding="utf-8").split("\n\n"):
-        ids = tokenizer(" ".join(paragraph.split()), return_tensors="pt").input_ids
+        ids = tokenizer(" ".join(paragraph.split()), return_tensors="pt").input_ids.to(model.device)
         with torch.no_grad():
             logits = model(input_ids=ids).logits[0, :-1].float()
         nats.append(float(torch.nn.functional.cross_entropy(logits, ids[0, 1:], reduction="sum")))

@@ -20,7 +20,7 @@ from peft_onelayer.rl.training import train_layer
 from peft_onelayer.rollouts.evaluation import evaluate
 from peft_onelayer.rollouts.settings import Sampling
 from peft_onelayer.runs.describe import describe_machine
-from peft_onelayer.runs.models import load_causal_lm, without_progress_bars
+from peft_onelayer.runs.models import load_causal_lm, to_device, without_progress_bars
 from peft_onelayer.tasks import load_task
 from peft_onelayer.tuner import find_decoder_stack
 
@@ -157,6 +157,7 @@ def execute(
     with without_progress_bars(), tempfile.TemporaryDirectory() as scratch:
         model: Any
         model, tokenizer = load_causal_lm(str(folder))
+        to_device(model)
         if run.kind != "base":
             recipe = make_recipe(
                 "grpo", task, prompts=setting.prompts, completions=setting.completions, learning_rate=run.rate

@@ -210,8 +210,8 @@ def doubts(found: Sequence[Study]) -> Iterator[str]:
         + " are short; where full training has not ended, C compares speeds."
     )
     yield (
-        "- **The rates.** All blocks have the rate of the middle one, and each kind was tuned over four rates, three "
-        "times apart. A best rate at an end of the grid is marked in the tables: beyond it may be a better one."
+        "- **The rates.** All blocks have the rate of the middle one, and each kind was tuned over as many rates, "
+        "three times apart. A best rate at an end of the grid is marked in the tables: beyond it may be a better one."
     )
     for study in found:
         if study.full and study.of("base"):

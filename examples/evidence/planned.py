@@ -10,11 +10,11 @@ from one_run import HERE, Run, Setting
 
 RESULTS = HERE / "results"
 SEEDS = (0, 1)
-RATES, LORA_RATES = (1e-5, 3e-5, 1e-4, 3e-4), (1e-4, 3e-4, 1e-3, 3e-3)
+RATES, LORA_RATES = (1e-5, 3e-5, 1e-4, 3e-4, 1e-3), (1e-4, 3e-4, 1e-3, 3e-3, 1e-2)
 SETTINGS = [
     Setting("smollm2-135m", "sums", RATES, LORA_RATES),
     Setting("smollm2-135m", "repeated", RATES, LORA_RATES),
-    Setting("qwen2.5-coder-0.5b", "repeated", RATES, LORA_RATES),
+    Setting("qwen2.5-coder-0.5b", "repeated", RATES[:4], LORA_RATES[:4]),
 ]
 DEPTH = {"smollm2-135m": 30, "qwen2.5-coder-0.5b": 24}  # blocks
 STRIDE = {"smollm2-135m": 3, "qwen2.5-coder-0.5b": 3}  # between the blocks that are measured first

@@ -7,9 +7,11 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from drawing import profile_svg
+from evidence import compare
 from figures import KINDS, Row, Study, name_of, ranges
 from measures import OTHER
-from planned import SEEDS, grid
+from one_run import Run
+from planned import SEEDS, grid, same
 from transplant import TOYS, mean_interval, toy_bases, toy_cases, transplant_figures
 from words import TASKS, cell, gained, interval, mean_of, points, score, where
 
@@ -32,7 +34,15 @@ def section(study: Study) -> list[str]:
         whole = f"Blocks not measured: {ranges(left)}." if left else "Every block was measured."
         parts.append(f"![contribution of each block](../examples/evidence/results/{study.setting.name}.svg)")
         parts.append(whole)
-    return [*parts, *_rates(study), *_profile(study), *_compared(study), *_probes(study), *_kept(study)]
+    return [
+        *parts,
+        *_rates(study),
+        *_profile(study),
+        *_compared(study),
+        *_probes(study),
+        *_kept(study),
+        *_repeats(study),
+    ]
 
 
 def drawing(study: Study) -> str | None:
@@ -207,6 +217,26 @@ def _kept(study: Study) -> list[str]:
 def _nats(row: Row) -> list[float]:
     text = row["retention"]["text"]
     return [nats / tokens for nats, tokens in zip(text["nats"], text["tokens"], strict=True)]
+
+
+def _repeats(study: Study) -> list[str]:
+    """The same runs on another machine, beside their rows."""
+    lines = ["| run | score | again | difference | in the row's interval |", "|---|---|---|---|---|"]
+    for again in study.repeats:
+        run = Run(**again["run"])
+        for row in (row for row in study.rows if same(run, row)):
+            seen = compare(row, again)
+            scores = [f"{r['mean']:.3f} ± {r['standard_error']:.3f}" for r in (row, again)]
+            cells = [str(run), *scores, gained(*seen.difference), "yes" if seen.inside else "no"]
+            lines.append(f"| {' | '.join(cells)} |")
+    if len(lines) == 2:
+        return []
+    devices = " and ".join(sorted({r["versions"]["device"] for r in study.repeats}))
+    return [
+        "### The same runs on another machine",
+        f"Again on: {devices}. The random numbers and the rounding differ there, so another sample of the same run.",
+        "\n".join(lines),
+    ]
 
 
 # Transplants

@@ -32,7 +32,7 @@ from peft_onelayer.rl.recipe import make_recipe
 from peft_onelayer.rl.training import train_layer
 from peft_onelayer.rollouts.evaluation import evaluate
 from peft_onelayer.rollouts.settings import Sampling
-from peft_onelayer.runs.models import load_causal_lm, without_progress_bars
+from peft_onelayer.runs.models import load_causal_lm, to_device, without_progress_bars
 from peft_onelayer.statistics import rank_correlation
 from peft_onelayer.sweep.metric import gain
 from peft_onelayer.sweep.transplant import evaluate_transplants, transplants
@@ -90,6 +90,8 @@ def measure(job: Job, path: Path, minutes: float) -> None:
     task = load_task(job.task)
     base, tokenizer = load_causal_lm(str(job.base))
     donor, _ = load_causal_lm(str(job.full))
+    to_device(base)
+    to_device(donor)
     rows = task.rows("test", job.problems, 0)
     sampling = Sampling(samples=job.samples, batch_size=job.batch_size)
 
