@@ -19,7 +19,7 @@ from peft_onelayer.tuner import find_decoder_stack
 from peft_onelayer.tuner.stack import layer_kinds
 
 from .early import check_training
-from .memory import Batches, MemoryEstimate, estimate_memory, lora
+from .memory import LORA, Batches, MemoryEstimate, estimate_memory, lora
 from .models import load_config, load_tokenizer, quiet_logs
 from .plan import TrainingPlan
 from .settings import TrainingSettings
@@ -86,11 +86,18 @@ def dry_run(settings: TrainingSettings) -> DryRun:
     batches = _batches(plan, tokenizer, notes)
     own = _blocks(settings, skeleton, notes)
     middle = resolve_layers("middle", len(find_decoder_stack(skeleton).blocks))
-    compared = [own, *([middle] if own is None else [None]), lora()]
-    found = [
-        estimate_memory(config, train, batches, plan.config, mask=settings.mask if train is own else None, **trusted)
-        for train in compared
-    ]
+    found = [estimate_memory(config, own, batches, plan.config, mask=settings.mask, **trusted)]
+    compared: tuple[tuple[str, Any], ...] = (
+        ("one block", middle) if own is None else ("full training", None),
+        (LORA, lora()),
+    )
+    for what, train in compared:
+        try:
+            found.append(
+                estimate_memory(config, train, batches, plan.config, trust_remote_code=settings.trust_remote_code)
+            )
+        except ValueError as error:  # a comparison, without which the run can be
+            notes.append(f"not compared with {what}: {error}")
     return DryRun(settings.model, batches, found, notes)
 
 
