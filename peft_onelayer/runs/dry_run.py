@@ -97,7 +97,9 @@ def dry_run(settings: TrainingSettings) -> DryRun:
     for what, train in compared:
         try:
             arguments = everything if train is None else plan.config
-            found.append(estimate_memory(config, train, batches, arguments, **trusted))
+            found.append(
+                estimate_memory(config, train, batches, arguments, trust_remote_code=settings.trust_remote_code)
+            )
         except ValueError as error:  # a comparison, without which the run can be
             notes.append(f"not compared with {what}: {error}")
     return DryRun(settings.model, batches, found, notes)
