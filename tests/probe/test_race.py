@@ -94,7 +94,7 @@ def test_the_budget_that_it_asks_for_is_enough(monkeypatch, budget, steps):
     monkeypatch.setattr(_Race, "_starters", started)
     with pytest.raises(KeyboardInterrupt):
         demo_race(budget=asked, training_steps=steps)
-    assert len(starters) == 3
+    assert len(starters) >= 3
 
 
 @pytest.mark.more
