@@ -35,6 +35,7 @@ def combine_with_stage_four(
     learning_rate: float | None = None,
     config: dict[str, Any] | None = None,
     training_seed: int = 0,
+    chat: bool | None = None,
     progress: Progress | None = None,
     **options: Any,
 ) -> Combined:
@@ -48,6 +49,7 @@ def combine_with_stage_four(
         learning_rate: None for one that is found, as by `train`.
         config: values by field of the algorithm's TRL configuration.
         training_seed: of data, sampling and training.
+        chat: give prompts as messages of a user; None for: if the tokenizer has a chat template.
         progress: is told what goes on.
         options: for `combine_adapters`.
 
@@ -74,6 +76,7 @@ def combine_with_stage_four(
                 learning_rate=learning_rate,
                 config=config or {},
                 seed=training_seed,
+                chat=chat,
                 eval_problems=0,
             ),
             progress=progress,
