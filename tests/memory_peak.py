@@ -33,10 +33,7 @@ def estimated_and_measured(model, method, layer, tokenizer, prompts, completions
     given = {"learning_rate": 1e-4, "generation_kwargs": {"min_new_tokens": task.max_completion_tokens}, **fields}
     recipe = make_recipe("grpo", task, given, prompts=prompts, completions=completions)
     config, tokenizer = model.config, AutoTokenizer.from_pretrained(tokenizer)
-    dtype = model.dtype
-    if method == "full":
-        model = model.float()
-    own = sum(parameter.nbytes for parameter in model.parameters())
+    dtype, own = model.dtype, sum(parameter.nbytes for parameter in model.parameters())
     with tempfile.TemporaryDirectory() as folder:
         arguments = recipe.config(
             output_dir=folder, seed=0, max_steps=2, save_strategy="no", report_to="none", disable_tqdm=True

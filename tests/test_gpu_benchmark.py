@@ -7,6 +7,11 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
+from transformers import Qwen3Config
+from trl import GRPOConfig
+
+from peft_onelayer.runs.memory import Batches, estimate_memory, lora
 
 FOLDER = Path(__file__).parents[1] / "examples" / "benchmarks"
 
@@ -110,3 +115,16 @@ def test_the_memory_of_every_way_of_training_is_estimated_for_the_run_that_is_ma
         parts = [part["part"] for part in row["parts"]]
         step = ["before generation", "generation", "passes", "last pass, clipping", "optimizer", "end of step"]
         assert parts == ["loading", "wrapping", *step, *step, "end"]
+
+
+@pytest.mark.more
+@pytest.mark.parametrize("way", ["block", "full", "LoRA"])
+def test_the_peaks_that_a_gpu_had_are_estimated(way):
+    machine, *rows = written(FOLDER / "results" / "gpu-memory-h100.jsonl")
+    (row,) = [row for row in rows if row["way"] == way]
+    config = Qwen3Config(**machine["shape"], tie_word_embeddings=True, dtype=torch.bfloat16)
+    train = {"block": [config.num_hidden_layers // 2], "full": None, "LoRA": lora()}[way]
+    batches = Batches(**row["batches"] | {"outputs": tuple(row["batches"]["outputs"])})
+    arguments = GRPOConfig("unused", use_cpu=True, bf16=True, beta=0.0)
+    estimate = estimate_memory(config, train, batches, arguments, on_gpu=True)
+    assert estimate.peak == pytest.approx(row["measured"], rel=0.03)

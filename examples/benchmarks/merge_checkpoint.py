@@ -33,6 +33,7 @@ from pathlib import Path
 from peft_onelayer.adapter.merge import merge_into_checkpoint
 def peak():  # not getrusage: there a child starts at its parent's size
     return re.search(r"VmHWM:\s*(\d+)", Path("/proc/self/status").read_text(encoding="utf-8"))[1]
+import torch, safetensors.torch  # merging does so itself
 before = peak()
 merge_into_checkpoint(*sys.argv[1:])
 print(before, peak())

@@ -238,17 +238,17 @@ def _training(model: Any, train: Any, batches: Batches, arguments: TrainingArgum
     if batches.passes > 1:  # those of the passes before
         for parameter in model.parameters():
             parameter.grad = torch.empty_like(parameter) if parameter.requires_grad else None
-    with LiveBytes(model) as live, _autocast(arguments):
+    with LiveBytes(model) as live:
         ids = torch.empty((batches.rows, length), dtype=torch.long)
         inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
         if batches.outputs is None:
-            with _of_model(model):
+            with _of_model(model), _autocast(arguments):
                 logits = model(**inputs, use_cache=False).logits
             loss = nn.functional.cross_entropy(logits.float().flatten(0, 1), ids.flatten())
             del logits
         else:
             labels = ids[:, start:] if decoder is not None else ids
-            with _of_model(model):
+            with _of_model(model), _autocast(arguments):
                 output = model(**inputs, labels=labels, fused_lm_head=True)
             loss = output.log_probs.sum()
             del output
@@ -280,6 +280,7 @@ def _folded_by_kernels() -> Iterator[None]:
 
 
 def _autocast(arguments: TrainingArguments) -> contextlib.AbstractContextManager[Any]:
+    """What accelerate puts around the forward pass of the trainer's model, and not around the backward pass."""
     if not (arguments.bf16 or arguments.fp16):
         return contextlib.nullcontext()
     return torch.autocast("cpu", torch.bfloat16 if arguments.bf16 else torch.float16)
@@ -303,15 +304,19 @@ def _generation(
     length, rows = batches.prompt + batches.completion, batches.generated
     group = batches.group if rows % batches.group == 0 else 1
     contiguous = _is_block(train)  # what its LM head is given, which spares the copies
-    with _autocast(arguments), LiveBytes(model, on_cpu=not on_gpu and not contiguous) as live:
+    autocast = _autocast(arguments) if train is None else contextlib.nullcontext()  # PEFT generates with the base's own
+    with LiveBytes(model, on_cpu=not on_gpu and not contiguous) as live:
         prompts = torch.empty((rows // group, batches.prompt), dtype=torch.long)
-        _next_token(base, prompts, None, length=batches.prompt, group=group)
+        with autocast:
+            _next_token(base, prompts, None, length=batches.prompt, group=group)
         prefill = live.peak
         before = live.restart()
-        cache = _next_token(base, torch.empty((rows, length - 1), dtype=torch.long), None, length=length - 1)[1]
+        with autocast:
+            cache = _next_token(base, torch.empty((rows, length - 1), dtype=torch.long), None, length=length - 1)[1]
         held = live.restart() - before
         token = torch.empty((rows, 1), dtype=torch.long)
-        logits, cache = _next_token(base, token, cache, length=length)
+        with autocast:
+            logits, cache = _next_token(base, token, cache, length=length)
         held = max(held, live.live - before - logits.untyped_storage().nbytes())
         _sample(logits, arguments)
         peak = max(live.peak - before, prefill)
