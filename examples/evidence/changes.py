@@ -33,7 +33,6 @@ from planned import DEPTH, RESULTS, SETTINGS
 from peft_onelayer import SingleLayerConfig, analyze_change, combine_adapters, compare_adapters, make_mask
 from peft_onelayer.analysis.change import Analysis
 from peft_onelayer.records.fields import without_missing_parts
-from peft_onelayer.records.jsonl import read_records
 from peft_onelayer.rl.recipe import make_recipe
 from peft_onelayer.rl.training import prompts_needed, train_rows
 from peft_onelayer.rollouts.evaluation import evaluate
