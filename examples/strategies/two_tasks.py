@@ -19,6 +19,7 @@ from peft_onelayer.runs import combine_with_stage_four
 
 TASKS, BLOCK = ("arithmetic", "sort"), 6
 METHODS = ("sum", "average", "slerp", "ties", "dare", "cpi")
+PROBLEMS = 128
 ROWS = RESULTS / "two_tasks.jsonl"
 
 
@@ -41,7 +42,7 @@ def combinations(name: str, seed: int, scratch: Path) -> dict[str, Any]:
         training_seed=seed,
         base=MODEL,
     )
-    scores = {what: {task: score(run, task).mean for task in TASKS} for what, run in made.items()}
+    scores = {what: {task: score(run, task, PROBLEMS).mean for task in TASKS} for what, run in made.items()}
     return {"scores": scores, "conflict_share": conflicts}
 
 
