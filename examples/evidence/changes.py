@@ -47,7 +47,7 @@ from peft_onelayer.tasks import Task, load_task
 SUBNETWORK = HERE.parent / "subnetwork"
 FORMAT = "onelayer-evidence-changes-1"
 DEMO = "demo"
-STUDIES = [*SETTINGS, Setting(DEMO, "arithmetic", (), (), steps=40, prompts=8)]
+STUDIES = [*SETTINGS, Setting(DEMO, "arithmetic", (), ())]
 BLOCKS = DEPTH | {DEMO: 12}
 SMALL_RATES = (1e-6, 1e-5)  # of published runs
 # At which these steps learn: all parameters, and the middle block.

@@ -44,8 +44,8 @@ def section(results: Path = RESULTS) -> str:
         pairs = [row for row in changes if "overlap" in row]
         subnetworks = [row for row in rows if row["experiment"]["kind"] == "subnetwork"]
         combined = [row for row in rows if row["experiment"]["kind"] == "combine"]
-        for found, table in ((changes, sparsity), (pairs, overlap), (subnetworks, subnetwork), (combined, fusion)):
-            parts += table(in_order(found)) if found else []
+        for found, part in ((changes, sparsity), (pairs, overlap), (subnetworks, subnetwork), (combined, fusion)):
+            parts += part(in_order(found)) if found else []
     return "\n\n".join(parts)
 
 
@@ -70,7 +70,11 @@ def table(head: Sequence[str], lines: Iterable[Sequence[str]]) -> str:
 
 
 def share(value: float | None) -> str:
-    """In percent, with the digits that are left next to 0 and to 100."""
+    """In percent, with more digits next to 0 and to 100.
+
+    >>> share(0.5), share(0.99995), share(1.0), share(0.0002)
+    ('50.0 %', '99.9950 %', '100.0 %', '0.020 %')
+    """
     if value is None:
         return ""
     percent, rest = 100 * value, 100 * min(value, 1 - value)
@@ -178,8 +182,8 @@ def fusion(rows: Sequence[Row]) -> list[str]:
     overlaps = cell([row["cpi"]["overlaps"][0][1] for row in rows])
     seeds = ", ".join(str(row["experiment"]["seeds"][0]) for row in rows)
     text = (
-        f"Two adapters of the middle block, one for each task, at {rows[0]['experiment']['rate']:g}, made one; ± is one "
-        f"standard error over the seeds {seeds}. Of the entries that both changed, a share of {conflicts} moved in "
+        f"Two adapters of the middle block, one for each task, at {rows[0]['experiment']['rate']:g}, made one. ± is "
+        f"one standard error over the seeds {seeds}. Of the entries that both changed, a share of {conflicts} moved in "
         f"different directions; the Jaccard overlap of the core regions is {overlaps}."
     )
     return [text, table(["", *(NAMES[task] for task in tasks), "mean of both"], lines)]
