@@ -7,7 +7,7 @@ import torch
 from transformers import AutoTokenizer
 
 from peft_onelayer import load_task
-from peft_onelayer.rl.recipe import make_recipe
+from peft_onelayer.rl.recipe import make_recipe, of_full_training
 from peft_onelayer.rl.training import prompts_needed, train_rows
 from peft_onelayer.runs.memory import Batches, estimate_memory, lora
 
@@ -33,6 +33,7 @@ def estimated_and_measured(model, method, layer, tokenizer, prompts, completions
     given = {"learning_rate": 1e-4, "generation_kwargs": {"min_new_tokens": task.max_completion_tokens}, **fields}
     recipe = make_recipe("grpo", task, given, prompts=prompts, completions=completions)
     config, tokenizer = model.config, AutoTokenizer.from_pretrained(tokenizer)
+    dtype = model.dtype
     if method == "full":
         model = model.float()
     own = sum(parameter.nbytes for parameter in model.parameters())
@@ -42,6 +43,8 @@ def estimated_and_measured(model, method, layer, tokenizer, prompts, completions
         )
         rows = task.rows("train", prompts_needed(recipe.algorithm, arguments), 0)
         peak = measured_peak(lambda: train_rows(model, tokenizer, recipe, arguments, rows, layers=train, task=task))
+    if method == "full":
+        arguments = of_full_training(arguments, recipe, dtype)
     each, generated = arguments.per_device_train_batch_size, prompts * completions
     batches = Batches(
         rows=each,

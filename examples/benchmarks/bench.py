@@ -19,15 +19,15 @@ FILE = "ONELAYER_BENCH_ROWS"  # names the file that the scripts add their rows t
 MODEL = Path(os.environ.get("ONELAYER_MODELS") or "~/.cache/onelayer-models").expanduser() / "smollm2-135m"
 PEERS = ["ours", "ours, beta .04", "full", "LoRA, all linears", "freezing"]
 SCRIPTS: dict[str, list[str]] = {
-    "import_time": [],
-    "graph_cut": [],
-    "growth": [],
-    "race_prefix": [],
+    "import_time": ["--rounds", "3"],
+    "graph_cut": ["--pairs", "2"],
+    "growth": ["--pairs", "2"],
+    "race_prefix": ["--pairs", "1", "--blocks", "6", "18"],
     "threads": [],
     "mask_memory": [],
     "memory": ["--only", "Qwen3-1.7B-Base"],
     "merge_checkpoint": [],
-    "decoding": [str(MODEL), "--rows", "1", "16", "--tokens", "8", "--pairs", "3"],
+    "decoding": [str(MODEL), "--rows", "1", "16", "--tokens", "8", "--pairs", "2"],
     "peers": [str(MODEL), "--steps", "1", "--only", *PEERS],
     "sync_bytes": [str(MODEL), "--steps", "2"],
 }

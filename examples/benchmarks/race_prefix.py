@@ -5,7 +5,7 @@ whole passes and with passes that start from the hidden states that enter the bl
 pair by pair; also whether the trained weights are bit-equal. The states are kept once for all candidates, and making
 them is not timed.
 
-    python examples/benchmarks/race_prefix.py [--pairs N]
+    python examples/benchmarks/race_prefix.py [--pairs N] [--blocks 1 6 12 18 23]
 """
 
 import argparse
@@ -44,7 +44,8 @@ def needed(layer: int) -> float:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--pairs", type=int, default=5)
-    pairs = parser.parse_args().pairs
+    parser.add_argument("--blocks", type=int, nargs="+", default=[1, 6, 12, 18, 23], help="from the lowest up")
+    given = parser.parse_args()
     torch.set_num_threads(1)
     torch.manual_seed(0)
     config = LlamaConfig(
@@ -63,10 +64,10 @@ def main() -> None:
     print(f"{NUM_LAYERS} blocks of width {WIDTH}, batch {BATCH} x {LENGTH}, one CPU thread")
     print("block   whole   from the block   from/whole (median, min-max)   weights bit-equal")
     started = whole
-    for layer in (1, 6, 12, 18, 23):
+    for layer in given.blocks:
         started, _ = batch_starting_at(model, started, layer, micro_batch=BATCH)
         assert started.start is not None
-        runs = [(turn(model, whole, layer), turn(model, started, layer)) for _ in range(pairs)]
+        runs = [(turn(model, whole, layer), turn(model, started, layer)) for _ in range(given.pairs)]
         ratios = [part / all_of_it for (all_of_it, _), (part, _) in runs]
         equal = all(torch.equal(x, y) for (_, a), (_, b) in runs for x, y in zip(a, b, strict=True))
         row(f"updates from block {layer} of {NUM_LAYERS} / whole passes", statistics.median(ratios), needed(layer))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -15,6 +16,7 @@ from .algorithms import Algorithm, load_algorithm
 from .settings import check_fields, convert_settings, parse_settings
 
 if TYPE_CHECKING:
+    import torch
     from transformers import TrainingArguments
 
 LEARNING_RATE = 5e-6  # arXiv 2607.01232, Table 8, for one block and for all parameters; where the search for one starts
@@ -222,6 +224,20 @@ def device_settings() -> dict[str, Any]:
     import torch
 
     return {} if torch.cuda.is_available() else {"use_cpu": True, "bf16": False}
+
+
+def of_full_training(config: TrainingArguments, recipe: Recipe, dtype: torch.dtype) -> TrainingArguments:
+    """The configuration for all parameters of a base in `dtype`: on a CPU too a bfloat16 base computes in bfloat16, by
+    autocast over its float32 weights, as TRL's default does on a GPU and as a block of it does anyway.
+
+    In float32 it would learn from updates that bfloat16 rounds away, and could not be compared with a block. Fields
+    `bf16` and `fp16` that the user gave are kept.
+    """
+    if not config.use_cpu or str(dtype) != "torch.bfloat16" or {"bf16", "fp16"} & recipe.given.keys():
+        return config
+    config = copy.copy(config)
+    config.bf16, config.mixed_precision = True, "bf16"
+    return config
 
 
 def demo_config(steps: int) -> dict[str, Any]:

@@ -29,17 +29,22 @@ def scored_positions(trainer: Trainer) -> ScoredPositions:
     """
     model = trainer.accelerator.unwrap_model(trainer.model)
     scored = ScoredPositions(model.get_base_model() if isinstance(model, PeftModel) else model)
-    trainer.add_callback(scored)
     if (reference := getattr(trainer, "ref_model", None)) is not None:  # beside a model that trains in full
-        trainer.add_callback(ScoredPositions(trainer.accelerator.unwrap_model(reference)))
+        scored.reference = ScoredPositions(trainer.accelerator.unwrap_model(reference))
+    trainer.add_callback(scored)  # one, since transformers warns of a second of a class
     return scored
 
 
 class ScoredPositions(TrainerCallback):
-    """Leaves out what comes before the first label, between the blocks and the LM head, while a trainer trains."""
+    """Leaves out what comes before the first label, between the blocks and the LM head, while a trainer trains.
+
+    Attributes:
+        reference: the same for a model that stands beside the trained one.
+    """
 
     def __init__(self, model: Any) -> None:
         self.model, self.decoder = model, decoder_of(model)
+        self.reference: ScoredPositions | None = None
         self.start = 0  # the first position that is scored in the pass under way
         self._handles: list[Any] = []
 
@@ -54,6 +59,8 @@ class ScoredPositions(TrainerCallback):
                 self.decoder.register_forward_hook(self._cut),
                 self.model.register_forward_hook(self._end, always_call=True),
             ]
+        if self.reference is not None:
+            self.reference.on_train_begin(args, state, control)
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.remove()
@@ -62,6 +69,8 @@ class ScoredPositions(TrainerCallback):
         for handle in self._handles:
             handle.remove()
         self._handles = []
+        if self.reference is not None:
+            self.reference.remove()
 
     def _begin(self, model: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]] | None:
         labels = kwargs.get("labels")

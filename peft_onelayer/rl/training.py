@@ -27,7 +27,7 @@ from peft_onelayer.tuner import SingleLayerConfig
 from .algorithms import Algorithm
 from .prefix import shared_prefix
 from .prompts import shared_prompts
-from .recipe import Recipe, demo_recipe
+from .recipe import Recipe, demo_recipe, of_full_training
 from .rows import NO_ANSWER, graded_by_row, numbered, reset_by_row
 from .scored import scored_positions
 
@@ -134,6 +134,7 @@ def train_rows(
     dtype = model.dtype
     if layers is None:
         model = model.float()  # as a block's: bfloat16 drops most updates of RL's size
+        config = of_full_training(config, recipe, dtype)
     rows = list(rows)
     arguments: dict[str, Any] = {}
     if algorithm.online and task is not None:

@@ -14,12 +14,13 @@ from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase
 from trl.trainer import utils as trl_utils
 
 from peft_onelayer.layers import resolve_layers
+from peft_onelayer.rl.recipe import of_full_training
 from peft_onelayer.rollouts.prompts import shaped
 from peft_onelayer.tuner import find_decoder_stack
 from peft_onelayer.tuner.stack import layer_kinds
 
 from .early import check_training
-from .memory import Batches, MemoryEstimate, estimate_memory, lora
+from .memory import LORA, Batches, MemoryEstimate, estimate_memory, lora
 from .models import load_config, load_tokenizer, quiet_logs
 from .plan import TrainingPlan
 from .settings import TrainingSettings
@@ -86,11 +87,21 @@ def dry_run(settings: TrainingSettings) -> DryRun:
     batches = _batches(plan, tokenizer, notes)
     own = _blocks(settings, skeleton, notes)
     middle = resolve_layers("middle", len(find_decoder_stack(skeleton).blocks))
-    compared = [own, *([middle] if own is None else [None]), lora()]
-    found = [
-        estimate_memory(config, train, batches, plan.config, mask=settings.mask if train is own else None, **trusted)
-        for train in compared
-    ]
+    everything = of_full_training(plan.config, plan.recipe, skeleton.dtype)
+    arguments = everything if own is None else plan.config
+    found = [estimate_memory(config, own, batches, arguments, mask=settings.mask, **trusted)]
+    compared: tuple[tuple[str, Any], ...] = (
+        ("one block", middle) if own is None else ("full training", None),
+        (LORA, lora()),
+    )
+    for what, train in compared:
+        try:
+            arguments = everything if train is None else plan.config
+            found.append(
+                estimate_memory(config, train, batches, arguments, trust_remote_code=settings.trust_remote_code)
+            )
+        except ValueError as error:  # a comparison, without which the run can be
+            notes.append(f"not compared with {what}: {error}")
     return DryRun(settings.model, batches, found, notes)
 
 

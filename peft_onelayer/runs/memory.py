@@ -33,7 +33,7 @@ from peft_onelayer.tuner import SingleLayerConfig
 from peft_onelayer.tuner.prompts import decoder_of
 
 from .models import quiet_logs
-from .shapes import LiveBytes, fake_mode, without_numbers
+from .shapes import LiveBytes, fake_mode, without_numbers, without_tracebacks
 
 LORA = "LoRA r=16, all linears"
 SPARSE = {0.05: 0.050, 0.2: 0.163}  # share of changed entries: bytes over those in bfloat16 (docs/sharing.md)
@@ -141,7 +141,7 @@ def estimate_memory(
         raise ValueError("the model is quantized, and how much its weights take does not follow from its shapes")
     on_gpu = torch.cuda.is_available() if on_gpu is None else on_gpu
     mode = fake_mode()
-    with warnings.catch_warnings(), quiet_logs():
+    with warnings.catch_warnings(), quiet_logs(), without_tracebacks():
         warnings.simplefilter("ignore")
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
@@ -156,15 +156,10 @@ def estimate_memory(
         count = sum(parameter.numel() for parameter in trained)
         own = sum(_storages([*model.parameters(), *model.buffers()]))
         masters = 0 if train is None else sum(_storages(trained))
-        try:
-            with mode, _folded_by_kernels() if on_gpu else contextlib.nullcontext():
-                activations, prefix = _training(model, train, batches, arguments)
-                cache, sampling = _generation(model, train, batches, arguments, on_gpu)
-            optimizer = _optimizer(model, trained, arguments)
-        except (RuntimeError, NotImplementedError, TypeError, AttributeError) as error:
-            raise ValueError(
-                f"what a {type(model).__name__} holds does not follow from its shapes: {one_line(str(error), 200)}"
-            ) from error
+        with mode, _folded_by_kernels() if on_gpu else contextlib.nullcontext():
+            activations, prefix = _training(model, train, batches, arguments)
+            cache, sampling = _generation(model, train, batches, arguments, on_gpu)
+        optimizer = _optimizer(model, trained, arguments)
     gradients = sum(_storages(trained))
     reference = own if batches.reference and train is None else 0
     rest = own + reference + max(gradients + activations + prefix, cache + sampling)
@@ -209,6 +204,19 @@ def _storages(tensors: Sequence[torch.Tensor]) -> list[int]:
     return list(found.values())
 
 
+@contextlib.contextmanager
+def _by_shapes(what: str) -> Iterator[None]:
+    """Around a library's own code, which may want numbers or a shape that are not there: its error in one line."""
+    try:
+        yield
+    except (RuntimeError, TypeError, AttributeError, ValueError, LookupError, ImportError) as error:
+        raise ValueError(f"{what} does not follow from shapes: {one_line(str(error), 200)}") from error
+
+
+def _of_model(model: Any) -> contextlib.AbstractContextManager[None]:
+    return _by_shapes(f"what a model of type {model.config.model_type} holds")
+
+
 def _training(model: Any, train: Any, batches: Batches, arguments: TrainingArguments) -> tuple[int, int]:
     """What a training pass holds at its peak beside weights and gradients, and what is kept from pass to pass."""
     model.train()
@@ -232,17 +240,20 @@ def _training(model: Any, train: Any, batches: Batches, arguments: TrainingArgum
             parameter.grad = torch.empty_like(parameter) if parameter.requires_grad else None
     with LiveBytes(model) as live, _autocast(arguments):
         ids = torch.empty((batches.rows, length), dtype=torch.long)
-        attention = torch.ones_like(ids)
+        inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
         if batches.outputs is None:
-            logits = model(input_ids=ids, attention_mask=attention, use_cache=False).logits
+            with _of_model(model):
+                logits = model(**inputs, use_cache=False).logits
             loss = nn.functional.cross_entropy(logits.float().flatten(0, 1), ids.flatten())
             del logits
         else:
             labels = ids[:, start:] if decoder is not None else ids
-            output = model(input_ids=ids, attention_mask=attention, labels=labels, fused_lm_head=True)
+            with _of_model(model):
+                output = model(**inputs, labels=labels, fused_lm_head=True)
             loss = output.log_probs.sum()
             del output
-        loss.backward()
+        with _of_model(model):
+            loss.backward()
     held = live.peak
     if batches.passes == 1:
         held -= sum(_storages([p.grad for p in model.parameters() if p.grad is not None]))
@@ -320,9 +331,12 @@ def _next_token(model: Any, ids: torch.Tensor, cache: Any, *, length: int, group
     inputs = {"input_ids": ids, "attention_mask": torch.ones((len(ids), length), dtype=torch.long), "use_cache": True}
     if "logits_to_keep" in inspect.signature(model.forward).parameters:
         inputs["logits_to_keep"] = 1
-    output = model(**inputs, **({} if cache is None else {"past_key_values": cache}))
+    with _of_model(model):
+        output = model(**inputs, **({} if cache is None else {"past_key_values": cache}))
     if handle is not None:
         handle.remove()
+    if "past_key_values" not in output:
+        raise ValueError(f"what a model of type {model.config.model_type} keeps from token to token is not known")
     return output.logits, output.past_key_values
 
 
@@ -352,11 +366,9 @@ def _optimizer(model: Any, trained: Sequence[nn.Parameter], arguments: TrainingA
     parameters = [nn.Parameter(torch.empty(p.shape, dtype=p.dtype, device="meta")) for p in trained]
     for parameter in parameters:
         parameter.grad = torch.empty_like(parameter)
-    try:
+    with _by_shapes(f"what optim={name} keeps"):
         kind, kwargs = Trainer.get_optimizer_cls_and_kwargs(arguments, model)
         kwargs.pop("fused", None)
         optimizer = kind(parameters, **kwargs)
         optimizer.step()
-    except (ImportError, RuntimeError, NotImplementedError, TypeError, AttributeError, KeyError, ValueError) as error:
-        raise ValueError(f"what optim={name} keeps does not follow from shapes: {one_line(str(error), 200)}") from error
     return sum(v.nbytes for state in optimizer.state.values() for v in state.values() if isinstance(v, torch.Tensor))

@@ -7,7 +7,10 @@ keeps, checkpointing, the cut below a trained block.
 
 from __future__ import annotations
 
+import logging
 import weakref
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -23,6 +26,17 @@ def fake_mode() -> FakeTensorMode:
     """Within, tensors have shapes and no numbers."""
     check(__name__)
     return FakeTensorMode(allow_non_fake_inputs=True)
+
+
+@contextmanager
+def without_tracebacks() -> Iterator[None]:
+    """Without the traceback that torch logs beside an error of what its fake tensors cannot do."""
+    log = logging.getLogger("torch._subclasses.fake_tensor")
+    disabled, log.disabled = log.disabled, True
+    try:
+        yield
+    finally:
+        log.disabled = disabled
 
 
 def without_numbers(model: nn.Module, mode: FakeTensorMode) -> None:

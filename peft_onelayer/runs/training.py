@@ -27,6 +27,7 @@ from peft_onelayer.records.locate import adapter_folder
 from peft_onelayer.records.movement import Movement
 from peft_onelayer.records.run import Boost, DataSource, RunRecord, RunResults, RunSettings, differences
 from peft_onelayer.records.text import name_blocks
+from peft_onelayer.rl.recipe import of_full_training
 from peft_onelayer.rl.training import completions_per_step, prompts_needed, steps_of_epochs, train_rows
 from peft_onelayer.rollouts.prompts import shaped
 from peft_onelayer.tuner import find_decoder_stack
@@ -212,7 +213,11 @@ class _Training:
                 if task
                 else None,
                 seed=settings.seed,
-                config=describe_config(self.plan.config),
+                config=describe_config(
+                    of_full_training(self.plan.config, self.plan.recipe, base.dtype)
+                    if settings.full
+                    else self.plan.config
+                ),
                 dataset=DataSource(str(settings.dataset), dict(data.data)) if data and not task else None,
                 layer=None if settings.full else layer,
                 full=settings.full,

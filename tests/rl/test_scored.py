@@ -1,10 +1,12 @@
 """TRL's LM head on a CPU scores what has a label, and gives what it gave."""
 
 import copy
+from types import SimpleNamespace
 
 import pytest
 import torch
 from datasets import Dataset
+from transformers.trainer_callback import CallbackHandler, DefaultFlowCallback
 from trl import GRPOConfig, GRPOTrainer
 from trl.trainer import utils
 
@@ -86,3 +88,19 @@ def test_a_trainer_scores_the_completions_only(tokenizer, tmp_path, monkeypatch)
     assert set(lengths) == {6}  # five tokens, and the position before the first
     for name in results[0]:
         assert torch.allclose(results[0][name], results[1][name], atol=1e-4)
+
+
+def test_a_reference_beside_the_model_is_cut_by_the_same_callback(caplog):
+    model, reference = build("Llama"), build("Llama")
+    handler = CallbackHandler([DefaultFlowCallback()], model, None, None, None)
+    accelerator = SimpleNamespace(unwrap_model=lambda wrapped: wrapped)
+    trainer = SimpleNamespace(
+        model=model, ref_model=reference, accelerator=accelerator, add_callback=handler.add_callback
+    )
+    with caplog.at_level("WARNING"):
+        scored = scored_positions(trainer)
+    assert handler.callbacks[1:] == [scored] and scored.reference.model is reference and not caplog.records
+    for begins in (True, False):
+        (scored.on_train_begin if begins else scored.on_train_end)(None, None, None)
+        for hooked in (model, reference):
+            assert bool(hooked._forward_pre_hooks) == bool(hooked.model._forward_hooks) == begins

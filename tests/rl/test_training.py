@@ -9,7 +9,7 @@ from peft import LoraConfig, get_peft_model
 from models import build
 from peft_onelayer import SingleLayerConfig
 from peft_onelayer.rl import training
-from peft_onelayer.rl.recipe import demo_recipe
+from peft_onelayer.rl.recipe import demo_recipe, make_recipe
 from peft_onelayer.rl.training import refuse_incomplete_resume, train_layer
 from peft_onelayer.tasks import load_task
 
@@ -96,3 +96,25 @@ def test_another_peft_method_trains_to_compare_with(base):
     trained = {name: p for name, p in result.model.named_parameters() if p.requires_grad}
     assert len(trained) == 2 * 12 and all("lora_" in name for name in trained) and len(result.rewards) == 1
     assert all(bool(p.any()) for name, p in trained.items() if "lora_B" in name)  # they are 0 before training
+
+
+@pytest.mark.parametrize(
+    ("dtype", "layer", "given", "computes"),
+    [
+        (torch.bfloat16, None, {}, torch.bfloat16),
+        (torch.bfloat16, None, {"bf16": False}, torch.float32),
+        (torch.bfloat16, 5, {}, torch.bfloat16),
+        (torch.float32, None, {}, torch.float32),
+    ],
+    ids=str,
+)
+def test_all_parameters_compute_in_the_base_dtype_as_a_block_does(base, dtype, layer, given, computes):
+    model, tokenizer = copy.deepcopy(base[0]).to(dtype), base[1]
+    seen = []
+    linear = model.model.layers[5].mlp.down_proj
+    linear.register_forward_hook(lambda module, inputs, output: seen.append((module.training, output.dtype)))
+    task = load_task("arithmetic")
+    recipe = make_recipe("grpo", task, {"learning_rate": 1e-3, **given}, prompts=2, completions=2)
+    result = train_layer(model, tokenizer, task, layer, steps=1, seed=0, recipe=recipe)
+    assert {found for training, found in seen if training} == {computes}
+    assert result.model.dtype == dtype

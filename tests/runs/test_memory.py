@@ -11,10 +11,10 @@ from memory_peak import METHODS, estimated_and_measured
 from transformers import LlamaConfig, LlamaForCausalLM
 from trl.trainer import utils
 
-from models import build
-from peft_onelayer.runs import TrainingSettings
+from models import build, build_architecture
+from peft_onelayer.runs import TrainingSettings, memory
 from peft_onelayer.runs.dry_run import dry_run
-from peft_onelayer.runs.memory import Batches, estimate_memory, lora
+from peft_onelayer.runs.memory import LORA, Batches, estimate_memory, lora
 from peft_onelayer.runs.shapes import LiveBytes
 
 DEMO = str(files("peft_onelayer") / "demo_model")
@@ -155,6 +155,48 @@ def test_what_shapes_do_not_tell_is_said_in_one_line():
     config.quantization_config = {"quant_method": "gptq"}
     with pytest.raises(ValueError, match=r"^the model is quantized, [^\n]+$"):
         held(config, [1])
+
+
+def of_type(model_type, dtype):
+    config = build_architecture(model_type).config
+    config.dtype = dtype
+    return config
+
+
+@pytest.mark.parametrize(
+    ("config", "outputs", "says"),
+    [
+        (lambda: of_type("mixtral", torch.float32), None, "mixtral holds does not follow from shapes: Expected inputs"),
+        (lambda: of_type("mamba2", torch.float32), ("log_probs",), "mamba2 keeps from token to token is not known"),
+    ],
+    ids=["experts in float32", "no keys and values"],
+)
+def test_a_model_whose_memory_shapes_do_not_tell_is_said_in_one_line(config, outputs, says, caplog):
+    arguments = trl.GRPOConfig("unused", use_cpu=True, bf16=False)
+    batches = Batches(rows=2, prompt=5, completion=3, generated=2, outputs=outputs)
+    with pytest.raises(ValueError, match=rf"^what a model of type {says}[^\n]*$"):
+        estimate_memory(config(), [1], batches, arguments)
+    assert "Traceback" not in caplog.text
+
+
+@pytest.mark.parametrize("error", [RuntimeError, TypeError, AttributeError])
+def test_a_fault_of_the_count_itself_is_not_told_as_one_of_the_model(monkeypatch, error):
+    def broken(*args):
+        raise error("ours")
+
+    monkeypatch.setattr(memory, "_sample", broken)
+    arguments = trl.GRPOConfig("unused", use_cpu=True, bf16=False)
+    with pytest.raises(error, match=r"^ours$"):
+        estimate_memory(build("Llama").config, [1], Batches(rows=2, prompt=5, completion=3, generated=2), arguments)
+
+
+@pytest.mark.more
+def test_what_cannot_be_compared_is_left_out_with_a_word(onelayer, tmp_path):
+    of_type("mixtral", torch.bfloat16).save_pretrained(tmp_path / "model")
+    code, err, out = onelayer("train", tmp_path / "model", *ASKED, "--json")
+    assert code == 0 and [one["what"] for one in json.loads(out)["estimates"]] == ["block 1", LORA]
+    says = "not compared with full training: what a model of type mixtral holds does not follow from shapes: "
+    assert len([line for line in err if line.startswith(says)]) == 1 and not any("Traceback" in line for line in err)
 
 
 @pytest.fixture
