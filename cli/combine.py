@@ -12,7 +12,7 @@ import typer
 
 from ._errors import user_error
 from ._hub import quiet_hub
-from ._options import AllowOtherBase, Json, LearningRate, Revision
+from ._options import AllowOtherBase, Chat, Json, LearningRate, Revision
 from ._output import TerminalProgress, late_bar, note, print_json, print_line, status
 
 EXAMPLES = """Examples:
@@ -55,6 +55,7 @@ def combine(
     ] = None,
     steps: Annotated[int, typer.Option(min=1, help="Of --stage-four.")] = 20,
     learning_rate: LearningRate = None,
+    chat: Chat = None,
     revision: Revision = None,
     allow_other_base: AllowOtherBase = False,
     as_json: Json = False,
@@ -80,6 +81,7 @@ def combine(
                 steps=steps,
                 learning_rate=learning_rate,
                 training_seed=seed,
+                chat=chat,
                 progress=TerminalProgress(),
                 **options,
             )

@@ -1,10 +1,11 @@
 """What is run as evidence, in which order, what its tasks hold out, and what its page says; nothing is trained here."""
 
+import doctest
 import json
 import random
 import re
 import sys
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 
@@ -28,6 +29,8 @@ def evidence(monkeypatch):
     """The module `evidence`, with the others beside it as attributes."""
     monkeypatch.syspath_prepend(str(EVIDENCE))
     before = set(sys.modules)
+    import changes
+    import changes_page
     import evidence
     import figures
     import measures
@@ -37,7 +40,7 @@ def evidence(monkeypatch):
     import transplant
     import words
 
-    for module in (figures, measures, one_run, page, planned, transplant, words):
+    for module in (changes, changes_page, figures, measures, one_run, page, planned, transplant, words):
         setattr(evidence, module.__name__, module)
     yield evidence
     for name in set(sys.modules) - before:
@@ -412,3 +415,66 @@ def test_what_a_model_kept(evidence, monkeypatch):
         loss = model(input_ids=ids, labels=ids).loss
     assert kept["text"]["nats"][0] / kept["text"]["tokens"][0] == pytest.approx(float(loss), rel=1e-5)
     assert len(kept["text"]["nats"]) == 24
+
+
+def test_the_experiments_on_what_changes(evidence):
+    changes = evidence.changes
+    found = {setting.name: changes.experiments(setting) for setting in changes.STUDIES}
+    assert {name: len(each) for name, each in found.items()} == {
+        "smollm2-135m-sums": 20,
+        "smollm2-135m-repeated": 17,
+        "qwen2.5-coder-0.5b-repeated": 17,
+        "demo-arithmetic": 15,
+    }
+    for each in found.values():
+        assert len(set(map(str, each))) == len(each)
+        for one in each:
+            row = json.loads(json.dumps({"experiment": asdict(one)}))
+            assert [changes.there(other, row) for other in each] == [other is one for other in each]
+
+
+def test_the_rows_on_what_changes_are_of_planned_experiments(evidence):
+    for setting in evidence.changes.STUDIES:
+        planned = evidence.changes.experiments(setting)
+        for row in read_records(evidence.RESULTS / f"{setting.name}-changes.jsonl"):
+            assert row["setting"] == json.loads(json.dumps(asdict(setting)))
+            assert sum(evidence.changes.there(one, row) for one in planned) == 1
+            for run in row.get("runs", []):
+                assert run["mean"] == pytest.approx(sum(run["scores"]) / setting.problems, abs=1e-12)
+
+
+def test_the_section_on_what_changes_is_what_the_rows_say(evidence):
+    page = evidence.changes_page
+    assert page.PAGE.read_text(encoding="utf-8") == page.page(), "run python examples/evidence/changes_page.py"
+
+
+def test_shares_in_percent(evidence):
+    assert doctest.testmod(evidence.changes_page) == (0, 1)
+
+
+@pytest.mark.more
+def test_each_kind_of_experiment_on_the_demo_model(evidence, tmp_path):
+    changes = evidence.changes
+    setting = replace(changes.STUDIES[-1], steps=2, problems=8)
+    rows = []
+    with changes.demo_models() as models:
+        for one in (
+            changes.Experiment("change", "block", 3e-3, (0, 1)),
+            changes.Experiment("change", "full", 3e-4, (0,), masters=False),
+            changes.Experiment("subnetwork", "blocks", 3e-4),
+        ):
+            rows.append(changes.execute_experiment(setting, one, models / "demo"))
+    block, full, part = rows
+    totals = [row["runs"][0]["change"]["total"] for row in (block, full)]
+    assert [total["tensors"] for total in totals] == [11, 134]
+    dtypes = [row["runs"][0]["change"]["dtypes"] for row in (block, full)]
+    assert [text.split()[-1] for text in dtypes] == ["float32", "bfloat16"]
+    assert totals[1]["unchanged"]["0"] == totals[1]["unchanged_official"]["0"] < 1
+    assert block["overlap"]["changed_a"] == totals[0]["changed"] and "overlap" not in full
+    assert part["random"]["entries"] == part["subnetwork"]["entries"] < part["full"]["entries"] == 1
+    assert set(part["full"]["equal_to_full"].values()) == {1.0}
+    assert 1 - part["subnetwork"]["entries"] <= part["subnetwork"]["equal_to_full"]["0.0"] <= 1
+    (tmp_path / "demo-arithmetic-changes.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    text = evidence.changes_page.section(tmp_path)
+    assert text.count("| all parameters | bfloat16 | 0.0003 |") == 1
+    assert evidence.changes_page.share(block["overlap"]["overlap_a"]) in text

@@ -2,11 +2,11 @@
 
     python examples/evidence/changes.py smollm2-135m sums [--models FOLDER] [--jobs 1] [--minutes 60]
 
-FOLDER has a folder for each model. Every experiment is a line of results/MODEL-TASK-changes.jsonl and trains all that
-it needs by itself; those that are there are not repeated. The kinds: "change" trains all parameters or the middle
-block, with one seed or two; "subnetwork" the entries that training all blocks changed, and as many at random;
-"combine" the middle block on each of two tasks, and makes one adapter of both. `--steps`, `--problems` and `--results`
-try all of it in little time, in another folder.
+FOLDER has a folder for each model; `demo arithmetic` is the embedded demo model in bfloat16. Every experiment is a line
+of results/MODEL-TASK-changes.jsonl and trains all that it needs by itself; those that are there are not repeated. The
+kinds: "change" trains all parameters or the middle block, with one seed or two; "subnetwork" the entries that training
+all blocks changed, and as many at random; "combine" the middle block on each of two tasks, and makes one adapter of
+both. `--steps`, `--problems` and `--results` try all of it in little time, in another folder.
 """
 
 from __future__ import annotations
@@ -19,8 +19,10 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, replace
 from functools import partial
+from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
@@ -40,12 +42,16 @@ from peft_onelayer.rollouts.settings import Sampling
 from peft_onelayer.runs.describe import describe_machine
 from peft_onelayer.runs.models import load_adapter, load_causal_lm, to_device, without_progress_bars
 from peft_onelayer.runs.stage_four import combine_with_stage_four
-from peft_onelayer.tasks import load_task
+from peft_onelayer.tasks import Task, load_task
 
 SUBNETWORK = HERE.parent / "subnetwork"
 FORMAT = "onelayer-evidence-changes-1"
-SMALL_RATES = (1e-6, 1e-5)  # of published runs; the others are at which 24 steps learn
-FULL_RATE, BLOCK_RATES = 3e-5, (1e-4, 3e-4)
+DEMO = "demo"
+STUDIES = [*SETTINGS, Setting(DEMO, "arithmetic", (), ())]
+BLOCKS = DEPTH | {DEMO: 12}
+SMALL_RATES = (1e-6, 1e-5)  # of published runs
+# At which these steps learn: all parameters, and the middle block.
+RATES = {"smollm2-135m": (3e-5, (1e-4, 3e-4)), "qwen2.5-coder-0.5b": (3e-5, (1e-4, 3e-4)), DEMO: (3e-4, (3e-3,))}
 METHODS = ("sum", "average", "slerp", "ties", "dare", "cpi")
 PAIRED = "sums"  # the task with which the adapters of both tasks are combined
 
@@ -73,17 +79,24 @@ class Experiment:
         return f"{self.kind} of {self.what}, rate {self.rate:g}, seeds {', '.join(map(str, self.seeds))}{kept}"
 
 
-def experiments(task: str) -> list[Experiment]:
+def experiments(setting: Setting) -> list[Experiment]:
     """All of them, the long and the telling ones first."""
-    found = [Experiment("combine", "block", BLOCK_RATES[0], (seed,)) for seed in (0, 1, 2) if task == PAIRED]
-    found += [Experiment("subnetwork", "blocks", FULL_RATE, (seed,)) for seed in (0, 1)]
-    found += [Experiment("change", "full", FULL_RATE, (0, 1), masters) for masters in (True, False)]
-    for rate in BLOCK_RATES:
+    of_all, of_block = RATES[setting.model]
+    found = [Experiment("combine", "block", of_block[0], (seed,)) for seed in (0, 1, 2) if setting.task == PAIRED]
+    found += [Experiment("subnetwork", "blocks", of_all, (seed,)) for seed in (0, 1)]
+    found += [Experiment("change", "full", of_all, (0, 1), masters) for masters in (True, False)]
+    for rate in of_block:
         found += [Experiment("change", "block", rate, (0, 1), masters) for masters in (True, False)]
     found += [Experiment("subnetwork", "blocks", SMALL_RATES[1])]
     for rate in reversed(SMALL_RATES):
         found += [Experiment("change", what, rate, (0,), m) for what in ("full", "block") for m in (True, False)]
     return found
+
+
+def task_of(name: str) -> Task:
+    """A task beside this file, or one of the package."""
+    file = HERE / f"{name}.py"
+    return load_task(str(file) if file.exists() else name)
 
 
 @dataclass(frozen=True)
@@ -100,7 +113,7 @@ class Bench:
 
     @property
     def middle(self) -> int:
-        return DEPTH[self.setting.model] // 2
+        return BLOCKS[self.setting.model] // 2
 
     def load(self) -> tuple[Any, Any]:
         gc.collect()  # the model before
@@ -117,7 +130,7 @@ class Bench:
         model, tokenizer = self.load()
         if not masters and what is None:
             model.float = lambda: model  # what training all parameters does first, to have float32 masters
-        data, setting = load_task(str(HERE / f"{task}.py")), self.setting
+        data, setting = task_of(task), self.setting
         recipe = make_recipe("grpo", data, prompts=setting.prompts, completions=setting.completions, learning_rate=rate)
         config = recipe.config(
             output_dir=str(out.parent / f"{out.name}-trainer"),
@@ -136,7 +149,7 @@ class Bench:
 
     def score(self, model: Any, tokenizer: Any, task: str) -> dict[str, Any]:
         """ "scores" on the test problems of `task` in their order, with "mean" and "standard_error"."""
-        data = load_task(str(HERE / f"{task}.py"))
+        data = task_of(task)
         sampling = Sampling(samples=self.setting.samples)
         found = evaluate(model, tokenizer, data, data.rows("test", self.setting.problems, 0), sampling)
         return {"mean": found.mean, "standard_error": found.standard_error, "scores": list(found.scores)}
@@ -255,14 +268,20 @@ def there(experiment: Experiment, row: dict[str, Any]) -> bool:
     return bool(row["experiment"] == json.loads(json.dumps(asdict(experiment))))
 
 
-def chosen(task: str, kinds: Sequence[str]) -> Iterator[Experiment]:
-    return (one for one in experiments(task) if not kinds or one.kind in kinds)
+@contextmanager
+def demo_models() -> Iterator[Path]:
+    """A folder with the demo model in bfloat16."""
+    with tempfile.TemporaryDirectory() as folder:
+        model, tokenizer = load_causal_lm(str(files("peft_onelayer") / "demo_model"))
+        for part in (model.bfloat16(), tokenizer):
+            part.save_pretrained(Path(folder) / DEMO)
+        yield Path(folder)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("model", choices=sorted({setting.model for setting in SETTINGS}))
-    parser.add_argument("task", choices=sorted({setting.task for setting in SETTINGS}))
+    parser.add_argument("model", choices=sorted({setting.model for setting in STUDIES}))
+    parser.add_argument("task", choices=sorted({setting.task for setting in STUDIES}))
     default = os.environ.get("ONELAYER_MODELS", "~/.cache/onelayer-models")
     parser.add_argument("--models", type=Path, default=Path(default).expanduser())
     parser.add_argument("--minutes", type=float, default=float("inf"), help="begin no experiment after so many")
@@ -272,21 +291,23 @@ def main() -> None:
     parser.add_argument("--problems", type=int, help="of the evaluation")
     parser.add_argument("--results", type=Path, default=RESULTS, help="folder of the rows")
     options = parser.parse_args()
-    setting = next((s for s in SETTINGS if (s.model, s.task) == (options.model, options.task)), None)
+    setting = next((s for s in STUDIES if (s.model, s.task) == (options.model, options.task)), None)
     if setting is None:
         parser.error(f"no study of {options.model} on {options.task}")
     given = {name: value for name in ("steps", "problems") if (value := getattr(options, name)) is not None}
-    folder = options.models / setting.model
-    if not (folder / "config.json").exists():
-        parser.error(f"{folder} holds no model; give the folder that has {setting.model} with --models")
-    failed = collect(
-        options.results / f"{setting.name}-changes.jsonl",
-        lambda: list(chosen(setting.task, options.kinds)),
-        there,
-        partial(execute_experiment, replace(setting, **given), folder=folder),
-        options.minutes,
-        options.jobs,
-    )
+    wanted = [one for one in experiments(setting) if not options.kinds or one.kind in options.kinds]
+    with demo_models() if setting.model == DEMO else nullcontext(options.models) as models:
+        folder = models / setting.model
+        if not (folder / "config.json").exists():
+            parser.error(f"{folder} holds no model; give the folder that has {setting.model} with --models")
+        failed = collect(
+            options.results / f"{setting.name}-changes.jsonl",
+            lambda: wanted,
+            there,
+            partial(execute_experiment, replace(setting, **given), folder=folder),
+            options.minutes,
+            options.jobs,
+        )
     if failed:
         sys.exit("failed:\n" + "\n".join(failed))
 

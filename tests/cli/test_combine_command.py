@@ -56,6 +56,24 @@ def test_a_mixture_grades_each_completion_by_its_own_task():
         mixture([tasks[0], tasks[0]])
 
 
+@pytest.mark.parametrize(("given", "chat"), [((), None), (("--plain",), False), (("--chat",), True)])
+def test_the_fourth_stage_gives_prompts_as_it_is_told(onelayer, tmp_path, monkeypatch, given, chat):
+    models.build().save_pretrained(tmp_path / "base")
+    for seed, name in enumerate(("one", "two")):
+        save_adapter(tmp_path / name, tmp_path / "base", 1, seed=seed)
+    asked = []
+
+    def train(settings, **options):
+        asked.append(settings)
+        raise ValueError("not trained here")
+
+    monkeypatch.setattr("peft_onelayer.runs.stage_four.train", train)
+    arguments = [tmp_path / "one", tmp_path / "two", tmp_path / "four", "--method", "cpi"]
+    code, lines, _ = onelayer("combine", *arguments, "--stage-four", "arithmetic,sort", *given)
+    assert code == 1 and "not trained here" in lines[-1]
+    assert [settings.chat for settings in asked] == [chat]
+
+
 @pytest.mark.more
 def test_the_fourth_stage_leaves_core_regions_as_the_fusion_has_them(onelayer, tmp_path):
     for seed, name in enumerate(("one", "two")):
