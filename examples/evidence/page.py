@@ -136,11 +136,13 @@ def _missing(study: Study) -> str:
     names = [part.name for part in study.parts() if part.there < part.wanted]
     rates = [name.removeprefix(SEARCH) for name in names if name.startswith(SEARCH)]
     listed = [f"the search for the rate{'s' * (len(rates) > 1)} of {', '.join(rates)}"] if rates else []
+    others = []
     for part in study.parts():
-        if part.there < part.wanted and not part.name.startswith(SEARCH):
-            exact = part.missing if part.name.startswith(BLOCKS) else ""
-            listed.append(f"{part.name} ({exact})" if exact else part.name)
-    return ", ".join(listed)
+        if part.there < part.wanted and part.name.startswith(BLOCKS):
+            listed.append(f"{part.name} ({part.missing})")
+        elif part.there < part.wanted and not part.name.startswith(SEARCH):
+            others.append(part.name)
+    return ", ".join([*listed, *(others if len(others) < 4 else [f"{len(others)} other parts"])])
 
 
 def _against(c: LayerContribution) -> str:

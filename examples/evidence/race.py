@@ -61,8 +61,7 @@ def train_and_evaluate(folder: Path, what: str, name: str, block: int, rate: flo
         out = f"{name}-{seed}.json"
         asked = f"eval {model} --adapter {name} {task} --problems 256 --samples 4 --no-greedy --seed {seed} --out {out}"
         onelayer(folder, asked)
-        record = read(folder / out)
-        record.pop("machine", None)
+        record = {k: v for k, v in read(folder / out).items() if k not in ("problems", "examples")}
         rows.append({"what": "evaluation", **common, "seed": seed, "command": f"onelayer {asked}", "record": record})
     return rows
 

@@ -266,6 +266,11 @@ def transplants(found: Sequence[Study], results: Path) -> list[str]:
             f"Over the {len(toys)} toys the mean rank correlation is {alone[0]:.2f} [{alone[1]:.2f}, {alone[2]:.2f}], "
             f"that of the depth prior {prior[0]:.2f} [{prior[1]:.2f}, {prior[2]:.2f}] (cases drawn anew): {predicts}."
         )
+    for name, rows, truth in cases[len(of_toys) :]:
+        f = transplant_figures(rows, truth)
+        if f.spearman is not None and f.interval is not None and f.prior is not None:
+            low, high = f.interval
+            said += f" On {name} it is {f.spearman:.2f} [{low:.2f}, {high:.2f}], the depth prior's {f.prior:.2f}."
     return [
         "## Do the blocks of a full run predict C?",
         "After one full run its blocks were put into the base one at a time, without training; the gain of each is "

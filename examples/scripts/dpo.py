@@ -1,4 +1,4 @@
-"""DPO on one block from graded completions: python examples/scripts/dpo.py [--steps 40] [--out dpo]
+"""DPO on one block from graded completions: python examples/scripts/dpo.py [--steps 60] [--out dpo]
 
 The model answers the task's problems, the reward grades the answers, and right and wrong ones of a problem become
 pairs. With your own pairs give dataset="pairs.jsonl" (prompt, chosen, rejected) in place of task and pairs_from_task.
@@ -13,7 +13,7 @@ from peft_onelayer.runs import TrainingSettings, train
 MODEL = str(files("peft_onelayer") / "demo_model")
 
 parser = argparse.ArgumentParser(description=__doc__)
-parser.add_argument("--steps", type=int, default=40)
+parser.add_argument("--steps", type=int, default=60)
 parser.add_argument("--out", default="dpo")
 options = parser.parse_args()
 
@@ -25,6 +25,7 @@ settings = TrainingSettings(
     layer=7,
     steps=options.steps,
     learning_rate=1e-3,
+    eval_problems=256,
     out=options.out,
 )
 results = train(settings).results

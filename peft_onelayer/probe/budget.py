@@ -83,8 +83,13 @@ class TokenBudget:
 
     def affordable_candidates(self) -> int:
         """Candidates that the first round has room for when each gets the least."""
-        least = self._turn(self.settings.minibatch[0]) + self.settings.scoring_prompts[0] * self._prompt
-        return int(self.left * self.settings.round_shares[0] / least) - self.settings.spare_turns
+        return int(self.left / self.least_left(1 - self.settings.spare_turns)) - self.settings.spare_turns
+
+    def least_left(self, candidates: int) -> float:
+        """Tokens that must be left for the first round to have room for so many candidates."""
+        s = self.settings
+        least = self._turn(s.minibatch[0]) + s.scoring_prompts[0] * self._prompt
+        return (candidates + s.spare_turns) * least / s.round_shares[0]
 
     def useful_candidates(self, number: int) -> int:
         """Candidates that the `number`-th round has room for when each gets the most."""

@@ -198,7 +198,7 @@ class _Race:
         self.longest: int = self.sampling.max_completion_tokens or task.max_completion_tokens
         self.pad: int = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
         trained = training_steps * completions_per_step(config)
-        generated = trained / values.get("num_iterations", 1)
+        self.generated = generated = trained / values.get("num_iterations", 1)
         self.base_prompts = base_prompts(budget, generated, settings)
         if self.base_prompts < 1:
             raise BudgetError(
@@ -270,14 +270,27 @@ class _Race:
         s = self.settings
         affordable, fewest = self.budget.affordable_candidates(), min(s.fewest, len(layers))
         if affordable < fewest:
-            needed = self.share * fewest / max(affordable, 0.5)
-            raise BudgetError(
-                f"{self.run} has no room for a round with {fewest} blocks; allow about {needed:.2g}", self.cost
+            needed = self._share_for(fewest)
+            allow = (
+                f"allow about {needed:.2f}" if needed < 1 else "it would cost more than the run itself; train longer"
             )
+            raise BudgetError(f"{self.run} has no room for a round with {fewest} blocks; {allow}", self.cost)
         useful = self.budget.useful_candidates(0) - s.joining
         wanted = max(s.fewest, math.ceil(s.starting_share * len(layers)), useful)
         first = _spread(layers, min(affordable, wanted))
         return first, min(s.joining, len(layers) - len(first), affordable - len(first))
+
+    def _share_for(self, candidates: int) -> float:
+        """About the least budget, in hundredths, with room for so many blocks in the first round; at most 1.
+
+        A tenth more than what the base's completions so far ask for, as others may be longer.
+        """
+        left, each = 1.1 * self.budget.least_left(candidates), self.budget.spent / self.base_prompts
+        for hundredths in range(math.ceil(100 * self.share), 100):
+            share = hundredths / 100
+            if share * self.budget.one_run - each * base_prompts(share, self.generated, self.settings) >= left:
+                return share
+        return 1.0
 
     def _ran(self) -> dict[int, Candidate]:
         return {k: c for k, c in self.candidates.items() if c.gains}

@@ -249,7 +249,9 @@ def _sizes(subject: Subject) -> str:
     if subject.bytes is not None:
         rows.append(["bytes of the weights", subject.bytes])
     if subject.ranking and subject.ranking.cost:
-        rows += [[f"of the ranking: {name.replace('_', ' ')}", value] for name, value in subject.ranking.cost.items()]
+        names = {"share": "share of one run"}
+        cost = subject.ranking.cost.items()
+        rows += [[f"of the ranking: {names.get(name, name.replace('_', ' '))}", value] for name, value in cost]
     rows = [row for row in rows if row[1] is not None]
     return "<h3>Sizes and costs</h3>\n" + table("Sizes and costs", ["", ""], rows) if rows else ""
 

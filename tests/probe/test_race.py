@@ -79,6 +79,24 @@ def test_it_ranks_every_block_and_leaves_the_model_as_it_was(default):
     assert [spent for *_, spent in turns] == sorted(spent for *_, spent in turns)
 
 
+@pytest.mark.parametrize(("budget", "steps"), [(0.05, 12), (0.02, 20), (0.1, 8), (0.25, 5)])
+def test_the_budget_that_it_asks_for_is_enough(monkeypatch, budget, steps):
+    with pytest.raises(BudgetError, match="no room for a round with 3 blocks; allow about ") as refused:
+        demo_race(budget=budget, training_steps=steps)
+    asked = float(str(refused.value).partition("about ")[2].partition(",")[0])
+    assert budget < asked < 1
+    starters, own = [], _Race._starters
+
+    def started(race, layers):
+        starters.extend(own(race, layers)[0])
+        raise KeyboardInterrupt  # the rest of the race
+
+    monkeypatch.setattr(_Race, "_starters", started)
+    with pytest.raises(KeyboardInterrupt):
+        demo_race(budget=asked, training_steps=steps)
+    assert len(starters) >= 3
+
+
 @pytest.mark.more
 def test_the_same_seed_gives_the_same_ranking(default):
     ranking, *_ = default
@@ -116,7 +134,9 @@ def test_the_share_is_of_what_a_run_counts():
 
 
 def test_a_budget_too_small_says_what_it_needs():
-    with pytest.raises(BudgetError, match=r"a budget of 0\.1 of a run .* allow (at least|about) "):
+    with pytest.raises(
+        BudgetError, match=r"a budget of 0\.1 of a run .* (allow at least |it would cost more than the run itself)"
+    ):
         demo_race(budget=0.1, training_steps=2)
     with pytest.raises(BudgetError, match="no room for a round"):
         demo_race(budget=0.002)
