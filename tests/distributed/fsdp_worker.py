@@ -22,7 +22,7 @@ from torch.distributed.fsdp.wrap import ModuleWrapPolicy
 from tuner.helpers import base_name, move, tuner_layers, wrap
 
 from distributed.launch import end
-from distributed.runs import fresh, train
+from distributed.runs import fresh, masked, train
 from distributed.test_fsdp import DTYPES, FSDP1, INSIDE, POLICIES, TRAINING
 from models import build, token_batch
 from peft_onelayer import SingleLayerConfig
@@ -98,6 +98,18 @@ def training(policy: str, dtype: str, checkpointing: str, folder: Path) -> dict:
         model.save_pretrained(str(where), state_dict=state)
     tuned, base = split(state)
     return {"losses": losses / dist.get_world_size(), "masters": tuned, "base": base, "adapter": str(where)}
+
+
+def training_under_a_mask(folder: Path) -> dict:
+    own = folder / f"mask-{dist.get_rank()}"
+    own.mkdir()
+    model = shard(masked(own))
+    losses = torch.stack(train(model, rank=dist.get_rank(), world=dist.get_world_size()))
+    dist.all_reduce(losses)
+    state = full_state(model)
+    if dist.get_rank() == 0:
+        model.save_pretrained(str(own / "adapter"), state_dict=state)
+    return {"losses": losses / dist.get_world_size(), "masters": split(state)[0], "adapter": str(own / "adapter")}
 
 
 @torch.no_grad()
@@ -184,6 +196,7 @@ def main(folder: Path) -> None:
     dist.init_process_group("gloo")
     results = {
         "training": {case: training(*case, folder) for case in TRAINING},
+        "mask": training_under_a_mask(folder),
         "merging": {policy: merging(policy) for policy in ("blocks", "kept", "root")},
         "inside": {what: outcome(partial(shard_inside, what)) for what in INSIDE},
         "fsdp1": {case: outcome(partial(fsdp1, *case)) for case in FSDP1},

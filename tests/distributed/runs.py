@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import nullcontext
+from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import save_file
 from torch import nn
 from tuner.helpers import masters, wrap
 
@@ -25,6 +27,15 @@ def fresh(dtype: torch.dtype = torch.float32, checkpointing: str = "plain"):
         model.gradient_checkpointing_enable({"use_reentrant": CHECKPOINTING[checkpointing]})
         model.enable_input_require_grads()
     return model
+
+
+def masked(folder: Path):
+    """As `fresh` in float32, but under a mask of about a third of the block's entries, which is written to `folder`."""
+    generator = torch.Generator().manual_seed(0)
+    named = [(name, p) for name, p in build().named_parameters() if f".layers.{LAYER}." in name]
+    masks = {name: torch.rand(parameter.shape, generator=generator) < 0.3 for name, parameter in named}
+    save_file({name: mask for name, mask in masks.items() if mask.any()}, folder / "mask.safetensors")
+    return wrap(build(), layer=LAYER, task_type="CAUSAL_LM", mask=str(folder / "mask.safetensors")).train()
 
 
 def train(

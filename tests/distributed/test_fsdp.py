@@ -9,7 +9,7 @@ from safetensors.torch import load_file
 from tuner.helpers import base_weights, logits, move, same, wrap
 
 from distributed.launch import run_on_two
-from distributed.runs import copies, distance, fresh, train
+from distributed.runs import copies, distance, fresh, masked, train
 from models import build
 
 pytestmark = pytest.mark.more
@@ -64,6 +64,22 @@ def test_training_equals_one_process_and_saves_the_full_adapter(results, case):
     loaded = PeftModel.from_pretrained(build(dtype=DTYPES[dtype]), found["adapter"])
     assert same(copies(loaded), tuned)
     assert not Path(found["adapter"]).with_name("process-1").exists()
+
+
+def test_entries_under_a_mask_train_as_in_one_process(results, tmp_path):
+    found, model = results["mask"], masked(tmp_path)
+    start = copies(model)
+    torch.testing.assert_close(found["losses"], torch.stack(train(model)), rtol=1e-6, atol=0)
+    assert found["masters"].keys() == start.keys() and all(w.dim() == 1 for w in found["masters"].values())
+    assert not any(torch.equal(w, start[name]) for name, w in found["masters"].items())
+    assert distance(found["masters"], copies(model)) < 1e-6
+    loaded = PeftModel.from_pretrained(build(), found["adapter"])
+    assert torch.allclose(logits(loaded), logits(model.eval()), atol=1e-6)
+    merged = base_weights(loaded.merge_and_unload())
+    mask = load_file(tmp_path / "mask.safetensors")
+    for name, weight in base_weights(build()).items():
+        frozen = ~mask.get(name, torch.zeros_like(weight, dtype=torch.bool))
+        assert torch.equal(merged[name][frozen], weight[frozen])
 
 
 def test_mixed_precision_keeps_the_masters_in_float32(results):
