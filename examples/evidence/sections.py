@@ -177,7 +177,11 @@ def _probes(study: Study) -> list[str]:
             if outcomes
             else []
         )
-        cells += [f"{statistics.fmean(o[1] for o in outcomes):.2f}"] if outcomes else ["no whole profile yet", "", ""]
+        cells += (
+            [f"{statistics.fmean(o[1] for o in outcomes):.2f}"]
+            if outcomes
+            else ["no whole profile yet" if rankings else "", "", ""]
+        )
         shares = [ranking.cost["share"] for ranking in rankings]
         cells.append(f"{statistics.fmean(shares):.1%}" if shares else "")
         cells.append(f"{statistics.fmean(row['seconds'] for row in rows):.0f}")
