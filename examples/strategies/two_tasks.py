@@ -28,7 +28,7 @@ def combinations(name: str, seed: int, scratch: Path) -> dict[str, Any]:
     adapters = [trained(scratch / task, seed, DEMO_LEARNING_RATE, task, layer=BLOCK) for task in TASKS]
     made: dict[str, Path | None] = {"base": None}
     made |= {f"adapter of {task}": adapter for task, adapter in zip(TASKS, adapters, strict=True)}
-    conflicts = 0.0
+    conflicts: float | None = None
     for method in METHODS:
         found = combine_adapters(adapters, scratch / method, method, base=MODEL, seed=seed)
         made[method], conflicts = scratch / method, found.conflict_share
