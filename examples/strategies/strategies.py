@@ -1,7 +1,7 @@
 """The strategies of arXiv 2607.01232 on the embedded demo model: python examples/strategies/strategies.py
 
 Arithmetic, 40 steps of the demo's recipe for each run, three seeds: the middle block, five blocks (the best, the middle
-and the worst by one ranking), all parameters, and all parameters with the best five at twice the rate. The ranking is
+and the worst by one ranking), all parameters, these with the best five at twice the rate, and all at twice the rate. The ranking is
 one of `onelayer probe`, kept in results/ranking.json. Every row of results/demo.jsonl is made once; the table is
 printed at the end.
 """
@@ -34,7 +34,7 @@ ROWS, RANKING = RESULTS / "demo.jsonl", RESULTS / "ranking.json"
 STEPS, SEEDS, PROBLEMS, SAMPLES = 40, (0, 1, 2), 512, 4
 # The demo's for one block; else, of 3e-4, 1e-3 and 3e-3, the one that gains most in two steps (seed 0, train split).
 RATES = {"middle": DEMO_LEARNING_RATE} | dict.fromkeys(("top-5", "mid-5", "worst-5"), 1e-3)
-RATES |= dict.fromkeys(("all", "all, top-5 boosted"), 3e-4)
+RATES |= dict.fromkeys(("all", "all, top-5 boosted"), 3e-4) | {"all, twice the rate": 6e-4}
 BLOCKS = {name: f"{name}@{RANKING}" for name in ("top-5", "worst-5")} | {"middle": "middle", "mid-5": "mid-5"}
 
 
