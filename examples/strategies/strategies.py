@@ -1,9 +1,9 @@
 """The strategies of arXiv 2607.01232 on the embedded demo model: python examples/strategies/strategies.py
 
 Arithmetic, 40 steps of the demo's recipe for each run, three seeds: the middle block, five blocks (the best, the middle
-and the worst by one ranking), all parameters, these with the best five at twice the rate, and all at twice the rate. The ranking is
-one of `onelayer probe`, kept in results/ranking.json. Every row of results/demo.jsonl is made once; the table is
-printed at the end.
+and the worst by one ranking), all parameters, these with the best five at twice the rate, and all at twice the rate.
+The ranking is one of `onelayer probe`, kept in results/ranking.json. Every row of results/demo.jsonl is made once; the
+table is printed at the end.
 """
 
 from __future__ import annotations
