@@ -41,7 +41,7 @@ def write_adapter(folder: Path, blocks: int, depth: int, seed: int) -> int:
         Its bytes.
     """
     folder.mkdir()
-    config = {"peft_type": "SINGLE_LAYER", "task_type": "CAUSAL_LM", "layer": list(range(blocks))}
+    config: dict[str, object] = {"peft_type": "SINGLE_LAYER", "task_type": "CAUSAL_LM", "layer": list(range(blocks))}
     config |= {"layer_indices": list(range(blocks)), "num_layers": depth, "base_model_name_or_path": "none"}
     (folder / "adapter_config.json").write_text(json.dumps(config), encoding="utf-8")
     generator = np.random.default_rng(seed)

@@ -117,6 +117,7 @@ class Bench:
 
     def load(self) -> tuple[Any, Any]:
         gc.collect()  # the model before
+        model: Any
         model, tokenizer = load_causal_lm(str(self.base))
         to_device(model)
         return model, tokenizer
@@ -142,9 +143,11 @@ class Bench:
             logging_steps=1,
         )
         rows = data.rows("train", prompts_needed(recipe.algorithm, config), seed)
-        result = train_rows(
-            model, tokenizer, recipe, config, rows, layers=what, task=data, at_end=lambda m: m.save_pretrained(out)
-        )
+
+        def save(trained: Any) -> None:
+            trained.save_pretrained(out)
+
+        result = train_rows(model, tokenizer, recipe, config, rows, layers=what, task=data, at_end=save)
         return result.model, tokenizer, [round(reward, 4) for reward in result.rewards]
 
     def score(self, model: Any, tokenizer: Any, task: str) -> dict[str, Any]:
@@ -200,13 +203,13 @@ def subnetwork(bench: Bench, experiment: Experiment, scratch: Path) -> dict[str,
     row: dict[str, Any] = {"base": bench.score_of(None, [task])[task]}
     share = 1.0
     for name in ("full", "subnetwork", "random"):
-        mask = None if name == "full" else str(scratch / f"{name}.safetensors")
+        mask = scratch / f"{name}.safetensors"
         if name == "subnetwork":
             made = make_mask(bench.base, scratch / "full", mask)
             share = made.trained / made.entries
         if name == "random":
             make_mask(bench.base, scratch / "full", mask, random=share, seed=seed)
-        what = SingleLayerConfig(layer="all", mask=mask, task_type="CAUSAL_LM")
+        what = SingleLayerConfig(layer="all", mask=None if name == "full" else str(mask), task_type="CAUSAL_LM")
         model, tokenizer, rewards = bench.train(task, what, experiment.rate, seed, scratch / name)
         row[name] = {"entries": share, "rewards": rewards, **bench.score(model, tokenizer, task)}
         equal = equal_shares(bench.base, scratch / name, scratch / "full")

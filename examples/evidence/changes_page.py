@@ -193,7 +193,7 @@ def page(results: Path = RESULTS, path: Path = PAGE) -> str:
     """The whole page, with the section as the rows have it."""
     text = path.read_text(encoding="utf-8")
     start, stop = text.index(BEGIN) + len(BEGIN), text.index(END)
-    return f"{text[:start]}\n{section(results)}\n{text[stop:]}"
+    return f"{text[:start]}\n\n{section(results)}\n\n{text[stop:]}"
 
 
 if __name__ == "__main__":

@@ -14,6 +14,7 @@ import torch
 from strategies import MODEL, RESULTS, SEEDS, STEPS, keep, mean_and_error, score, trained
 
 from peft_onelayer import combine_adapters
+from peft_onelayer.records.jsonl import read_records
 from peft_onelayer.rl.recipe import DEMO_LEARNING_RATE
 from peft_onelayer.runs import combine_with_stage_four
 
@@ -28,7 +29,7 @@ def combinations(name: str, seed: int, scratch: Path) -> dict[str, Any]:
     adapters = [trained(scratch / task, seed, DEMO_LEARNING_RATE, task, layer=BLOCK) for task in TASKS]
     made: dict[str, Path | None] = {"base": None}
     made |= {f"adapter of {task}": adapter for task, adapter in zip(TASKS, adapters, strict=True)}
-    conflicts = 0.0
+    conflicts: float | None = None
     for method in METHODS:
         found = combine_adapters(adapters, scratch / method, method, base=MODEL, seed=seed)
         made[method], conflicts = scratch / method, found.conflict_share
@@ -46,14 +47,22 @@ def combinations(name: str, seed: int, scratch: Path) -> dict[str, Any]:
     return {"scores": scores, "conflict_share": conflicts}
 
 
-def main() -> None:
-    torch.set_num_threads(1)
-    rows = [keep(ROWS, combinations, name="combine", seed=seed) for seed in SEEDS]
-    print(f"| | {' | '.join(TASKS)} | mean of both |\n|{'---|' * (len(TASKS) + 2)}")
+def table() -> str:
+    """What the rows say."""
+    rows = read_records(ROWS)
+    lines = [f"| | {' | '.join(TASKS)} | mean of both |", "|---" * (len(TASKS) + 2) + "|"]
     for what in rows[0]["scores"]:
         found = [[row["scores"][what][task] for task in TASKS] for row in rows]
         columns = [*zip(*found, strict=True), [sum(each) / len(each) for each in found]]
-        print(f"| {what} | {' | '.join(mean_and_error(list(column)) for column in columns)} |")
+        lines.append(f"| {what} | {' | '.join(map(mean_and_error, columns))} |")
+    return "\n".join(lines)
+
+
+def main() -> None:
+    torch.set_num_threads(1)
+    for seed in SEEDS:
+        keep(ROWS, combinations, name="combine", seed=seed)
+    print(table())
 
 
 if __name__ == "__main__":

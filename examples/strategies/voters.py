@@ -15,8 +15,10 @@ import torch
 from strategies import PROBLEMS, RANKING, RATES, RESULTS, SEEDS, keep, mean_and_error, trained
 
 from peft_onelayer.layers import resolve_layers
+from peft_onelayer.records.jsonl import read_records
 from peft_onelayer.runs import VoteSettings, vote
 
+ROWS = RESULTS / "vote.jsonl"
 VOTERS, VOTES = 3, 2  # adapters, and completions of each
 
 
@@ -38,13 +40,21 @@ def voting(name: str, rate: float, seed: int, scratch: Path) -> dict[str, Any]:
     return {"blocks": blocks, "best": best, **{k: v for k, v in asdict(record).items() if k in kept}}
 
 
+def table() -> str:
+    """What the rows say."""
+    rows, lines = read_records(ROWS), ["| completions | vote | avg | pass |", "|---|---|---|---|"]
+    for ballot, what in (("of_adapters", "of three adapters"), ("of_one", "of the best ranked one")):
+        figures = ([row[ballot][name]["mean"] for row in rows] for name in ("vote", "average", "best"))
+        lines.append(f"| {rows[0]['samples']} {what} | {' | '.join(map(mean_and_error, figures))} |")
+    difference = mean_and_error([row["difference"]["mean"] for row in rows])
+    return "\n".join([*lines, f"| difference of the votes | {difference} | | |"])
+
+
 def main() -> None:
     torch.set_num_threads(1)
-    rows = [keep(RESULTS / "vote.jsonl", voting, name="vote", rate=RATES["middle"], seed=seed) for seed in SEEDS]
-    print("| completions | vote | avg | pass |\n|---|---|---|---|")
-    for ballot, what in (("of_adapters", "of three adapters"), ("of_one", "of one")):
-        figures = ([row[ballot][name]["mean"] for row in rows] for name in ("vote", "average", "best"))
-        print(f"| {rows[0]['samples']} {what} | {' | '.join(map(mean_and_error, figures))} |")
+    for seed in SEEDS:
+        keep(ROWS, voting, name="vote", rate=RATES["middle"], seed=seed)
+    print(table())
 
 
 if __name__ == "__main__":
