@@ -29,7 +29,6 @@ def evidence(monkeypatch):
     """The module `evidence`, with the others beside it as attributes."""
     monkeypatch.syspath_prepend(str(EVIDENCE))
     before = set(sys.modules)
-    import changes
     import changes_page
     import evidence
     import figures
@@ -37,10 +36,11 @@ def evidence(monkeypatch):
     import one_run
     import page
     import planned
+    import rl_changes
     import transplant
     import words
 
-    for module in (changes, changes_page, figures, measures, one_run, page, planned, transplant, words):
+    for module in (rl_changes, changes_page, figures, measures, one_run, page, planned, transplant, words):
         setattr(evidence, module.__name__, module)
     yield evidence
     for name in set(sys.modules) - before:
@@ -418,7 +418,7 @@ def test_what_a_model_kept(evidence, monkeypatch):
 
 
 def test_the_experiments_on_what_changes(evidence):
-    changes = evidence.changes
+    changes = evidence.rl_changes
     found = {setting.name: changes.experiments(setting) for setting in changes.STUDIES}
     assert {name: len(each) for name, each in found.items()} == {
         "smollm2-135m-sums": 20,
@@ -434,11 +434,11 @@ def test_the_experiments_on_what_changes(evidence):
 
 
 def test_the_rows_on_what_changes_are_of_planned_experiments(evidence):
-    for setting in evidence.changes.STUDIES:
-        planned = evidence.changes.experiments(setting)
+    for setting in evidence.rl_changes.STUDIES:
+        planned = evidence.rl_changes.experiments(setting)
         for row in read_records(evidence.RESULTS / f"{setting.name}-changes.jsonl"):
             assert row["setting"] == json.loads(json.dumps(asdict(setting)))
-            assert sum(evidence.changes.there(one, row) for one in planned) == 1
+            assert sum(evidence.rl_changes.there(one, row) for one in planned) == 1
             for run in row.get("runs", []):
                 assert run["mean"] == pytest.approx(sum(run["scores"]) / setting.problems, abs=1e-12)
 
@@ -454,7 +454,7 @@ def test_shares_in_percent(evidence):
 
 @pytest.mark.more
 def test_each_kind_of_experiment_on_the_demo_model(evidence, tmp_path):
-    changes = evidence.changes
+    changes = evidence.rl_changes
     setting = replace(changes.STUDIES[-1], steps=2, problems=8)
     rows = []
     with changes.demo_models() as models:

@@ -36,7 +36,11 @@ def onelayer(folder: Path, command: str) -> str:
         RuntimeError: it failed; with the end of what it printed.
     """
     done = subprocess.run(
-        [sys.executable, "-m", "onelayer_cli", *shlex.split(command)], cwd=folder, capture_output=True, text=True
+        [sys.executable, "-m", "onelayer_cli", *shlex.split(command)],
+        cwd=folder,
+        capture_output=True,
+        text=True,
+        encoding="utf-8",
     )
     if done.returncode:
         raise RuntimeError(f"onelayer {command}: exit {done.returncode}: {(done.stderr or done.stdout)[-2000:]}")

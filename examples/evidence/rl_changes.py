@@ -1,6 +1,6 @@
 """What RL changes in a pretrained model, whether that part alone is enough, and what becomes of two tasks' adapters.
 
-    python examples/evidence/changes.py smollm2-135m sums [--models FOLDER] [--jobs 1] [--minutes 60]
+    python examples/evidence/rl_changes.py smollm2-135m sums [--models FOLDER] [--jobs 1] [--minutes 60]
 
 FOLDER has a folder for each model; `demo arithmetic` is the embedded demo model in bfloat16. Every experiment is a line
 of results/MODEL-TASK-changes.jsonl and trains all that it needs by itself; those that are there are not repeated. The
