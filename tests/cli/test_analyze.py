@@ -67,6 +67,7 @@ def test_a_checkpoint_of_many_tensors_is_shown_by_block_and_kind(onelayer, files
     assert "NEVER MOVED" in out and "7 of 8 blocks did not change at all" in out
 
 
+@pytest.mark.more
 def test_a_plot(onelayer, files, tmp_path):
     for name, pair in (("one.png", ("base", "one")), ("all.svg", ("deep", "tuned"))):
         code, lines, _ = onelayer("analyze", *(files / part for part in pair), "--plot", tmp_path / name)

@@ -182,6 +182,7 @@ def test_the_decoding_of_a_recipe_by_its_options(onelayer):
     assert code == 1 and "--also arithmetic is measured already" in lines[-1]
 
 
+@pytest.mark.more
 def test_chat_prompts_where_the_tokenizer_has_a_template(onelayer, tmp_path):
     model, tokenizer = demo_model.load()
     tokenizer.chat_template = "{% for message in messages %}{{ message['content'] }}{% endfor %}"  # so that both agree

@@ -46,6 +46,7 @@ def test_a_folder_that_looks_like_markup(onelayer, adapter, tmp_path, monkeypatc
     assert (code, len(lines)) == (1, 1) and f"{name}-nowhere" in lines[0]
 
 
+@pytest.mark.more
 def test_fields_that_a_stranger_wrote(onelayer, adapter, tmp_path):
     folder = tmp_path / "a"
     for field in ("peft_version", "base_model_name_or_path", "revision", "task_type"):

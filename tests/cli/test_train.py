@@ -224,6 +224,7 @@ def test_offline_on_pairs_from_graded_rollouts(train, algorithm):
     assert len(run["results"]["losses"]) == 2 and run["results"]["rewards"] == []
 
 
+@pytest.mark.more
 def test_offline_on_a_file_of_preferences(train, tmp_path):
     rows = [{"prompt": f"A{i:03d}+001=", "chosen": f"{i + 1:04d}", "rejected": f"{i + 2:04d}"} for i in range(16)]
     (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))

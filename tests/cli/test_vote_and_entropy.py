@@ -41,6 +41,7 @@ def test_a_vote_as_json(onelayer, adapters):
     assert code == 0 and json.loads(out)["format"] == "onelayer-vote-1"
 
 
+@pytest.mark.more
 def test_the_signal_by_entropy(onelayer, adapters):
     code, lines, out = onelayer("entropy", BASE, *OPTIONS, "--adapter", adapters[0], "--json")
     assert code == 0, lines

@@ -79,7 +79,7 @@ def test_it_ranks_every_block_and_leaves_the_model_as_it_was(default):
     assert [spent for *_, spent in turns] == sorted(spent for *_, spent in turns)
 
 
-@pytest.mark.parametrize(("budget", "steps"), [(0.05, 12), (0.02, 20), (0.1, 8), (0.25, 5)])
+@pytest.mark.parametrize(("budget", "steps"), [(0.05, 12), (0.25, 5)])
 def test_the_budget_that_it_asks_for_is_enough(monkeypatch, budget, steps):
     with pytest.raises(BudgetError, match="no room for a round with 3 blocks; allow about ") as refused:
         demo_race(budget=budget, training_steps=steps)

@@ -74,6 +74,7 @@ def test_what_does_not_depend_on_the_batch_is_exact():
     assert one.peak < held(model.config, lora()).peak < full.peak
 
 
+@pytest.mark.more
 def test_sgd_keeps_no_state():
     config = build("Llama").config
     adam, sgd = held(config, None), held(config, None, optim="sgd")
@@ -90,6 +91,7 @@ def test_without_checkpointing_blocks_above_the_trained_one_keep_activations_and
     assert without[1] < 1.2 * with_it[1]
 
 
+@pytest.mark.more
 def test_keys_and_values_are_those_of_every_block():
     config = build("Qwen3").config
     arguments = trl.GRPOConfig("unused", use_cpu=True, bf16=False)
@@ -163,6 +165,7 @@ def of_type(model_type, dtype):
     return config
 
 
+@pytest.mark.more
 @pytest.mark.parametrize(
     ("config", "outputs", "says"),
     [
@@ -240,6 +243,7 @@ def test_what_cannot_be_is_one_line(onelayer, only_a_configuration, given, says)
     assert code != 0 and len([line for line in err if says in line]) == 1 and out == ""
 
 
+@pytest.mark.more
 @pytest.mark.skipif(not hasattr(utils, "add_fused_lm_head"), reason="this TRL has no fused LM head")
 def test_offline_rows_are_cut_where_the_trainer_cuts_them(tmp_path, only_a_configuration):
     data = tmp_path / "pairs.jsonl"

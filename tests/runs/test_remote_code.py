@@ -84,6 +84,7 @@ def test_a_run_with_it_says_so_and_every_command_asks_again(own, tmp_path):
     assert evaluate(EvaluationSettings(**again, trust_remote_code=True)).n == 2
 
 
+@pytest.mark.more
 def test_a_run_without_it_says_nothing(tmp_path):
     run = train(settings(str(BASE), tmp_path))
     assert "trust_remote_code" not in json.loads((run.folder / "run.json").read_text())["settings"]

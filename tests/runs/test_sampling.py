@@ -159,6 +159,7 @@ def test_a_sweep_evaluates_as_its_runs_sample(model):
     assert bare.base.digest() != plan.base.digest()
 
 
+@pytest.mark.more
 def test_pairs_are_sampled_and_trained_on_as_asked(model, tmp_path):
     settings = TrainingSettings(
         model=model,

@@ -87,6 +87,7 @@ def test_the_choice_is_trained_at_the_rate_that_goes_with_it(tmp_path, monkeypat
     assert same.record.results.sha256 == run.record.results.sha256
 
 
+@pytest.mark.more
 @pytest.mark.parametrize("raced", [True, False], ids=["no block gained", "no race"])
 def test_without_a_pick_or_a_race_the_rate_is_found_too(tmp_path, monkeypatch, raced):
     def ranked(base, tokenizer, task, progress, *, recipe, seed, **others):
@@ -106,6 +107,7 @@ def test_without_a_pick_or_a_race_the_rate_is_found_too(tmp_path, monkeypatch, r
     assert rate == 2e-4 if raced else 1e-4 < rate < 1e-2
 
 
+@pytest.mark.more
 def test_a_run_that_was_ranked_resumes_with_what_was_asked_for(tmp_path, monkeypatch):
     monkeypatch.setattr(preparation, "rank_blocks", ranking_of)
     asked = settings(tmp_path, layer="auto")

@@ -161,6 +161,7 @@ def test_another_engine_in_the_process_is_sent_everything(run):
     assert r.whys == ["first", "restart"]
 
 
+@pytest.mark.more
 def test_after_sleep_at_level_2_everything_is_sent(run):
     r = run(vllm_enable_sleep_mode=True, gradient_accumulation_steps=2, steps_per_generation=1)
     r.train(syncs=4)
