@@ -57,6 +57,7 @@ def test_nothing_of_this_machine_and_no_secret_goes_up(hub, ask, adapter, base_f
     assert all(not carried for method, path, carried in hub.requests if path.startswith(("/upload", "/object")))
 
 
+@pytest.mark.more
 def test_sparse_where_the_base_is_here_and_dense_where_not_or_wished(hub, ask, adapter):
     size = (adapter / "adapter_model.safetensors").stat().st_size
     sparse = ask("push", adapter, "me/sparse", "--json")
@@ -74,6 +75,7 @@ def test_sparse_where_the_base_is_here_and_dense_where_not_or_wished(hub, ask, a
     )
 
 
+@pytest.mark.more
 def test_a_base_that_was_a_folder_gets_its_hub_id(hub, ask, adapter):
     answer = ask("push", adapter, "me/gsm")
     assert "--base-model" in answer.err[0] and b"base_model:" not in hub.files("me/gsm")["README.md"]

@@ -33,6 +33,7 @@ def test_the_rate_moves_the_policy_within_the_bounds_and_the_model_stays(layers,
     assert all(torch.equal(after[name], value) and after[name].dtype == value.dtype for name, value in before.items())
 
 
+@pytest.mark.more
 def test_several_blocks_get_a_lower_rate_than_one():
     model, tokenizer = demo_model.load()
     task = load_task("arithmetic")

@@ -110,6 +110,7 @@ def test_what_a_record_says_is_text(page):
     assert Page(page).scripts == 1 and "<script>document" not in page and "my &lt;run&gt;" in page
 
 
+@pytest.mark.more
 def test_several_stand_side_by_side(subject):
     other = dataclasses.replace(subject, name="other", run=None, evaluation=None, log=[])
     rows = Page(report_page([subject, other])).tables["Side by side"]

@@ -189,6 +189,7 @@ def test_the_toy_policy_does_what_the_comparison_needs(with_tools):
     assert len({rollout.reward for rollout in groups[2]}) > 2
 
 
+@pytest.mark.more
 def test_the_environment_says_what_it_did_to_its_own_rollout(with_tools):
     groups = sample_rollouts(*with_tools, COUNTER, ROWS, Sampling(samples=8, batch_size=5, max_completion_tokens=300))
     for row, group in zip(ROWS, groups, strict=True):
@@ -208,6 +209,7 @@ def test_the_environment_says_what_it_did_to_its_own_rollout(with_tools):
                 assert rollout.reward == pytest.approx(-abs(totals[-1] - row["target"]) / 7)
 
 
+@pytest.mark.more
 def test_an_environment_is_evaluated_without_a_trace(with_tools):
     from peft import get_peft_model
 

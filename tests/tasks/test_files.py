@@ -194,6 +194,7 @@ def load_in_process(sources, home, endpoint, **environment):
     return json.loads(subprocess.run(command, env=environment, capture_output=True, text=True, check=True).stdout)
 
 
+@pytest.mark.more
 def test_a_hub_data_set_has_its_own_splits_and_its_commit(tmp_path):
     server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Hub)
     threading.Thread(target=server.serve_forever, daemon=True).start()

@@ -114,6 +114,7 @@ WRONG = {
 }
 
 
+@pytest.mark.more
 def test_forms_of_a_right_completion():
     rewards = grade(*RIGHT.values())
     assert dict(zip(RIGHT, rewards, strict=True)) == dict.fromkeys(RIGHT, 1.0)
@@ -282,6 +283,7 @@ def test_all_of_a_file_is_for_evaluation(write):
         task.rows("train", 1, 0)
 
 
+@pytest.mark.more
 def test_a_folder_may_hold_problems_to_train_on(write, tmp_path):
     write("train.jsonl")
     write("test.jsonl", n=3, prompt="# other\n" + STUB)

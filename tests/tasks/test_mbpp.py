@@ -76,6 +76,7 @@ def folder(tmp_path_factory):
     return folder
 
 
+@pytest.mark.more
 def test_all_solutions_of_a_folder_pass_as_they_are_shown_and_no_other_rows(folder):
     task = load_task(f"mbpp:{folder}")
     assert task.name == f"mbpp:{folder}" and set(task.data) == {"train.jsonl", "test.jsonl"} and task.train_size == 7

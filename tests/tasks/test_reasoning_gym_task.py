@@ -196,6 +196,7 @@ def test_an_answer_that_keeps_the_librarys_scorer_busy_scores_0(name):
     assert log == [(limits.OVER_LIMIT, 0.0)]  # decided without the limit
 
 
+@pytest.mark.more
 def test_what_passes_the_limit_scores_0_is_counted_and_leaves_the_others_as_they_are():
     row = first("simple_integration")
     log = []

@@ -141,6 +141,7 @@ def test_where_home_cannot_be_written_games_are_made_elsewhere(monkeypatch, tmp_
     assert environment.reset(split="train", seed=1)
 
 
+@pytest.mark.more
 def test_a_cache_that_is_full_of_games_is_read_where_it_cannot_be_written(monkeypatch, tmp_path):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     path = game_file(TINY, "train", 1)
@@ -201,6 +202,7 @@ def test_a_played_walkthrough_earns_one_and_doing_nothing_earns_zero(name):
         assert sum(environment.rewards) == environment.score
 
 
+@pytest.mark.more
 def test_the_prose_is_clean_and_says_what_can_be_done():
     row = rows("textworld", "test")[0]
     environment = load_task("textworld").environment_factory()
