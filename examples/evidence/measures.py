@@ -59,7 +59,7 @@ def execute_probe(setting: Setting, probe: Probe, folder: Path) -> dict[str, Any
         options |= {"budget": probe["budget"]} if probe["budget"] else {}
         try:
             ranking = probe_layers(model, tokenizer, task, method=probe["method"], **options)
-            row["ranking"] = ranking.to_dict() | {"model": setting.model}
+            row["ranking"] = ranking.to_dict() | {"model": setting.model, "task": setting.task}
         except (BudgetError, NothingToLearnError) as error:
             row["failed"] = str(error)
     row |= {"cpu_seconds": round(time.process_time() - cpu, 1), "seconds": round(time.perf_counter() - start, 1)}
