@@ -1,4 +1,4 @@
-"""Writes the section "On a pretrained model" of docs/analysis.md from the rows of rl_changes.py.
+"""Writes the tables of the section "What runs changed, measured" of docs/analysis.md from the rows of rl_changes.py.
 
     python examples/evidence/changes_page.py
 

@@ -53,14 +53,14 @@ def read(file: Path) -> dict[str, Any]:
     return fields
 
 
-def train_and_evaluate(folder: Path, what: str, name: str, block: int, rate: float | None) -> list[dict[str, Any]]:
-    """The rows of one block: its run and its evaluations."""
+def train_and_evaluate(
+    folder: Path, model: str, task: str, steps: int, name: str, block: int, rate: float | None
+) -> list[dict[str, Any]]:
+    """The rows of one block: its run and its evaluations. `task` is the options that name it."""
     given = "" if rate is None else f" --learning-rate {rate}"
-    command = onelayer(folder, f"train {what} --layer {block}{given} --out {name}")
+    command = onelayer(folder, f"train {model} {task} --steps {steps} --layer {block}{given} --out {name}")
     common = {"name": name, "block": block}
     rows = [{"what": "run", **common, "command": command, "record": read(folder / name / "run.json")}]
-    model, _, rest = what.partition(" ")
-    task = rest.partition(" --steps")[0]
     for seed in SEEDS:
         out = f"{name}-{seed}.json"
         asked = f"eval {model} --adapter {name} {task} --problems 256 --samples 4 --no-greedy --seed {seed} --out {out}"
@@ -86,15 +86,17 @@ def main() -> None:
         folder = Path(scratch)
         (folder / options.model).symlink_to((options.models / options.model).resolve())
         (folder / f"{options.task}.py").write_bytes((HERE / f"{options.task}.py").read_bytes())
-        what = f"./{options.model} --task {options.task}.py --plain --steps {options.steps}"
-        command = onelayer(folder, f"probe {what} --out ranking.json")
+        model, task = f"./{options.model}", f"--task {options.task}.py --plain"
+        command = onelayer(folder, f"probe {model} {task} --steps {options.steps} --out ranking.json")
         ranking = read(folder / "ranking.json")
         append_record(path, {"what": "ranking", "command": command, "record": ranking})
         chosen = ranking["order"][0] if ranking["pick"] is None else ranking["pick"]
         blocks = {"pick": chosen, "mid": DEPTH[options.model] // 2, "worst": ranking["order"][-1]}
         with ThreadPoolExecutor(options.jobs) as pool:
             made = [
-                pool.submit(train_and_evaluate, folder, what, name, block, ranking["learning_rate"])
+                pool.submit(
+                    train_and_evaluate, folder, model, task, options.steps, name, block, ranking["learning_rate"]
+                )
                 for name, block in blocks.items()
             ]
             for future in as_completed(made):
