@@ -137,32 +137,45 @@ def collect(
                 print(f"{one}{score}, {row['seconds']} s", flush=True)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("model", choices=sorted({setting.model for setting in SETTINGS}))
-    parser.add_argument("task", choices=sorted({setting.task for setting in SETTINGS}))
+def study_options(parser: argparse.ArgumentParser, studies: Sequence[Setting], what: str) -> None:
+    """Model and task of a study, where the models are, and how long and how many at a time; `what` is one row's."""
+    parser.add_argument("model", choices=sorted({setting.model for setting in studies}))
+    parser.add_argument("task", choices=sorted({setting.task for setting in studies}))
     default = os.environ.get("ONELAYER_MODELS", "~/.cache/onelayer-models")
     parser.add_argument("--models", type=Path, default=Path(default).expanduser())
-    parser.add_argument("--minutes", type=float, default=float("inf"), help="begin no run after so many")
-    parser.add_argument("--jobs", type=int, default=1, help="runs at a time, on one GPU or on as many cores")
+    parser.add_argument("--minutes", type=float, default=float("inf"), help=f"begin no {what} after so many")
+    parser.add_argument("--jobs", type=int, default=1, help=f"{what}s at a time, on one GPU or on as many cores")
+
+
+def study_of(parser: argparse.ArgumentParser, options: argparse.Namespace, studies: Sequence[Setting]) -> Setting:
+    """The study of the model and the task that were given; the parser's error where there is none."""
+    found = next((s for s in studies if (s.model, s.task) == (options.model, options.task)), None)
+    return found or parser.error(f"no study of {options.model} on {options.task}")
+
+
+def check_model(parser: argparse.ArgumentParser, folder: Path) -> None:
+    """The parser's error where the folder of a model holds none."""
+    if not (folder / "config.json").exists():
+        parser.error(f"{folder} holds no model; give the folder that has {folder.name} with --models")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    study_options(parser, SETTINGS, "run")
     what = parser.add_mutually_exclusive_group()
     what.add_argument("--list", action="store_true", help="what is there, and what is missing")
     what.add_argument("--probes", action="store_true", help="rank the blocks, by depth and by races")
     what.add_argument("--retention", action="store_true", help="repeat chosen runs, for what they kept")
     what.add_argument("--repeat", metavar="RUN", help="run one row again, such as 'block 15, rate 1e-4, seed 0'")
     options = parser.parse_args()
-    try:
-        setting = next(s for s in SETTINGS if (s.model, s.task) == (options.model, options.task))
-    except StopIteration:
-        parser.error(f"no study of {options.model} on {options.task}")
+    setting = study_of(parser, options, SETTINGS)
     folder, path = options.models / setting.model, RESULTS / f"{setting.name}.jsonl"
     if options.list:
         rows = read_records(path)
         missing = [run for run in dict.fromkeys(runs(setting, rows)) if not any(same(run, r) for r in rows)]
         print(f"{len(rows)} runs are there; next of {len(missing)}: " + "; ".join(map(str, missing[:5])))
         return
-    if not (folder / "config.json").exists():
-        parser.error(f"{folder} holds no model; give the folder that has {setting.model} with --models")
+    check_model(parser, folder)
     if options.repeat is not None:
         try:
             sys.exit(not repeat(setting, read_records(path), options.repeat, folder))

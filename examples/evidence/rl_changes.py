@@ -14,7 +14,6 @@ from __future__ import annotations
 import argparse
 import gc
 import json
-import os
 import sys
 import tempfile
 import time
@@ -27,7 +26,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from evidence import collect
+from evidence import check_model, collect, study_of, study_options
 from measures import OTHER
 from one_run import HERE, Setting
 from planned import DEPTH, RESULTS, SETTINGS
@@ -283,26 +282,18 @@ def demo_models() -> Iterator[Path]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("model", choices=sorted({setting.model for setting in STUDIES}))
-    parser.add_argument("task", choices=sorted({setting.task for setting in STUDIES}))
-    default = os.environ.get("ONELAYER_MODELS", "~/.cache/onelayer-models")
-    parser.add_argument("--models", type=Path, default=Path(default).expanduser())
-    parser.add_argument("--minutes", type=float, default=float("inf"), help="begin no experiment after so many")
-    parser.add_argument("--jobs", type=int, default=1, help="experiments at a time, on one GPU or on as many cores")
+    study_options(parser, STUDIES, "experiment")
     parser.add_argument("--kinds", nargs="+", default=(), choices=("change", "subnetwork", "combine"))
     parser.add_argument("--steps", type=int, help="optimizer steps of a training")
     parser.add_argument("--problems", type=int, help="of the evaluation")
     parser.add_argument("--results", type=Path, default=RESULTS, help="folder of the rows")
     options = parser.parse_args()
-    setting = next((s for s in STUDIES if (s.model, s.task) == (options.model, options.task)), None)
-    if setting is None:
-        parser.error(f"no study of {options.model} on {options.task}")
+    setting = study_of(parser, options, STUDIES)
     given = {name: value for name in ("steps", "problems") if (value := getattr(options, name)) is not None}
     wanted = [one for one in experiments(setting) if not options.kinds or one.kind in options.kinds]
     with demo_models() if setting.model == DEMO else nullcontext(options.models) as models:
         folder = models / setting.model
-        if not (folder / "config.json").exists():
-            parser.error(f"{folder} holds no model; give the folder that has {setting.model} with --models")
+        check_model(parser, folder)
         failed = collect(
             options.results / f"{setting.name}-changes.jsonl",
             lambda: wanted,
