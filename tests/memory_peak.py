@@ -51,6 +51,7 @@ def estimated_and_measured(model, method, layer, tokenizer, prompts, completions
         generated=generated,
         group=completions,
         kept=generated if arguments.beta else generated - each,
+        shared=min(each, completions),
         reference=arguments.beta > 0,
     )
     return estimate_memory(config, METHODS[method](layer), batches, arguments), own + peak

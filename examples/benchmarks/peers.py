@@ -26,9 +26,9 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, Printe
 from trl import GRPOConfig, GRPOTrainer
 
 from peft_onelayer import SingleLayerConfig
-from peft_onelayer.rl import scored_positions, shared_prefix, shared_prompts
+from peft_onelayer.rl import packed_prompts, scored_positions, shared_prefix, shared_prompts
 
-OURS = (shared_prefix, shared_prompts, scored_positions)  # what `onelayer train` calls
+OURS = (shared_prefix, shared_prompts, packed_prompts, scored_positions)  # what `onelayer train` calls
 PROMPTS, GROUP, TOKENS = 8, 8, 6
 LINEARS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 
@@ -88,7 +88,8 @@ def peers(layer: int) -> dict[str, tuple[Any, dict[str, Any], tuple[Callable, ..
         "freezing": ("freeze", {}, ()),
         "LN_TUNING, the block": (LNTuningConfig(target_modules=norms, task_type="CAUSAL_LM"), {}, ()),
         "modules_to_save": (module, {}, ()),
-        "full, with our calls": (None, {}, (shared_prompts, scored_positions)),
+        "full, with our calls": (None, {}, OURS[1:]),
+        "LoRA, all linears, with our calls": (LoraConfig(**lora), {}, OURS[1:]),
     }
 
 
@@ -140,8 +141,8 @@ def measure(name: str, peer: tuple, model_name: str, layer: int, steps: int, pro
 
 
 def needed(name: str, model_name: str, layer: int) -> float:
-    """Multiplications of a step by weights: every prompt generates once for its group, checkpointing runs a block again
-    where it has a backward pass, and the head scores completions alone."""
+    """Multiplications of a step by weights: every prompt generates once for its group and, with our calls, is passed
+    once for it. Checkpointing runs a block again where it has a backward pass. The head scores completions alone."""
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(model_name))
     blocks, head = model.get_decoder().layers, model.lm_head.weight.numel()
@@ -149,14 +150,15 @@ def needed(name: str, model_name: str, layer: int) -> float:
     passes, scores = len(blocks) + 2 * above, 2  # again, and the gradient of the input or, at the block, of its weights
     if name.startswith("full"):
         passes, scores = 4 * len(blocks), 3
-    elif name == "LoRA, all linears":
+    elif name.startswith("LoRA, all linears"):
         passes = 3 * len(blocks)
     if "beta" in name:  # of the reference, from the block up
         passes, scores = passes + above, scores + 1
     prompt = len(AutoTokenizer.from_pretrained(model_name)(rows(1)[0]["prompt"])["input_ids"])
     completions = PROMPTS * GROUP
     generation = len(blocks) * (PROMPTS * prompt + completions * (TOKENS - 1))
-    trained = passes * completions * (prompt + TOKENS)
+    packed = (name.startswith("ours") and "without" not in name) or "with our calls" in name
+    trained = passes * ((PROMPTS if packed else completions) * prompt + completions * TOKENS)
     return size * (generation + trained) + head * completions * TOKENS * (1 + scores)
 
 

@@ -8,6 +8,7 @@ if TYPE_CHECKING:
     from .ema import EMAAdapterCallback, EMATeacherMixin
     from .entropy import TopEntropyMixin
     from .gigpo import GiGPOConfig, GiGPOTrainer
+    from .packing import packed_prompts
     from .prefix import shared_prefix
     from .prompts import shared_prompts
     from .scored import scored_positions
@@ -20,6 +21,7 @@ __all__ = [
     "GiGPOTrainer",
     "TopEntropyMixin",
     "gigpo_advantages",
+    "packed_prompts",
     "scored_positions",
     "shared_prefix",
     "shared_prompts",
@@ -33,6 +35,7 @@ _MODULES = {
     "GiGPOTrainer": ".gigpo",
     "TopEntropyMixin": ".entropy",
     "gigpo_advantages": ".advantages",
+    "packed_prompts": ".packing",
     "scored_positions": ".scored",
     "shared_prefix": ".prefix",
     "shared_prompts": ".prompts",

@@ -272,23 +272,28 @@ class SharedPrefix(TrainerCallback):
         """Why no states may be shared in this pass and later ones."""
         if kwargs.get("inputs_embeds") is not None:
             return "the decoder is given embeddings in place of token ids"
-        modules = list(self.decoder.modules())
-        if any(isinstance(module, FSDPModule | FullyShardedDataParallel) for module in modules):
-            return "FSDP gathers the weights of every block"
-        if any(map(is_partitioned, self.decoder.parameters())):
-            return "DeepSpeed ZeRO-3 gathers the weights of every block"
-        if any(isinstance(module, AuxiliaryTrainingWrapper) for module in modules):
+        if any(isinstance(module, AuxiliaryTrainingWrapper) for module in self.decoder.modules()):
             return "modules_to_save holds a part of the decoder"
-        for module in modules if self.decoder.training else ():
-            rate = module.p if isinstance(module, _DropoutNd) else max(map(float, _rates(module)), default=0.0)
-            if module.training and rate > 0:
-                return f"a {type(module).__name__} is random in training (by {rate:g})"
-        return None
+        return not_repeatable(self.decoder)
 
     def _switch_off(self, problem: str) -> None:
         self.off = problem
         self.kept.clear()
         warnings.warn(f"the frozen blocks are run in every pass: {problem}.", stacklevel=2)
+
+
+def not_repeatable(decoder: nn.Module) -> str | None:
+    """Why a pass through a decoder cannot be made in another way beside its own, with the same outcome, or None."""
+    modules = list(decoder.modules())
+    if any(isinstance(module, FSDPModule | FullyShardedDataParallel) for module in modules):
+        return "FSDP gathers the weights of every block"
+    if any(map(is_partitioned, decoder.parameters())):
+        return "DeepSpeed ZeRO-3 gathers the weights of every block"
+    for module in modules if decoder.training else ():
+        rate = module.p if isinstance(module, _DropoutNd) else max(map(float, _rates(module)), default=0.0)
+        if module.training and rate > 0:
+            return f"a {type(module).__name__} is random in training (by {rate:g})"
+    return None
 
 
 def _rates(module: nn.Module) -> list[float]:

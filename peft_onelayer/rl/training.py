@@ -25,6 +25,7 @@ from peft_onelayer.tasks import Task
 from peft_onelayer.tuner import SingleLayerConfig
 
 from .algorithms import Algorithm
+from .packing import packed_prompts
 from .prefix import shared_prefix
 from .prompts import shared_prompts
 from .recipe import Recipe, demo_recipe, of_full_training
@@ -165,6 +166,7 @@ def train_rows(
         shared_prefix(trainer)  # another method has no frozen blocks below a trained one
     if algorithm.online:
         shared_prompts(trainer)
+    packed_prompts(trainer)
     scored_positions(trainer)
     trainer.add_callback(_NoPickle())
     trainer.remove_callback(PrinterCallback)  # it prints every log to stdout

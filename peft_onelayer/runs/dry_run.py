@@ -146,6 +146,7 @@ def _batches(plan: TrainingPlan, tokenizer: PreTrainedTokenizerBase | None, note
         generated=0 if fields.get("use_vllm") else max(generated, plan.generate),
         group=fields.get(algorithm.group_size or "") or 1,
         kept=generated if again else generated - rows,
+        shared=min(rows, fields.get(algorithm.group_size or "") or 1),
         outputs=outputs,
         reference=bool(fields.get("beta")),
     )

@@ -13,6 +13,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
 import torch
 from peft import LoraConfig, PeftConfig, get_peft_model
 from torch import nn
@@ -29,6 +30,7 @@ from transformers import (
 from trl.trainer import utils as trl_utils
 
 from peft_onelayer.records.text import name_blocks, one_line
+from peft_onelayer.rl.packing import Packing, pack, packed_arguments, unpackable
 from peft_onelayer.tuner import SingleLayerConfig
 from peft_onelayer.tuner.prompts import decoder_of
 
@@ -52,6 +54,7 @@ class Batches:
         group: completions of each prompt.
         kept: rows whose hidden states below the trained block are kept; 0 for none.
         scored: tokens of a row whose scores are computed in training; None for the completion's.
+        shared: rows of a training pass that begin with one prompt, as far as they are packed (`packed_prompts`).
         outputs: what TRL's LM head gives for each token; None where the trainer takes all logits.
         reference: whether a whole copy of the model stands beside one that trains in full.
     """
@@ -64,6 +67,7 @@ class Batches:
     group: int = 1
     kept: int = 0
     scored: int | None = None
+    shared: int = 1
     outputs: tuple[str, ...] | None = ("log_probs", "entropy")
     reference: bool = False
 
@@ -225,16 +229,28 @@ def _training(model: Any, train: Any, batches: Batches, arguments: TrainingArgum
     length = batches.prompt + batches.completion
     start = max(length - 1 - (batches.scored or batches.completion), 0)
     width = 0  # bytes of a position's hidden states
+    decoder = decoder_of(model)
+    packing = _packing(decoder, batches) if decoder is not None and batches.outputs is not None else None
+    positions = batches.rows * length if packing is None else packing.rows.size
+
+    def enter(decoder: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]] | None:
+        return None if packing is None else ((), {**kwargs, **packed_arguments(decoder, packing, kwargs["input_ids"])})
 
     def cut(decoder: nn.Module, args: tuple, output: Any) -> None:
         nonlocal width
         states = output.last_hidden_state
         width = states.size(-1) * states.dtype.itemsize
+        if packing is not None:
+            states = states.flatten(0, 1)[torch.from_numpy(packing.places)]
         if batches.outputs is not None:
             output.last_hidden_state = states[:, start:]
 
-    decoder = decoder_of(model)
-    handle = decoder.register_forward_hook(cut) if decoder is not None else None
+    handles = []
+    if decoder is not None:
+        handles = [
+            decoder.register_forward_pre_hook(enter, with_kwargs=True),
+            decoder.register_forward_hook(cut),
+        ]
     if batches.passes > 1:  # those of the passes before
         for parameter in model.parameters():
             parameter.grad = torch.empty_like(parameter) if parameter.requires_grad else None
@@ -257,10 +273,21 @@ def _training(model: Any, train: Any, batches: Batches, arguments: TrainingArgum
     held = live.peak
     if batches.passes == 1:
         held -= sum(_storages([p.grad for p in model.parameters() if p.grad is not None]))
-    if handle is not None:
+    for handle in handles:
         handle.remove()
     kept = batches.kept if _is_block(train) and min(train) > 0 else 0
-    return max(held, 0), kept * length * width
+    return max(held, 0), round(kept / batches.rows * positions * width)
+
+
+def _packing(decoder: Any, batches: Batches) -> Packing | None:
+    """How a pass of different rows of full length is packed."""
+    if batches.shared < 2 or unpackable(decoder) is not None:
+        return None
+    rows = np.arange(batches.rows)[:, None]
+    prompts, completions = (np.ones((1, length), np.int64) for length in (batches.prompt, batches.completion))
+    ids = np.concatenate([rows // batches.shared * prompts, rows * completions], axis=1)
+    labels = np.concatenate([rows * 0 * prompts - 100, rows * completions], axis=1)
+    return pack(ids, np.ones_like(ids), labels, decoder.config.hidden_size)
 
 
 @contextlib.contextmanager

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
+MADE_FROM = "onelayer_made_from"  # of a mask: the smaller tensor that, with the other arguments, it was made from
 OUTPUTS = ("output_hidden_states", "output_attentions", "output_router_logits")  # which every block would add to
 
 
@@ -21,7 +22,7 @@ class PassInputs:
         rows: for each row of `input_ids`, the bytes of the row in every tensor of two dimensions or more that has a row
             for it.
         rest: everything else: names, shapes and dtypes, the bytes of other tensors, plain values, and autocast.
-        by_row: the names of the tensors in `rows`.
+        by_row: the names of the tensors in `rows`; of one in a dict "argument.name".
     """
 
     given: dict[str, Any]
@@ -51,9 +52,10 @@ def pass_inputs(
     rows = [b""] * len(ids)
     rest: list[Any] = [torch.is_autocast_enabled(ids.device.type), torch.get_autocast_dtype(ids.device.type)]
     by_row = []
-    for name, value in sorted(given.items()):
+    for name, value in _by_name(given):
         if name in left_out:
             continue
+        value = getattr(value, MADE_FROM, value)
         if not isinstance(value, torch.Tensor):
             if not isinstance(value, bool | int | float | str | None):
                 return None
@@ -68,3 +70,13 @@ def pass_inputs(
         else:
             rest.append(content.reshape(-1).view(torch.uint8).numpy().tobytes())
     return PassInputs(given, tuple(rows), tuple(rest), tuple(by_row))
+
+
+def _by_name(given: dict[str, Any]) -> list[tuple[str, Any]]:
+    """The arguments by name, and those of a dict, such as masks by the kind of block, as "argument.name"."""
+    found: dict[str, Any] = {}
+    for name, value in given.items():
+        found |= (
+            {f"{name}.{inner}": part for inner, part in value.items()} if isinstance(value, dict) else {name: value}
+        )
+    return sorted(found.items())

@@ -84,7 +84,7 @@ class _Sharing:
         if not kwargs.get("use_cache") or not _is_fresh(kwargs.get("past_key_values")):
             return None
         inputs = pass_inputs(decoder, args, kwargs, left_out=("past_key_values",))
-        if inputs is None or len(set(inputs.rows)) == len(inputs.rows):
+        if inputs is None or len(set(inputs.rows)) == len(inputs.rows) or set(inputs.by_row) - set(inputs.given):
             return None
         places = {row: place for place, row in enumerate(dict.fromkeys(inputs.rows))}
         device = inputs.given["input_ids"].device
