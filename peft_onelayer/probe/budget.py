@@ -28,6 +28,28 @@ def least_share(run_completions: float, settings: RaceSettings) -> float:
     return settings.samples / settings.shared_share / run_completions
 
 
+def shares_of_round(
+    run_completions: float, run_passes: float, candidates: int, settings: RaceSettings
+) -> tuple[float, float]:
+    """The budget below which no first round has room for so many candidates, and one that has, whatever the lengths.
+
+    Args:
+        run_completions: completions that the training run generates.
+        run_passes: rows that it passes through the model.
+
+    >>> [round(share, 3) for share in shares_of_round(768, 768, 3, RaceSettings())]
+    [0.694, 0.899]
+    """
+    least, enough = [], []
+    for completion in (0.0, 1.0):  # of a row of one token; between these a share lies between theirs
+        left = TokenBudget(0, 0, completion, 1.0, 0, settings).least_left(candidates)
+        run = completion * run_completions + run_passes
+        least.append(left / run)
+        enough.append((left + 2 * settings.minibatch[0]) / run)  # the base's rows that are passed, at least
+    # The base's first completions cost half of the shared part at most. A tenth more, as others may be longer.
+    return min(least), 1.1 * max(enough) / (1 - settings.shared_share / 2)
+
+
 class TurnSize(NamedTuple):
     """What each candidate gets in a round.
 

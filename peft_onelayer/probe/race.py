@@ -30,7 +30,7 @@ from peft_onelayer.tuner import find_decoder_stack
 from peft_onelayer.tuner.model import commit_hash
 
 from .batch import Batch, graded_batch
-from .budget import TokenBudget, base_prompts, least_share
+from .budget import TokenBudget, base_prompts, least_share, shares_of_round
 from .outcome import likely_best, make_ranking, measured_rounds
 from .posterior import Posterior, fit
 from .prior import depth_prior
@@ -123,10 +123,12 @@ def race(
         BudgetError: the budget has no room for a round with three blocks.
         NothingToLearnError: rewards that are equal within every group of completions.
     """
+    chosen = list(range(len(find_decoder_stack(model).blocks))) if layers is None else sorted(layers)
     return _Race(
         model,
         tokenizer,
         task,
+        fewest=min(settings.fewest, len(chosen)),
         recipe=recipe or make_recipe("grpo", task),
         training_steps=training_steps,
         budget=budget,
@@ -134,7 +136,7 @@ def race(
         batch_size=batch_size,
         settings=settings,
         on_candidate=on_candidate,
-    ).rank(list(range(len(find_decoder_stack(model).blocks))) if layers is None else sorted(layers), use_prior)
+    ).rank(chosen, use_prior)
 
 
 def stream_seed(seed: int, stream: str) -> int:
@@ -175,6 +177,7 @@ class _Race:
         tokenizer: PreTrainedTokenizerBase,
         task: Task,
         *,
+        fewest: int,
         recipe: Recipe,
         training_steps: int,
         budget: float,
@@ -205,12 +208,15 @@ class _Race:
                 f"a budget of {budget:g} of a run that generates {generated:,.0f} completions has no room for a race; "
                 f"allow at least {least_share(generated, settings):.2g}"
             )
+        self.run, self.fewest = f"a budget of {budget:g} of a run of {training_steps} steps", fewest
+        least, enough = shares_of_round(generated, trained, fewest, settings)
+        if budget < least:
+            raise self._no_room(enough, NO_COST)
         base = self._sample("base 0", self.base_prompts)
         rollouts = [rollout for group in base for rollout in group]
         completion = fmean(r.tokens for r in rollouts)
         sequence = fmean(len(r.prompt_ids) + len(r.ids) for r in rollouts)
         one_run = generated * completion + trained * sequence
-        self.run = f"a budget of {budget:g} of a run of {training_steps} steps"
         self.budget = TokenBudget(budget * one_run, one_run, completion, sequence, self.longest, settings)
         self.budget.generated = _tokens(base)
         self.share = budget
@@ -268,17 +274,19 @@ class _Race:
     def _starters(self, layers: list[int]) -> tuple[list[int], int]:
         """The blocks that start, and how many others join them in the first round."""
         s = self.settings
-        affordable, fewest = self.budget.affordable_candidates(), min(s.fewest, len(layers))
-        if affordable < fewest:
-            needed = self._share_for(fewest)
-            allow = (
-                f"allow about {needed:.2f}" if needed < 1 else "it would cost more than the run itself; train longer"
-            )
-            raise BudgetError(f"{self.run} has no room for a round with {fewest} blocks; {allow}", self.cost)
+        affordable = self.budget.affordable_candidates()
+        if affordable < self.fewest:
+            raise self._no_room(self._share_for(self.fewest), self.cost)
         useful = self.budget.useful_candidates(0) - s.joining
         wanted = max(s.fewest, math.ceil(s.starting_share * len(layers)), useful)
         first = _spread(layers, min(affordable, wanted))
         return first, min(s.joining, len(layers) - len(first), affordable - len(first))
+
+    def _no_room(self, needed: float, cost: dict[str, float]) -> BudgetError:
+        """The error that says which share of the run would do."""
+        enough = math.ceil(100 * needed) / 100
+        allow = f"allow about {enough:.2f}" if enough < 1 else "it would cost more than the run itself; train longer"
+        return BudgetError(f"{self.run} has no room for a round with {self.fewest} blocks; {allow}", cost)
 
     def _share_for(self, candidates: int) -> float:
         """About the least budget, in hundredths, with room for so many blocks in the first round; at most 1.
@@ -317,11 +325,13 @@ class _Race:
         """A batch of the base's completions, of which more are generated until enough of them are informative."""
         most = self.budget.most_shared
         expected = self.base_prompts * self.settings.samples * self.budget.completion
+        reserved = 1.05 * self.budget.least_left(self.fewest)
         number = 1
         while True:
             batch = graded_batch(base, self.pad, self.model.device)
             enough = batch is not None and len(batch) >= self.settings.shared_completions
             dear = self.budget.generated + expected > most or self.budget.affordable_prompts() < self.base_prompts
+            dear = dear or self.budget.left - expected < reserved
             if enough or dear:
                 break
             base += self._generate(f"base {number}", self.base_prompts)
@@ -333,7 +343,8 @@ class _Race:
                 f"prompts of {self.task.name} (mean {mean:.2f}), so that there is nothing to learn from",
                 [rollout for group in base for rollout in group],
             )
-        size = max(self.settings.minibatch[0], int(most / self.budget.sequence))
+        room = self.budget.left - reserved - SEQUENCES_FOR_KL * self.budget.sequence
+        size = max(self.settings.minibatch[0], int(min(most, room) / self.budget.sequence))
         batch = batch.shuffled(stream_seed(self.seed, "order, round 0")).part(slice(0, size))
         with torch.no_grad():
             logps = [
