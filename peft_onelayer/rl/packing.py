@@ -17,8 +17,10 @@ import numpy as np
 import torch
 from peft import PeftModel
 from torch import nn
-from transformers import Trainer, TrainerCallback
+from transformers import PreTrainedModel, Trainer, TrainerCallback
+from trl import GRPOTrainer, RLOOTrainer
 
+from peft_onelayer.records.text import one_line
 from peft_onelayer.tuner.pass_inputs import MADE_FROM, pass_inputs
 from peft_onelayer.tuner.prompts import decoder_of
 
@@ -59,7 +61,7 @@ def packed_prompts(trainer: Trainer) -> PackedPrompts:
         packed.reference = PackedPrompts(trainer.accelerator.unwrap_model(reference))
     fields = trainer.args.to_dict()
     of_a_pass = fields.get("loss_type") == "bnpo" or fields.get("top_entropy_quantile", 1.0) < 1
-    if fields.get("steps_per_generation") and not of_a_pass:
+    if isinstance(trainer, GRPOTrainer | RLOOTrainer) and not of_a_pass:
         _keep_groups_together(trainer)
     trainer.add_callback(packed)
     return packed
@@ -89,23 +91,24 @@ def _keep_groups_together(trainer: Any) -> None:
 
 
 def _in_order(passes: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The same rows, by their number."""
-    order = torch.cat([each[ROW] for each in passes]).argsort().tolist()
-    sizes = [len(each[ROW]) for each in passes]
-    result: list[dict[str, Any]] = [{} for _ in passes]
-    for name, value in passes[0].items():
-        if value is None or (isinstance(value, torch.Tensor) and value.dim() == 0):
-            parts = [each[name] for each in passes]
-        elif isinstance(value, torch.Tensor):
-            parts = list(torch.cat([each[name] for each in passes])[order].split(sizes))
-        else:
-            rows = [row for each in passes for row in each[name]]
-            ends = np.cumsum(sizes).tolist()
-            parts = [[rows[i] for i in order[end - size : end]] for end, size in zip(ends, sizes, strict=True)]
-        for batch, part in zip(result, parts, strict=True):
-            batch[name] = part
-    for batch in result:
-        del batch[ROW]
+    """The same rows, by their number; the passes as they are where something has not one entry a row (images)."""
+    numbers = [each.pop(ROW) for each in passes]
+    order, sizes = torch.cat(numbers).argsort().tolist(), [len(each) for each in numbers]
+    single = {k for k, v in passes[0].items() if v is None or (isinstance(v, torch.Tensor) and v.dim() == 0)}
+    by_row = passes[0].keys() - single
+    if any(len(each[name]) != size for each, size in zip(passes, sizes, strict=True) for name in by_row):
+        return passes
+    result: list[dict[str, Any]] = [{name: each[name] for name in single} for each in passes]
+    for name in by_row:
+        parts = [each[name] for each in passes]
+        rows: Any = torch.cat(parts)[order] if isinstance(parts[0], torch.Tensor) else None
+        if rows is None:
+            every = [row for part in parts for row in part]
+            rows = [every[i] for i in order]
+        start = 0
+        for batch, size in zip(result, sizes, strict=True):
+            batch[name] = rows[start : start + size]
+            start += size
     return result
 
 
@@ -214,7 +217,7 @@ class PackedPrompts(TrainerCallback):
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.remove()
-        if self.decoder is not None and self.decoder is not self.model:
+        if isinstance(self.decoder, PreTrainedModel) and self.decoder is not self.model:
             if args.torch_compile:
                 self._switch_off("the model is compiled")
             else:
@@ -294,7 +297,10 @@ class PackedPrompts(TrainerCallback):
         devices = [ids.device] if ids.is_cuda else []
         with torch.no_grad(), torch.random.fork_rng(devices=devices):
             expected = self.decoder.forward(**whole).last_hidden_state[real]
-            packed = self.decoder.forward(**{**given, **packed_arguments(self.decoder, few, ids[rows])})
+            try:
+                packed = self.decoder.forward(**{**given, **packed_arguments(self.decoder, few, ids[rows])})
+            except (RuntimeError, ValueError, TypeError, LookupError, AttributeError, AssertionError) as error:
+                return f"its blocks cannot be given packed rows ({one_line(str(error), 120)})"
         found = packed.last_hidden_state.flatten(0, 1)[places][real]
         off = float((found - expected).norm() / expected.norm())
         kind = ids.device.type

@@ -14,9 +14,8 @@ import transformers
 from peft import PeftModel, get_peft_model
 from torch import nn
 from torch.utils._pytree import tree_leaves
-from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-from models import MULTIMODAL, build_architecture, build_multimodal, token_batch
+from models import EVERY, MULTIMODAL, build_architecture, build_multimodal, token_batch
 from peft_onelayer import SingleLayerConfig
 from peft_onelayer.tuner import find_decoder_stack, resolve_layers
 from peft_onelayer.tuner.stack import DecoderStack
@@ -50,19 +49,6 @@ WITHOUT_GRADIENT = {
     "prophetnet": r"\.cross_attn",
     "xlnet": r"\.(r_s_bias|seg_embed)$",  # segments are not given
 }
-# Those that transformers also lists and `test_every_family` leaves out: refused, or multimodal, or not comparable.
-TESTED_ELSEWHERE = "blt doge gemma3 hrm_text llama4 qwen3_5 xlm zamba zamba2"
-MULTIMODAL_TOO = """aria_text emu3 fuyu dots3_note gemma3n gemma4 gemma4_assistant gemma4_unified
-gemma4_unified_assistant git got_ocr2 mllama moss_transcribe_diarize musicgen musicgen_melody phi4_multimodal
-qwen3_5_moe qwen4_exp"""
-NOT_COMPARED = {
-    "inkling_text": "its own gradients with and without checkpointing differ in the last bit",
-    "phimoe": "whether its router gets a gradient depends on the data",
-    "qwen4_exp_text": "has tables of n-grams that cannot be made small",
-    "reformer": "its reversible layers run their own autograd function, which fails when the embeddings are frozen",
-}
-LEFT_OUT = {*TESTED_ELSEWHERE.split(), *MULTIMODAL_TOO.split(), *NOT_COMPARED}
-EVERY = sorted(set(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES) - LEFT_OUT)
 EMBEDDINGS_CHANGED_IN_PLACE = {"ctrl"}  # `inputs_embeds *= ...` fails on a leaf, so enable_input_require_grads does too
 
 
