@@ -152,11 +152,15 @@ class Bar:
         )
         self.task = self.progress.add_task(plain(description), total=total, detail="", left="")
 
-    def update(self, completed: int, detail: str = "") -> None:
+    def update(self, completed: int, detail: str = "", *, typical: bool = True) -> None:
+        """
+        Args:
+            typical: whether what was done last took about as long as what is left; if not, no time left is told by it.
+        """
         now = time.monotonic()
         self.completed, self.detail = completed, detail
-        if self.first is None:
-            self.first = completed, now
+        if self.first is None or not typical:
+            self.first, self.each = (completed, now), None
         elif completed > self.first[0]:
             self.each = (now - self.first[1]) / (completed - self.first[0])
         self.progress.update(self.task, completed=completed, detail=plain(detail), left=self.left())

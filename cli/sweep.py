@@ -155,7 +155,7 @@ def sweep(
             def show(done: int, total: int, spec: Any, row: dict[str, Any]) -> None:
                 unlearnable[:] = row.get("shown", unlearnable)
                 result = _result(row)
-                shown[0].update(done, f"{spec}: {result}")
+                shown[0].update(done, f"{spec}: {result}", typical=bool(row["steps"]))
                 if shown[0].progress.disable or "found" in row:
                     note(f"{done}/{total} {spec}: {result}")
 

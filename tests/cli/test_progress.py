@@ -42,6 +42,20 @@ def test_a_line_now_and_then_says_what_is_done_and_left(often, capsys, monkeypat
     assert capsys.readouterr().err == ""
 
 
+def test_what_is_quickly_done_tells_nothing_of_what_is_left(monkeypatch):
+    """The base of a sweep, and the first steps that find its learning rates."""
+    now = [100.0]
+    monkeypatch.setattr(_output.time, "monotonic", lambda: now[0])
+    bar = _output.Bar("sweep of m", 7, "run")
+    for done in (1, 2, 3):
+        now[0] += 5
+        bar.update(done, "base", typical=False)
+    assert bar.line() == "sweep of m: run 3 of 7, base"
+    now[0] += 600
+    bar.update(4, "block 2")
+    assert bar.line() == "sweep of m: run 4 of 7, block 2, 600 s per run, 30 min left"
+
+
 def test_waiting_is_told_too(often, capsys):
     with _output.status("loading a model ..."):
         assert lines_after(capsys, 2)[:2] == ["loading a model ... 0 s"] * 2
