@@ -157,7 +157,7 @@ def _without_weights(tmp_path):
 
 
 def test_ctrl_c_says_what_is_kept_and_the_same_command_goes_on(sweep, tmp_path, monkeypatch):
-    def interrupt(self, completed, detail=""):
+    def interrupt(self, *args, **kwargs):
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
