@@ -20,6 +20,7 @@ from transformers import AutoModelForCausalLM, PrinterCallback, TrainerCallback
 from trl import GRPOConfig, GRPOTrainer
 
 from peft_onelayer import SingleLayerConfig
+from peft_onelayer.rl import packed_prompts, scored_positions, shared_prefix, shared_prompts
 from peft_onelayer.rl.recipe import device_settings
 
 PART = "GRPO checks"
@@ -28,6 +29,9 @@ PART = "GRPO checks"
 def reward(completion_ids: list[list[int]], **_: Any) -> list[float]:
     """Differs from completion to completion, so that the advantages are not zero."""
     return [float(sum(ids) % 17) for ids in completion_ids]
+
+
+CALLS = (shared_prompts, packed_prompts, scored_positions)  # that `onelayer train` makes, whatever trains
 
 
 class TimedGRPOTrainer(GRPOTrainer):
@@ -205,31 +209,46 @@ class GRPOCosts:
         middle = self.sizes.blocks[1]
         ours = SingleLayerConfig(layer=middle, task_type="CAUSAL_LM")
         rank = {"r": models.RANK, "lora_alpha": 2 * models.RANK, "task_type": "CAUSAL_LM"}
-        variants: dict[str, tuple[Callable[[], Any], Any]] = {
-            "full, bfloat16 without masters": (lambda: copied(self.base).requires_grad_(True), None),
-            f"ours, block {middle}": (lambda: copied(self.base), ours),
-            f"LoRA r={models.RANK}, all linears": (
-                lambda: copied(self.base),
-                LoraConfig(target_modules="all-linear", **rank),
+        lora = LoraConfig(target_modules="all-linear", **rank)
+        variants: dict[str, tuple[Callable[[], Any], Any, tuple[Callable[[Any], Any], ...]]] = {
+            "full, bfloat16 without masters": (lambda: copied(self.base).requires_grad_(True), None, ()),
+            f"ours, block {middle}": (lambda: copied(self.base), ours, ()),
+            f"ours, block {middle}, with our calls": (lambda: copied(self.base), ours, (shared_prefix, *CALLS)),
+            "full, bfloat16 without masters, with our calls": (
+                lambda: copied(self.base).requires_grad_(True),
+                None,
+                CALLS,
             ),
-            f"freezing, block {middle}, bfloat16 without masters": (lambda: freezing(copied(self.base), middle), None),
+            f"LoRA r={models.RANK}, all linears": (lambda: copied(self.base), lora, ()),
+            f"freezing, block {middle}, bfloat16 without masters": (
+                lambda: freezing(copied(self.base), middle),
+                None,
+                (),
+            ),
         }
         if not beta:
-            variants["full, float32 masters"] = (lambda: copied(self.base).requires_grad_(True).float(), None)
+            variants["full, float32 masters"] = (lambda: copied(self.base).requires_grad_(True).float(), None, ())
         with tempfile.TemporaryDirectory() as scratch:
             self.folder = Path(scratch)
             if beta:
                 self.base.save_pretrained(self.folder / "base")  # TRL loads a whole model's reference from a folder
-            for index, (name, (make, config)) in enumerate(variants.items()):
+            for index, (name, (make, config, calls)) in enumerate(variants.items()):
                 self.rows.check(
                     "GRPO step",
                     name,
                     20,
                     75,
-                    partial(self.steps, make, config, beta, index == 0),
+                    partial(self.steps, make, config, calls, beta, index == 0),
                 )
 
-    def steps(self, make: Callable[[], Any], peft_config: Any, beta: float, baseline: bool) -> Row:
+    def steps(
+        self,
+        make: Callable[[], Any],
+        peft_config: Any,
+        calls: tuple[Callable[[Any], Any], ...],
+        beta: float,
+        baseline: bool,
+    ) -> Row:
         sizes, times, model = self.sizes, StepTimes(self.device), make()
         model.config._name_or_path = str(self.folder / "base")
         options = {"beta": beta, "max_steps": sizes.grpo_steps + 1, "learning_rate": 1e-6}
@@ -243,6 +262,8 @@ class GRPOCosts:
             [times],
             **options,
         )
+        for call in calls:
+            call(made)
         made.train()
         generation = made.generation[1:]
         seconds = statistics.median(times.times[1:])
