@@ -268,6 +268,27 @@ SEAMS: dict[str, tuple[Seam, ...]] = {
         Seam("torch.utils._pytree:tree_map_only", "to see every tensor that is made"),
     ),
     "peft_onelayer.rl.prefix": (Seam("torch.nn.modules.dropout:_DropoutNd", "to know that a pass is random"),),
+    "peft_onelayer.rl.packing": (
+        *(
+            Seam(
+                f"trl.trainer.{name.lower()}_trainer:{name}Trainer._prepare_inputs",
+                "to keep the rows of a prompt in one pass",
+                ("generation_batch",),
+                says=(
+                    "= shuffle_sequence_dict(generation_batch)",
+                    "self._buffered_inputs = [",
+                    "= self._buffered_inputs[self._step % self.args.steps_per_generation]",
+                ),
+            )
+            for name in ("GRPO", "RLOO")
+        ),
+        Seam(
+            "transformers.masking_utils:_preprocess_mask_arguments",
+            "a mask of every pair of positions is taken as it is",
+            ("attention_mask",),
+            says=("len(attention_mask.shape) == 4",),
+        ),
+    ),
     "peft_onelayer.tuner.prompts": (
         Seam("transformers.cache_utils:DynamicLayer.batch_select_indices", "one pass of equal prompts", ("indices",)),
     ),

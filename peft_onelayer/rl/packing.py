@@ -21,6 +21,7 @@ from transformers import PreTrainedModel, Trainer, TrainerCallback
 from trl import GRPOTrainer, RLOOTrainer
 
 from peft_onelayer.records.text import one_line
+from peft_onelayer.seams import check
 from peft_onelayer.tuner.pass_inputs import MADE_FROM, pass_inputs
 from peft_onelayer.tuner.prompts import decoder_of
 
@@ -46,8 +47,8 @@ def packed_prompts(trainer: Trainer) -> PackedPrompts:
 
     A pass that would not get cheaper is left as it is. Packing ends by itself, with a warning that says why, where it
     would be wrong: dropout in training, an attention without masks (flash attention), blocks with other than full or
-    sliding attention, FSDP, DeepSpeed ZeRO-3, compiled models. The first time, the rows of one prompt are passed both
-    ways, and compared.
+    sliding attention, FSDP, DeepSpeed ZeRO-3, compiled models. The rows of one prompt are passed both ways and
+    compared the first time, and whenever rows are longer than those that were.
 
     Args:
         trainer: that will train.
@@ -55,6 +56,7 @@ def packed_prompts(trainer: Trainer) -> PackedPrompts:
     Returns:
         What does it, already a callback of the trainer.
     """
+    check(__name__)
     model = trainer.accelerator.unwrap_model(trainer.model)
     packed = PackedPrompts(model.get_base_model() if isinstance(model, PeftModel) else model)
     if (reference := getattr(trainer, "ref_model", None)) is not None:  # beside a model that trains in full
@@ -92,8 +94,10 @@ def _keep_groups_together(trainer: Any) -> None:
 
 def _in_order(passes: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """The same rows, by their number; the passes as they are where something has not one entry a row (images)."""
+    if any(ROW not in each for each in passes):
+        return passes  # of a trainer that mixes others in
     numbers = [each.pop(ROW) for each in passes]
-    order, sizes = torch.cat(numbers).argsort().tolist(), [len(each) for each in numbers]
+    order, sizes = torch.cat(numbers).argsort(stable=True).tolist(), [len(each) for each in numbers]
     single = {k for k, v in passes[0].items() if v is None or (isinstance(v, torch.Tensor) and v.dim() == 0)}
     by_row = passes[0].keys() - single
     if any(len(each[name]) != size for each, size in zip(passes, sizes, strict=True) for name in by_row):
@@ -207,7 +211,7 @@ class PackedPrompts(TrainerCallback):
         self.reference: PackedPrompts | None = None
         self.packed = self.whole = 0
         self.off: str | None = None
-        self._proven = False
+        self._compared = (0, 0)  # tokens of the longest row and of the longest packed one that were passed both ways
         self._labels: torch.Tensor | None = None  # of the scoring pass under way
         self._places: torch.Tensor | None = None  # of the packed pass under way, (N, T)
         self._handles: list[Any] = []
@@ -271,10 +275,12 @@ class PackedPrompts(TrainerCallback):
         if packing is None:
             self.whole += 1
             return None
-        if not self._proven and (problem := self._compare(inputs.given, packing, batch)) is not None:
+        lengths = ids.size(1), packing.slots.shape[1]
+        longest = max(lengths[0], self._compared[0]), max(lengths[1], self._compared[1])
+        if longest != self._compared and (problem := self._compare(inputs.given, packing, batch)) is not None:
             self._switch_off(problem)
             return None
-        self._proven = True
+        self._compared = longest
         self.packed += 1
         self._places = torch.from_numpy(packing.places).to(ids.device)
         return (), {**inputs.given, **packed_arguments(decoder, packing, ids)}
@@ -370,7 +376,7 @@ def _mask(decoder: Any, seen: torch.Tensor, slots: torch.Tensor) -> torch.Tensor
 def _kinds(config: Any) -> tuple[set[str], int | None, bool]:
     """The kinds of attention of a decoder's blocks, the window of the sliding one, and whether the decoder takes a mask
     by kind."""
-    window = getattr(config, "sliding_window", None)
+    window = getattr(config, "sliding_window", None) if getattr(config, "use_sliding_window", True) else None
     if getattr(config, "layer_types", None) is not None:
         kinds = set(config.layer_types)
         return kinds, window, kinds != {"full_attention"}

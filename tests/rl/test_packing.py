@@ -14,7 +14,7 @@ from trl.trainer import utils
 from models import EVERY, build, build_architecture
 from peft_onelayer import SingleLayerConfig
 from peft_onelayer.rl import packed_prompts, scored_positions, shared_prefix
-from peft_onelayer.rl.packing import PackedPrompts, pack
+from peft_onelayer.rl.packing import PackedPrompts, _in_order, pack
 
 pytestmark = pytest.mark.skipif(not hasattr(utils, "add_fused_lm_head"), reason="this TRL has no fused LM head")
 ARGS = SimpleNamespace(torch_compile=False)
@@ -183,6 +183,41 @@ def test_a_model_that_reads_more_than_the_mask_is_found_out():
         *found, packed = scores(model, hooked=True)
     assert packed.off is not None
     assert all(torch.equal(a, b) for a, b in zip(expected, found, strict=True))
+
+
+def test_longer_rows_are_compared_again():
+    """Of a model that packs well as long as rows are short, as one whose attention reaches so many columns back."""
+    model = build("Llama").train()
+    utils.add_fused_lm_head(model)
+    block = model.model.layers[1]
+    own = block.forward
+    block.forward = lambda hidden, *args, **kwargs: own(
+        hidden + hidden.roll(1, 1) if hidden.size(1) > 60 else hidden, *args, **kwargs
+    )
+    packed = PackedPrompts(model)
+    packed.on_train_begin(ARGS, None, None)
+    ids, mask, labels = batch()
+    for _ in range(2):
+        model(input_ids=ids, attention_mask=mask, labels=labels, fused_lm_head=True)
+    assert packed.packed == 2 and packed.off is None
+    more = torch.randint(3, 64, (12, 30))
+    longer = [torch.cat([a, b], 1) for a, b in ((ids, more), (mask, torch.ones_like(more)), (labels, more))]
+    with pytest.warns(UserWarning, match="differ from those of whole rows by"):
+        model(**dict(zip(("input_ids", "attention_mask", "labels"), longer, strict=True)), fused_lm_head=True)
+    assert packed.packed == 2 and packed.off is not None
+
+
+def test_rows_of_images_are_left_in_the_order_that_they_have():
+    """What has not one entry a row cannot be put in order with the rows."""
+    rows = [{"completion_ids": torch.tensor([[i]]), "onelayer_row": torch.tensor([1 - i])} for i in range(2)]
+    passes = [row | {"pixel_values": torch.zeros(3, 2)} for row in rows]
+    assert [each["completion_ids"].item() for each in _in_order(copy.deepcopy(passes))] == [0, 1]
+    found = _in_order([row | {"mask": None, "items": torch.tensor(7), "texts": [f"{i}"]} for i, row in enumerate(rows)])
+    assert [each["completion_ids"].item() for each in found] == [1, 0] and [each["texts"] for each in found] == [
+        ["1"],
+        ["0"],
+    ]
+    assert all(each["mask"] is None and each["items"] == 7 and "onelayer_row" not in each for each in found)
 
 
 def grpo(tokenizer, folder, *, packs, **settings):
