@@ -38,7 +38,7 @@ def shares_of_round(
         run_passes: rows that it passes through the model.
 
     >>> [round(share, 3) for share in shares_of_round(768, 768, 3, RaceSettings())]
-    [0.694, 0.899]
+    [0.694, 0.9]
     """
     least, enough = [], []
     for completion in (0.0, 1.0):  # of a row of one token; between these a share lies between theirs

@@ -200,8 +200,8 @@ def test_longer_rows_are_compared_again():
     for _ in range(2):
         model(input_ids=ids, attention_mask=mask, labels=labels, fused_lm_head=True)
     assert packed.packed == 2 and packed.off is None
-    more = torch.randint(3, 64, (12, 30))
-    longer = [torch.cat([a, b], 1) for a, b in ((ids, more), (mask, torch.ones_like(more)), (labels, more))]
+    more = torch.full((12, 40), 5)  # before every prompt
+    longer = [torch.cat([a, b], 1) for a, b in ((more, ids), (more * 0 + 1, mask), (more * 0 - 100, labels))]
     with pytest.warns(UserWarning, match="differ from those of whole rows by"):
         model(**dict(zip(("input_ids", "attention_mask", "labels"), longer, strict=True)), fused_lm_head=True)
     assert packed.packed == 2 and packed.off is not None
