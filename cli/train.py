@@ -136,6 +136,14 @@ def train(
         str | None,
         typer.Option(help="Adapter to start from, a folder or a Hub id; its blocks are trained.", show_default=False),
     ] = None,
+    prefix_cache: Annotated[
+        Path | None,
+        typer.Option(
+            help="Offline: keep what leaves the frozen blocks in this folder, for later epochs and runs.",
+            show_default=False,
+        ),
+    ] = None,
+    prefix_cache_gb: Annotated[float, typer.Option(help="The most that --prefix-cache may hold, in GB.")] = 50.0,
     resume: Annotated[
         bool, typer.Option("--resume", help="Go on with the run in --out; nothing else need be given.")
     ] = False,
@@ -203,7 +211,7 @@ def train(
             raise ValueError("--dry-run looks at a run that is to begin; leave out --resume")
         if dry_run and out is None:
             out = Path("run")  # is not looked at
-        for name, path in (("out", out), ("mask", mask)):
+        for name, path in (("out", out), ("mask", mask), ("prefix_cache", prefix_cache)):
             if path is not None:
                 given[name] = str(path)
         refuse_fields(fields, TRAINING_OPTIONS)

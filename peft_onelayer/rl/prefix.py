@@ -11,6 +11,7 @@ import warnings
 from collections.abc import Iterator, MutableMapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -27,10 +28,15 @@ from peft_onelayer.tuner.pass_inputs import PassInputs, pass_inputs
 from peft_onelayer.tuner.prefix import HiddenStates, starting_at
 from peft_onelayer.tuner.sharding import is_partitioned
 
+from .state_cache import GIGABYTE, StateCache
+
+CACHE_BYTES = 50 * GIGABYTE
 RANDOM = ("drop", "jitter")  # parts of the names under which modules keep a share of what they drop, or of noise
 
 
-def shared_prefix(trainer: Trainer) -> SharedPrefix:
+def shared_prefix(
+    trainer: Trainer, cache_dir: str | Path | None = None, cache_bytes: int = CACHE_BYTES
+) -> SharedPrefix:
     """Run the blocks below the lowest trained one once for every row that a trainer passes through its model.
 
     For trainers whose passes come back to a row: of a policy and its reference (GRPO, Dr. GRPO, GiGPO and RLOO with
@@ -44,8 +50,14 @@ def shared_prefix(trainer: Trainer) -> SharedPrefix:
     states, embeddings in place of token ids, FSDP, DeepSpeed ZeRO-3, and compiled models. The first time that a row
     comes back, both ways are run and compared.
 
+    Offline trainers pass the same rows in every epoch. With `cache_dir` their states are kept on disk too, by the row's
+    content and a digest of the frozen weights, so that later epochs, and later runs, start above the frozen blocks. A
+    row that comes back in another batch has the states of the batch that it was in first.
+
     Args:
         trainer: holds a model wrapped with `SingleLayerConfig`.
+        cache_dir: folder for states on disk; None for none. Several processes may share it.
+        cache_bytes: of all files in it, at most: nothing is added beyond.
 
     Returns:
         What does it, already a callback of the trainer.
@@ -67,6 +79,8 @@ def shared_prefix(trainer: Trainer) -> SharedPrefix:
     passes = (batches or 1) * fields.get("num_iterations", 1)
     steps = math.ceil(passes / trainer.args.gradient_accumulation_steps) if batches else 0
     prefix = SharedPrefix(base, cuts[0].stack_name, steps)
+    if cache_dir is not None:
+        prefix.cache = StateCache(cache_dir, cache_bytes)
     trainer.add_callback(prefix)
     return prefix
 
@@ -83,6 +97,7 @@ class _Pass:
         values: (B, T, H), what the last frozen block returned.
         returns_tuple: for each frozen block, whether it returns a tuple.
         problem: why the states are not all that the next block depends on, or None.
+        folder: of the states on disk, or None.
     """
 
     inputs: PassInputs
@@ -92,6 +107,7 @@ class _Pass:
     values: torch.Tensor | None = None
     returns_tuple: list[bool] = field(default_factory=list)
     problem: str | None = None
+    folder: Path | None = None
 
     @contextmanager
     def noting(self, blocks: Any) -> Iterator[None]:
@@ -122,6 +138,7 @@ class SharedPrefix(TrainerCallback):
         started: passes that started above the frozen blocks.
         whole: passes that ran them and were kept.
         off: why nothing is shared any more, or None.
+        cache: states on disk, or None.
     """
 
     def __init__(self, model: nn.Module, stack_name: str, steps: int) -> None:
@@ -137,6 +154,7 @@ class SharedPrefix(TrainerCallback):
         self.started = self.whole = 0
         self.off: str | None = None
         self.kept: dict[tuple, dict[bytes, tuple[HiddenStates, int]]] = {}  # by stamp and row: states, and whose row
+        self.cache: StateCache | None = None
         self._proven = False
         self._pass: _Pass | None = None
         self._open = ExitStack()  # what is in place during a pass
@@ -195,6 +213,11 @@ class SharedPrefix(TrainerCallback):
             return
         self._pass = _Pass(inputs, (inputs.rest, depth, decoder.training, self._versions(depth)), depth)
         found = self._find(self._pass)
+        if found is None and self.cache is not None:
+            self._pass.folder = self.cache.folder_of(decoder, self._below(depth), self._pass.stamp[-1], inputs)
+            found = self.cache.read(inputs, self.blocks, self._pass.folder)
+            if found is not None:
+                self._keep(self._pass, found)
         if found is not None and self._proven:
             self.started += 1
             self._pass = None
@@ -219,6 +242,11 @@ class SharedPrefix(TrainerCallback):
             self._switch_off(run.problem)
             return
         states = run.states(self.blocks)
+        self._keep(run, states)
+        if self.cache is not None and run.folder is not None:
+            self.cache.write(run.inputs, states, run.folder)
+
+    def _keep(self, run: _Pass, states: HiddenStates) -> None:
         self.kept.setdefault(run.stamp, {}).update({row: (states, i) for i, row in enumerate(run.inputs.rows)})
 
     def _find(self, run: _Pass) -> HiddenStates | None:
@@ -265,8 +293,11 @@ class SharedPrefix(TrainerCallback):
 
     def _versions(self, depth: int) -> tuple[tuple[int, int], ...]:
         """What tells that a weight below the trained block was changed or replaced."""
+        return tuple((id(p), p._version) for p in self._below(depth))
+
+    def _below(self, depth: int) -> list[nn.Parameter]:
         above = {id(parameter) for block in self.blocks[depth:] for parameter in block.parameters()}
-        return tuple((id(p), p._version) for p in self.decoder.parameters() if id(p) not in above)
+        return [parameter for parameter in self.decoder.parameters() if id(parameter) not in above]
 
     def _problem(self, kwargs: dict[str, Any]) -> str | None:
         """Why no states may be shared in this pass and later ones."""

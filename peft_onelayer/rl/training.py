@@ -100,6 +100,7 @@ def train_rows(
     mask: str | None = None,
     boost: tuple[list[int], float] | None = None,
     at_end: Callable[[nn.Module], None] = lambda model: None,
+    prefix_cache: tuple[str, int] | None = None,
 ) -> TrainingResult:
     """Train `layers` of `model` on `rows` with the trainer of the recipe's algorithm.
 
@@ -121,6 +122,8 @@ def train_rows(
         mask: file of the entries of these layers that train, as `SingleLayerConfig` takes it.
         boost: of full training: blocks, and the factor of their learning rate.
         at_end: is given the trained model before it is saved.
+        prefix_cache: of blocks and an offline algorithm: folder for the hidden states below the lowest trained block,
+            and its bound in bytes.
     """
     algorithm = recipe.algorithm
     trainer_class = algorithm.trainer_class(adapter=layers is not None)
@@ -163,7 +166,7 @@ def train_rows(
         **arguments,
     )
     if layers is not None and not (isinstance(layers, PeftConfig) and not isinstance(layers, SingleLayerConfig)):
-        shared_prefix(trainer)  # another method has no frozen blocks below a trained one
+        shared_prefix(trainer, *(prefix_cache or ()))  # another method has no frozen blocks below a trained one
     if algorithm.online:
         shared_prompts(trainer)
     packed_prompts(trainer)

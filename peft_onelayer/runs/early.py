@@ -14,7 +14,7 @@ from functools import partial
 from pathlib import Path
 
 from peft_onelayer.layers import check_layers
-from peft_onelayer.records.claim import claimed
+from peft_onelayer.records.claim import check_parent, claimed
 from peft_onelayer.records.evaluation import EvaluationRecord
 from peft_onelayer.records.files import CONFIG, TargetError, check_file, check_folder, read_fields
 from peft_onelayer.records.locate import check_model_name
@@ -63,6 +63,7 @@ def check_training(settings: TrainingSettings, *, resume: bool = False, writes: 
     if settings.steps and "num_train_epochs" in settings.config:
         raise ValueError("--steps and --set num_train_epochs both say how long to train; give one of them")
     _check_blocks(settings, algorithm)
+    _check_cache(settings, algorithm)
     if settings.keep not in KEEP:
         raise ValueError(f"--keep is one of {', '.join(KEEP)}, got {settings.keep!r}{meant(settings.keep, KEEP)}")
     if settings.eval_problems == 0 and (settings.eval_every or settings.also or settings.show):
@@ -91,6 +92,24 @@ def _check_blocks(settings: TrainingSettings, algorithm: Algorithm) -> None:
         check_layers(settings.layer)
     elif not (settings.full or settings.init_adapter) and not algorithm.online:
         raise ValueError(f"--layer auto ranks the blocks with online RL; for {algorithm.name} name one, such as mid-5")
+
+
+def _check_cache(settings: TrainingSettings, algorithm: Algorithm) -> None:
+    """Refuse a cache of hidden states that could not be used, or be written."""
+    if settings.prefix_cache is None:
+        return
+    if algorithm.online:
+        raise ValueError(
+            f"--prefix-cache keeps rows that come back in another epoch; those that {algorithm.name} generates do not"
+        )
+    if settings.full:
+        raise ValueError("--prefix-cache keeps what leaves the frozen blocks, and --full trains them all")
+    if not settings.prefix_cache_gb > 0:
+        raise ValueError(f"--prefix-cache-gb is above 0, got {settings.prefix_cache_gb:g}")
+    folder = Path(settings.prefix_cache).resolve()
+    if folder.exists() and not (folder.is_dir() and os.access(folder, os.W_OK | os.X_OK)):
+        raise ValueError(f"--prefix-cache {settings.prefix_cache} is no folder that can be written to; name another")
+    check_parent(folder)
 
 
 def check_source(task: str | Task | None, dataset: str | None, reward: str | None) -> None:

@@ -34,10 +34,10 @@ ABOUT, EVALUATION, FULL_RATE = "about", "evaluation", "full_learning_rate"
 # What every option is in a file; None stands for an option that is not given.
 OPTIONS: dict[str, tuple[type, ...]] = {
     **dict.fromkeys(("model", "task", "dataset", "reward", "revision", "out", "algorithm", "method"), (str,)),
-    **dict.fromkeys(("report_to", "init_adapter", "keep", "mask", "boost", "system"), (str,)),
+    **dict.fromkeys(("report_to", "init_adapter", "keep", "mask", "boost", "system", "prefix_cache"), (str,)),
     **dict.fromkeys(("seed", "steps", "prompts", "completions", "pairs_from_task"), (int,)),
     **dict.fromkeys(("eval_problems", "eval_every", "show", "shots"), (int,)),
-    **dict.fromkeys(("learning_rate", "budget", "top_entropy"), (float,)),
+    **dict.fromkeys(("learning_rate", "budget", "top_entropy", "prefix_cache_gb"), (float,)),
     **dict.fromkeys(("full", "chat", "trust_remote_code", "unsafe"), (bool,)),
     "layer": (int, str, list),
     "also": (list,),

@@ -97,6 +97,8 @@ class TrainingSettings(Source):
         report_to: TRL's own logging: "wandb", "trackio", "tensorboard", or several with commas.
         init_adapter: adapter to start from, a folder or a Hub id, whose blocks are trained; the KL term of an
             algorithm stays one to the base.
+        prefix_cache: offline: folder for what leaves the frozen blocks, which later epochs and runs start from.
+        prefix_cache_gb: of all files in it, at most, in 10^9 bytes.
         eval_problems: held-out problems on which base and result are compared, 4 completions of each; 0 for none, None
             for 128, or fewer of a short run: both together take a fifth of the completions of the run at most.
         eval_every: steps between two measurements of as many other held-out problems; None for none.
@@ -123,6 +125,8 @@ class TrainingSettings(Source):
     sampling: Mapping[str, Any] = field(default_factory=dict)
     report_to: str = "none"
     init_adapter: str | None = None
+    prefix_cache: str | None = None
+    prefix_cache_gb: float = 50.0
     eval_problems: int | None = None
     eval_every: int | None = None
     keep: Literal["best", "last"] = "best"

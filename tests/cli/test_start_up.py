@@ -20,6 +20,7 @@ def onelayer():
 
 
 TRAIN = ["train", "{root}/base", "--out", "{root}/new"]
+DPO = [*TRAIN, "--algorithm", "dpo", "--task", "sort", "--pairs-from-task", "8"]
 SWEEP = ["sweep", "{root}/base", "--task", "sort"]
 VOTE = ["vote", "{root}/dense", "{root}/sparse", "--task", "sort", "--base", "{root}/base"]
 
@@ -136,6 +137,15 @@ LORA = ["--format", "lora"]
         ([*TRAIN, "--task", "sort", "--set", "use_vllm=true"], 1, "vLLM, which is not installed"),
         ([*TRAIN, "--task", "sort", "--set", "beta"], 1, "--set takes field=value"),
         ([*TRAIN, "--algorithm", "dpo", "--task", "sort"], 1, "dpo is offline"),
+        ([*TRAIN, "--task", "sort", "--prefix-cache", "c"], 1, "those that grpo generates do not"),
+        ([*DPO, "--prefix-cache", "c", "--full"], 1, "and --full trains them all"),
+        (
+            [*DPO, "--layer", "1", "--prefix-cache", "c", "--prefix-cache-gb", "0"],
+            1,
+            "--prefix-cache-gb is above 0, got 0",
+        ),
+        ([*DPO, "--layer", "1", "--prefix-cache", "{root}/task.py"], 1, "no folder that can be written to"),
+        ([*DPO, "--layer", "1", "--prefix-cache", "{root}/task.py/c"], 1, "is not a folder"),
         ([*TRAIN, "--dataset", "d.jsonl", "--reward", "{root}/task.py:my_rewrd"], 1, "did you mean my_reward?"),
         ([*TRAIN, "--recipe", "qwen3-1.7b-numna:paper"], 1, "qwen3-1.7b-numina:paper"),
         (["train", "{root}/nowhere", "--task", "sort", "--out", "{root}/new"], 1, "no model folder at"),

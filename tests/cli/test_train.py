@@ -233,6 +233,18 @@ def test_offline_on_a_file_of_preferences(train, tmp_path):
     assert changed_tensors(folder) == tensors_of(2)
     assert run["results"]["steps"] == 2  # two epochs of 16 rows in batches of 32
     assert run["settings"]["dataset"]["data"]["pairs.jsonl"]
+    again, _ = train(
+        *arguments,
+        "--set",
+        "num_train_epochs=2",
+        "--set",
+        "learning_rate=1e-3",
+        "--prefix-cache",
+        tmp_path / "c",
+        out="again",
+    )
+    assert len(list((tmp_path / "c").glob("*/*.safetensors"))) == 16  # each pair in one row
+    assert again["results"]["losses"] == pytest.approx(run["results"]["losses"], abs=1e-4)
 
 
 @pytest.mark.more
