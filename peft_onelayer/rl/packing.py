@@ -18,7 +18,6 @@ import torch
 from peft import PeftModel
 from torch import nn
 from transformers import PreTrainedModel, Trainer, TrainerCallback
-from trl import GRPOTrainer, RLOOTrainer
 
 from peft_onelayer.records.text import one_line
 from peft_onelayer.seams import check
@@ -56,6 +55,8 @@ def packed_prompts(trainer: Trainer) -> PackedPrompts:
     Returns:
         What does it, already a callback of the trainer.
     """
+    from trl import GRPOTrainer, RLOOTrainer
+
     check(__name__)
     model = trainer.accelerator.unwrap_model(trainer.model)
     packed = PackedPrompts(model.get_base_model() if isinstance(model, PeftModel) else model)
