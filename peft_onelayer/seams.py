@@ -201,8 +201,10 @@ SEAMS: dict[str, tuple[Seam, ...]] = {
         Seam("transformers.initialization:meta_device_safe_creation_ops", "a model without weights"),
     ),
     "peft_onelayer.adapter.fusion": (
-        Seam("peft.utils.merge_utils:ties", "to combine adapters", ("task_tensors", "weights", "density")),
-        Seam("peft.utils.merge_utils:dare_linear", "to combine adapters", ("task_tensors", "weights", "density")),
+        Seam("peft.utils.merge_utils:prune", "to combine adapters", ("tensor", "density", "method")),
+        Seam("peft.utils.merge_utils:task_arithmetic", "to combine adapters", ("task_tensors", "weights")),
+        Seam("peft.utils.merge_utils:calculate_majority_sign_mask", "to combine adapters", ("tensor",)),
+        Seam("peft.utils.merge_utils:disjoint_merge", "to combine adapters", ("task_tensors", "majority_sign_mask")),
     ),
     "peft_onelayer.runs.models": (
         Seam(

@@ -1,14 +1,16 @@
 """Makes one adapter of several that were trained on one base: of different blocks, or of one block by a formula.
 
-The adapters' files and the base's are read tensor by tensor, and the result is written as it comes.
+The adapters' files and the base's are read in pieces of a tensor, and the result is written as it comes.
 """
 
 from __future__ import annotations
 
+import copy
 import json
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,17 +18,18 @@ from peft_onelayer.records.adapter_config import CombinedRecord, Part
 from peft_onelayer.records.fields import without_missing_parts
 from peft_onelayer.records.files import CONFIG, WEIGHTS, check_folder, file_digest, output, staged_directory, whole_file
 from peft_onelayer.records.locate import adapter_folder, base_folder, hub_identity, last_part
-from peft_onelayer.sparse.base import BaseRecord
 from peft_onelayer.sparse.names import TRAINED
 
 from .checkpoint import Checkpoint
-from .largest import Largest
-from .merge import check_base
+from .largest import PASSES, Largest, Walk
+from .parts import Parts
 from .reader import AdapterFile, open_adapter
 from .stored import DTYPES, header
 
 if TYPE_CHECKING:
     import torch
+
+    from .parts import Pieces
 
 METHODS = ("stack", "sum", "average", "slerp", "ties", "dare", "cpi")
 DENSITY = {"ties": 0.2, "dare": 0.5}
@@ -107,8 +110,10 @@ def combine_adapters(
       most. Each core entry takes its task's value, the others are SLERP, beginning with the last adapter.
 
     An adapter that does not train a tensor leaves it as it is in the base. Formulas are in float64, of a dense adapter
-    on its masters, and rounded once to the base's dtype. One tensor of every adapter is in memory at a time. The result
-    is a dense adapter in the base's dtype, and adapter_config.json has a record of its parts, `combined`.
+    on its masters, and rounded once to the base's dtype. A piece of one tensor of every adapter is in memory at a time;
+    "ties" and "dare" hold one adapter's whole tensor where they choose what is kept, and a sparse adapter is decoded a
+    tensor at a time. The result is a dense adapter in the base's dtype, and adapter_config.json has a record of its
+    parts, `combined`.
 
     Args:
         adapters: two or more folders or Hub ids, dense or sparse, of one base.
@@ -150,10 +155,10 @@ def combine_adapters(
     with output(Path(out)):
         folders = [adapter_folder(name) for name in names]
         files = [open_adapter(folder) for folder in folders]
-        parts = _Parts(files, _base_of(files, base, revision), allow_other_base, on_progress)
+        parts = Parts(files, _base_of(files, base, revision), allow_other_base, on_progress)
         if method == "stack":
             parts.refuse_common_tensors()
-        parts.passes = 1 if method != "cpi" else 6
+        parts.expected = _entries_to_read(parts, method, mask_out is not None)
         labels = [str(name) for name in names]
         record = CombinedRecord(method, [Part(_public(file), file_digest(file / WEIGHTS)) for file in folders])
         cores = _Cores(parts, core, overlap) if method == "cpi" else None
@@ -178,121 +183,23 @@ def combine_adapters(
         )
 
 
-class _Parts:
-    """The adapters to combine, checked against their base.
-
-    Attributes:
-        names: of the tensors that at least one of them trains, sorted.
-        dtypes: of the base's tensors in training, as torch calls them, by name.
-        passes: over the tensors, for the progress.
-    """
-
-    def __init__(
-        self,
-        files: list[AdapterFile],
-        checkpoint: Checkpoint,
-        allow_other_base: bool,
-        on_progress: Callable[[int, int], None],
-    ) -> None:
-        self.files, self.checkpoint, self.allow_other_base, self.on_progress = (
-            files,
-            checkpoint,
-            allow_other_base,
-            on_progress,
-        )
-        self.names = sorted({name for file in files for name in file.names})
-        self.dtypes: dict[str, str] = {}
-        for file in files:
-            check_base(file, checkpoint, allow_other_base)
-            for name in file.names:
-                dtype = self._dtype(file, name)
-                if self.dtypes.setdefault(name, dtype) != dtype:
-                    raise ValueError(
-                        f"{file.folder} was trained on a base in {dtype} and another adapter on one in "
-                        f"{self.dtypes[name]}: their values are those of different models."
-                    )
-        self.layers = sorted({layer for file in files for layer in file.layers})
-        self.passes, self.done = 1, 0
-
-    def _dtype(self, file: AdapterFile, name: str) -> str:
-        if file.sparse is not None:
-            return file.sparse.tensors[name].dtype
-        if file.trained_on is not None:
-            return file.trained_on.block[name].dtype
-        return DTYPES[self.checkpoint.places[self.checkpoint.stored_as[name]].dtype]
-
-    def refuse_common_tensors(self) -> None:
-        """Raise ValueError if two adapters train one tensor."""
-        first: dict[str, AdapterFile] = {}
-        for file in self.files:
-            for name in file.names:
-                if (other := first.setdefault(name, file)) is not file:
-                    raise ValueError(
-                        f"{other.folder} and {file.folder} both train {name}, so they do not stack; choose --method "
-                        "sum, average, slerp, ties, dare or cpi."
-                    )
-
-    def shape(self, name: str) -> tuple[int, ...]:
-        return self.checkpoint.places[self.checkpoint.stored_as[name]].shape
-
-    @property
-    def entries(self) -> int:
-        return sum(math.prod(self.shape(name)) for name in self.names)
-
-    def values(self, name: str) -> tuple[torch.Tensor, list[torch.Tensor]]:
-        """The base's tensor and each adapter's, float64; an adapter that does not train it has the base's."""
-        import torch
-
-        base = self.checkpoint.read(self.checkpoint.stored_as[name]).to(getattr(torch, self.dtypes[name]))
-        found = []
-        for file in self.files:
-            value = base
-            if name in file.keys:
-                value = file.tensor(name, base if file.sparse is not None else None, self.allow_other_base)
-                if value.shape != base.shape:
-                    raise ValueError(
-                        f"{file.folder} holds {name} in shape {list(value.shape)}, not {list(base.shape)}."
-                    )
-            found.append(value.double())
-        self.done += base.numel()
-        self.on_progress(self.done, self.passes * self.entries)
-        return base.double(), found
-
-    def config(self) -> dict[str, Any]:
-        """adapter_config.json of the result."""
-        first = self.files[0].config
-        config = {k: v for k, v in first.items() if k not in ("encoding", "mask", "combined", "saved_embeddings")}
-        config |= {"layer": self.layers, "layer_indices": self.layers}
-        if any(file.config.get("target_modules") or file.config.get("mask") for file in self.files):
-            config["target_modules"] = sorted({name.rpartition(".")[0] for name in self.names})
-        records = [file.trained_on for file in self.files if file.trained_on is not None]
-        if self.allow_other_base or len(records) < len(self.files):
-            hub_id, commit = hub_identity(self.checkpoint.folder)
-            if str(self.checkpoint.folder) != first.get("base_model_name_or_path") and commit != first.get("revision"):
-                config |= {"base_model_name_or_path": hub_id or str(self.checkpoint.folder), "revision": commit}
-            return config | {"trained_on": self.checkpoint.record(self.names).to_json()}
-        known = {name: sample for record in records for name, sample in record.tensors.items()}
-        block = {name: known[name] for name in self.names}
-        rest = {name: sample for name, sample in known.items() if name not in block}
-        return config | {"trained_on": BaseRecord(block, rest, records[0].stages).to_json()}
-
-
 class _Cores:
     """The core regions of CPI-FT: of each adapter the entries of its tensors that changed most."""
 
-    def __init__(self, parts: _Parts, share: float, threshold: float) -> None:
+    def __init__(self, parts: Parts, share: float, threshold: float) -> None:
         self.parts = parts
         entries = [sum(math.prod(parts.shape(name)) for name in file.names) for file in parts.files]
         self.largest = [
-            Largest(lambda i=i: self._scores(i), max(1, round(share * entries[i])))  # type: ignore[misc]
-            for i in range(len(parts.files))
+            Largest(partial(self._scores, i), max(1, round(share * entries[i]))) for i in range(len(parts.files))
         ]
         n = len(parts.files)
         both = [[0] * n for _ in range(n)]
-        for _, cores in self.walk():
-            for i in range(n):
-                for j in range(n):
-                    both[i][j] += int((cores[i] & cores[j]).sum())
+        walks = self.walks()
+        for name in parts.names:
+            for _, _, cores in self.split(walks, name, parts.pieces(name)):
+                for i in range(n):
+                    for j in range(n):
+                        both[i][j] += int((cores[i] & cores[j]).sum())
         self.sizes = [both[i][i] for i in range(n)]
         union = [[both[i][i] + both[j][j] - both[i][j] for j in range(n)] for i in range(n)]
         self.overlaps = [[both[i][j] / union[i][j] if union[i][j] else 0.0 for j in range(n)] for i in range(n)]
@@ -302,60 +209,62 @@ class _Cores:
 
     def _scores(self, i: int) -> Iterator[Any]:
         for name in self.parts.files[i].names:
-            base, values = self.parts.values(name)
-            yield (values[i] - base).abs().flatten().numpy()
+            for base, (value,) in self.parts.pieces(name, [i])():
+                yield (value - base).abs().numpy()
 
-    def walk(self) -> Iterator[tuple[str, list[torch.Tensor]]]:
-        """Of each tensor, in the order of the names, which entries are of each adapter's core."""
-        taken = [largest.walk() for largest in self.largest]
-        for name in self.parts.names:
-            base, values = self.parts.values(name)
-            yield name, self.take(taken, name, base, values)
+    def walks(self) -> list[Walk]:
+        """Of each adapter, what takes its core entries; to be led over all tensors in the order of the names."""
+        return [largest.walk() for largest in self.largest]
 
-    def take(self, taken: list[Any], name: str, base: torch.Tensor, values: list[torch.Tensor]) -> list[torch.Tensor]:
+    def split(
+        self, walks: Sequence[Walk], name: str, pieces: Pieces
+    ) -> Iterator[tuple[torch.Tensor, list[torch.Tensor], list[torch.Tensor]]]:
+        """Of each piece of a tensor, the base's values, the adapters', and which entries are of each adapter's core."""
         import torch
 
-        cores = []
-        for i, file in enumerate(self.parts.files):
-            if name in file.keys:
-                mask = taken[i]((values[i] - base).abs().flatten().numpy())
-                cores.append(torch.from_numpy(mask).view(base.shape))
-            else:
-                cores.append(torch.zeros(base.shape, dtype=torch.bool))
-        return cores
+        for base, values in pieces():
+            cores = [torch.zeros(base.shape, dtype=torch.bool) for _ in values]
+            for i, file in enumerate(self.parts.files):
+                if name in file.keys:
+                    cores[i] = torch.from_numpy(walks[i]((values[i] - base).abs().numpy()))
+            yield base, values, cores
+
+
+def _entries_to_read(parts: Parts, method: str, mask: bool) -> int:
+    """Over all passes, for the progress."""
+    others = len(parts.files) - 1
+    own = sum(math.prod(parts.shape(name)) for file in parts.files for name in file.names)
+    alone = len(parts.files) * parts.entries
+    passes = {"slerp": 1 + 2 * others, "cpi": 2 + 2 * others + mask}
+    chosen = {"ties": alone, "dare": alone, "cpi": PASSES * own}
+    return passes.get(method, 1) * parts.entries + chosen.get(method, 0)
 
 
 def _write(
-    parts: _Parts, folder: Path, method: str, density: float, seed: int, cores: _Cores | None, mask_out: Path | None
+    parts: Parts, folder: Path, method: str, density: float, seed: int, cores: _Cores | None, mask_out: Path | None
 ) -> dict[str, Any]:
     """Write the weights, and what is counted on the way."""
     import torch
 
-    from .fusion import fuse, transplant
-
     changed, several, conflicts, result_changed = [0] * len(parts.files), 0, 0, 0
-    taken = [] if cores is None else [largest.walk() for largest in cores.largest]
+    walks = [] if cores is None else cores.walks()
     head = {_key(name): (STORED[parts.dtypes[name]], parts.shape(name)) for name in parts.names}
     with (folder / WEIGHTS).open("wb") as file:
         file.write(header(head))
         for index, name in enumerate(parts.names):
-            base, values = parts.values(name)
             dtype = getattr(torch, parts.dtypes[name])
-            if method == "stack":
-                (value,) = [values[i] for i, part in enumerate(parts.files) if name in part.keys]
-            elif cores is not None:
-                value = transplant(values, cores.take(taken, name, base, values))
-            else:
-                value = fuse(method, base, values, density, seed + index)
-            if not torch.isfinite(result := value.to(dtype)).all():
-                raise ValueError(f"{method} gives NaN or Inf in {name}: its values do not fit {parts.dtypes[name]}.")
-            signs = torch.stack([(v.to(dtype).double() - base).sign() for v in values])
-            moved = signs != 0
-            changed = [count + int(m.sum()) for count, m in zip(changed, moved, strict=True)]
-            several += int((moved.sum(0) > 1).sum())
-            conflicts += int(((signs.amax(0) > 0) & (signs.amin(0) < 0)).sum())
-            result_changed += int((result.double() != base).sum())
-            file.write(result.contiguous().flatten().view(torch.uint8).numpy().data)
+            for base, values, value in _fused(parts, name, method, density, seed + index, cores, walks):
+                if not torch.isfinite(result := value.to(dtype)).all():
+                    raise ValueError(
+                        f"{method} gives NaN or Inf in {name}: its values do not fit {parts.dtypes[name]}."
+                    )
+                signs = torch.stack([(v.to(dtype).double() - base).sign() for v in values])
+                moved = signs != 0
+                changed = [count + int(m.sum()) for count, m in zip(changed, moved, strict=True)]
+                several += int((moved.sum(0) > 1).sum())
+                conflicts += int(((signs.amax(0) > 0) & (signs.amin(0) < 0)).sum())
+                result_changed += int((result.double() != base).sum())
+                file.write(result.contiguous().view(torch.uint8).numpy().data)
     if mask_out is not None and cores is not None:
         _write_mask(parts, cores, mask_out)
     return {
@@ -366,14 +275,43 @@ def _write(
     }
 
 
-def _write_mask(parts: _Parts, cores: _Cores, path: Path) -> None:
+def _fused(
+    parts: Parts, name: str, method: str, density: float, seed: int, cores: _Cores | None, walks: list[Walk]
+) -> Iterator[tuple[torch.Tensor, list[torch.Tensor], torch.Tensor]]:
+    """Of each piece of a tensor the base's values, the adapters', and the result, all float64."""
+    from .fusion import arcs, fuser, outside, transplant
+
+    pieces = parts.pieces(name)
+    if method == "stack":
+        (trained,) = [i for i, file in enumerate(parts.files) if name in file.keys]
+        for base, values in pieces():
+            yield base, values, values[trained]
+    elif cores is None:
+        alone = [parts.pieces(name, [i]) for i in range(len(parts.files))]
+        fuse = fuser(method, pieces, alone, math.prod(parts.shape(name)), density, seed)
+        for base, values in pieces():
+            yield base, values, fuse(base, values)
+    else:
+
+        def rests() -> Iterator[list[torch.Tensor]]:
+            for _, values, of_piece in cores.split([copy.copy(walk) for walk in walks], name, pieces):
+                yield outside(values, of_piece)
+
+        steps = arcs(rests)
+        for base, values, of_piece in cores.split(walks, name, pieces):
+            yield base, values, transplant(values, of_piece, steps)
+
+
+def _write_mask(parts: Parts, cores: _Cores, path: Path) -> None:
     """The entries that are in no core region."""
     import torch
 
+    walks = cores.walks()
     with whole_file(path) as staging, staging.open("wb") as file:
         file.write(header({name: ("BOOL", parts.shape(name)) for name in parts.names}))
-        for _, of_tensor in cores.walk():
-            file.write((~torch.stack(of_tensor).any(0)).numpy().tobytes())
+        for name in parts.names:
+            for _, _, of_piece in cores.split(walks, name, parts.pieces(name)):
+                file.write((~torch.stack(of_piece).any(0)).numpy().tobytes())
 
 
 def _base_of(files: Sequence[AdapterFile], base: str | Path | None, revision: str | None) -> Checkpoint:

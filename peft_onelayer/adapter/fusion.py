@@ -1,92 +1,172 @@
-"""The formulas by which several adapters become one, on one tensor at a time, in float64.
+"""The formulas by which several adapters become one, on pieces of one tensor, in float64.
 
 An adapter that does not train a tensor leaves it as it is in the base: its change there is 0. TIES and DARE are PEFT's
-own functions (`peft.utils.merge_utils`).
+own functions (`peft.utils.merge_utils`): what is kept of a change is chosen over the whole tensor, and the rest is done
+entry by entry. The norms of SLERP are summed up over the pieces.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from functools import reduce
+from typing import TYPE_CHECKING
 
 import torch
 
 from peft_onelayer.seams import check
 
+if TYPE_CHECKING:
+    from .parts import Pieces
+
 TINY = 1e-6  # radians: an angle below which SLERP is linear
 
 
-def fuse(method: str, base: torch.Tensor, values: Sequence[torch.Tensor], density: float, seed: int) -> torch.Tensor:
-    """The fused weight.
+def fuser(
+    method: str, pieces: Pieces, alone: Sequence[Pieces], entries: int, density: float, seed: int
+) -> Callable[[torch.Tensor, Sequence[torch.Tensor]], torch.Tensor]:
+    """What fuses one tensor; it is to be given the tensor's pieces once, in their order.
 
     Args:
         method: "sum", "average", "slerp", "ties" or "dare".
-        base: W_0, float64.
-        values: W_i of each adapter, float64 and of its shape.
+        pieces: reads the tensor: W_0 and W_i of each adapter, (n,) float64.
+        alone: the same with one adapter each.
+        entries: of the whole tensor.
         density: of "ties" and "dare": the share of each change that is kept.
         seed: of what "dare" drops.
 
     Returns:
-        float64, of the base's shape.
+        A function of W_0 and the W_i of a piece, (n,) float64 each, that gives the fused weight.
     """
     if method == "slerp":
-        return slerp_all(values)
+        angles = arcs(lambda: (values for _, values in pieces()))
+        return lambda base, values: along(values, angles)
+    if method in ("sum", "average"):
+        count = len(alone) if method == "average" else 1
+        return lambda base, values: base + reduce(torch.add, [value - base for value in values]) / count
     check(__name__)
-    from peft.utils.merge_utils import dare_linear, ties
+    from peft.utils.merge_utils import calculate_majority_sign_mask, disjoint_merge, task_arithmetic
 
-    changes = [value - base for value in values]
-    ones = torch.ones(len(changes), dtype=torch.float64)
-    if method == "sum":
-        return base + torch.stack(changes).sum(0)
-    if method == "average":
-        return base + torch.stack(changes).sum(0) / len(changes)
-    if method == "ties":
-        return base + ties(changes, ones, density)
+    kept = _kept(alone, entries, density, "magnitude" if method == "ties" else "random", seed)
+    start = 0
+
+    def fuse(base: torch.Tensor, values: Sequence[torch.Tensor]) -> torch.Tensor:
+        nonlocal start
+        here = slice(start, start := start + len(base))
+        changes = [(value - base) * mask[here] for value, mask in zip(values, kept, strict=True)]
+        if method == "dare":
+            changes = [change / density for change in changes]
+            return base + task_arithmetic(changes, torch.ones(len(changes), dtype=torch.float64))
+        stacked = torch.stack(changes)
+        return base + disjoint_merge(stacked, calculate_majority_sign_mask(stacked))
+
+    return fuse
+
+
+def _kept(alone: Sequence[Pieces], entries: int, density: float, method: str, seed: int) -> list[torch.Tensor]:
+    """Which entries of each adapter's change PEFT keeps, (entries,) bool; one whole change is in memory at a time."""
+    from peft.utils.merge_utils import prune
+
+    kept = []
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        return base + dare_linear(changes, ones, density)
+        for pieces in alone:
+            change = torch.empty(entries, dtype=torch.float64)
+            start = 0
+            for base, (value,) in pieces():
+                torch.sub(value, base, out=change[start : start + len(base)])
+                start += len(base)
+            kept.append(prune(change, density, method=method) != 0)
+    return kept
+
+
+@dataclass(frozen=True)
+class Arc:
+    """A step of SLERP from one weight to another, whose result is (`left` a + `right` b) / `over`."""
+
+    left: float
+    right: float
+    over: float
+
+    def __call__(self, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+        return (self.left * a + self.right * b) / self.over
+
+
+def arc(pairs: Callable[[], Iterable[tuple[torch.Tensor, torch.Tensor]]], t: float) -> Arc:
+    """From one weight to another on the sphere by the share `t`, as one vector each; linear where the angle between
+    them is below `TINY` or one of them is 0.
+
+    Args:
+        pairs: gives both, piece by piece, anew at each call, (n,) float64.
+    """
+    a, b = _norms(pairs())
+    if not a or not b:
+        return Arc(1 - t, t, 1.0)
+    # Kahan's form: the arc cosine would know nothing of an angle below 1e-8, and most are small.
+    units = ((left / a, right / b) for left, right in pairs())
+    apart, together = _norms((left - right, left + right) for left, right in units)
+    omega = 2 * math.atan2(apart, together)
+    if omega < TINY or math.sin(omega) < TINY:
+        return Arc(1 - t, t, 1.0)
+    return Arc(math.sin((1 - t) * omega), math.sin(t * omega), math.sin(omega))
+
+
+def _norms(pairs: Iterable[tuple[torch.Tensor, torch.Tensor]]) -> tuple[float, float]:
+    """Of two vectors that are given piece by piece."""
+    norms = [(float(a.norm()), float(b.norm())) for a, b in pairs]
+    return math.hypot(*(a for a, _ in norms)), math.hypot(*(b for _, b in norms))
 
 
 def slerp(a: torch.Tensor, b: torch.Tensor, t: float) -> torch.Tensor:
-    """From `a` to `b` on the sphere by the share `t`, as one vector each; linear where the angle between them is below
-    `TINY` or one of them is 0.
+    """The weight at the share `t` of the arc from `a` to `b`, float64.
 
     >>> slerp(torch.tensor([2.0, 0.0]).double(), torch.tensor([0.0, 2.0]).double(), 0.5)
     tensor([1.4142, 1.4142], dtype=torch.float64)
     """
-    norms = float(a.norm()), float(b.norm())
-    if not all(norms):
-        return (1 - t) * a + t * b
-    # Kahan's form: the arc cosine would know nothing of an angle below 1e-8, and most are small.
-    left, right = a / norms[0], b / norms[1]
-    omega = 2 * math.atan2(float((left - right).norm()), float((left + right).norm()))
-    if omega < TINY or math.sin(omega) < TINY:
-        return (1 - t) * a + t * b
-    return (math.sin((1 - t) * omega) * a + math.sin(t * omega) * b) / math.sin(omega)
+    return arc(lambda: [(a, b)], t)(a, b)
 
 
-def slerp_all(values: Sequence[torch.Tensor]) -> torch.Tensor:
-    """SLERP of several weights, one after another; each counts as much as the others where angles are small."""
+def arcs(pieces: Callable[[], Iterable[Sequence[torch.Tensor]]]) -> list[Arc]:
+    """SLERP of several weights, one after another; each counts as much as the others where angles are small.
+
+    Args:
+        pieces: gives the weights, piece by piece, anew at each call, (n,) float64.
+    """
+    count = len(next(iter(pieces()), ()))
+    found: list[Arc] = []
+    for to in range(1, count):
+        found.append(arc(lambda to=to: ((along(v[:to], found), v[to]) for v in pieces()), 1 / (to + 1)))  # type: ignore[misc]
+    return found
+
+
+def along(values: Sequence[torch.Tensor], steps: Sequence[Arc]) -> torch.Tensor:
+    """What the steps of SLERP make of a piece."""
     result = values[0]
-    for count, value in enumerate(values[1:], 2):
-        result = slerp(result, value, 1 / count)
+    for step, value in zip(steps, values[1:], strict=True):
+        result = step(result, value)
     return result
 
 
-def transplant(values: Sequence[torch.Tensor], cores: Sequence[torch.Tensor]) -> torch.Tensor:
+def outside(values: Sequence[torch.Tensor], cores: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+    """Of a piece, the entries in no core region, in the order of CPI-FT's fusion: of the last of `values` first."""
+    rest = ~torch.stack(list(cores)).any(0)
+    return [value[rest] for value in (values[-1], *values[:-1])]
+
+
+def transplant(values: Sequence[torch.Tensor], cores: Sequence[torch.Tensor], steps: Sequence[Arc]) -> torch.Tensor:
     """CPI-FT's fusion (arXiv 2508.21741): core entries take their task's value, those in no core are SLERP.
 
     It starts from the last of `values`, and the others follow in their order. Of an entry in several cores the value is
     that of the last of these tasks.
 
     Args:
-        values: W_i of each task, float64, the last fine-tuning stage last.
-        cores: which entries are of each task's core region, bool.
+        values: W_i of each task of a piece, (n,) float64, the last fine-tuning stage last.
+        cores: which entries are of each task's core region, (n,) bool.
+        steps: of SLERP, of what is `outside`.
     """
-    rest = ~torch.stack(list(cores)).any(0)
     result = values[-1].clone()
-    if rest.any():
-        result[rest] = slerp_all([value[rest] for value in (values[-1], *values[:-1])])
+    result[~torch.stack(list(cores)).any(0)] = along(outside(values, cores), steps)
     for value, core in zip(values, cores, strict=True):
         result = torch.where(core, value, result)
     return result

@@ -7,6 +7,7 @@ passes, from how many scores have which next bits.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 
 import numpy as np
 
@@ -42,18 +43,29 @@ class Largest:
             prefix = (prefix << DIGITS) | digit
         self._threshold, self._at_threshold = prefix, left
 
-    def walk(self) -> Callable[[np.ndarray], np.ndarray]:
-        """A function that is given the pieces in their order and says which entries are taken, (n,) bool."""
-        left = self._at_threshold
+    def walk(self) -> Walk:
+        """What is given the pieces in their order and says which entries are taken."""
+        return Walk(self._threshold, self._at_threshold)
 
-        def taken(piece: np.ndarray) -> np.ndarray:
-            nonlocal left
-            bits = piece.view(np.uint64)
-            mask = bits > self._threshold
-            if left:
-                equal = np.flatnonzero(bits == self._threshold)[:left]
-                mask[equal] = True
-                left -= len(equal)
-            return mask
 
-        return taken
+@dataclass
+class Walk:
+    """A walk over the pieces, from the first one on; a copy goes on from the same place.
+
+    Attributes:
+        threshold: the bits of the smallest score that is taken.
+        left: how many entries with just this score are still to be taken.
+    """
+
+    threshold: int
+    left: int
+
+    def __call__(self, piece: np.ndarray) -> np.ndarray:
+        """Which entries of the next piece, (n,) float64, are taken: (n,) bool."""
+        bits = piece.view(np.uint64)
+        mask = bits > self.threshold
+        if self.left:
+            equal = np.flatnonzero(bits == self.threshold)[: self.left]
+            mask[equal] = True
+            self.left -= len(equal)
+        return mask

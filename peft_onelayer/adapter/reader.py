@@ -84,6 +84,22 @@ class AdapterFile:
         except (ValueError, OSError) as error:
             raise ValueError(f"{path} has been damaged since it was opened: {one_line(error)}") from None
 
+    def masters(self, name: str, start: int, stop: int) -> torch.Tensor:
+        """Of a dense adapter, the entries [start, stop) of a tensor as they are stored, (stop - start,).
+
+        Raises:
+            ValueError: damaged, NaN or Inf.
+        """
+        path = self.folder / WEIGHTS
+        check_plain_file(path)
+        try:
+            value = self.stored_parts(name)[""].read_entries(start, stop)
+        except (ValueError, OSError) as error:
+            raise ValueError(f"{path} has been damaged since it was opened: {one_line(error)}") from None
+        if not _is_finite(value):
+            raise ValueError(f"the adapter's {name} holds NaN or Inf.")
+        return value
+
     def tensor(self, name: str, base: torch.Tensor | None = None, allow_other_base: bool = False) -> torch.Tensor:
         """The effective value of a tensor: what the forward pass uses, in the dtype of `base`.
 

@@ -85,6 +85,19 @@ class StoredTensor:
             return torch.empty(self.shape, dtype=dtype)
         return torch.frombuffer(data, dtype=dtype).reshape(self.shape)
 
+    def read_entries(self, start: int, stop: int) -> torch.Tensor:
+        """Its entries [start, stop), counted row by row, (stop - start,) in its own dtype.
+
+        Raises:
+            ValueError: a file that has become shorter since its header was read.
+        """
+        width = self.bytes // self.entries
+        part = StoredTensor(
+            self.path, self.dtype, (stop - start,), self.start + width * start, self.start + width * stop
+        )
+        with self.path.open("rb") as file:
+            return part.read(file)
+
     def entries_at(self, positions: Sequence[int]) -> torch.Tensor:
         """Some of its floating-point entries, counted row by row, in its own dtype, without reading the others."""
         import torch

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from functools import partial
 
 import numpy as np
 import pytest
@@ -14,6 +15,7 @@ from tuner.helpers import logits
 
 import models
 from peft_onelayer import combine_adapters, export_adapter, inspect_adapter, merge_into_checkpoint
+from peft_onelayer.adapter import parts as parts_of_adapters
 from peft_onelayer.adapter.fusion import slerp
 from peft_onelayer.adapter.reader import open_adapter
 from peft_onelayer.sparse.names import base_name
@@ -85,6 +87,37 @@ def test_one_block_by_a_formula(folder, tmp_path, method, names):
     assert found.changed_by_several == sum(int(((s != 0).sum(0) > 1).sum()) for s in signs.values())
     conflicts = sum(int(((s > 0).any(0) & (s < 0).any(0)).sum()) for s in signs.values())
     assert found.conflicts == conflicts > 0 and found.conflict_share == conflicts / found.changed_by_several
+
+
+def note(found, done, total):
+    found.append((done, total))
+
+
+@pytest.mark.parametrize("method", [*FORMULAS, "stack", "cpi"])
+def test_the_result_does_not_depend_on_the_size_of_the_pieces(folder, tmp_path, monkeypatch, method):
+    adapters = [folder / n for n in (("one", "four") if method == "stack" else ("one", "sparse", "three"))]
+    found, made, seen = [], [], []
+    for size in (2**20, 101):  # the last piece of a tensor is shorter
+        monkeypatch.setattr(parts_of_adapters, "PIECE", size)
+        out = tmp_path / str(size)
+        options = {"core": 0.3, "mask_out": tmp_path / f"{size}.safetensors"} if method == "cpi" else {}
+        progress: list[tuple[int, int]] = []
+        one = combine_adapters(adapters, out, method, seed=4, **options, on_progress=partial(note, progress))
+        found.append({name: value for name, value in one.to_json().items() if name != "folder"})
+        made.append(values(out))
+        seen.append((len(progress), progress[-1]))
+    assert found[0] == found[1] and made[0].keys() == made[1].keys()
+    assert seen[1][0] > 3 * seen[0][0]  # more pieces than tensors
+    assert seen[0][1][0] == seen[0][1][1] == seen[1][1][0]  # the passes that were announced
+    if method == "cpi":
+        masks = [load_file(tmp_path / f"{size}.safetensors") for size in (2**20, 101)]
+        assert all(torch.equal(mask, masks[1][name]) for name, mask in masks[0].items())
+    for name, value in made[0].items():
+        if method in ("slerp", "cpi"):  # the order in which the norms are summed up may change the last bit of an angle
+            bits = [made[i][name].view(torch.int16).int() for i in (0, 1)]
+            assert (bits[0] - bits[1]).abs().max() <= 1, name
+        else:
+            assert torch.equal(value, made[1][name]), name
 
 
 def test_a_sparse_adapter_is_its_rounded_values(folder, tmp_path):
