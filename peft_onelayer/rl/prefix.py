@@ -279,16 +279,21 @@ class SharedPrefix(TrainerCallback):
             return "DeepSpeed ZeRO-3 gathers the weights of every block"
         if any(isinstance(module, AuxiliaryTrainingWrapper) for module in modules):
             return "modules_to_save holds a part of the decoder"
-        for module in modules if self.decoder.training else ():
-            rate = module.p if isinstance(module, _DropoutNd) else max(map(float, _rates(module)), default=0.0)
-            if module.training and rate > 0:
-                return f"a {type(module).__name__} is random in training (by {rate:g})"
-        return None
+        return random_part(self.decoder)
 
     def _switch_off(self, problem: str) -> None:
         self.off = problem
         self.kept.clear()
         warnings.warn(f"the frozen blocks are run in every pass: {problem}.", stacklevel=2)
+
+
+def random_part(decoder: nn.Module) -> str | None:
+    """Why a pass of a decoder draws random numbers; None where it draws none."""
+    for module in decoder.modules() if decoder.training else ():
+        rate = module.p if isinstance(module, _DropoutNd) else max(map(float, _rates(module)), default=0.0)
+        if module.training and rate > 0:
+            return f"a {type(module).__name__} is random in training (by {rate:g})"
+    return None
 
 
 def _rates(module: nn.Module) -> list[float]:
