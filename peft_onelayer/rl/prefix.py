@@ -279,7 +279,7 @@ class SharedPrefix(TrainerCallback):
             return "DeepSpeed ZeRO-3 gathers the weights of every block"
         if any(isinstance(module, AuxiliaryTrainingWrapper) for module in modules):
             return "modules_to_save holds a part of the decoder"
-        return random_part(self.decoder)
+        return _random_part(self.decoder) if self.decoder.training else None
 
     def _switch_off(self, problem: str) -> None:
         self.off = problem
@@ -287,11 +287,16 @@ class SharedPrefix(TrainerCallback):
         warnings.warn(f"the frozen blocks are run in every pass: {problem}.", stacklevel=2)
 
 
-def random_part(decoder: nn.Module) -> str | None:
-    """Why a pass of a decoder draws random numbers; None where it draws none."""
-    for module in decoder.modules() if decoder.training else ():
+def draws(decoder: nn.Module) -> bool:
+    """Whether passes in training mode draw random numbers, as dropout does."""
+    return _random_part(decoder, any_mode=True) is not None
+
+
+def _random_part(decoder: nn.Module, any_mode: bool = False) -> str | None:
+    """Why passes of a decoder in its mode, or in training mode, draw random numbers."""
+    for module in decoder.modules():
         rate = module.p if isinstance(module, _DropoutNd) else max(map(float, _rates(module)), default=0.0)
-        if module.training and rate > 0:
+        if (module.training or any_mode) and rate > 0:
             return f"a {type(module).__name__} is random in training (by {rate:g})"
     return None
 

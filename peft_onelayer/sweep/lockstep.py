@@ -1,8 +1,8 @@
 """Several functions in threads of which one runs at a time, and which wait for each other where they ask for something.
 
 A function asks by `Member.ask`, and waits. When all wait, what they asked for is served together, and they go on. To
-each of them the process is as if it ran alone in it: what libraries keep for the whole process, such as states of random
-numbers, is exchanged whenever another one goes on.
+each of them the process is as if it ran alone in it: what libraries keep for the whole process, such as states of
+random numbers, is exchanged whenever another one goes on.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from __future__ import annotations
 import random
 import threading
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -93,7 +93,7 @@ class Member:
             self._back.release()
 
 
-def run_together(functions: Mapping[str, Callable[[Member], Any]], serve: Serve) -> Iterator[Member]:
+def run_together(functions: Mapping[str, Callable[[Member], Any]], serve: Serve) -> Generator[Member, None, None]:
     """Run the functions, and yield each with its result as it ends.
 
     Args:

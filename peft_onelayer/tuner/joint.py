@@ -11,7 +11,8 @@ from __future__ import annotations
 import copy
 import functools
 import itertools
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -31,6 +32,42 @@ from .stack import find_decoder_stack
 def sharing_weights(model: PreTrainedModel) -> PreTrainedModel:
     """A copy of a model whose modules are its own and whose parameters and buffers are the same tensors."""
     return copy.deepcopy(model, {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())})
+
+
+def without_frozen_blocks(model: PeftModel) -> Callable[[], AbstractContextManager[None]]:
+    """Put stand-ins, which hold one weight, in place of the blocks that no adapter is on.
+
+    For a model whose passes are joint ones. A trainer walks through all modules of its model in every step, which takes
+    longer than the rest of what it does.
+
+    Returns:
+        Within what it returns, the model has its blocks.
+    """
+    blocks: Any = find_decoder_stack(model.get_base_model()).blocks
+    whole = dict(blocks._modules)
+    light = {
+        name: block if any(isinstance(m, SingleLayerLayer) for m in block.modules()) else _StandIn(block)
+        for name, block in whole.items()
+    }
+    blocks._modules.update(light)
+
+    @contextmanager
+    def with_blocks() -> Iterator[None]:
+        blocks._modules.update({name: block.train(blocks.training) for name, block in whole.items()})
+        try:
+            yield
+        finally:
+            blocks._modules.update(light)
+
+    return with_blocks
+
+
+class _StandIn(nn.Module):
+    """What is left of a frozen block in a model whose passes are run elsewhere."""
+
+    def __init__(self, block: nn.Module) -> None:
+        super().__init__()
+        self.weight = next(block.parameters())
 
 
 @dataclass(eq=False)
@@ -185,9 +222,11 @@ class JointDecoder:
     @staticmethod
     def backward(passes: Sequence[JointPass]) -> None:
         """Take the gradients of the passes' outputs to the weights of their models' blocks, in one pass backward."""
-        outputs = [own.joined for own in passes if own.output is not None and own.output.grad is not None]
-        gradients = [own.output.grad for own in passes if own.output is not None and own.output.grad is not None]
+        outputs, gradients = [], []
         for own in passes:
+            if own.joined is not None and own.output is not None and own.output.grad is not None:
+                outputs.append(own.joined)
+                gradients.append(own.output.grad)
             own.joined = own.output = None
         if outputs:
             torch.autograd.backward(outputs, gradients)
@@ -299,7 +338,7 @@ class JointDecoder:
             cache.layers[:] = layers
         plain = all(level.take is None and level.origin is None for level in levels)
         parts = [(own.cache, own.cache.layers[0].keys) for own in self._passes]  # type: ignore[union-attr]
-        self._last = (whole, parts) if plain else None  # type: ignore[assignment]
+        self._last = (whole, parts) if plain else None
 
 
 class _ByModel(nn.Module):
@@ -323,14 +362,16 @@ class _ByModel(nn.Module):
 
     def forward(self, states: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
         joint = self.joint[0]
-        segments = [(self.of_models[name], *rows) for name, *rows in joint.segments if name in self.of_models]
+        segments: list[tuple[nn.Module, int, int]] = [
+            (self.of_models[name], start, end) for name, start, end in joint.segments if name in self.of_models
+        ]
         if not segments:
             return self.base_layer(states, *args, **kwargs)
         repeats, rest = divmod(len(states), joint.rows)  # experts see tokens in place of rows
         if rest:
             raise RuntimeError(f"a {type(self.base_layer).__name__} is not given rows of the batch")
         parts, done = [], 0
-        for module, start, end in [*segments, (None, joint.rows, joint.rows)]:
+        for module, start, end in [*segments, (self.base_layer, joint.rows, joint.rows)]:
             for run, first, last in ((self.base_layer, done, start), (module, start, end)):
                 if first < last:
                     rows = slice(first * repeats, last * repeats)

@@ -1,17 +1,10 @@
 """Runs in one process on one base: each is the run that it is alone, and ends alone."""
 
-from contextlib import closing
-from dataclasses import replace
-
 import pytest
-import torch
 from specs import SETTINGS, demo_spec
 
-from peft_onelayer.records.files import model_digests
-from peft_onelayer.sweep.engines import RunsFailedError, load_engine, shared
-from peft_onelayer.sweep.run_layer import RunSpec, run_layer
-from peft_onelayer.sweep.sweep import collect_rows
-from peft_onelayer.sweep.store import RowStore
+from peft_onelayer.sweep.engines import shared
+from peft_onelayer.sweep.run_layer import run_layer
 from peft_onelayer.tuner.joint import JointDecoder
 
 

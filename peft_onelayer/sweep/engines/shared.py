@@ -11,8 +11,8 @@ from __future__ import annotations
 import copy
 import functools
 import warnings
-from collections.abc import Callable, Hashable, Iterator, Sequence
-from contextlib import ExitStack, closing
+from collections.abc import Callable, Generator, Hashable, Iterator, Sequence
+from contextlib import AbstractContextManager, ExitStack, closing, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
@@ -56,7 +56,7 @@ def run(
     alone = [spec for spec in specs if not _shares(spec)]
     together = workers or TOGETHER
 
-    def answers(log: TextIO) -> Iterator[tuple[RunSpec, Answer]]:
+    def answers(log: TextIO) -> Generator[tuple[RunSpec, Answer], None, None]:
         for start in range(0, len(sharing), together):
             yield from _together(sharing[start : start + together], run_row, log)
         for spec in alone:
@@ -76,7 +76,9 @@ def _shares(spec: RunSpec) -> bool:
     return spec.layer != "full" and not spec.finds_rate
 
 
-def _together(specs: Sequence[RunSpec], run_row: Callable[..., Row], log: TextIO) -> Iterator[tuple[RunSpec, Answer]]:
+def _together(
+    specs: Sequence[RunSpec], run_row: Callable[..., Row], log: TextIO
+) -> Generator[tuple[RunSpec, Answer], None, None]:
     """The answers of runs of one model, as they end."""
     joint = _Joint(log)
     named = {f"run {i}, {spec}": spec for i, spec in enumerate(specs)}
@@ -88,7 +90,7 @@ def _together(specs: Sequence[RunSpec], run_row: Callable[..., Row], log: TextIO
 
 
 def _run(run_row: Callable[..., Row], spec: RunSpec, joint: _Joint, log: TextIO, member: Member) -> Answer:
-    def note(message: Any, category: type[Warning], filename: str, lineno: int, *rest: Any) -> None:
+    def note(message: Any, category: Any, filename: str, lineno: int, file: Any = None, line: Any = None) -> None:
         log.write(warnings.formatwarning(message, category, filename, lineno))
 
     warnings.showwarning = note  # exchanged with the threads
@@ -124,21 +126,32 @@ class _Shared(Alone):
     def __init__(self, member: Member, joint: _Joint) -> None:
         self.member, self.joint = member, joint
         self.passes: list[JointPass] = []  # whose outputs have no gradient yet
+        self.joins = False
+        self._with_blocks: Callable[[], AbstractContextManager[object]] = nullcontext
 
     def load(self, spec: RunSpec) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+        from peft_onelayer.rl.prefix import draws
         from peft_onelayer.tuner.joint import sharing_weights
         from peft_onelayer.tuner.prompts import decoder_of
 
         base, tokenizer = self.joint.base(spec, super().load)
         model = sharing_weights(base)
-        if (decoder := decoder_of(model)) is not None:
+        if (decoder := decoder_of(model)) is not None and not draws(decoder):
             own = decoder.forward
             decoder.forward = functools.wraps(own)(functools.partial(self._forward, decoder, own))
             self.joint.add(self.member.name, model)
+            self.joins = True
         return model, tokenizer
 
     def share(self, trainer: Trainer) -> None:
-        self.joint.add(self.member.name, trainer.accelerator.unwrap_model(trainer.model))
+        from peft_onelayer.tuner.joint import without_frozen_blocks
+
+        if not self.joins:
+            super().share(trainer)
+            return
+        model = trainer.accelerator.unwrap_model(trainer.model)
+        self.joint.add(self.member.name, model)
+        self._with_blocks = without_frozen_blocks(model)
         backward = trainer.accelerator.backward
 
         def backward_together(*args: Any, **kwargs: Any) -> None:
@@ -157,7 +170,8 @@ class _Shared(Alone):
         autocast = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
         run = self.member.ask(_Forward(decoder, args, kwargs, torch.is_grad_enabled(), autocast))
         if run is None:
-            return own(*args, **kwargs)
+            with self._with_blocks():
+                return own(*args, **kwargs)
         if run.output.requires_grad:
             self.passes.append(run)
         from transformers.modeling_outputs import BaseModelOutputWithPast
@@ -172,7 +186,8 @@ class _Joint:
         self.log = log
         self.loaded: tuple[PreTrainedModel, PreTrainedTokenizerBase] | None = None
         self.decoder: JointDecoder | None = None
-        self._rounded = ExitStack()  # open while passes of a generation follow each other
+        self._rounded = ExitStack()  # open while
+        self._generating = False  # passes of generations follow each other
         self._problems: set[str] = set()  # that were told
 
     def __enter__(self) -> _Joint:
@@ -225,25 +240,26 @@ class _Joint:
                 member.answer(None)  # for the run to pass by itself
             else:
                 groups.setdefault((own.signature, request.gradients, request.autocast), []).append((member, own))
-        for (_, gradients, autocast), group in groups.items():  # type: ignore[misc]
-            together = self._run([own for _, own in group], gradients, autocast)
+        for group in groups.values():
+            together = self._run([own for _, own in group], group[0][0].request)
             for member, own in group:
                 member.answer(own if together else None)
 
-    def _run(self, passes: list[JointPass], gradients: bool, autocast: torch.dtype | None) -> bool:
+    def _run(self, passes: list[JointPass], request: _Forward) -> bool:
         """Whether the passes were run as one."""
         from peft_onelayer.tuner.rounded import keeping_rounded
 
         assert self.decoder is not None
         if passes[0].cache is None:
             self._rounded.close()
-        elif not self._rounded.__dict__["_exit_callbacks"]:
+        elif not self._generating:
             self._rounded.enter_context(keeping_rounded())
+        self._generating = passes[0].cache is not None
         device = next(self.decoder.model.parameters()).device.type
         try:
             with (
-                torch.set_grad_enabled(gradients),
-                torch.autocast(device, dtype=autocast, enabled=autocast is not None),
+                torch.set_grad_enabled(request.gradients),
+                torch.autocast(device, dtype=request.autocast, enabled=request.autocast is not None),
             ):
                 self.decoder.run(passes)
         except Exception as error:
@@ -256,7 +272,6 @@ class _Joint:
     def _backward(self, members: Sequence[Member]) -> None:
         from peft_onelayer.tuner.joint import JointDecoder
 
-        self._rounded.close()
         JointDecoder.backward([own for member in members for own in member.request.passes])
         for member in members:
             member.answer(None)
@@ -270,8 +285,7 @@ def _width(request: _Forward) -> int:
 
 def _joint_pass(name: str, request: _Forward, width: int) -> JointPass | None:
     """A run's part of a joint pass, where it has no cache padded to so many positions; None where it cannot be part of
-    one: where it draws random numbers, wants more than hidden states, or has a cache of another kind."""
-    from peft_onelayer.rl.prefix import random_part
+    one: where it wants more than hidden states, or has a cache of another kind."""
     from peft_onelayer.tuner.joint import JointPass
     from peft_onelayer.tuner.pass_inputs import pass_inputs
     from peft_onelayer.tuner.prompts import can_be_split
@@ -282,7 +296,7 @@ def _joint_pass(name: str, request: _Forward, width: int) -> JointPass | None:
         return None
     if cache is not None and not can_be_split(cache):
         return None
-    if kwargs.get("return_dict") is False or random_part(request.decoder) is not None:
+    if kwargs.get("return_dict") is False:
         return None
     if cache is None and own < width:  # what stands behind a row does not change it
         kwargs = {
