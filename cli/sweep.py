@@ -80,10 +80,14 @@ def sweep(
     samples: Annotated[int, typer.Option(min=1, help="Sampled completions per problem.")] = 4,
     greedy: Annotated[bool, typer.Option("--greedy", help="Evaluate greedily too.")] = False,
     batch_size: Annotated[int, typer.Option(min=1, help="Completions at a time in the evaluation.")] = 64,
-    engine: Annotated[str, typer.Option(help="Where the runs are executed: local, ray or slurm.")] = "local",
+    engine: Annotated[str, typer.Option(help="Where the runs are executed: local, shared, ray or slurm.")] = "local",
     workers: Annotated[
         int | None,
-        typer.Option(min=1, help="Runs at a time. [default: one per GPU or, without, per core]", show_default=False),
+        typer.Option(
+            min=1,
+            help="Runs at a time. [default: one per GPU or, without, per core; with shared 8]",
+            show_default=False,
+        ),
     ] = None,
     early_stop: Annotated[
         bool, typer.Option("--early-stop", help="With ray: stop blocks that fall behind in training (ASHA).")

@@ -16,6 +16,7 @@ from typing import Any
 
 # The lowest and the highest version of each library that the core of the tests passed with (`make compat`).
 TESTED = {
+    "accelerate": ("1.10.1", "1.15.0"),
     "deepspeed": ("0.19.8", "0.19.8"),
     "huggingface_hub": ("1.5.0", "2.4.0"),
     "peft": ("0.21.0", "0.21.2"),
@@ -290,6 +291,11 @@ SEAMS: dict[str, tuple[Seam, ...]] = {
             ("attention_mask",),
             says=("len(attention_mask.shape) == 4",),
         ),
+    ),
+    "peft_onelayer.sweep.lockstep": (
+        Seam("accelerate.state:PartialState", "the state of one run among several", says=("_shared_state",)),
+        Seam("accelerate.state:AcceleratorState", "the state of one run among several", says=("_shared_state",)),
+        Seam("accelerate.state:GradientState", "the state of one run among several", says=("_shared_state",)),
     ),
     "peft_onelayer.tuner.prompts": (
         Seam("transformers.cache_utils:DynamicLayer.batch_select_indices", "one pass of equal prompts", ("indices",)),

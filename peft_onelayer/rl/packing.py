@@ -348,22 +348,33 @@ def packed_arguments(decoder: nn.Module, packing: Packing, ids: torch.Tensor) ->
     rows, columns, slots = (
         torch.from_numpy(each).to(ids.device) for each in (packing.rows, packing.columns, packing.slots)
     )
+    return {
+        "input_ids": ids[rows, columns],
+        "position_ids": columns,
+        "attention_mask": packed_masks(decoder, columns, slots),
+    }
+
+
+def packed_masks(
+    decoder: nn.Module, columns: torch.Tensor, slots: torch.Tensor
+) -> torch.Tensor | dict[str, torch.Tensor]:
+    """The mask of packed rows, (R, 1, W, W), or one for each kind of block, as a decoder takes it.
+
+    Args:
+        columns, slots: (R, W) int64, as of `Packing`.
+    """
     kinds, window, several = _kinds(decoder.config)
     same = (slots[:, None, :] == slots[:, :, None]) | (slots[:, None, :] == 0)
     seen = same & (columns[:, None, :] <= columns[:, :, None]) & (slots[:, None, :] >= 0) & (slots[:, :, None] >= 0)
     # What nothing attends to attends to itself: a softmax of nothing is no number.
-    itself = torch.eye(slots.size(1), dtype=torch.bool, device=ids.device)
+    itself = torch.eye(slots.size(1), dtype=torch.bool, device=slots.device)
     masks = {}
     for kind in kinds:
         own = seen
         if kind == "sliding_attention" and window is not None:
             own = seen & (columns[:, None, :] > columns[:, :, None] - window)
         masks[kind] = _mask(decoder, own | itself, slots)
-    return {
-        "input_ids": ids[rows, columns],
-        "position_ids": columns,
-        "attention_mask": masks if several else next(iter(masks.values())),
-    }
+    return masks if several else next(iter(masks.values()))
 
 
 def _mask(decoder: Any, seen: torch.Tensor, slots: torch.Tensor) -> torch.Tensor:

@@ -315,14 +315,23 @@ class SharedPrefix(TrainerCallback):
 
 def not_repeatable(decoder: nn.Module) -> str | None:
     """Why a pass through a decoder cannot be made in another way beside its own, with the same outcome, or None."""
-    modules = list(decoder.modules())
-    if any(isinstance(module, FSDPModule | FullyShardedDataParallel) for module in modules):
+    if any(isinstance(module, FSDPModule | FullyShardedDataParallel) for module in decoder.modules()):
         return "FSDP gathers the weights of every block"
     if any(map(is_partitioned, decoder.parameters())):
         return "DeepSpeed ZeRO-3 gathers the weights of every block"
-    for module in modules if decoder.training else ():
+    return _random_part(decoder) if decoder.training else None
+
+
+def draws(decoder: nn.Module) -> bool:
+    """Whether passes in training mode draw random numbers, as dropout does."""
+    return _random_part(decoder, any_mode=True) is not None
+
+
+def _random_part(decoder: nn.Module, any_mode: bool = False) -> str | None:
+    """Why passes of a decoder in its mode, or in training mode, draw random numbers."""
+    for module in decoder.modules():
         rate = module.p if isinstance(module, _DropoutNd) else max(map(float, _rates(module)), default=0.0)
-        if module.training and rate > 0:
+        if (module.training or any_mode) and rate > 0:
             return f"a {type(module).__name__} is random in training (by {rate:g})"
     return None
 

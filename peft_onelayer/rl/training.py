@@ -16,7 +16,14 @@ from datasets import Dataset
 from packaging.version import Version
 from peft import PeftConfig, PeftModel, get_peft_model, load_peft_weights, set_peft_model_state_dict
 from torch import nn
-from transformers import PreTrainedModel, PreTrainedTokenizerBase, PrinterCallback, TrainerCallback, TrainingArguments
+from transformers import (
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    PrinterCallback,
+    Trainer,
+    TrainerCallback,
+    TrainingArguments,
+)
 from transformers.trainer import TRAINING_ARGS_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
@@ -34,6 +41,7 @@ from .scored import scored_positions
 
 OnStep = Callable[[int, float], None]
 OnLog = Callable[[int, Mapping[str, float]], None]
+Share = Callable[[Trainer], object]
 EQUALS_BASE = r"every weight of the adapter .* equals the base model's"  # how the warning of saving begins
 
 
@@ -100,7 +108,7 @@ def train_rows(
     mask: str | None = None,
     boost: tuple[list[int], float] | None = None,
     at_end: Callable[[nn.Module], None] = lambda model: None,
-    prefix_cache: tuple[str, int] | None = None,
+    share: Share = shared_prefix,
 ) -> TrainingResult:
     """Train `layers` of `model` on `rows` with the trainer of the recipe's algorithm.
 
@@ -122,8 +130,7 @@ def train_rows(
         mask: file of the entries of these layers that train, as `SingleLayerConfig` takes it.
         boost: of full training: blocks, and the factor of their learning rate.
         at_end: is given the trained model before it is saved.
-        prefix_cache: of blocks and an offline algorithm: folder for the hidden states below the lowest trained block,
-            and its bound in bytes.
+        share: is given the trainer of blocks before it trains, and shares the work of the frozen ones.
     """
     algorithm = recipe.algorithm
     trainer_class = algorithm.trainer_class(adapter=layers is not None)
@@ -166,7 +173,7 @@ def train_rows(
         **arguments,
     )
     if layers is not None and not (isinstance(layers, PeftConfig) and not isinstance(layers, SingleLayerConfig)):
-        shared_prefix(trainer, *(prefix_cache or ()))  # another method has no frozen blocks below a trained one
+        share(trainer)  # another method has no frozen blocks below a trained one
     if algorithm.online:
         shared_prompts(trainer)
     packed_prompts(trainer)
@@ -279,6 +286,7 @@ def train_layer(
     seed: int,
     recipe: Recipe | None = None,
     on_step: OnStep = lambda step, reward: None,
+    share: Share = shared_prefix,
 ) -> TrainingResult:
     """Train `layer` of `model`, or with None all of it, on `task` for `steps` steps and leave nothing on disk.
 
@@ -288,6 +296,7 @@ def train_layer(
         steps: optimizer steps, at least 1.
         recipe: an online algorithm (default: `demo_recipe`).
         on_step: called after every step with its number and mean reward.
+        share: as of `train_rows`.
     """
     recipe = recipe or demo_recipe(task, steps)
     with tempfile.TemporaryDirectory() as scratch:
@@ -301,4 +310,4 @@ def train_layer(
             logging_steps=1,
         )
         rows = task.rows("train", prompts_needed(recipe.algorithm, config), seed)
-        return train_rows(model, tokenizer, recipe, config, rows, layers=layer, task=task, on_step=on_step)
+        return train_rows(model, tokenizer, recipe, config, rows, layers=layer, task=task, on_step=on_step, share=share)

@@ -27,6 +27,7 @@ from peft_onelayer.records.locate import adapter_folder
 from peft_onelayer.records.movement import Movement
 from peft_onelayer.records.run import Boost, DataSource, RunRecord, RunResults, RunSettings, differences
 from peft_onelayer.records.text import name_blocks
+from peft_onelayer.rl.prefix import shared_prefix
 from peft_onelayer.rl.recipe import of_full_training
 from peft_onelayer.rl.state_cache import GIGABYTE
 from peft_onelayer.rl.training import completions_per_step, prompts_needed, steps_of_epochs, train_rows
@@ -301,9 +302,11 @@ class _Training:
                     on_step=lambda step, value: update(step, f"{kind} {value:.3g}"),
                     on_log=log.write if log else lambda step, logs: None,
                     mask=self.settings.mask,
-                    prefix_cache=None
-                    if self.settings.prefix_cache is None
-                    else (self.settings.prefix_cache, round(self.settings.prefix_cache_gb * GIGABYTE)),
+                    share=partial(
+                        shared_prefix,
+                        cache_dir=self.settings.prefix_cache,
+                        cache_bytes=round(self.settings.prefix_cache_gb * GIGABYTE),
+                    ),
                     boost=None if boost is None else (boost.layers, boost.factor),
                     callbacks=[
                         *self.judge.during(folder.checkpoints, folder.main),

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from peft_onelayer.records.files import model_digests
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer
 
     from peft_onelayer.tasks import Task
 
@@ -136,11 +136,33 @@ class RunSpec:
         return f"{what}, seed {self.seed}" + (f", learning rate {rate:g}" if rate is not None else "")
 
 
-def run_layer(spec: RunSpec, on_step: OnStep = lambda step, reward: None) -> Row:
+class Alone:
+    """Where a run computes: here, by itself."""
+
+    def load(self, spec: RunSpec) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+        """The base and its tokenizer, the run's own to change."""
+        from peft_onelayer.runs.models import load_causal_lm, to_device
+
+        model, tokenizer = load_causal_lm(spec.model, spec.revision, trust_remote_code=spec.trust_remote_code)
+        to_device(model)
+        return model, tokenizer
+
+    def share(self, trainer: Trainer) -> object:
+        """Share the work of the frozen blocks, as `share` of `train_rows`."""
+        from peft_onelayer.rl.prefix import shared_prefix
+
+        return shared_prefix(trainer)
+
+    def begin_evaluation(self) -> None:
+        """Called between training and evaluation."""
+
+
+def run_layer(spec: RunSpec, on_step: OnStep = lambda step, reward: None, place: Alone | None = None) -> Row:
     """Train what `spec` says and evaluate it, leaving nothing behind; without steps, find its learning rate.
 
     Args:
         on_step: called after every step with its number and mean reward.
+        place: where it computes; None: here, by itself.
 
     Returns:
         JSON values: "format"; "digest" and "spec", the specification; "scores", one per problem, the mean over its
@@ -156,10 +178,10 @@ def run_layer(spec: RunSpec, on_step: OnStep = lambda step, reward: None) -> Row
     """
     from peft_onelayer.rollouts.prompts import Shape, shaped
     from peft_onelayer.runs.describe import describe_machine
-    from peft_onelayer.runs.models import load_causal_lm, to_device, without_progress_bars
+    from peft_onelayer.runs.models import without_progress_bars
     from peft_onelayer.tasks import open_task
 
-    start = time.perf_counter()
+    start, place = time.perf_counter(), place or Alone()
     found = model_digests(spec.model)
     if found != spec.model_digests:
         changed = min(name for name, _ in found.items() ^ spec.model_digests.items())
@@ -168,14 +190,13 @@ def run_layer(spec: RunSpec, on_step: OnStep = lambda step, reward: None) -> Row
     if dict(task.data) != dict(spec.task_data):
         raise ValueError(f"the data of task {spec.task} is not what the run was made for: {dict(task.data)}")
     with without_progress_bars():
-        model, tokenizer = load_causal_lm(spec.model, spec.revision, trust_remote_code=spec.trust_remote_code)
-        to_device(model)
+        model, tokenizer = place.load(spec)
         kwargs = spec.sampling.get("chat_template_kwargs")
         task, _ = shaped(task, tokenizer, Shape(spec.chat, spec.system, spec.shots or 0, kwargs))
         if spec.finds_rate:
             outcome = _find_rate(spec, model, tokenizer, task)
         else:
-            outcome = _train_and_evaluate(spec, model, tokenizer, task, on_step)
+            outcome = _train_and_evaluate(spec, model, tokenizer, task, on_step, place)
     return {
         "format": FORMAT,
         "digest": spec.digest(),
@@ -187,7 +208,7 @@ def run_layer(spec: RunSpec, on_step: OnStep = lambda step, reward: None) -> Row
 
 
 def _train_and_evaluate(
-    spec: RunSpec, model: Any, tokenizer: PreTrainedTokenizerBase, task: Task, on_step: OnStep
+    spec: RunSpec, model: Any, tokenizer: PreTrainedTokenizerBase, task: Task, on_step: OnStep, place: Alone
 ) -> dict[str, Any]:
     from peft_onelayer.rl.algorithms import load_algorithm
     from peft_onelayer.rl.recipe import make_recipe
@@ -210,11 +231,13 @@ def _train_and_evaluate(
             seed=spec.seed,
             recipe=make_recipe(spec.algorithm, task, spec.settings),
             on_step=on_step,
+            share=place.share,
         )
         model = result.model
         rewards, steps = result.rewards, result.steps
         generated, trained = result.tokens_generated, result.tokens_trained
 
+    place.begin_evaluation()
     sampling = Sampling(samples=spec.samples, seed=spec.evaluation_seed, batch_size=spec.batch_size, **spec.sampling)
     sampled = evaluate(model, tokenizer, task, rows, sampling)
     greedy = evaluate(model, tokenizer, task, rows, replace(sampling, greedy=True)) if spec.greedy else None

@@ -49,7 +49,7 @@ def sweep_layers(
 
     Args:
         out: folder for rows/, layer_profile.json and layer_profile.csv; made if it is not there.
-        engine: "local", "ray" or "slurm".
+        engine: "local", "shared", "ray" or "slurm".
         workers: runs at a time (default: the engine's).
         engine_options: arguments of the engine's own.
         run_row: the function that makes a row.
@@ -67,7 +67,7 @@ def sweep_layers(
     """
     out, options = Path(out), dict(engine_options or {})
     run = load_engine(engine)
-    if engine != "local" and holds_secrets(settings.config):
+    if engine not in ("local", "shared") and holds_secrets(settings.config):
         raise ValueError(
             f"the settings hold a secret, and the engine {engine} would keep it in its files; use the engine local, or "
             "leave the secret to the environment of the workers"

@@ -163,10 +163,12 @@ def leading_dimension(values: Sequence[Any]) -> int:
     return next(value.shape[0] for value in values if isinstance(value, torch.Tensor))
 
 
-def take_rows(value: Any, rows: torch.Tensor, total: int) -> Any:
+def take_rows(value: Any, rows: torch.Tensor | slice, total: int) -> Any:
     """`value` with only these rows of every tensor in it that has `total` rows, (total, ..., ...)."""
     if isinstance(value, torch.Tensor):
-        return value[rows.to(value.device)] if value.ndim > 1 and value.shape[0] == total else value
+        if value.ndim < 2 or value.shape[0] != total:
+            return value
+        return value[rows if isinstance(rows, slice) else rows.to(value.device)]
     if isinstance(value, (tuple, list)):
         return type(value)(take_rows(item, rows, total) for item in value)
     return value

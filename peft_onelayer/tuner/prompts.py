@@ -81,7 +81,7 @@ class _Sharing:
             return None
         self.skipping.close()
         self.back = self.below = None
-        if not kwargs.get("use_cache") or not _is_fresh(kwargs.get("past_key_values")):
+        if not kwargs.get("use_cache") or not is_fresh(kwargs.get("past_key_values")):
             return None
         inputs = pass_inputs(decoder, args, kwargs, left_out=("past_key_values",))
         if inputs is None or len(set(inputs.rows)) == len(inputs.rows) or set(inputs.by_row) - set(inputs.given):
@@ -154,8 +154,11 @@ def decoder_of(model: nn.Module) -> nn.Module | None:
         return None
 
 
-def _is_fresh(cache: Any) -> bool:
+def is_fresh(cache: Any) -> bool:
     """Whether a cache is empty, and its rows can be chosen once it is not."""
-    if type(cache) is not DynamicCache or cache.get_seq_length() or cache.offloading:
-        return False
-    return all(type(layer) in LAYERS for layer in cache.layers)
+    return can_be_split(cache) and not cache.get_seq_length()
+
+
+def can_be_split(cache: Any) -> bool:
+    """Whether the rows of a cache can be chosen."""
+    return type(cache) is DynamicCache and not cache.offloading and all(type(layer) in LAYERS for layer in cache.layers)

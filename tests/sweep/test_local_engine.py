@@ -103,6 +103,6 @@ def test_each_worker_gets_its_gpu_or_one_thread(tmp_path, monkeypatch):
 
 
 def test_an_engine_that_is_not_there(monkeypatch):
-    with pytest.raises(ValueError, match="engine 'slurp' is not known; expected one of local, ray, slurm"):
+    with pytest.raises(ValueError, match="engine 'slurp' is not known; expected one of local, shared, ray, slurm"):
         load_engine("slurp")
     assert load_engine("local") is run

@@ -92,7 +92,7 @@ def test_nothing_to_learn_shows_completions_and_one_line(sweep, monkeypatch, tmp
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--engine", "slurp"], "engine 'slurp' is not known; expected one of local, ray, slurm"),
+        (["--engine", "slurp"], "engine 'slurp' is not known; expected one of local, shared, ray, slurm"),
         (["--early-stop"], "--early-stop is done by Ray Tune; use it with --engine ray"),
         (["--slurm", "slurm_partition=gpu"], "--slurm sets parameters of --engine slurm"),
         (["--seeds", "0,x"], "--seeds takes whole numbers separated by commas, got '0,x'"),

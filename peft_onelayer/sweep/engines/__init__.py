@@ -1,4 +1,5 @@
-"""Where the runs of a sweep are executed, one module per place: this machine, a Ray cluster, a Slurm cluster.
+"""Where the runs of a sweep are executed, one module per place: this machine, in processes or in this one, a Ray
+cluster, a Slurm cluster.
 
 Every module has one function,
 
@@ -8,9 +9,7 @@ that yields the rows of `specs` in the order in which they are done and keeps no
 machine is lost is tried again, twice at most; a run that raises is not, since it would raise again. Neither keeps the
 others from going on: at the end the lost ones are a `RunsFailedError`. A generator that is closed early stops its runs.
 
-An engine gets all runs at once and may look at the whole list. That is the seam for sharing work between them, such as
-the frozen blocks below the trained one, or training several blocks in a batch: a `run_layers(specs) -> Iterator[Row]`
-beside `run_layer` would take groups of them. Nothing of that is here.
+An engine gets all runs at once, and may have them share what is the same in all of them: `shared` does.
 """
 
 from __future__ import annotations
@@ -20,7 +19,7 @@ import sys
 import traceback
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
-from typing import Any
+from typing import Any, TextIO
 
 from peft_onelayer.records.privacy import without_secrets
 from peft_onelayer.records.text import one_line
@@ -29,7 +28,7 @@ from peft_onelayer.sweep.run_layer import Row, RunSpec
 Answer = dict[str, Any]  # {"row": ...}, or {"error": an exception in one line}
 
 TRIES = 3  # the first and two more
-ENGINES = {"local": "local", "ray": "ray_engine", "slurm": "slurm"}
+ENGINES = {"local": "local", "shared": "shared", "ray": "ray_engine", "slurm": "slurm"}
 EXTRA = {"ray": "ray", "submitit": "slurm"}  # the library that an engine imports, and the extra that installs it
 
 
@@ -53,7 +52,7 @@ def load_engine(name: str) -> Callable[..., Iterator[Row]]:
 
     >>> load_engine("slurp")
     Traceback (most recent call last):
-    ValueError: engine 'slurp' is not known; expected one of local, ray, slurm
+    ValueError: engine 'slurp' is not known; expected one of local, shared, ray, slurm
     """
     if name not in ENGINES:
         raise ValueError(f"engine {name!r} is not known; expected one of {', '.join(ENGINES)}")
@@ -66,13 +65,14 @@ def load_engine(name: str) -> Callable[..., Iterator[Row]]:
         raise ValueError(f"engine {name!r} needs {error.name}: pip install 'peft-onelayer[{extra}]'") from error
 
 
-def attempt(run_row: Callable[..., Row], spec: RunSpec, *arguments: Any) -> Answer:
-    """Run where the engine put it; what it raises is an answer too, with the traceback on stderr, the engine's log."""
+def attempt(run_row: Callable[..., Row], spec: RunSpec, *arguments: Any, log: TextIO | None = None) -> Answer:
+    """Run where the engine put it; what it raises is an answer too, with the traceback in the engine's log (default:
+    stderr)."""
     try:
         return {"row": run_row(spec, *arguments)}
     except Exception as error:
         with suppress(OSError):  # the log's disk is full
-            print(without_secrets(traceback.format_exc()), file=sys.stderr, flush=True)
+            print(without_secrets(traceback.format_exc()), file=log or sys.stderr, flush=True)
         message = one_line(error, limit=2000)
         # the message of a ValueError speaks for itself
         return {"error": message if isinstance(error, ValueError) else f"{type(error).__name__}: {message}"}
