@@ -112,8 +112,8 @@ class StateCache:
         """
         if self._base is None or self._base[0] != versions:
             digest = hashlib.sha256(config_digest(decoder.config).encode())
-            for weight in weights:
-                digest.update(tensor_digest(weight).encode())
+            for tensor in (*weights, *decoder.buffers()):
+                digest.update(tensor_digest(tensor).encode())
             self._base = versions, digest.hexdigest()
         device = inputs.given["input_ids"].device.type
         plain = [(k, v) for k, v in sorted(inputs.given.items()) if not isinstance(v, torch.Tensor | dict)]
