@@ -16,7 +16,7 @@ from typing import Any
 
 # The lowest and the highest version of each library that the core of the tests passed with (`make compat`).
 TESTED = {
-    "accelerate": ("1.4.0", "1.15.0"),
+    "accelerate": ("1.10.1", "1.15.0"),
     "deepspeed": ("0.19.8", "0.19.8"),
     "huggingface_hub": ("1.5.0", "2.4.0"),
     "peft": ("0.21.0", "0.21.2"),
