@@ -1,12 +1,12 @@
 """CPU time of a sweep's runs in processes of their own (`--engine local`) against in one process (`--engine shared`).
 
-    python examples/benchmarks/shared_sweep.py [--model MODEL] [--layers all] [--steps 6] [--problems 128] [--together N]
+    python examples/benchmarks/shared_sweep.py [--model MODEL] [--layers all] [--steps 6] [--problems 128]
 
 GRPO with the defaults of `onelayer sweep`, 8 prompts x 8 completions a step and 4 completions of each problem, of every
 block that is named and of the base. The full-parameter run is left out: it is the same for both. Without MODEL it is
 the embedded demo model on its sums; with one it is `examples/evidence/sums.py`. The time is that of the whole process
-and of those that it starts, imports and loading included. Both engines' rows are compared: runs whose rewards and scores
-are all equal, and otherwise the largest difference of a run's score.
+and of those that it starts, imports and loading included. Both engines' rows are compared: how many runs have equal
+rewards and scores throughout, and the largest difference of a run's score.
 """
 
 import argparse
@@ -45,10 +45,10 @@ def run_engine(name: str, given: argparse.Namespace) -> None:
     )
     specs = [spec for spec in plan.specs if spec.layer != "full"]
     workers = {"shared": given.together or len(specs), "local": given.processes}[name]
-    with tempfile.TemporaryDirectory() as folder:
-        with closing(load_engine(name)(specs, folder=Path(folder), workers=workers)) as rows:  # type: ignore[type-var]
-            for done in rows:
-                print(json.dumps(done), flush=True)
+    run: Any = load_engine(name)
+    with tempfile.TemporaryDirectory() as folder, closing(run(specs, folder=Path(folder), workers=workers)) as rows:
+        for done in rows:
+            print(json.dumps(done), flush=True)
 
 
 def measure(name: str) -> tuple[float, dict[str, dict[str, Any]]]:
