@@ -214,7 +214,7 @@ class JointDecoder:
         for index, own in enumerate(passes):
             own.joined = _rows_of(states, last, index)[:, : own.width]
             own.output = own.joined.detach()
-            if own.joined.requires_grad:
+            if own.joined.requires_grad and index in last.segments:
                 own.output.requires_grad_()
         if cache is not None:
             self._hand_out(cache)
@@ -378,7 +378,14 @@ class _ByModel(nn.Module):
                     some, named = _taken(rows, len(states), args, kwargs)
                     parts.append(run(states[rows], *some, **named))
             done = end
-        return torch.cat(parts)
+        return _one_behind_another(parts)
+
+
+def _one_behind_another(parts: Sequence[Any]) -> Any:
+    """What a module returned for rows that follow each other, as if for all of them."""
+    if isinstance(parts[0], tuple):
+        return tuple(map(_one_behind_another, zip(*parts, strict=True)))
+    return torch.cat(tuple(parts))
 
 
 def _taken(rows: torch.Tensor | slice, total: int, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:

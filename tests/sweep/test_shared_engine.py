@@ -1,11 +1,18 @@
 """Runs in one process on one base: each is the run that it is alone, and ends alone."""
 
+import threading
+
 import pytest
 from specs import SETTINGS, demo_spec
 
-from peft_onelayer.sweep.engines import shared
+from peft_onelayer.sweep.engines import RunsFailedError, attempt, load_engine, shared
 from peft_onelayer.sweep.run_layer import run_layer
+from peft_onelayer.sweep.store import RowStore
+from peft_onelayer.sweep.sweep import collect_rows
 from peft_onelayer.tuner.joint import JointDecoder
+
+STEP = {**SETTINGS, "num_generations": 4, "per_device_train_batch_size": 8}
+SMALL = {"problems": 8, "samples": 2, "settings": STEP}
 
 
 def without_timings(row):
@@ -26,9 +33,6 @@ def passes(monkeypatch):
     return seen
 
 
-SMALL = {"problems": 8, "samples": 2, "settings": {**SETTINGS, "num_generations": 4, "per_device_train_batch_size": 8}}
-
-
 def test_every_run_is_the_run_that_it_is_alone(tmp_path, passes):
     specs = [demo_spec(layer, seed=seed, **SMALL) for seed in (0, 1) for layer in (2, 5)]
     specs += [demo_spec("base", **SMALL), demo_spec([5, 6], **SMALL, greedy=True)]
@@ -39,3 +43,95 @@ def test_every_run_is_the_run_that_it_is_alone(tmp_path, passes):
     assert max(len(names) for names, generates in passes if generates) == 6  # the evaluation
     assert max(len(names) for names, generates in passes if not generates) == 5
     assert "could not be joined" not in (tmp_path / "logs" / "shared.log").read_text()
+
+
+def stopped_at_first_step(spec, on_step, place):
+    def stop(step, reward):
+        if spec.layer == 5:
+            raise ValueError(f"no step {step}")
+
+    return run_layer(spec, stop, place)
+
+
+def test_a_run_that_fails_ends_alone(tmp_path, passes):
+    specs = [demo_spec(layer, **SMALL) for layer in (2, 5, 7)]
+    diverging = demo_spec(3, **{**SMALL, "settings": {**STEP, "learning_rate": 1e38}})
+    rows = []
+    with pytest.raises(RunsFailedError) as error:
+        for row in shared.run([*specs, diverging], folder=tmp_path, run_row=stopped_at_first_step):
+            rows.append(row)
+    assert sorted(row["spec"]["layer"] for row in rows) == [2, 7]
+    for spec in (specs[0], specs[2]):
+        (row,) = [row for row in rows if row["digest"] == spec.digest()]
+        assert without_timings(row) == without_timings(run_layer(spec))
+    assert str(error.value).startswith(
+        "2 of the runs failed: block 5, seed 0, learning rate 0.003: no step 1 (and 1 more)"
+    )
+    text = (tmp_path / "logs" / "shared.log").read_text()
+    assert "ValueError: no step 1" in text  # with its traceback
+    alone = attempt(run_layer, diverging)["error"]
+    assert alone.startswith("RuntimeError: probability tensor contains") and alone.partition(": ")[2] in text
+    assert max(len(names) for names, _ in passes) == 4 and len(passes[-1][0]) == 2
+
+
+def test_an_interrupted_group_goes_on_with_the_runs_that_are_missing(tmp_path, passes):
+    specs = [demo_spec(layer, **SMALL) for layer in (2, 5, 7)]
+    threads = threading.active_count()
+    store, begun = RowStore(tmp_path / "rows"), []
+    store.prepare()
+
+    def run_row(spec, on_step, place):
+        begun.append(spec.layer)
+        return run_layer(spec, on_step, place)
+
+    def collect(on_row=lambda spec, row: None):
+        run = lambda missing: shared.run(missing, folder=tmp_path, workers=2, run_row=run_row)  # noqa: E731
+        return collect_rows(specs, store=store, run=run, on_row=on_row)
+
+    def interrupt(spec, row):
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        collect(interrupt)
+    assert begun == [2, 5] and threading.active_count() == threads
+    assert max(len(names) for names, _ in passes) == 2  # as many as `workers`
+    (finished,) = [spec.layer for spec in specs if store.read(spec)]
+    rows = collect()
+    assert sorted(begun[2:]) == sorted({2, 5, 7} - {finished})
+    assert {row["spec"]["layer"] for row in rows.values()} == {2, 5, 7}
+
+
+def test_runs_that_share_nothing_follow_one_after_another(tmp_path, passes):
+    specs = [demo_spec("full", **SMALL), demo_spec(5, steps=1, **SMALL)]
+    rows = {row["spec"]["layer"]: row for row in shared.run(specs, folder=tmp_path)}
+    assert list(rows) == [5, "full"]
+    assert without_timings(rows["full"]) == without_timings(run_layer(specs[0]))
+    assert {name for names, _ in passes for name in names} == {f"run 0, {specs[1]}"}
+
+
+def test_a_model_with_dropout_passes_by_itself(tmp_path, passes, monkeypatch):
+    monkeypatch.setattr("peft_onelayer.rl.prefix.draws", lambda decoder: True)
+    spec = demo_spec(5, **SMALL)
+    (row,) = shared.run([spec], folder=tmp_path)
+    assert without_timings(row) == without_timings(run_layer(spec)) and passes == []
+
+
+def test_where_passes_cannot_be_joined_each_run_passes_by_itself(tmp_path, monkeypatch):
+    def refuse(self, passes):
+        raise TypeError("not\nthese")
+
+    monkeypatch.setattr(JointDecoder, "run", refuse)
+    specs = [demo_spec(layer, **SMALL) for layer in (2, 5)]
+    rows = {row["digest"]: row for row in shared.run(specs, folder=tmp_path)}
+    for spec in specs:
+        assert without_timings(rows[spec.digest()]) == without_timings(run_layer(spec))
+    text = (tmp_path / "logs" / "shared.log").read_text()
+    assert text.count("passes that could not be joined are run one by one: not these") == 1
+
+
+def test_several_gpus_are_refused_before_anything_runs(tmp_path, monkeypatch):
+    monkeypatch.setattr("peft_onelayer.sweep.engines.shared.visible_devices", lambda: ["0", "1"])
+    with pytest.raises(ValueError, match="computes on one GPU, and 2 are visible; name one in CUDA_VISIBLE_DEVICES"):
+        next(load_engine("shared")([demo_spec(5)], folder=tmp_path))
+    monkeypatch.undo()
+    assert list(shared.run([], folder=tmp_path)) == [] and not (tmp_path / "logs").exists()

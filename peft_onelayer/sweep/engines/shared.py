@@ -24,6 +24,7 @@ from peft_onelayer.sweep.lockstep import Member, run_together
 from peft_onelayer.sweep.run_layer import Alone, Row, RunSpec, run_layer
 
 from . import Answer, RunsFailedError, attempt
+from .local import visible_devices
 
 if TYPE_CHECKING:
     from torch import nn
@@ -46,7 +47,16 @@ def run(
     Args:
         workers: runs that share the model at a time (default: `TOGETHER`).
         run_row: takes what `run_layer` takes.
+
+    Raises:
+        ValueError: several GPUs are visible; trainers would spread their batches over them.
+        RunsFailedError: some runs failed.
     """
+    if (devices := len(visible_devices())) > 1:
+        raise ValueError(
+            f"the engine shared computes on one GPU, and {devices} are visible; name one in CUDA_VISIBLE_DEVICES, or "
+            "use --engine local, which gives each a process."
+        )
     failures: list[tuple[RunSpec, str]] = []
     if not specs:
         return
