@@ -41,6 +41,7 @@ def run_engine(name: str, given: argparse.Namespace) -> None:
             steps=given.steps,
             learning_rate=rate,
             problems=given.problems,
+            chat=False,
         )
     )
     specs = [spec for spec in plan.specs if spec.layer != "full"]

@@ -101,6 +101,7 @@ def test_an_interrupted_group_goes_on_with_the_runs_that_are_missing(tmp_path, p
     assert {row["spec"]["layer"] for row in rows.values()} == {2, 5, 7}
 
 
+@pytest.mark.more
 def test_runs_that_share_nothing_follow_one_after_another(tmp_path, passes):
     specs = [demo_spec("full", **SMALL), demo_spec(5, steps=1, **SMALL)]
     rows = {row["spec"]["layer"]: row for row in shared.run(specs, folder=tmp_path)}
@@ -109,6 +110,7 @@ def test_runs_that_share_nothing_follow_one_after_another(tmp_path, passes):
     assert {name for names, _ in passes for name in names} == {f"run 0, {specs[1]}"}
 
 
+@pytest.mark.more
 def test_a_model_with_dropout_passes_by_itself(tmp_path, passes, monkeypatch):
     monkeypatch.setattr("peft_onelayer.rl.prefix.draws", lambda decoder: True)
     spec = demo_spec(5, **SMALL)
@@ -116,6 +118,7 @@ def test_a_model_with_dropout_passes_by_itself(tmp_path, passes, monkeypatch):
     assert without_timings(row) == without_timings(run_layer(spec)) and passes == []
 
 
+@pytest.mark.more
 def test_where_passes_cannot_be_joined_each_run_passes_by_itself(tmp_path, monkeypatch):
     def refuse(self, passes):
         raise TypeError("not\nthese")

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import copy
 import functools
+import gc
 import warnings
 from collections.abc import Callable, Generator, Hashable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, closing, nullcontext
@@ -91,12 +92,16 @@ def _together(
 ) -> Generator[tuple[RunSpec, Answer], None, None]:
     """The answers of runs of one model, as they end."""
     joint = _Joint(log)
+    gc.freeze()  # what is there already, such as modules, is no garbage: every trainer looks through all of it
     named = {f"run {i}, {spec}": spec for i, spec in enumerate(specs)}
     functions = {name: functools.partial(_run, run_row, spec, joint, log) for name, spec in named.items()}
-    with joint, closing(run_together(functions, joint.serve)) as members:
-        for member in members:
-            joint.remove(member.name)
-            yield named[member.name], member.result
+    try:
+        with joint, closing(run_together(functions, joint.serve)) as members:
+            for member in members:
+                joint.remove(member.name)
+                yield named[member.name], member.result
+    finally:
+        gc.unfreeze()
 
 
 def _run(run_row: Callable[..., Row], spec: RunSpec, joint: _Joint, log: TextIO, member: Member) -> Answer:
