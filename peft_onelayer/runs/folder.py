@@ -15,7 +15,8 @@ from dataclasses import replace
 from pathlib import Path
 
 from peft_onelayer.records.claim import PARTIAL
-from peft_onelayer.records.files import RUN, check_folder, make_readable, read_fields, write_whole
+from peft_onelayer.records.files import PROFILE, RUN, check_folder, make_readable, read_fields, read_text, write_whole
+from peft_onelayer.records.ranking import LayerRanking
 from peft_onelayer.records.run import RunRecord
 
 from .log import LOG
@@ -104,9 +105,16 @@ class RunFolder:
         except BaseException:
             self._remove_unfinished()  # such as on a full disk
             entries = {entry.name for entry in self.path.iterdir()}
+            if self._ranked_for_nothing():
+                entries.discard(PROFILE)
             if entries <= {RUN, RUN_YAML, LOG, self.checkpoints.name} and not self.last_checkpoint():
                 shutil.rmtree(self.path)
             raise
+
+    def _ranked_for_nothing(self) -> bool:
+        """Whether the folder's ranking was made without running a block, so that it is made again in no time."""
+        path = self.path / PROFILE
+        return path.exists() and not LayerRanking.from_json(read_text(path), str(path)).measured
 
     def write(self, name: str, text: str) -> None:
         """Write a file in one piece."""

@@ -238,7 +238,7 @@ def grpo(tokenizer, folder, *, packs, **settings):
     return {name: p.detach() for name, p in trainer.model.named_parameters() if ".default." in name}, packed, prefix
 
 
-@pytest.mark.parametrize("beta", [0.0, 0.1])
+@pytest.mark.parametrize("beta", [pytest.param(0.0, marks=pytest.mark.more), 0.1])
 def test_a_trainer_trains_the_same_in_fewer_passes(tokenizer, tmp_path, beta):
     """Eight passes a step of two rows each: TRL's shuffle is undone, so that they share prompts, and with a reference
     the policy's passes start above the frozen blocks."""

@@ -33,15 +33,17 @@ def passes(monkeypatch):
     return seen
 
 
-def test_every_run_is_the_run_that_it_is_alone(tmp_path, passes):
-    specs = [demo_spec(layer, seed=seed, **SMALL) for seed in (0, 1) for layer in (2, 5)]
-    specs += [demo_spec("base", **SMALL), demo_spec([5, 6], **SMALL, greedy=True)]
+@pytest.mark.parametrize("seeds", [(0,), pytest.param((0, 1), marks=pytest.mark.more)], ids=str)
+def test_every_run_is_the_run_that_it_is_alone(tmp_path, passes, seeds):
+    specs = [demo_spec(layer, seed=seed, **SMALL) for seed in seeds for layer in (2, 5)]
+    if len(seeds) > 1:
+        specs += [demo_spec("base", **SMALL), demo_spec([5, 6], **SMALL, greedy=True)]
     rows = {row["digest"]: row for row in shared.run(specs, folder=tmp_path)}
     assert rows.keys() == {spec.digest() for spec in specs}
     for spec in specs:
         assert without_timings(rows[spec.digest()]) == without_timings(run_layer(spec)), str(spec)
-    assert max(len(names) for names, generates in passes if generates) == 6  # the evaluation
-    assert max(len(names) for names, generates in passes if not generates) == 5
+    assert max(len(names) for names, generates in passes if generates) == len(specs)  # the evaluation
+    assert max(len(names) for names, generates in passes if not generates) == len(specs) - (len(seeds) > 1)
     assert "could not be joined" not in (tmp_path / "logs" / "shared.log").read_text()
 
 
@@ -53,6 +55,7 @@ def stopped_at_first_step(spec, on_step, place):
     return run_layer(spec, stop, place)
 
 
+@pytest.mark.more
 def test_a_run_that_fails_ends_alone(tmp_path, passes):
     specs = [demo_spec(layer, **SMALL) for layer in (2, 5, 7)]
     diverging = demo_spec(3, **{**SMALL, "settings": {**STEP, "learning_rate": 1e38}})
