@@ -61,22 +61,24 @@ class StateCache:
         rows = _rows(inputs)
         if rows is None or not all((folder / name).exists() for name, _ in rows):
             return None
-        device, values, returns_tuple = inputs.given["input_ids"].device, None, ()
+        device, values, returns_tuple, damaged = inputs.given["input_ids"].device, None, (), False
         for i, (name, real) in enumerate(rows):
             try:
                 with safe_open(folder / name, "pt") as file:
                     own, said = file.get_tensor(VALUES), (file.metadata() or {})[BY_BLOCK]
+                if own.dim() != 2 or len(own) != int(real.sum()):
+                    raise KeyError(VALUES)
             except (SafetensorError, KeyError, OSError):
                 warnings.warn(f"{folder / name} holds no hidden states; it is written again.", stacklevel=2)
                 (folder / name).unlink(missing_ok=True)
-                return None
+                damaged = True
+                continue
             returns_tuple = tuple(flag == "1" for flag in said)
             if values is None:
                 values = torch.zeros((len(rows), len(real), own.size(-1)), dtype=own.dtype, device=device)
-            if own.shape != (int(real.sum()), values.size(-1)) or own.dtype != values.dtype:
-                return None
             values[i, real.to(device)] = own.to(device)
-        assert values is not None
+        if damaged or values is None:
+            return None
         self.found += len(rows)
         return HiddenStates(blocks, len(returns_tuple), values, returns_tuple)
 

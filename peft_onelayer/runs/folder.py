@@ -114,7 +114,10 @@ class RunFolder:
     def _ranked_for_nothing(self) -> bool:
         """Whether the folder's ranking was made without running a block, so that it is made again in no time."""
         path = self.path / PROFILE
-        return path.exists() and not LayerRanking.from_json(read_text(path), str(path)).measured
+        try:
+            return path.exists() and not LayerRanking.from_json(read_text(path), str(path)).measured
+        except ValueError:  # somebody else's
+            return False
 
     def write(self, name: str, text: str) -> None:
         """Write a file in one piece."""
