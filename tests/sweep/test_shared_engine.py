@@ -77,6 +77,7 @@ def test_a_run_that_fails_ends_alone(tmp_path, passes):
     assert max(len(names) for names, _ in passes) == 4 and len(passes[-1][0]) == 2
 
 
+@pytest.mark.more
 def test_an_interrupted_group_goes_on_with_the_runs_that_are_missing(tmp_path, passes):
     specs = [demo_spec(layer, **SMALL) for layer in (2, 5, 7)]
     threads = threading.active_count()

@@ -38,7 +38,10 @@ def folders(tmp_path_factory):
     return made
 
 
-@pytest.fixture(params=KINDS)
+VARIANTS = {"fp4-double", "ao-int8-dynamic"}  # of others
+
+
+@pytest.fixture(params=[pytest.param(k, marks=pytest.mark.more) if k in VARIANTS else k for k in KINDS])
 def kind(request):
     return request.param
 
