@@ -29,7 +29,6 @@ from .prefix import not_repeatable
 PAYS = 0.9  # of the multiplications of whole rows, at most
 ATTENTION = {"sdpa", "eager"}  # implementations that take a mask of every pair of positions
 KINDS = {"full_attention", "sliding_attention"}  # of blocks
-_Batch = tuple[np.ndarray, np.ndarray, np.ndarray]
 ROW = "onelayer_row"  # a row's number, while TRL shuffles
 
 
@@ -136,16 +135,15 @@ class Packing:
     share: float
 
 
-def pack(ids: np.ndarray, mask: np.ndarray, labels: np.ndarray, width: int, pays: float = PAYS) -> Packing | None:
+def pack(ids: np.ndarray, mask: np.ndarray, labels: np.ndarray, width: int) -> Packing | None:
     """How rows that begin with one prompt are packed, in the way that needs the fewest multiplications.
 
     Args:
         ids, mask, labels: (N, T) int64, of tokens; a prompt is what comes before a row's first label (not -100).
         width: of the hidden states.
-        pays: share of the multiplications of whole rows, at most.
 
     Returns:
-        None where no prompt is shared, or `pays` is not reached.
+        None where no prompt is shared, or `PAYS` is not reached.
     """
     total, length = ids.shape
     labelled, real = labels != -100, mask != 0
@@ -170,7 +168,7 @@ def pack(ids: np.ndarray, mask: np.ndarray, labels: np.ndarray, width: int, pays
         count = sum(math.ceil(size / most) for size in sizes)
         options.append((needed(count, before + most * behind) / needed(total, length), most, count))
     share, most, count = min(options)
-    if share > pays:
+    if share > PAYS:
         return None
     columns = before + most * behind
     sources, positions, slots = (np.zeros((count, columns), np.int64) for _ in range(3))
@@ -271,14 +269,13 @@ class PackedPrompts(TrainerCallback):
         ids, mask = tensors["input_ids"], tensors["attention_mask"]
         if mask.shape != ids.shape or labels.shape != ids.shape:
             return None
-        batch = _numbers(ids), _numbers(mask), _numbers(labels)
-        packing = pack(*batch, decoder.config.hidden_size)
+        packing = pack(_numbers(ids), _numbers(mask), _numbers(labels), decoder.config.hidden_size)
         if packing is None:
             self.whole += 1
             return None
         lengths = ids.size(1), packing.slots.shape[1]
         longest = max(lengths[0], self._compared[0]), max(lengths[1], self._compared[1])
-        if longest != self._compared and (problem := self._compare(inputs.given, packing, batch)) is not None:
+        if longest != self._compared and (problem := self._compare(inputs.given, packing)) is not None:
             self._switch_off(problem)
             return None
         self._compared = longest
@@ -292,13 +289,20 @@ class PackedPrompts(TrainerCallback):
         if places is not None and output is not None:
             output.last_hidden_state = output.last_hidden_state.flatten(0, 1)[places]
 
-    def _compare(self, given: dict[str, Any], packing: Packing, batch: _Batch) -> str | None:
-        """Pass the rows of one prompt both ways, and say what differs."""
+    def _compare(self, given: dict[str, Any], packing: Packing) -> str | None:
+        """Pass the rows of the fullest packed row both ways, and say what differs."""
         ids, mask = given["input_ids"], given["attention_mask"]
-        packed_row = packing.places.max(axis=1) // packing.slots.shape[1]  # of each row
-        rows = np.flatnonzero(packed_row == np.bincount(packed_row).argmax())
-        few = pack(batch[0][rows], batch[1][rows], batch[2][rows], self.decoder.config.hidden_size, math.inf)
-        assert few is not None
+        width = packing.slots.shape[1]
+        packed_row = packing.places.max(axis=1) // width  # of each row
+        one = int(np.bincount(packed_row).argmax())
+        rows = np.flatnonzero(packed_row == one)
+        few = Packing(
+            np.searchsorted(rows, packing.rows[[one]]),
+            packing.columns[[one]],
+            packing.slots[[one]],
+            np.maximum(packing.places[rows] - one * width, 0),
+            packing.share,
+        )
         real, places = mask[rows] != 0, torch.from_numpy(few.places).to(ids.device)
         whole = {**given, "input_ids": ids[rows], "attention_mask": mask[rows]}
         devices = [ids.device] if ids.is_cuda else []

@@ -112,10 +112,10 @@ class RunFolder:
             raise
 
     def _ranked_for_nothing(self) -> bool:
-        """Whether the folder's ranking was made without running a block, so that it is made again in no time."""
+        """Whether the folder's ranking was made without running the model, so that it is made again in no time."""
         path = self.path / PROFILE
         try:
-            return path.exists() and not LayerRanking.from_json(read_text(path), str(path)).measured
+            return path.exists() and not LayerRanking.from_json(read_text(path), str(path)).cost.get("tokens_generated")
         except ValueError:  # somebody else's
             return False
 

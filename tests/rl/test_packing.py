@@ -207,6 +207,24 @@ def test_longer_rows_are_compared_again():
     assert packed.packed == 2 and packed.off is not None
 
 
+def test_rows_that_are_only_made_shorter_are_compared_too():
+    """Two of three rows have one prompt, and so much padding behind them that each alone is the cheapest way."""
+    model = build("Llama").train()
+    utils.add_fused_lm_head(model)
+    packed = PackedPrompts(model)
+    packed.on_train_begin(ARGS, None, None)
+    ids = torch.randint(3, 64, (3, 120), generator=torch.Generator().manual_seed(0))
+    ids[1, :4] = ids[0, :4]
+    mask = (torch.arange(120) < 80).long().expand(3, -1)
+    labels = ids.masked_fill((mask == 0) | (torch.arange(120) < 4), -100)
+    assert (pack(ids.numpy(), mask.numpy(), labels.numpy(), 32).slots.max(axis=1) == 1).all()
+    found = model(input_ids=ids, attention_mask=mask, labels=labels, fused_lm_head=True).log_probs
+    assert (packed.packed, packed.off) == (1, None)
+    packed.remove()
+    expected = model(input_ids=ids, attention_mask=mask, labels=labels, fused_lm_head=True).log_probs
+    assert torch.allclose(found, expected, atol=2e-5)
+
+
 def test_rows_of_images_are_left_in_the_order_that_they_have():
     """What has not one entry a row cannot be put in order with the rows."""
     rows = [{"completion_ids": torch.tensor([[i]]), "onelayer_row": torch.tensor([1 - i])} for i in range(2)]

@@ -63,9 +63,9 @@ def ranking_of(base, tokenizer, task, progress, *, recipe, seed, **others):
     """A ranking that picks block 7 at a third of the rate that was asked for."""
     rate = recipe.settings["learning_rate"]
     rates = [rate / 3 if k == 7 else rate for k in range(12)]
-    none = [None] * 12
+    scores, cost = [float(k == 7) for k in range(12)], {"tokens_generated": 1}
     return LayerRanking(
-        *("m", None, 12, "prior", [float(k == 7) for k in range(12)], none, [7, *range(7)], [7], 7, rate, {}),
+        *("m", None, 12, "prior", scores, [None] * 12, [7, *range(7)], [7], 7, rate, cost),
         task.name,
         seed,
         learning_rates=rates,
