@@ -64,6 +64,7 @@ def test_later_epochs_and_runs_start_above_the_frozen_blocks_with_the_same_weigh
     assert first.off is second.off is None
 
 
+@pytest.mark.more
 def test_rows_are_found_in_batches_that_are_padded_otherwise(dpo):
     plain, _ = dpo(rows=4)
     found, prefix = dpo("cache", rows=4)

@@ -137,6 +137,7 @@ def test_what_only_vllm_understands_can_be_left_out(run, tmp_path):
     assert evaluate(EvaluationSettings(**given, sampling={"generation_kwargs": {}})).temperature == 0.6
 
 
+@pytest.mark.more
 def test_a_ranking_samples_as_the_run_to_come(model):
     """Thinking, the base earns nothing, and there is nothing to rank by."""
     settings = ProbeSettings(model=model, task="arithmetic", budget=0.006, config=SMALL | QUIET, steps=4000)

@@ -149,6 +149,7 @@ def test_a_cache_that_is_full_of_games_is_read_where_it_cannot_be_written(monkey
     assert game_file(TINY, "train", 1) == path
 
 
+@pytest.mark.more
 def test_who_makes_a_game_that_another_process_has_finished_meanwhile_takes_that_one(monkeypatch, tmp_path):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
 
