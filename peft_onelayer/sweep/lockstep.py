@@ -62,17 +62,18 @@ class Member:
         """Answer the request: with an exception, to be raised there."""
         self.request, self._answer = None, value
 
-    def go_on(self) -> None:
-        """Let the function run until it asks for something or ends."""
-        outside = _ProcessState()
-        if self._state is not None:
-            self._state.restore()
+    def go_on(self, outside: _ProcessState) -> None:
+        """Let the function run until it asks for something or ends.
+
+        Args:
+            outside: what it begins with; what is there afterwards is the function's.
+        """
+        (self._state or outside).restore()
         if not self._thread.ident:
             self._thread.start()
         self._go.release()
         self._back.acquire()
         self._state = None if self.ended else _ProcessState()
-        outside.restore()
 
     def stop(self) -> None:
         """End the function where it asks for something, and wait until it has ended."""
@@ -105,12 +106,16 @@ def run_together(functions: Mapping[str, Callable[[Member], Any]], serve: Serve)
     living = list(members)
     try:
         while living:
-            for member in list(living):
-                if member.request is None:
-                    member.go_on()
-                if member.ended:
-                    living.remove(member)
-                    yield member
+            outside = _ProcessState()
+            try:
+                for member in living:
+                    if member.request is None:
+                        member.go_on(outside)
+            finally:
+                outside.restore()
+            ended = [member for member in living if member.ended]
+            living = [member for member in living if not member.ended]
+            yield from ended
             if living:
                 serve(living)
     finally:

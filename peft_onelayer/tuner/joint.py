@@ -349,6 +349,7 @@ class _ByModel(nn.Module):
         self.base_layer = base_layer
         self.of_models: dict[str, SingleLayerLayer] = {}
         self.joint = (joint,)  # which holds this module
+        self.overwrites = True  # whether the base layer is thought to return a tensor that nothing else holds
 
     def __getattr__(self, name: str) -> Any:
         """What is not a tensor is the base layer's: a tensor would be of one model."""
@@ -361,24 +362,38 @@ class _ByModel(nn.Module):
             return value
 
     def forward(self, states: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
-        joint = self.joint[0]
+        joint, base, total = self.joint[0], self.base_layer, len(states)
         segments: list[tuple[nn.Module, int, int]] = [
             (self.of_models[name], start, end) for name, start, end in joint.segments if name in self.of_models
         ]
         if not segments:
-            return self.base_layer(states, *args, **kwargs)
-        repeats, rest = divmod(len(states), joint.rows)  # experts see tokens in place of rows
+            return base(states, *args, **kwargs)
+        repeats, rest = divmod(total, joint.rows)  # experts see tokens in place of rows
         if rest:
-            raise RuntimeError(f"a {type(self.base_layer).__name__} is not given rows of the batch")
+            raise RuntimeError(f"a {type(base).__name__} is not given rows of the batch")
+
+        def run(module: nn.Module, first: int, last: int) -> Any:
+            rows = slice(first * repeats, last * repeats)
+            some, named = _taken(rows, total, args, kwargs) if args or kwargs else ((), {})
+            return module(states[rows], *some, **named)
+
+        few = 2 * sum(end - start for _, start, end in segments) <= joint.rows
+        if self.overwrites and few and not torch.is_grad_enabled():  # one call of the base less, and no new tensor
+            whole = base(states, *args, **kwargs)
+            self.overwrites = type(whole) is torch.Tensor and whole._base is None and whole is not states
+            if self.overwrites:
+                for module, start, end in segments:
+                    whole[start * repeats : end * repeats] = run(module, start, end)
+                return whole
         parts, done = [], 0
-        for module, start, end in [*segments, (self.base_layer, joint.rows, joint.rows)]:
-            for run, first, last in ((self.base_layer, done, start), (module, start, end)):
-                if first < last:
-                    rows = slice(first * repeats, last * repeats)
-                    some, named = _taken(rows, len(states), args, kwargs)
-                    parts.append(run(states[rows], *some, **named))
+        for module, start, end in segments:
+            if done < start:
+                parts.append(run(base, done, start))
+            parts.append(run(module, start, end))
             done = end
-        return _one_behind_another(parts)
+        if done < joint.rows:
+            parts.append(run(base, done, joint.rows))
+        return parts[0] if len(parts) == 1 else _one_behind_another(parts)
 
 
 def _one_behind_another(parts: Sequence[Any]) -> Any:

@@ -55,12 +55,15 @@ class SingleLayerLayer(MergeableWeights):
 
     def __getattr__(self, name: str) -> Any:
         """What is not the wrapper's is the base layer's (`in_features`, `eps`, a composite's children, ...)."""
+        modules = self.__dict__.get("_modules", {})
+        if name in modules:  # the wrapper's own, asked for several times a call
+            return modules[name]
         try:
             return super().__getattr__(name)
         except AttributeError:
             # Private names stay private: accelerate keeps its hooks under them and deletes them from where it finds
             # them. Without base_layer this is a copy or an unpickling under way.
-            if name.startswith("_") or "base_layer" not in self.__dict__.get("_modules", {}):
+            if name.startswith("_") or "base_layer" not in modules:
                 raise
         value = getattr(self.base_layer, name)
         if inspect.ismethod(value) and value.__self__ is self.base_layer:  # e.g. Gemma 3n calls `altup.predict(...)`
@@ -91,7 +94,7 @@ class SingleLayerLayer(MergeableWeights):
         """An own parameter of the base layer, or the weight in effect for it, which can be written."""
         if not self._in_effect() or name not in dict(self._own()):
             return getattr(self.base_layer, name)
-        return self._writable(self._active_weights())[name]
+        return self._writable(self._weights_of(self._adapters_in_effect()))[name]
 
     def _writable(self, weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         """The weights in effect such that what is written to them reaches the masters."""
@@ -165,11 +168,12 @@ class SingleLayerLayer(MergeableWeights):
             )
 
     def _names_on_module(self) -> list[str]:
-        return [name for name in self._adapters_in_effect() if name in self.single_layer_params]
+        there = self.single_layer_params
+        return [name for name in self._adapters_in_effect() if name in there]
 
     def _in_effect(self) -> bool:
-        on_module = any(name in self.single_layer_params for name in self._adapters_in_effect())
-        return on_module and not self.disable_adapters and not self.merged
+        """Whether an adapter is: none is while they are switched off or merged."""
+        return not self.disable_adapters and not self.merged and bool(self._names_on_module())
 
     @property
     def row_adapters(self) -> list[str] | None:
@@ -187,10 +191,6 @@ class SingleLayerLayer(MergeableWeights):
         """The active adapters, or in a mixed batch the one that all of the module's rows take."""
         return self.active_adapters if self.row_adapters is None else mixed_batch.adapter_of_all_rows(self)
 
-    def _active_weights(self) -> dict[str, torch.Tensor]:
-        """What the forward pass replaces: nothing while disabled or merged."""
-        return self._weights_of(self._adapters_in_effect()) if self._in_effect() else {}
-
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         return self._run("__call__", *args, **kwargs)
 
@@ -198,34 +198,35 @@ class SingleLayerLayer(MergeableWeights):
         """Call a method of the base layer with the weights in effect."""
         if self.row_adapters is not None and len(mixed_batch.rows_by_adapter(self)) > 1:
             return mixed_batch.run_by_adapter(self, method, args, kwargs)
+        base = self.base_layer
         if self.disable_adapters and self.merged:
-            refuse_unmerging_in_forward(self.base_layer)
+            refuse_unmerging_in_forward(base)
             self.unmerge()
         if not self._in_effect():
-            return getattr(self.base_layer, method)(*args, **kwargs)
-        own = self._own()
-        refuse_silent_wrap(self.base_layer, dict(own), list(self.single_layer_params.values()))
+            return getattr(base, method)(*args, **kwargs)
+        own = own_parameters(base)
+        refuse_silent_wrap(base, own, list(self.single_layer_params.values()))
         self.widen()  # TRL assigns bfloat16 to the `.data` of what trains when other parts are quantized
-        weights = self._active_weights()
-        if any(parameter.is_meta for _, parameter in own):
+        weights = self._weights_of(self._adapters_in_effect())
+        if any(parameter.is_meta for parameter in own.values()):
             raise RuntimeError(
                 "the trained block's base weights are on the meta device (offloaded to CPU or disk, or never loaded): "
                 "its adapter would have no effect; keep that block on the device with device_map, or load the weights."
             )
-        if is_bitsandbytes(self.base_layer):
+        if is_bitsandbytes(own.values()):
             return self._dense_linear(weights, *args)
-        if method == "__call__" and any(is_partitioned(parameter) for _, parameter in own):
+        if method == "__call__" and any(is_partitioned(parameter) for parameter in own.values()):
             # DeepSpeed plans ahead from the modules called and takes it for an error if the same modules want other
             # parameters, as they would with the adapter off (TRL's reference): leave the base layer's hook out.
             method = "forward"
         if torch.compiler.is_compiling():
             return self._exchange(method, weights, args, kwargs)
-        if not can_be_copied(self.base_layer):
+        if not can_be_copied(base):
             with self._alone():
                 return self._exchange(method, weights, args, kwargs)
         given = weights if method in ("__call__", "forward") else self._writable(weights)
         left = dict(given)
-        result = call_with(self.base_layer, method, left, args, kwargs)
+        result = call_with(base, method, left, args, kwargs)
         for name, weight in given.items():
             if left[name] is not weight:  # the method has assigned a parameter
                 self._write(name, left[name])

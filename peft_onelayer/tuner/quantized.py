@@ -6,6 +6,8 @@ output without the adapter does not change.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import torch
 from peft.utils.integrations import dequantize_bnb_weight, get_bnb_param_type
 from torch import nn
@@ -20,9 +22,9 @@ def is_quantized(tensor: torch.Tensor) -> bool:
     return bool(get_bnb_param_type(tensor)) or (_is_torchao(tensor) and type(tensor).__name__ == "Int8Tensor")
 
 
-def is_bitsandbytes(module: nn.Module) -> bool:
-    """Whether `module` computes with its packed weight, so that a dense one cannot take its place."""
-    return any(get_bnb_param_type(parameter) for parameter in module.parameters(recurse=False))
+def is_bitsandbytes(own: Iterable[torch.Tensor]) -> bool:
+    """Whether a module that has these parameters computes with a packed weight, whose place no dense one can take."""
+    return any(get_bnb_param_type(parameter) for parameter in own)
 
 
 def unsupported_quantization(name: str, tensor: torch.Tensor) -> bool:

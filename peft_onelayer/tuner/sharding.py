@@ -27,13 +27,14 @@ def refuse_silent_wrap(base_layer: nn.Module, own: dict[str, Any], adapters: lis
         adapters: the modules that hold the masters, one for each adapter.
     """
     what = type(base_layer).__name__
-    if any(isinstance(module, (FSDPModule, FullyShardedDataParallel)) for module in (base_layer, *adapters)):
+    modules = [base_layer, *adapters]
+    if any(isinstance(module, (FSDPModule, FullyShardedDataParallel)) for module in modules):
         raise RuntimeError(
             f"FSDP is applied inside the trained block, to a part of the wrapped {what}: its own "
             "weights would come back in the forward pass and the adapter have no effect; apply fully_shard to whole "
             "blocks (FSDP2; with accelerate fsdp_version: 2)."
         )
-    if any(type(module).__module__.startswith("torch.ao.") for module in (base_layer, *adapters)):
+    if any(type(module).__module__.startswith("torch.ao.") for module in modules):
         raise RuntimeError(
             f"torch.ao.quantization has put a {what} of its own into the trained block, whose packed weights the "
             "adapter cannot take the place of; call merge_and_unload() first and quantize what it returns."

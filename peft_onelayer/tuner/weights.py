@@ -34,7 +34,7 @@ def stand_in(base_layer: nn.Module, masters: dict[str, nn.Parameter], positions:
     of an `nn.LayerNorm`, GaLore projects those of an `nn.Linear`. In place of a bitsandbytes module it is an
     `nn.Linear`.
     """
-    kind = nn.Linear if is_bitsandbytes(base_layer) else type(base_layer)
+    kind = nn.Linear if is_bitsandbytes(own_parameters(base_layer).values()) else type(base_layer)
     module = kind.__new__(kind)
     nn.Module.__init__(module)
     own = vars(module)
@@ -233,11 +233,11 @@ class AdapterWeights(nn.Module, BaseTunerLayer):
         return is_fully_sharded(self.base_layer) or any(is_partitioned(p) for _, p in self._own())
 
     def _rounded(self, adapters: list[str]) -> dict[str, torch.Tensor]:
-        weights = {}
+        weights, own = {}, self._own()
         masters: dict[str, Any] = self.masters(adapters[0])
-        masked = any(len(self.masters(a)) < len(self._own()) or self.positions(a) for a in adapters)
+        masked = any(len(self.masters(a)) < len(own) or self.positions(a) for a in adapters)
         origins = self._base_weights() if len(adapters) > 1 or masked else {}
-        for name, base in self._own():
+        for name, base in own:
             dtype = base.dtype if base.is_floating_point() else None
             if not origins:
                 weights[name] = masters[name] if dtype is None else masters[name].to(dtype)
