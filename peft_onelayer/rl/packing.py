@@ -15,15 +15,14 @@ from typing import Any
 
 import numpy as np
 import torch
-from peft import PeftModel
 from torch import nn
-from transformers import PreTrainedModel, Trainer, TrainerCallback
+from transformers import PreTrainedModel, Trainer
 
 from peft_onelayer.records.text import one_line
 from peft_onelayer.seams import check
 from peft_onelayer.tuner.pass_inputs import MADE_FROM, pass_inputs
-from peft_onelayer.tuner.prompts import decoder_of
 
+from .hooks import HooksWhileTraining
 from .prefix import not_repeatable
 
 PAYS = 0.9  # of the multiplications of whole rows, at most
@@ -57,16 +56,11 @@ def packed_prompts(trainer: Trainer) -> PackedPrompts:
     from trl import GRPOTrainer, RLOOTrainer
 
     check(__name__)
-    model = trainer.accelerator.unwrap_model(trainer.model)
-    packed = PackedPrompts(model.get_base_model() if isinstance(model, PeftModel) else model)
-    if (reference := getattr(trainer, "ref_model", None)) is not None:  # beside a model that trains in full
-        packed.reference = PackedPrompts(trainer.accelerator.unwrap_model(reference))
     fields = trainer.args.to_dict()
     of_a_pass = fields.get("loss_type") == "bnpo" or fields.get("top_entropy_quantile", 1.0) < 1
     if isinstance(trainer, GRPOTrainer | RLOOTrainer) and not of_a_pass:
         _keep_groups_together(trainer)
-    trainer.add_callback(packed)
-    return packed
+    return PackedPrompts.of_trainer(trainer)
 
 
 def _keep_groups_together(trainer: Any) -> None:
@@ -194,56 +188,43 @@ def pack(ids: np.ndarray, mask: np.ndarray, labels: np.ndarray, width: int) -> P
     return found
 
 
-class PackedPrompts(TrainerCallback):
+class PackedPrompts(HooksWhileTraining):
     """Packs the passes of a model while a trainer trains.
 
     Attributes:
         packed: passes that were packed.
         whole: scoring passes that were not.
         off: why nothing is packed any more, or None.
-        reference: the same for a model that stands beside the trained one.
     """
 
     def __init__(self, model: Any) -> None:
-        self.model = model
-        self.decoder: Any = decoder_of(model)
-        self.reference: PackedPrompts | None = None
+        super().__init__(model)
         self.packed = self.whole = 0
         self.off: str | None = None
         self._compared = (0, 0)  # tokens of the longest row and of the longest packed one that were passed both ways
         self._labels: torch.Tensor | None = None  # of the scoring pass under way
         self._places: torch.Tensor | None = None  # of the packed pass under way, (N, T)
-        self._handles: list[Any] = []
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**vars(self), "_labels": None, "_places": None, "_handles": []}
+        return {**super().__getstate__(), "_labels": None, "_places": None}
 
-    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self.remove()
-        if isinstance(self.decoder, PreTrainedModel) and self.decoder is not self.model:
-            if args.torch_compile:
-                self._switch_off("the model is compiled")
-            else:
-                # Before and behind all else that looks at the decoder's rows.
-                self._handles = [
-                    self.model.register_forward_pre_hook(self._begin, with_kwargs=True, prepend=True),
-                    self.decoder.register_forward_pre_hook(self._enter, with_kwargs=True, prepend=True),
-                    self.decoder.register_forward_hook(self._leave, with_kwargs=True, prepend=True, always_call=True),
-                    self.model.register_forward_hook(self._end, always_call=True),
-                ]
-        if self.reference is not None:
-            self.reference.on_train_begin(args, state, control)
-
-    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self.remove()
+    def hooks(self, args: Any) -> list[Any]:
+        if not isinstance(self.decoder, PreTrainedModel):
+            return []
+        if args.torch_compile:
+            self._switch_off("the model is compiled")
+            return []
+        return [  # before and behind all else that looks at the decoder's rows
+            self.model.register_forward_pre_hook(self._begin, with_kwargs=True, prepend=True),
+            self.decoder.register_forward_pre_hook(self._enter, with_kwargs=True, prepend=True),
+            self.decoder.register_forward_hook(self._leave, with_kwargs=True, prepend=True, always_call=True),
+            self.model.register_forward_hook(self._end, always_call=True),
+        ]
 
     def remove(self) -> None:
         """End packing."""
-        for handle in self._handles:
-            handle.remove()
-        self._handles, self._labels, self._places = [], None, None
-        if self.reference is not None:
-            self.reference.remove()
+        self._labels = self._places = None
+        super().remove()
 
     def _begin(self, model: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
         labels = kwargs.get("labels")

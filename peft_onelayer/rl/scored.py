@@ -9,11 +9,10 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from peft import PeftModel
 from torch import nn
-from transformers import Trainer, TrainerCallback
+from transformers import Trainer
 
-from peft_onelayer.tuner.prompts import decoder_of
+from .hooks import HooksWhileTraining
 
 BY_TOKEN = ("log_probs", "entropy", "log_sum_sq_probs", "mean_logits", "is_top1", "label_mask")  # of TRL's output
 
@@ -27,50 +26,22 @@ def scored_positions(trainer: Trainer) -> ScoredPositions:
     Returns:
         What does it, already a callback of the trainer.
     """
-    model = trainer.accelerator.unwrap_model(trainer.model)
-    scored = ScoredPositions(model.get_base_model() if isinstance(model, PeftModel) else model)
-    if (reference := getattr(trainer, "ref_model", None)) is not None:  # beside a model that trains in full
-        scored.reference = ScoredPositions(trainer.accelerator.unwrap_model(reference))
-    trainer.add_callback(scored)  # one, since transformers warns of a second of a class
-    return scored
+    return ScoredPositions.of_trainer(trainer)
 
 
-class ScoredPositions(TrainerCallback):
-    """Leaves out what comes before the first label, between the blocks and the LM head, while a trainer trains.
-
-    Attributes:
-        reference: the same for a model that stands beside the trained one.
-    """
+class ScoredPositions(HooksWhileTraining):
+    """Leaves out what comes before the first label, between the blocks and the LM head, while a trainer trains."""
 
     def __init__(self, model: Any) -> None:
-        self.model, self.decoder = model, decoder_of(model)
-        self.reference: ScoredPositions | None = None
+        super().__init__(model)
         self.start = 0  # the first position that is scored in the pass under way
-        self._handles: list[Any] = []
 
-    def __getstate__(self) -> dict[str, Any]:
-        return {**vars(self), "_handles": []}
-
-    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self.remove()
-        if self.decoder is not None and self.decoder is not self.model:
-            self._handles = [
-                self.model.register_forward_pre_hook(self._begin, with_kwargs=True),
-                self.decoder.register_forward_hook(self._cut),
-                self.model.register_forward_hook(self._end, always_call=True),
-            ]
-        if self.reference is not None:
-            self.reference.on_train_begin(args, state, control)
-
-    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self.remove()
-
-    def remove(self) -> None:
-        for handle in self._handles:
-            handle.remove()
-        self._handles = []
-        if self.reference is not None:
-            self.reference.remove()
+    def hooks(self, args: Any) -> list[Any]:
+        return [
+            self.model.register_forward_pre_hook(self._begin, with_kwargs=True),
+            self.decoder.register_forward_hook(self._cut),
+            self.model.register_forward_hook(self._end, always_call=True),
+        ]
 
     def _begin(self, model: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]] | None:
         labels = kwargs.get("labels")
