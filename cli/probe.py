@@ -139,6 +139,13 @@ def _sets_the_rate(text: str) -> bool:
     return text.partition("=")[0].strip() == "learning_rate"
 
 
+def _mark(ranking: LayerRanking, k: int) -> str:
+    """What a block is in its ranking: the best one only where it is known to gain."""
+    if ranking.measured and ranking.pick is None:
+        return "choice" if k in ranking.choice else ""
+    return "best" if k == ranking.order[0] else "tied" if k in ranking.tied else ""
+
+
 def _print(ranking: LayerRanking) -> None:
     from peft_onelayer.runs.ranking import POINTS, describe
 
@@ -153,7 +160,7 @@ def _print(ranking: LayerRanking) -> None:
             number(ranking.scores, k, scale, "+.1f" if ranking.measured else ".2f"),
             number(ranking.errors, k, scale, ".1f"),
             number(ranking.learning_rates, k, 1, ".2g"),
-            "best" if k == ranking.order[0] else "tied" if k in ranking.tied else "",
+            _mark(ranking, k),
         ]
         for k in ranking.order
     ]

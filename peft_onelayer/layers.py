@@ -137,6 +137,16 @@ def names_a_file(layer: Layers) -> bool:
     return isinstance(layer, str) and "@" in layer
 
 
+def ranking_without_gain(layer: Layers) -> str | None:
+    """The file of a "top-k@FILE" in which a race found no block that gains beyond noise; None where there is none."""
+    for part in parse_layers(layer):
+        if not isinstance(part, int) and part[0] == "top":
+            fields = json.loads(Path(part[2]).expanduser().read_text(encoding="utf-8"))
+            if fields.get("rounds") and fields.get("pick") is None:
+                return part[2]
+    return None
+
+
 def _indices(part: Part, layer: Layers, num_layers: int | None, kinds: Sequence[str] | None) -> Sequence[int]:
     if isinstance(part, int):
         return [part]

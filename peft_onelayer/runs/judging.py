@@ -89,13 +89,15 @@ class Judge:
             return 0
         if settings.eval_problems is not None:
             return settings.eval_problems
-        if settings.eval_every or settings.show or settings.also:
+        if settings.eval_every or settings.also:
             return PROBLEMS
         if settings.pairs_from_task:
             completions = settings.pairs_from_task * 8
         else:
             completions = max(self.config.max_steps, 0) * completions_per_step(self.config)
         problems = min(PROBLEMS, completions // SHARE)
+        if settings.show:
+            return max(problems, FEWEST)
         return problems if problems >= FEWEST else 0
 
     def _with_test_split(self, task: Task) -> int:

@@ -77,7 +77,7 @@ def describe(ranking: LayerRanking) -> list[str]:
         own, error = (POINTS * value for value in gain_of_rounds((ranking.rounds or {})[str(ran)]))
         return [
             f"no block gained beyond noise (most: block {ran}, in its own rounds {own:+.1f} points of reward, standard "
-            f"error {error:.1f}), so the choice is {name_blocks(ranking.choice)}",
+            f"error {error:.1f}), so the choice is {name_blocks(ranking.choice)}; a larger --budget sees smaller gains",
             *blind[: len(outside)],
             spent,
         ]

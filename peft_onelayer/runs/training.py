@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import shlex
 import shutil
@@ -15,10 +16,11 @@ from typing import Any
 
 from peft import PeftModel
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
+from transformers.trainer_utils import SaveStrategy
 
 from peft_onelayer.analysis.movement import movement_of_files, movement_of_model
 from peft_onelayer.hub.card import model_card
-from peft_onelayer.layers import names_a_file, resolve_layers
+from peft_onelayer.layers import names_a_file, ranking_without_gain, resolve_layers
 from peft_onelayer.probe.race import NothingToLearnError
 from peft_onelayer.probe.rate import informative_completions
 from peft_onelayer.records.disk import disk_errors
@@ -132,6 +134,8 @@ class _Training:
             self.init_adapter, layers = blocks_of_adapter(settings, num_layers, layer_kinds(base))
         elif not settings.full and settings.layer != "auto":
             layers = resolve_layers(settings.layer, num_layers, layer_kinds(base))
+            if file := ranking_without_gain(settings.layer):
+                self.progress.note(f"{file}: no block gained beyond noise there, so the order of its blocks is noise")
         if plan.task is not None:
             plan.task, chat = shaped(plan.task, tokenizer, plan.shape)
             plan.check_prompts(tokenizer)
@@ -197,8 +201,17 @@ class _Training:
                     + (" (started by the same launcher)" if launched else "")
                 )
             elif self.keeps and self.folder.main and not isinstance(error, Exception):
-                self.progress.note("no checkpoint had been written yet")
+                self.progress.note(f"no checkpoint had been written yet{self._first_checkpoint()}: nothing is kept")
             raise
+
+    def _first_checkpoint(self) -> str:
+        """When a run that saves by steps would have written its first one."""
+        config = self.plan.config
+        if config.save_strategy != SaveStrategy.STEPS or config.max_steps < 1:
+            return ""
+        steps = config.save_steps
+        first = math.ceil(steps * config.max_steps) if steps < 1 else int(steps)  # as transformers' TrainerState counts
+        return f" (the first comes after step {first}; --set save_steps=N makes it N)"
 
     def _record(self, base: PreTrainedModel, layers: list[int] | None, chat: bool | None) -> RunRecord:
         settings, task, data = self.settings, self.plan.task, self.plan.data

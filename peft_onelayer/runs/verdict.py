@@ -52,8 +52,11 @@ def _reason(error: float | None, same: float, prompts: int | None, equal: float 
         )
     if prompts is not None and prompts < 4:
         return f"the batch: {prompts} prompts a step are mostly noise; raise --prompts"
-    seen = "" if error is None else f" (a gain below {Z_95 * error:.3f} cannot be seen on so few)"
-    return f"too few steps or problems{seen}; raise --steps or --eval-problems"
+    seen = "" if error is None else f", and a gain below {Z_95 * error:.3f} cannot be seen on so few problems"
+    return (
+        "too few steps, the rate or the block, which nothing here tells apart: completions changed, but are no better"
+        f"{seen}; raise --steps or --learning-rate, train another --layer, or raise --eval-problems"
+    )
 
 
 def same_completions(a: Evaluation, b: Evaluation) -> float:

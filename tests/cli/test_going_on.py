@@ -73,7 +73,11 @@ def test_what_is_kept_and_the_command_that_goes_on(onelayer, tmp_path, monkeypat
 def test_nothing_is_kept_of_a_run_that_was_interrupted_before_its_first_checkpoint(onelayer, tmp_path, monkeypatch):
     stopped_at(1, monkeypatch, KeyboardInterrupt())
     code, lines, _ = onelayer(*RUN, "--steps", "2", "--out", tmp_path / "run")
-    assert code == 130 and lines[-2:] == ["no checkpoint had been written yet", "onelayer: interrupted."]
+    assert code == 130 and lines[-2:] == [
+        "no checkpoint had been written yet (the first comes after step 1; --set save_steps=N makes it N): nothing is "
+        "kept",
+        "onelayer: interrupted.",
+    ]
     assert not (tmp_path / "run").exists()
 
 

@@ -19,6 +19,8 @@ from peft_onelayer.rollouts.evaluation import Evaluation, evaluate, paired_diffe
 from peft_onelayer.rollouts.settings import Sampling
 from peft_onelayer.runs import Progress, TrainingSettings, train
 from peft_onelayer.runs import training as runs_training
+from peft_onelayer.runs.judging import Judge
+from peft_onelayer.runs.plan import TrainingPlan
 from peft_onelayer.runs.verdict import fallen, far_below, verdict
 from peft_onelayer.tasks import load_task
 
@@ -183,6 +185,11 @@ def test_when_a_reward_has_fallen():
         ((0.01, 0.04), {"equal": 0.9}, "likely reason: the reward: for 90% of the prompts"),
         ((0.01, 0.04), {"prompts": 1}, "likely reason: the batch: 1 prompts a step"),
         ((0.01, 0.04), {"prompts": 8}, "a gain below 0.078 cannot be seen"),
+        (
+            (0.01, 0.04),
+            {"prompts": 8},
+            "raise --steps or --learning-rate, train another --layer, or raise --eval-problems",
+        ),
         ((0.5, math.nan), {}, "nothing changed beyond noise: +0.5000 on 64"),
     ],
 )
@@ -198,6 +205,16 @@ def test_an_adapter_that_equals_its_base_is_told_once_at_the_end(tmp_path):
     results = RunRecord.from_file(tmp_path / "run" / "run.json").results
     assert results.held_out.difference.mean == 0.0
     assert "nothing changed beyond noise" in results.verdict and "the rate: 100%" in results.verdict
+
+
+@pytest.mark.parametrize(("steps", "problems", "shown"), [(40, 64, 64), (4, 0, 16), (150, 128, 128)])
+def test_showing_completions_measures_no_more_than_it_must(tmp_path, steps, problems, shown):
+    def of(**changes):
+        asked = settings(tmp_path, steps=steps, prompts=8, completions=8, **changes)
+        plan = TrainingPlan(asked, tmp_path / "checkpoints")
+        return Judge(asked, plan.algorithm, plan.config, plan.task, plan.generate, Progress()).problems
+
+    assert [of(), of(show=3), of(show=3, eval_problems=5)] == [problems, shown, 5]
 
 
 @pytest.mark.parametrize(

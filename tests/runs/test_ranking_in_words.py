@@ -1,10 +1,13 @@
 """What a race without a pick says."""
 
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
 
+from onelayer_cli.probe import _mark
+from peft_onelayer.layers import ranking_without_gain
 from peft_onelayer.records.ranking import LayerRanking
 from peft_onelayer.runs.ranking import describe
 from peft_onelayer.statistics import gain_of_rounds
@@ -12,11 +15,11 @@ from peft_onelayer.statistics import gain_of_rounds
 ROUNDS = {"0": [[4.0, 0.01, 0.03]], "2": [[4.0, 0.05, 0.04], [8.0, 0.02, 0.10]]}
 
 
-def test_the_best_block_that_ran_is_named_with_the_gain_of_its_own_rounds():
-    ranking = LayerRanking(
+def without_a_gain(num_layers=3):
+    return LayerRanking(
         model="m",
         revision=None,
-        num_layers=3,
+        num_layers=num_layers,
         method="auto",
         scores=[0.01, 0.2, 0.1],
         errors=[0.01, 0.01, 0.01],
@@ -29,12 +32,27 @@ def test_the_best_block_that_ran_is_named_with_the_gain_of_its_own_rounds():
         seed=0,
         rounds=ROUNDS,
     )
+
+
+def test_the_best_block_that_ran_is_named_with_the_gain_of_its_own_rounds():
     # By hand: the gain per update is (4 * .05 / .04^2 + 8 * .02 / .1^2) / (16 / .04^2 + 64 / .1^2).
     slope = (4 * 0.05 / 0.04**2 + 8 * 0.02 / 0.1**2) / (16 / 0.04**2 + 64 / 0.1**2)
     error = 8 / math.sqrt(16 / 0.04**2 + 64 / 0.1**2)
     assert gain_of_rounds(ROUNDS["2"]) == pytest.approx((8 * slope, error))
     said = f"(most: block 2, in its own rounds {800 * slope:+.1f} points of reward, standard error {100 * error:.1f})"
-    assert said in describe(ranking)[0]
+    assert said in describe(without_a_gain())[0]
+
+
+def test_no_block_is_called_the_best_where_none_gained(tmp_path):
+    ranking = without_a_gain()
+    assert [_mark(ranking, k) for k in ranking.order] == ["choice", "", ""] and ranking.choice == [1]
+    assert [_mark(replace(ranking, pick=2, order=[2, 1, 0]), k) for k in (2, 1, 0)] == ["best", "tied", "tied"]
+    file = tmp_path / "ranking.json"
+    file.write_text(ranking.to_json())
+    assert ranking_without_gain(f"0,top-1@{file}") == str(file)
+    assert ranking_without_gain("0,middle") is None
+    file.write_text(replace(ranking, pick=2, order=[2, 1, 0]).to_json())
+    assert ranking_without_gain(f"top-1@{file}") is None
 
 
 def test_without_a_gain_the_rounds_together_err_as_rarely_as_one():
