@@ -120,13 +120,12 @@ def make_ranking(
 
 
 def rate_together(candidates: Mapping[int, Candidate], layers: Sequence[int]) -> float:
-    """The learning rate at which a step of all these blocks together moves the policy no further than one block may.
+    """The learning rate of all these blocks together, as `find_learning_rate` would have it.
 
-    Steps of several blocks add up, at most as if all moved it in one direction. A block that did not run is taken for
-    the mean of those that did.
+    A block that did not run is taken for the mean of those that did.
     """
     among = [c for k, c in candidates.items() if k in layers] or list(candidates.values())
-    return 1 / len(layers) / fmean(1 / c.learning_rate for c in among)
+    return 1 / math.sqrt(len(layers)) / fmean(1 / c.learning_rate for c in among)
 
 
 def _position(measured: Measured, layer: int) -> list[int]:

@@ -105,8 +105,8 @@ class LayerRanking(Record):
         fallback: why there is no race where one was asked for.
         sweep: of a sweep, and of a published profile.
         source: of a published profile, the paper.
-        rate_together: of a race without a pick, the learning rate for the blocks of `choice`: lower than
-            `learning_rate` where a step of all of them together would move the policy too far.
+        rate_together: of a race without a pick, the learning rate for the blocks of `choice` together, lower than that
+            of one: 1 / sqrt(n) of the mean of n blocks.
         first_step_kl: of a race, by block, [nats per token that its first update moved the policy, the noise that was
             taken off]: the learning rate was scaled until the former lay between .005 and .05, where it could be.
     """

@@ -182,11 +182,13 @@ class LearningRate:
     Attributes:
         asked: the value in the trainer's configuration before.
         by: "ranking", of its choice of blocks, or "first step": `find_learning_rate`.
-        kl: of a first step at the rate found, in nats per token, less the noise; None where not measured.
+        kl: of a first step at the rate found, divided by the square root of `blocks`, in nats per token, less the
+            noise; None where not measured.
         kl_noise: what the same policy gives, measured twice.
         tokens_generated: tokens that the search generated.
         tokens_trained: tokens that it passed through the model.
         seconds: its time.
+        blocks: that train together.
     """
 
     asked: float
@@ -196,6 +198,7 @@ class LearningRate:
     tokens_generated: int = 0
     tokens_trained: int = 0
     seconds: float = 0.0
+    blocks: int = 1
 
 
 @dataclass(frozen=True)

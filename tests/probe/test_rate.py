@@ -24,7 +24,8 @@ def test_the_rate_moves_the_policy_within_the_bounds_and_the_model_stays(layers,
     task = load_task("arithmetic")
     recipe = make_recipe("grpo", task)
     found = find_learning_rate(model, tokenizer, task, layers, recipe)
-    assert found.reached and FOUND_RATE_KL[0] <= found.kl <= FOUND_RATE_KL[1]
+    blocks = {None: 12, 6: 1}.get(layers if isinstance(layers, int | None) else 0, 5)
+    assert found.blocks == blocks and found.reached and FOUND_RATE_KL[0] <= found.kl <= FOUND_RATE_KL[1]
     assert found.learning_rate > 10 * recipe.settings["learning_rate"]
     assert 0 < found.tokens_generated <= 64 * 8 * task.max_completion_tokens
     assert all(parameter.grad is None for parameter in model.parameters())
@@ -38,8 +39,11 @@ def test_several_blocks_get_a_lower_rate_than_one():
     model, tokenizer = demo_model.load()
     task = load_task("arithmetic")
     recipe = make_recipe("grpo", task)
-    one, five = (find_learning_rate(model, tokenizer, task, layers, recipe).learning_rate for layers in (6, "4-8"))
-    assert five < one
+    one, five = (find_learning_rate(model, tokenizer, task, layers, recipe) for layers in (6, "4-8"))
+    assert one.blocks == 1 and five.blocks == 5
+    # A first step of five moves the policy about five times as far: the square root of that is taken back.
+    assert one.learning_rate / 5 < five.learning_rate < one.learning_rate / 1.5
+    assert five.describe().startswith(f"learning rate {five.learning_rate:g} for 5 blocks: 2.2 times that at which a ")
 
 
 def test_where_every_reward_is_equal_the_error_holds_the_completions():
