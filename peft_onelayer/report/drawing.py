@@ -115,20 +115,27 @@ def curves(panels: Mapping[str, Mapping[str, Sequence[tuple[float, float]]]], x:
     return _svg(draw, 7.5, 0.6 + 1.6 * len(panels), "curves over the steps: " + ", ".join(panels))
 
 
-def heat_map(rows: Sequence[str], columns: Sequence[str], values: Mapping[tuple[str, str], float], what: str) -> str:
-    """Cells whose strength is a share from 0 to 1; `what` names the share."""
+def heat_map(
+    rows: Sequence[str],
+    columns: Sequence[str],
+    values: Mapping[tuple[str, str], float],
+    what: str,
+    largest: float | None = None,
+) -> str:
+    """Cells whose strength is a share; `what` names it. The strongest is `largest`, or the largest there is."""
+    top = largest or max(values.values(), default=0.0) or 1.0
 
     def draw(figure: Any) -> Tips:
         from matplotlib.patches import Rectangle
 
         tips = {}
         axes = figure.subplots()
-        _plain(axes, what)
+        _plain(axes, what if largest else f"{what} (darkest: {top:.2%})")
         axes.grid(False)
         for (row, column), value in values.items():
             at = columns.index(column), rows.index(row)
             cell = Rectangle((at[0] - 0.5, at[1] - 0.5), 1, 1, facecolor=BLUE, edgecolor=GRID, linewidth=0.5)
-            cell.set_alpha(None if value != value else max(0.04, value))
+            cell.set_alpha(None if value != value else max(0.04, min(value / top, 1.0)))
             mark = f"cell-{at[0]}-{at[1]}"
             cell.set_gid(mark)
             axes.add_patch(cell)

@@ -58,24 +58,29 @@ def report_page(subjects: Sequence[Subject]) -> str:
         '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
         '<meta name="color-scheme" content="light dark">\n'
         f'<title>{escape(title)}</title>\n<link rel="icon" href="data:,">\n<style>\n{style}</style>\n</head>\n<body>\n'
-        f'<a class="skip" href="#main">To the figures</a>\n<header><h1>{escape(title)}</h1></header>\n'
+        f'<a class="skip" href="#main">To the figures</a>\n<header><h1>onelayer report</h1></header>\n'
         f'<main id="main">\n{body}</main>\n<div id="tip" role="status" aria-live="polite" hidden></div>\n'
         f"<script>\n{script}</script>\n</body>\n</html>\n"
     )
 
 
 Cell = str | int | float | None
+ALL_CHANGED = 0.99  # share of a tensor's entries
 
 
-def table(caption: str, header: Sequence[str], rows: Sequence[Sequence[Cell]]) -> str:
-    """A table; a number keeps its whole value in `data-value`, and the first cell of a row is its head."""
+def table(caption: str, header: Sequence[str], rows: Sequence[Sequence[Cell]], form: str = ".4g") -> str:
+    """A table; a number keeps its whole value in `data-value`, and the first cell of a row is its head.
+
+    Args:
+        form: of the numbers that are not whole, as `format` takes it.
+    """
 
     def cell(value: Cell, tag: str) -> str:
         if isinstance(value, (int, float)):
             return (
                 f'<{tag} data-value="{json.dumps(value)}">{value:,}</{tag}>'
                 if isinstance(value, int)
-                else (f'<{tag} data-value="{json.dumps(value)}">{value:.4g}</{tag}>')
+                else (f'<{tag} data-value="{json.dumps(value)}">{value:{form}}</{tag}>')
             )
         scope = ' scope="row"' if tag == "th" else ""
         return f"<{tag}{scope}>{escape(value or '')}</{tag}>"
@@ -120,7 +125,8 @@ def _comparison(subjects: Sequence[Subject]) -> str:
 def _section(number: int, subject: Subject) -> str:
     run, parts = subject.run, []
     if run and run.results and run.results.verdict:
-        parts.append(f'<p class="verdict">{escape(run.results.verdict)}.</p>\n')
+        gained = " gained" if run.results.verdict.startswith("gained") else ""
+        parts.append(f'<p class="verdict{gained}">{escape(run.results.verdict)}.</p>\n')
     parts += [_results(subject), _profile(subject), _curves(subject), _change(subject), _sizes(subject)]
     parts += [_examples(subject), _provenance(subject)]
     heading = f'<h2 id="s{number}">{escape(subject.name)}</h2>\n'
@@ -130,16 +136,14 @@ def _section(number: int, subject: Subject) -> str:
 def _results(subject: Subject) -> str:
     rows: list[list[Cell]] = []
     for name, measured in _all_measured(subject).items():
-        for who, figures in (
-            ("base", measured.base),
-            ("trained", measured.adapter),
-            ("difference", measured.difference),
-        ):
-            if figures is not None:
-                rows.append([f"{name}, {who}", measured.n, figures.mean, figures.standard_error])
+        row: list[Cell] = [name, measured.n]
+        for figures in (measured.base, measured.adapter, measured.difference):
+            row += [None, None] if figures is None else [figures.mean, figures.standard_error]
+        rows.append(row)
     if not rows:
         return ""
-    return "<h3>Results</h3>\n" + table("Mean reward", ["", "n", "mean", "standard error"], rows)
+    header = ["", "n", "base", "s.e.", "trained", "s.e.", "difference", "s.e."]
+    return "<h3>Results</h3>\n" + table("Mean reward, with standard errors", header, rows, ".4f")
 
 
 def _all_measured(subject: Subject) -> dict[str, Measured]:
@@ -220,17 +224,22 @@ def _curves(subject: Subject) -> str:
 def _change(subject: Subject) -> str:
     movement = subject.run.results.movement if subject.run and subject.run.results else None
     values: dict[tuple[str, str], float] = {}
+    relative: dict[tuple[str, str], float] = {}
     rows: list[list[Cell]] = []
     for tensor in movement.tensors if movement else []:
         share = tensor.changed / max(tensor.entries, 1)
         if match := re.search(r"\.(\d+)\.(.+)$", tensor.name):
             values[match[2], match[1]] = share
+            relative[match[2], match[1]] = tensor.relative or 0.0
         rows.append([tensor.name, tensor.entries, tensor.changed, share, tensor.norm, tensor.relative])
     if not values:
         return ""
     names = list(dict.fromkeys(name for name, _ in values))
     blocks = sorted({block for _, block in values}, key=int)
-    drawn = drawing.heat_map(names, blocks, values, "share of the entries that changed")
+    if min(values.values()) > ALL_CHANGED:  # which tells nothing
+        drawn = drawing.heat_map(names, blocks, relative, "norm of the change, of the norm of the base's weights")
+    else:
+        drawn = drawing.heat_map(names, blocks, values, "share of the entries that changed", 1.0)
     header = ["tensor", "entries", "changed", "share", "norm of the change", "over the base's"]
     return _figure("Where the change sits", drawn, table("Where the change sits", header, rows))
 

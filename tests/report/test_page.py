@@ -87,9 +87,10 @@ def test_every_figure_is_the_records(subject, page):
     assert tables["Where the change sits"][1:] == [
         [t.entries, t.changed, t.changed / t.entries, t.norm, t.relative] for t in moved
     ]
-    means = [row[1] for row in tables["Mean reward"][1:]]
-    for measured in subject.evaluation.results.values():
-        assert {measured.base.mean, measured.adapter.mean, measured.difference.mean} <= set(means)
+    rows = tables["Mean reward, with standard errors"][1:]
+    for row, measured in zip(rows, subject.evaluation.results.values(), strict=False):
+        three = (measured.base, measured.adapter, measured.difference)
+        assert row == [measured.n, *(value for figures in three for value in (figures.mean, figures.standard_error))]
     assert [12345] in tables["Sizes and costs"]
 
 
@@ -104,6 +105,17 @@ def test_it_loads_nothing_and_every_bar_says_its_value(subject, page):
     contribution, error = subject.ranking.sweep.contribution[2], subject.ranking.sweep.contribution_errors[2]
     assert f"block 2: {contribution:.4g} ± {error:.2g}" in found.tips
     assert "block 5, mlp.weight: 50.00%" in found.tips
+
+
+def test_where_every_entry_changed_the_map_shows_how_far(subject):
+    run = subject.run
+    tensors = [
+        dataclasses.replace(tensor, changed=tensor.entries, relative=0.1 * (i + 1))
+        for i, tensor in enumerate(run.results.movement.tensors)
+    ]
+    results = dataclasses.replace(run.results, movement=Movement(tensors))
+    html = report_page([dataclasses.replace(subject, run=dataclasses.replace(run, results=results))])
+    assert "block 5, norm.weight: 40.00%" in Page(html).tips and "block 1, mlp.weight: 10.00%" in Page(html).tips
 
 
 def test_what_a_record_says_is_text(page):
