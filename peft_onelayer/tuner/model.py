@@ -12,6 +12,7 @@ from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
+from peft import PeftModel
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.constants import INCLUDE_LINEAR_LAYERS_SHORTHAND as ALL_LINEAR
 from peft.utils.other import AuxiliaryTrainingWrapper
@@ -125,6 +126,11 @@ class SingleLayerModel(MergingTuner):
                     f"the model already carries another PEFT method ({type(module).__name__} at {name}); "
                     "merge or unload it before wrapping one block."
                 )
+        if isinstance(model, PeftModel):
+            raise ValueError(
+                "the model is wrapped by PEFT already; for several blocks give them together, as layer=[7, 8], and for "
+                "another adapter of the same model call its add_adapter(NAME, SingleLayerConfig(...))."
+            )
         stack = find_decoder_stack(model, peft_config.layers_pattern)
         num_layers = len(stack.blocks)
         if peft_config.num_layers not in (None, num_layers):

@@ -177,6 +177,16 @@ def test_a_model_with_another_method_is_refused(entrance):
     assert_refused(attempt, model, "already carries another PEFT method .*layers.0.self_attn.q_proj")
 
 
+@pytest.mark.filterwarnings("ignore:You are trying to modify a model", "ignore:Already found a `peft_config`")
+def test_a_wrapped_model_is_not_wrapped_once_more():
+    """TRL's trainers would look for the base model behind one wrapper."""
+    model = get_peft_model(build(), SingleLayerConfig(layer=2))
+    wrapped = lambda: get_peft_model(model, SingleLayerConfig(layer=3))  # noqa: E731
+    assert_refused(wrapped, model, "wrapped by PEFT already; for several blocks give them together")
+    model.add_adapter("other", SingleLayerConfig(layer=3))
+    assert set(model.peft_config) == {"default", "other"}
+
+
 def test_a_lora_model_refuses_the_adapter_and_the_other_way_round():
     lora = get_peft_model(build(), LoraConfig(target_modules=["q_proj"]))
     assert_refused(lambda: lora.add_adapter("b", SingleLayerConfig(layer=2)), lora, "different peft types")
