@@ -7,6 +7,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from peft_onelayer.records.text import name_blocks
+
 from ._output import print_line, print_table
 
 if TYPE_CHECKING:
@@ -22,7 +24,7 @@ def score(figures: Figures | None, sign: str = "") -> str:
     return f"{figures.mean:{sign}.4f} ± {error}"
 
 
-def print_completions(described: Mapping[str, CompletionStatistics | None]) -> None:
+def print_completions(described: Mapping[str, CompletionStatistics | None], where: str = "") -> None:
     """A table of the completions behind each score, by its name."""
     rows = []
     for name, seen in described.items():
@@ -30,7 +32,7 @@ def print_completions(described: Mapping[str, CompletionStatistics | None]) -> N
             found = "-" if seen.no_answer is None else f"{seen.no_answer:.1%}"
             rows.append([name, f"{seen.mean_length:.1f}", f"{seen.cut:.1%}", found])
     if rows:
-        print_table("completions", ["", "tokens", "cut at the limit", "no answer"], rows)
+        print_table(f"completions{where}", ["", "tokens", "cut at the limit", "no answer"], rows)
 
 
 def print_held_out(results: Mapping[str, Measured]) -> None:
@@ -45,7 +47,8 @@ def print_held_out(results: Mapping[str, Measured]) -> None:
             for task, m in results.items()
             for name, figures in (("base", m.base), ("trained", m.adapter))
             if figures is not None
-        }
+        },
+        " of held-out problems",
     )
     print_line("Mean reward ± its standard error over the n problems, paired by problem.")
 
@@ -54,12 +57,12 @@ def print_run(run: RunRecord, out: Path) -> None:
     """What a training run did, and what it was worth."""
     settings, results = run.settings, run.results
     assert results is not None
-    blocks = "all" if run.layers is None else ", ".join(map(str, run.layers))
+    blocks = "all blocks" if run.layers is None else name_blocks(run.layers)
     print_table(
         f"{settings.algorithm} on {settings.source.name}",
         ["", ""],
         [
-            ["blocks trained", f"{blocks} of {settings.model.num_layers}"],
+            ["trained", f"{blocks} of {settings.model.num_layers}"],
             ["steps", str(results.steps)],
             _first_and_last("reward", results.rewards) if results.rewards else _first_and_last("loss", results.losses),
             *(
@@ -71,7 +74,7 @@ def print_run(run: RunRecord, out: Path) -> None:
         ],
     )
     if results.completions:
-        print_completions({"in training": results.completions})
+        print_completions({"all": results.completions}, " in training")
     held_out = {settings.source.name: results.held_out} if results.held_out else {}
     print_held_out(held_out | (results.also or {}))
     if results.kept_step is not None:

@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 import json
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -78,4 +78,11 @@ def inspect(
     if found.unchecked:
         print_line(f"not compared with the base: {in_words(found.unchecked)}")
     for name, value in found.provenance.items():
-        print_line(f"{name}: {printable(value if isinstance(value, str) else json.dumps(value), 500)}")
+        print_line(f"{name}: {printable(_told(value), 500)}")
+
+
+def _told(value: Any) -> str:
+    """A value of a record without braces and without digests, which --json has."""
+    if isinstance(value, dict):
+        return ", ".join(f"{k} {_told(v)}" for k, v in value.items() if k != "sha256" and v not in (None, "", {}, []))
+    return value if isinstance(value, str) else json.dumps(value)
