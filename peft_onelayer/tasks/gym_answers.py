@@ -126,7 +126,8 @@ def number(text: str) -> str | None:
     """
     found = final_answer(text)
     if found is None:
-        return word if (word := _one_word(text.rpartition("\n")[2])) and re.fullmatch(_NUMBER, word) else None
+        alone = _one_word(text.rpartition("\n")[2])  # such as 5.7e8
+        return alone if alone is not None and re.fullmatch(_NUMBER, alone) else None
     if 10**80 % found.denominator:
         return None
     with decimal.localcontext(prec=160):
@@ -179,7 +180,7 @@ def _stated(text: str, sentence: str) -> str | None:
 
 
 def _one_word(text: str) -> str | None:
-    if len(text) > 800:
+    if len(text) > 800 or text.count("**") % 2:  # bold that was cut
         return None
     found = _FRACTION.sub(r"\1/\2", text)
     while found != (bare := _COMMAND.sub(r"\1", _unframed(found).strip("*_`$\"'").rstrip(".!").strip())):

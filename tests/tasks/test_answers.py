@@ -156,6 +156,7 @@ WORDS = {
     "It is either True or False.": None,
     "It isn't True.": None,
     "True, False": None,
+    "They are isomorphic.\n\n**Step": None,
     r"\boxed{True, False}": None,
     "Yes, they are. But no, they are not": "Yes",
     "Yes, they are.\nNo, they are not.": None,
