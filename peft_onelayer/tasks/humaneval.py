@@ -342,6 +342,7 @@ def load(argument: str = "", *, unsafe: bool = False) -> Task:
         MAX_COMPLETION_TOKENS,
         data=problems.data,
         answer=extract_code,
+        is_over=body_is_over,
         train_size=problems.train_size,
         shown=Shown(
             question=lambda row: row["prompt"],
@@ -349,6 +350,16 @@ def load(argument: str = "", *, unsafe: bool = False) -> Task:
             message=lambda row: f"```python\n{row['prompt'].removeprefix(INSTRUCTION)}{solution(row).rstrip()}\n```",
         ),
     )
+
+
+def body_is_over(text: str) -> bool:
+    r"""Return whether a completion is the body of a function with a statement below that is none of it.
+
+    >>> [body_is_over(text) for text in ("    return 1\n\ndef g():", "    return 1\n# so", "def f():\n    return 1\nx")]
+    [True, False, False]
+    """
+    body = text.strip("\n")
+    return body[:1].isspace() and re.search(r"\n[^\s#)\]}]", body) is not None
 
 
 def extract_code(text: str) -> str | None:
