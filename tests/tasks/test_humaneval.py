@@ -104,7 +104,6 @@ AROUND = {  # a right program, and what chat models put around it
     "```python\ndef root(x):\n    return h(x)\n```",
     "an example that asks": f"```python\nimport math\n{ROOT}\nx = int(input())\nprint(root(x))\n```",
     "an example that is wrong": f"import math\n\n{ROOT}\nassert root(4) == 3\n",
-    "an example without end": f"import math\n\n{ROOT}\nwhile True:\n    pass\n",
     "tests below": f"import math\n\n{ROOT}\ndef test():\n    assert root(4) == 3\n\ntest()\n",
     "a main part": f"import math\n{ROOT}\nif __name__ in ('__main__', 'builtins'):\n    raise SystemExit(1)\n",
     "a constant above": "Here you go:\n\nPOWER = 0.5\n\ndef root(x):\n    return x ** POWER\n",
@@ -153,6 +152,7 @@ def test_what_chat_models_put_around_a_program_does_not_hinder_it(form):
 def test_what_is_no_example_stays():
     text = "def root(x):\n    return LIMITS[x]\n\nimport math\nLIMITS = {}\nLIMITS[1] = 2\n\ndef b(): pass\n"
     assert next(readings(text, "", "root")) == f"\n{text}"
+    assert "while" not in next(readings(f"{ROOT}\nwhile True:\n    pass\n", "", "root"))
     both = "```python\ndef root(x):\n    return 1\n```\n```python\ndef root(x):\n    return 2\n```"
     assert next(readings(both, "", "root")) == "\ndef root(x):\n    return 2\n"  # the draft does not go ahead of it
     print_first = "print('x')\ndef root(x):\n    return 1\n"
