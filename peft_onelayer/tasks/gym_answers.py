@@ -91,7 +91,7 @@ _SAYS_YES_OR_NO = re.compile(r"[\s*_]*(Yes|No)\b[*_]*[,.:;](?:\s|$)")
 
 
 def read(name: str, text: str, *, tagged: bool) -> str | None:
-    """Return the answer of the data set `name` in what stands in tags, or else in the whole completion.
+    r"""Return the answer of the data set `name` in what stands in tags, or else in the whole completion.
 
     Where the data set's answers are numbers or single words it is that number or word without what is around it. What
     stands in tags and is neither goes to the library's scorer as it is, as do the answers of all other data sets.
@@ -154,7 +154,8 @@ def word(text: str) -> str | None:
         found = None if is_denied(text, start, clause) else _one_word(clause)
         if found is not None or is_denied(text, start, clause) or len(text) - len(sentence) < start + len(clause):
             return found
-    if (found := _one_word(text.rpartition("\n")[2])) is not None:
+    line = text.rpartition("\n")[2]
+    if line.count("**") % 2 == 0 and (found := _one_word(line)) is not None:  # else it was cut in bold face
         return found
     if said := {match[1] for part in (text, sentence) if (match := _SAYS_YES_OR_NO.match(part))}:
         return said.pop() if len(said) == 1 else None
@@ -180,7 +181,7 @@ def _stated(text: str, sentence: str) -> str | None:
 
 
 def _one_word(text: str) -> str | None:
-    if len(text) > 800 or text.count("**") % 2:  # bold that was cut
+    if len(text) > 800:
         return None
     found = _FRACTION.sub(r"\1/\2", text)
     while found != (bare := _COMMAND.sub(r"\1", _unframed(found).strip("*_`$\"'").rstrip(".!").strip())):
