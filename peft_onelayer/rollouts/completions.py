@@ -6,6 +6,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from statistics import fmean
 from typing import Any
 
+from transformers import PreTrainedTokenizerBase
+
 from peft_onelayer.records.figures import CompletionStatistics
 from peft_onelayer.tasks import Task, completion_text
 
@@ -63,6 +65,13 @@ def compare_completions(rollouts: Mapping[str, Rollout], task: Task) -> list[str
 def question_and_text(rollout: Rollout) -> tuple[str, str]:
     """The prompt, of a chat its last message, and the completion."""
     return _question(rollout), _text(rollout)
+
+
+def prompt_as_read(rollout: Rollout, tokenizer: PreTrainedTokenizerBase) -> str | None:
+    """A chat prompt as its template wrote it, with what the template adds by itself; None for a plain prompt."""
+    if isinstance(rollout.prompt, str):
+        return None
+    return f"first prompt as the model reads it: {_short(str(tokenizer.decode(rollout.prompt_ids)))}"
 
 
 def completion_lines(rollouts: Sequence[Sequence[Rollout]], task: Task, **about: Any) -> Iterator[dict[str, Any]]:

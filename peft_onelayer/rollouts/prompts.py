@@ -145,7 +145,8 @@ def _takes_system(tokenizer: PreTrainedTokenizerBase, kwargs: Mapping[str, Any])
 
 def _begins_with_thinking(tokenizer: PreTrainedTokenizerBase, kwargs: Mapping[str, Any]) -> bool:
     """Whether the chat template itself writes the <think> that a completion begins with."""
-    rendered = _rendered(tokenizer, [{"role": "user", "content": "?"}], kwargs) or ""
+    user, system = ({"role": role, "content": "?"} for role in ("user", "system"))
+    rendered = _rendered(tokenizer, [user], kwargs) or _rendered(tokenizer, [system, user], kwargs) or ""
     return rendered.rstrip().endswith(THINK)
 
 
@@ -238,8 +239,11 @@ def _check_template(
     except Exception as error:  # a template is its author's program, and raises what it likes
         parameters = {"type": "object", "properties": {}}
         tool = {"type": "function", "function": {"name": "f", "description": "f", "parameters": parameters}}
+        system = {"role": "system", "content": "?"}
         if _rendered(tokenizer, messages, {**kwargs, "tools": [tool]}) is not None:
             why = "it needs tools, and the task has none"
+        elif messages[0]["role"] != "system" and _rendered(tokenizer, [system, *messages], kwargs) is not None:
+            why = f"it needs a system message ({one_line(error)}); give one with --system TEXT"
         else:
             why = one_line(error)
         raise ValueError(

@@ -42,8 +42,8 @@ class Rollout:
         reward: what the task's reward gave.
         tokens: number of tokens that the model generated, the end-of-sequence token counted, padding and the
             environment's tokens not.
-        ended: whether it ends with an end-of-sequence token or a stop string, or went on to `Task.end`; False where it
-            was cut.
+        ended: whether it ends with an end-of-sequence token or a stop string, or went on to `Task.end` or behind an
+            answer that `Task.is_over`; False where it was cut.
         prompt_ids: token ids of the prompt.
         ids: token ids behind the prompt, the environment's among them.
         generated: for each of `ids`, whether the model generated it.
@@ -311,7 +311,10 @@ class _Player:
 
     def _ended(self, episode: _Episode) -> bool:
         """Whether it ends as `Rollout.ended` says."""
-        if episode.ids[-1] in self.eos or self._counted(episode.completion) != episode.completion:
+        completion, is_over = episode.completion, self.task.is_over
+        if episode.ids[-1] in self.eos or self._counted(completion) != completion:
+            return True
+        if isinstance(completion, str) and is_over is not None and is_over(completion):
             return True
         stops = self.generation_config.stop_strings or []
         text = self._text(episode.ids)

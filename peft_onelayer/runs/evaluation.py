@@ -35,7 +35,7 @@ from peft_onelayer.records.run import DataSource, RunRecord
 from peft_onelayer.records.text import one_line
 from peft_onelayer.rl.algorithms import load_algorithm
 from peft_onelayer.rl.sampling import OWN_OPTIONS, sampling_of, with_given
-from peft_onelayer.rollouts.completions import compare_completions, completion_lines, question_and_text
+from peft_onelayer.rollouts.completions import compare_completions, completion_lines, prompt_as_read, question_and_text
 from peft_onelayer.rollouts.evaluation import Evaluation
 from peft_onelayer.rollouts.evaluation import evaluate as evaluate_rows
 from peft_onelayer.rollouts.prompts import Shape, check_prompt, shaped, shown_rows
@@ -159,7 +159,7 @@ class _Evaluation:
         description = describe_model(self.base)
         before, after = self._measure_both(tokenizer, measured_tasks)
         results = [self._results(i, before, after) for i in range(len(measured_tasks))]
-        self._show(main.task, before[0], after[0] if after else None)
+        self._show(main.task, tokenizer, before[0], after[0] if after else None)
         record = EvaluationRecord(
             command=self.command,
             model=description,
@@ -212,11 +212,15 @@ class _Evaluation:
     def _results(self, i: int, before: list[Measurements], after: list[Measurements] | None) -> dict[str, Measured]:
         return {mode: measured(before[i][mode], after[i][mode] if after else None) for mode in self.decodings}
 
-    def _show(self, task: Task, before: Measurements, after: Measurements | None) -> None:
+    def _show(
+        self, task: Task, tokenizer: PreTrainedTokenizerBase, before: Measurements, after: Measurements | None
+    ) -> None:
         """Tell the first problems with a completion of each model."""
         mode = self.decodings[0]
         models = {"base": before} | ({} if after is None else {"adapter": after})
         groups = {name: modes[mode][0].rollouts[: self.settings.show] for name, modes in models.items()}
+        if groups["base"] and (read := prompt_as_read(groups["base"][0][0], tokenizer)):
+            self.progress.note(read)
         for i in range(len(groups["base"])):
             self.progress.note("")
             for line in compare_completions({name: rollouts[i][0] for name, rollouts in groups.items()}, task):

@@ -62,6 +62,8 @@ class Task:
         shown: how its problems are shown with their solutions; None where it has no solutions to show.
         end: with which a plain completion goes over to a problem of its own; it counts up to there. None for no such
             text.
+        is_over: whether the answer in a plain completion is over although the completion goes on, as that of a base
+            model does, so that a cut behind it cuts nothing. None where `end` says so alone.
     """
 
     name: str
@@ -74,6 +76,7 @@ class Task:
     train_size: int | None = None
     shown: Shown | None = None
     end: str | None = None
+    is_over: Callable[[str], bool] | None = None
 
 
 def load_task(name: str, *, unsafe: bool = False) -> Task:

@@ -33,9 +33,35 @@ INSTRUCTION = "Reason step by step, and put the final answer in \\boxed{}."
 ANSWER_PHRASE = re.compile(r"\banswer\b[^\n.:=]{0,80}?(?:\bis\b|[:=])[\s:*_]*", re.IGNORECASE)
 _PHRASE_END = re.compile(r"[.!;](?=\s|$)|, | \(|\n| because\b| since\b")
 
+_LIST_ITEM = re.compile(r"[0-9]{1,3}[.)][ \t]+\S")
+
 _LONGEST = 400  # characters of a final answer with its sentence
 _SENTENCE_END = re.compile(r"(?<=[.!?])\s+|\n")
 _STARTS_AS_NUMBER = re.compile(r"\W*(?:US\$\W*)?(?:[0-9]|[dtc]?frac\b)")
+_COMPLETE = re.compile(r"(?:[.!]|\\\]|\$|\\\)|\*\*)[*_`]*$")  # a full stop, closed mathematics, closed bold
+# "x = ", "Result: ", "The final result is "
+LABEL = re.compile(
+    r"\W*(?:(?:the|final|correct|total|so|thus|therefore|hence)\W+)*(?:result|solution|output|total|sum|value|[a-z])\b"
+    r"[^\w=:]*(?:[=:]|\bis\b)",
+    re.IGNORECASE,
+)
+# What leads to the number of a sentence that holds others: "The sum of 3 and 4 is 7.", "So 3 + 4 = 7."
+_LEADS = re.compile(
+    r"\b(?:is|are|was|were|be|equals?|equal\s+to)\b(?:\s+(?:exactly|just|only|equal\s+to|a\s+total\s+of))?:?|[=:]"
+)
+_EQUATION = re.compile(r"(?:\\[A-Za-z]+|[-+*/^().0-9\s$={}×÷]|,(?=[0-9])|\b[A-Za-z]\b)*$")  # noqa: RUF001
+_STEP = re.compile(
+    r"\W*(?:first(?:ly)?|second(?:ly)?|third(?:ly)?|next|then|now|step|start|initially|let|if|suppose|for|after|since"
+    r"|because|assume)\b|\W*[0-9]+[.)]\s",
+    re.IGNORECASE,
+)
+_CONCLUDES = re.compile(
+    r"\W*(?:so|thus|hence|therefore|finally|overall|altogether|in\s+(?:total|all|conclusion|summary)|as\s+a\s+result"
+    r"|this\s+(?:means|gives)|we\s+(?:get|have))\b",
+    re.IGNORECASE,
+)
+_DISPLAYED = re.compile(r"\\\[((?:[^\\]|\\[^\[\]]){0,400})\\\]|\$\$([^$]{0,400})\$\$")
+_FENCE_LINE = re.compile(r"^[ \t]*```\w*[ \t]*$\n?", re.MULTILINE)
 
 _NOT = r"(?:\b(?:not|never|cannot|neither|nor)\b|n['’]t\b)"  # noqa: RUF001
 _FALSE = r"\b(?:wrong|false|incorrect|untrue|impossible)\b"
@@ -56,6 +82,8 @@ _DENIED_BEHIND = re.compile(
     rf"|(?:\b(?:is|are|was|be|seems|looks|'s)|^)\W+(?:[A-Za-z]+\s+)?{_FALSE}",
     re.IGNORECASE,
 )
+# "It is not possible to sell 17, so the answer is 18"
+_SO = re.compile(r"(?<!not )\b(?:so|thus|hence|therefore)\b", re.IGNORECASE)
 # What makes another number of the one that follows, or only bounds it.
 _OTHER_NUMBER = re.compile(
     r"\b(?:(?:more|less|fewer|greater|larger|smaller|higher|lower|bigger|other|rather|different)\s+(?:than|from)"
@@ -130,26 +158,17 @@ def final_answer(text: str) -> Fraction | None:
     >>> final_answer("The answer is not 18."), final_answer(r"\boxed{18 or 19}"), final_answer(r"\boxed{\sqrt{324}}")
     (None, None, None)
     """
-    text = text.replace("\\fbox", "\\boxed")
+    text = marked_alike(text)
     boxed = text.rfind("\\boxed")
     tag_end = text.rfind("</answer>")
     tag = text.rfind("<answer>", 0, max(tag_end, 0))
     hashes = text.rfind("####")
     last = max(boxed, tag, hashes)
     if last < 0:
-        phrases = list(ANSWER_PHRASE.finditer(text))
-        if phrases:
-            start = phrases[-1].end()
-            clause = _PHRASE_END.split(text[start : start + _LONGEST + 1], maxsplit=1)[0]
-            return None if _is_denied(text, start, clause) else _one_number(_result(clause))
-        text = text.strip()
-        sentence = _SENTENCE_END.split(text)[-1]
-        if not sentence.endswith((".", "!")) and not _STARTS_AS_NUMBER.match(sentence):
-            return None
-        return None if _is_denied(text, len(text) - len(sentence), sentence) else _one_number(sentence)
+        return _in_words(on_few_lines(text))
     if last == boxed:
         opening = len(text) - len(text[boxed + len("\\boxed") :].lstrip())
-        marked = _in_braces(text[opening:])
+        marked = in_braces(text[opening:])
         end = opening + len(marked) + 2
     elif last == tag:
         marked, end = text[tag + len("<answer>") : tag_end], tag_end + len("</answer>")
@@ -159,6 +178,86 @@ def final_answer(text: str) -> Fraction | None:
     if len(marked) > _LONGEST or _DENIAL.search(marked) or _denies(text[max(last - _LONGEST, 0) : last], text[end:]):
         return None
     return _one_number(_result(marked))
+
+
+def marked_alike(text: str) -> str:
+    r"""Return the text with boxes and tags written in one way, and without those that only repeat what a prompt asks.
+
+    >>> marked_alike(r"The answer comes between <answer> and </answer>: <Answer>7</ANSWER>, or \fbox{7} for \boxed{}.")
+    'The answer comes between  : <answer>7</answer>, or \\boxed{7} for .'
+    """
+    text = re.sub(r"<(/?)answer>", r"<\1answer>", text, flags=re.IGNORECASE | re.ASCII)
+    text = text.replace("\\fbox", "\\boxed").replace("\\boxed{}", "")
+    return text.replace("<answer> and </answer>", " ").replace("`<answer>` and `</answer>`", " ")
+
+
+def on_few_lines(text: str) -> str:
+    r"""Return the text with displayed mathematics on one line, and without the fences of what stands in a block.
+
+    >>> on_few_lines("It is\n\\[\n7\n\\]\n```\n7\n```")
+    'It is\n\\[ 7 \\]\n7'
+    """
+    text = _DISPLAYED.sub(lambda match: " ".join(match[0].split()), text)
+    return _FENCE_LINE.sub("", text).strip()
+
+
+def phrase_end(text: str) -> int | None:
+    """Return where the text goes on behind its last "answer is" or "answer:", None where it has none.
+
+    A list that "to find the answer, we have to:" begins is no answer.
+    """
+    for match in reversed(list(ANSWER_PHRASE.finditer(text))):
+        if "\n" not in match[0] or not _LIST_ITEM.match(text, match.end()):
+            return match.end()
+    return None
+
+
+def last_sentence(text: str) -> str:
+    """Return the last sentence of a text that ends without white space, or its last line if that is no sentence."""
+    return _SENTENCE_END.split(text[-2 * _LONGEST :])[-1]
+
+
+def is_denied(text: str, start: int, clause: str) -> bool:
+    """Whether the words around the clause at `start` deny what it states."""
+    return _denies(text[max(start - _LONGEST, 0) : start], text[start + len(clause) :])
+
+
+def clause_at(text: str, start: int) -> str:
+    """Return what stands at `start` up to where its clause ends."""
+    return _PHRASE_END.split(text[start : start + _LONGEST + 1], maxsplit=1)[0]
+
+
+def _in_words(text: str) -> Fraction | None:
+    """The final answer of a text without a box, a tag or ####."""
+    start, sentence = phrase_end(text), last_sentence(text)
+    if start is not None:
+        clause = clause_at(text, start)
+        number = None if _is_denied(text, start, clause) else _one_number(_result(clause))
+        if number is not None or _is_denied(text, start, clause) or len(text) - len(sentence) < start + len(clause):
+            return number
+    if not (_COMPLETE.search(sentence) or _STARTS_AS_NUMBER.match(sentence) or LABEL.match(sentence)):
+        return None
+    if _is_denied(text, len(text) - len(sentence), sentence):
+        return None
+    number = _one_number(sentence)
+    return _concluded(sentence, alone=sentence == text) if number is None else number
+
+
+def _concluded(sentence: str, *, alone: bool) -> Fraction | None:
+    """The number at the end of a last sentence that holds others too, None where it may be one of several or a step."""
+    leads = list(_LEADS.finditer(sentence[: _LONGEST + 1]))
+    if not leads or sentence.endswith((",", ";", ":")) or _STEP.match(sentence):
+        return None
+    before, stated = sentence[: leads[-1].start()], sentence[leads[-1].end() :]
+    if leads[-1][0] == "=":
+        displayed = sentence.endswith(("\\]", "$$"))
+        if not (alone or displayed or _CONCLUDES.match(sentence) or LABEL.match(sentence)):
+            return None
+        before = _EQUATION.sub("", before)
+    elsewhere = any(_STARTS_AS_NUMBER.match(before, lead.end()) for lead in _LEADS.finditer(before))
+    if elsewhere or re.search(r"\b(?:either|or)\b", sentence) or not _STARTS_AS_NUMBER.match(stated):
+        return None
+    return _one_number(stated)
 
 
 def _is_denied(text: str, start: int, clause: str) -> bool:
@@ -172,7 +271,7 @@ def _is_denied(text: str, start: int, clause: str) -> bool:
 
 def _denies(before: str, behind: str) -> bool:
     """Whether a number is denied by what stands before it in its sentence or behind it."""
-    before = _SENTENCE_END.split(before)[-1]
+    before = _SO.split(_SENTENCE_END.split(before)[-1])[-1]
     behind = _SENTENCE_END.split(behind[:_LONGEST])[0]
     return bool(_DENIED_BEFORE.search(before) or _DENIED_BEHIND.search(behind))
 
@@ -184,7 +283,7 @@ def _result(text: str) -> str:
     return text if not equals or _RELATION.search(text) or _SEVERAL.search(before) else result
 
 
-def _in_braces(text: str) -> str:
+def in_braces(text: str) -> str:
     """Return what stands between the brace that opens `text` and the one that closes it, "" where it is not closed."""
     depth = 0
     for position, character in enumerate(text):

@@ -19,32 +19,43 @@ Some scorers of reasoning_gym 0.1.25 pay in full for what is no right answer. Th
 """
 
 import ast
+import decimal
 import re
 from collections import Counter
 from collections.abc import Callable
 from fractions import Fraction
 from typing import Any
 
-from peft_onelayer.tasks.gsm8k import ANSWER_PHRASE, final_answer
+from peft_onelayer.tasks.gsm8k import (
+    LABEL,
+    clause_at,
+    final_answer,
+    in_braces,
+    is_denied,
+    last_sentence,
+    on_few_lines,
+    phrase_end,
+)
 
 EVALUATED = ("binary_matrix", "n_queens", "spiral_matrix", "string_insertion")
 INTEGRALS = ("intermediate_integration", "simple_integration")
 ARITHMETIC = ("countdown", "puzzle24")
 FORMULAS = (*INTEGRALS, "polynomial_multiplication", *ARITHMETIC)
 
-# Data sets whose answers are whole numbers, or single words and other numbers: they need no tags.
+# Data sets whose answers are whole numbers, other numbers, or single words: they need no tags.
 WHOLE_NUMBERS = (
     "aiw", "basic_arithmetic", "binary_alternation", "chain_sum", "circuit_logic", "count_bits", "count_primes", "gcd",
     "largest_island", "lcm", "leg_counting", "letter_counting", "maze", "number_sequence", "products",
     "rectangle_count", "rotten_oranges", "self_reference", "simple_equations", "simple_geometry",
 )  # fmt: skip
+NUMBERS = ("decimal_arithmetic", "decimal_chain_sum", "gsm_symbolic", "number_format")
 WORDS = (
     "acre", "base_conversion", "bf", "bitwise_arithmetic", "calendar_arithmetic", "color_cube_rotation",
-    "course_schedule", "decimal_arithmetic", "decimal_chain_sum", "dice", "family_relationships", "figlet_font",
-    "game_of_life_halting", "gsm_symbolic", "isomorphic_strings", "mahjong_puzzle", "needle_haystack", "number_format",
-    "palindrome_generation", "power_function", "ransom_note", "spell_backward", "string_insertion",
-    "string_manipulation", "syllogism", "tsumego", "zebra_puzzles",
+    "course_schedule", "dice", "family_relationships", "figlet_font", "game_of_life_halting", "isomorphic_strings",
+    "mahjong_puzzle", "needle_haystack", "palindrome_generation", "power_function", "ransom_note", "spell_backward",
+    "string_insertion", "string_manipulation", "syllogism", "tsumego", "zebra_puzzles",
 )  # fmt: skip
+UNTAGGED = (*WHOLE_NUMBERS, *NUMBERS, *WORDS)
 
 LONGEST = 20_000  # characters of an answer; the library's own have up to 5,000
 
@@ -70,34 +81,127 @@ _MONOMIAL = re.compile(
 )
 
 
+_FRAMES = (("**", "**"), ("`", "`"), ("$$", "$$"), ("$", "$"), ("\\(", "\\)"), ("\\[", "\\]"))
+_BOLD = re.compile(r"\*\*([^*\s]{1,400})\*\*")
+_COMMAND = re.compile(r"\\(?:text\w*|math\w\w|mbox|boldsymbol)\s*\{([^{}]*)\}")
+_FRACTION = re.compile(r"\\[dtc]?frac\s*\{([0-9]{1,40})\}\s*\{([0-9]{1,40})\}")
+_STATES = re.compile(r"(?:\b(?:is|are|be|returns?|becomes|outputs)\b(?:\s+(?:now|thus|therefore|simply)\b)?:?|[=:])\s")
+_CLAUSE = re.compile(r"[,;]\s|\b(?:so|thus|hence|therefore)\b", re.IGNORECASE)
+_SAYS_YES_OR_NO = re.compile(r"[\s*_]*(Yes|No)\b[*_]*[,.:;](?:\s|$)")
+
+
+def read(name: str, text: str, *, tagged: bool) -> str | None:
+    r"""Return the answer of the data set `name` in what stands in tags, or else in the whole completion.
+
+    Where the data set's answers are numbers or single words it is that number or word without what is around it. What
+    stands in tags and is neither goes to the library's scorer as it is, as do the answers of all other data sets.
+    Without tags those have none.
+
+    >>> read("chain_sum", "**1,018** legs", tagged=True), read("number_sorting", "```\n1 2\n```", tagged=True)
+    ('1018', '1 2')
+    """
+    if name in UNTAGGED:
+        kind = whole_number if name in WHOLE_NUMBERS else number if name in NUMBERS else word
+        found = kind(f"<answer>{text}</answer>") if tagged and kind is not word else kind(text)
+        if found is not None or not tagged:
+            return found
+    return _unframed(text) if tagged else None
+
+
 def whole_number(text: str) -> str | None:
-    """Return the final answer of a completion without tags if it is a whole number, None otherwise.
+    """Return the final answer of a completion if it is a whole number, None otherwise.
 
     >>> whole_number("3 + 4 makes 7, so the answer is 7."), whole_number("The answer is not 7."), whole_number("1/2")
     ('7', None, None)
     """
-    number = final_answer(text)
-    return str(number.numerator) if number is not None and number.denominator == 1 else None
+    found = final_answer(text)
+    return str(found.numerator) if found is not None and found.denominator == 1 else None
+
+
+def number(text: str) -> str | None:
+    """Return the final answer of a completion as a decimal number, None where it is none.
+
+    >>> number("So the total is $1,234.50."), number("<answer>-3</answer>"), number("The answer is 1/3.")
+    ('1234.5', '-3', None)
+    """
+    found = final_answer(text)
+    if found is None:
+        alone = _one_word(text.rpartition("\n")[2])  # such as 5.7e8
+        return alone if alone is not None and re.fullmatch(_NUMBER, alone) else None
+    if 10**80 % found.denominator:
+        return None
+    with decimal.localcontext(prec=160):
+        return f"{decimal.Decimal(found.numerator) / found.denominator:f}"
 
 
 def word(text: str) -> str | None:
-    r"""Return the final answer of a completion without tags if it is one word, None otherwise.
+    r"""Return the final answer of a completion if it is one word, None otherwise.
 
-    >>> word("So the answer is **True**."), word("Each divides.\n\\boxed{No}"), word("It may be true or false.")
+    It is the word in the last box, behind the last "answer is", alone in the last line, or at the end of the last
+    sentence, as in "So the color is gold."; or the Yes or No with which the completion or its last sentence begins.
+
+    >>> word("So the answer is **True**."), word("Each divides.\n\\boxed{\\text{No}}"), word("It may be true or false.")
     ('True', 'No', None)
+    >>> word("So the word is \"olleh\"."), word("No, it does not follow."), word("It is True or False.")
+    ('olleh', 'No', None)
     """
-    text = text.strip()
-    boxed, phrases = text.rfind("\\boxed{"), list(ANSWER_PHRASE.finditer(text))
+    text = on_few_lines(text)
+    boxed, start, sentence = text.rfind("\\boxed"), phrase_end(text), last_sentence(text)
     if boxed >= 0:
-        found, closed, _ = text[boxed + len("\\boxed{") :].partition("}")
-        if not closed:
+        return _one_word(in_braces(text[boxed + len("\\boxed") :].lstrip()))
+    if start is not None:
+        clause = clause_at(text, start)
+        found = None if is_denied(text, start, clause) else _one_word(clause)
+        if found is not None or is_denied(text, start, clause) or len(text) - len(sentence) < start + len(clause):
+            return found
+    line = text.rpartition("\n")[2]
+    if line.count("**") % 2 == 0 and (found := _one_word(line)) is not None:  # else it was cut in bold face
+        return found
+    if said := {match[1] for part in (text, sentence) if (match := _SAYS_YES_OR_NO.match(part))}:
+        return said.pop() if len(said) == 1 else None
+    return _stated(text, sentence)
+
+
+def _stated(text: str, sentence: str) -> str | None:
+    """The word that the last sentence ends in, or its only one in bold face."""
+    clause = _CLAUSE.split(sentence)[-1]
+    leads = list(_STATES.finditer(clause))
+    if len(leads) == 1 and not re.search(r"\b(?:either|or)\b", sentence):
+        stated = clause[leads[0].end() :]
+        if is_denied(text, len(text) - len(stated), stated):
             return None
-    elif phrases:
-        found = text[phrases[-1].end() :].partition("\n")[0].partition(". ")[0]
-    else:
-        found = text.rpartition("\n")[2]
-    found = found.strip().strip("*_`$\"'").rstrip(".!*_`$\"'")
+        ended = stated.endswith((".", "!", "*", "`", "$", '"')) or leads[0][0][:-1].endswith((":", "="))
+        found = _one_word(stated) if ended or LABEL.match(sentence) else None
+        if found is not None:
+            return found
+    bold = list(_BOLD.finditer(sentence))
+    if len(bold) != 1 or not sentence.endswith((".", "!")):
+        return None
+    return None if is_denied(text, len(text) - len(sentence) + bold[0].start(), bold[0][0]) else _one_word(bold[0][1])
+
+
+def _one_word(text: str) -> str | None:
+    if len(text) > 800:
+        return None
+    found = _FRACTION.sub(r"\1/\2", text)
+    while found != (bare := _COMMAND.sub(r"\1", _unframed(found).strip("*_`$\"'").rstrip(".!").strip())):
+        found = bare
     return found if re.fullmatch(r"\S{1,400}", found) else None
+
+
+def _unframed(text: str) -> str:
+    """Return an answer without the fence, the box, the bold face or the mathematics that is around all of it."""
+    text = text.strip()
+    if text.startswith("```") and text.endswith("\n```") and text.count("```") == 2:
+        return text.partition("\n")[2].removesuffix("```").rstrip().strip("\n")
+    boxed = in_braces(text.removeprefix("\\boxed"))
+    if text == f"\\boxed{{{boxed}}}":
+        text = boxed.strip()
+    for opening, closing in _FRAMES:
+        inner = text.removeprefix(opening).removesuffix(closing)
+        if text == f"{opening}{inner}{closing}" and not (opening in inner or closing in inner):
+            text = inner.strip()
+    return text
 
 
 def is_answer(name: str, answer: str, entry: dict[str, Any]) -> bool:

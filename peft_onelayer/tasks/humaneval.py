@@ -30,7 +30,9 @@ import ast
 import functools
 import os
 import re
+import symtable
 import textwrap
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
@@ -49,15 +51,19 @@ MAX_COMPLETION_TOKENS = 512
 PARALLEL = min(16, os.cpu_count() or 1)  # sandboxes at a time
 CHECKED = 24  # canonical solutions that are run when the problems are loaded, evenly spread over them
 LONGEST = 100_000  # characters of a completion; a longer one scores 0
+PARSED = 20_000  # characters of a program that is looked at as Python; a longer one runs as it is
 READINGS = 50  # places at which the end of a completion is cut in search of what compiles
 
-_FENCE = re.compile(r"^[ \t]*(?:```|~~~).*\n?", re.MULTILINE)
+_FENCE = re.compile(r"([ \t]*)(?:```|~~~|\[/?PYTHON\]).*\n?")
 _STATEMENT = re.compile(
     r"^[ \t]*(?:(?:async[ \t]+)?def\s|(?:return|yield|raise|assert|import|class)\s|pass$|@\w|(?:if|for|while|with)\s.*:"
     r"|(?:try|else):|[A-Za-z_][\w.]*(?:\[[^\n]*\])?[ \t]*[-+*/|&]?=[^=]|[A-Za-z_][\w.]*\()",
     re.MULTILINE,
 )
 _CODE_STARTS = re.compile(r"(?:def|class|async|from|import)\s|@")
+_CLASS = re.compile(r"class[ \t]+(\w+)")
+_ASSIGNS = re.compile(r"[A-Za-z_]\w*[ \t]*(?::[^=\n]*)?=[^=]")
+_DEFINES = ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef
 
 
 def humaneval_reward(
@@ -114,10 +120,12 @@ def humaneval_reward(
 def readings(completion: str, stub: str, function: str) -> Iterator[str]:
     """Yield the programs that a completion may be read as, the most likely first; the first that compiles counts.
 
-    Of several fenced blocks the last one that defines the function is taken; where none does, the first one.
+    Of several fenced blocks the last one that defines the function is taken; where none does, the first one. What the
+    blocks above it import and define is put ahead of it.
 
     - A program is put below what the prompt defines above the function. Prose before its first definition is left out,
-      and the end of its top level, as far as that does not compile.
+      and the end of its top level, as far as that does not compile. So are the examples of its use: statements below
+      the function that touch no variable which a function or a class reads. In a class the function is a method.
     - A body is put below the prompt and ends where the next top-level statement begins. It may have lost its
       indentation, or that of its first line.
 
@@ -133,12 +141,18 @@ def readings(completion: str, stub: str, function: str) -> Iterator[str]:
     'import math\\n\\n\\ndef root(x):\\n    return x ** .5\\n'
     """
     head = _head(function)
-    blocks = _FENCE.split(completion.replace("\r\n", "\n"))
-    if defining := [block for block in blocks if head.search(textwrap.dedent(block))]:
-        block = textwrap.dedent(defining[-1])
+    blocks = [textwrap.dedent(block) if i % 2 else block for i, block in enumerate(_blocks(completion))]
+    defining = [i for i, block in enumerate(blocks) if head.search(textwrap.dedent(block))]
+    if not defining and (method := _method(blocks, function)):
+        yield from _programs(method[0], stub, function, defines=method[1])
+        return
+    if defining:
+        block = textwrap.dedent(blocks[defining[-1]])
         if block.strip("\n")[:1].isspace():  # a body, and then the function once more
             yield from _bodies(block, stub)
-        yield from _programs(block, stub, function)
+        above = [part for part in blocks[1 : defining[-1] : 2] if not head.search(part) and _only_defines(part)]
+        for program in _programs(block, stub, function, defines=function):
+            yield "\n".join([*above, program]) if above and "__future__" not in program else program
         return
     # A fence below a body may only close it; otherwise what stands above a fence is prose.
     starts_indented = blocks[0].strip("\n")[:1].isspace()
@@ -147,19 +161,103 @@ def readings(completion: str, stub: str, function: str) -> Iterator[str]:
             yield from _bodies(block, stub)
 
 
+def _blocks(text: str) -> list[str]:
+    """Split a text at its fences: what stands in a fence has an odd index.
+
+    A fence that is indented by four more than the one that is open belongs to what stands in it, such as a docstring.
+    """
+    blocks, indent = [""], None
+    for line in text.replace("\r\n", "\n").splitlines(keepends=True):
+        fence = _FENCE.fullmatch(line)
+        if fence and (indent is None or len(fence[1]) < indent + 4):
+            indent = len(fence[1]) if indent is None else None
+            blocks.append("")
+        elif not fence and indent is not None and line.rstrip().endswith("```") and line.count("```") == 1:
+            blocks[-1] += line.rstrip().removesuffix("```")
+            indent = None
+            blocks.append("")
+        else:
+            blocks[-1] += line
+    return blocks
+
+
+def _parsed(code: str) -> list[ast.stmt]:
+    """The statements of a program, none of one that does not compile or is too long."""
+    if len(code) > PARSED:
+        return []
+    try:
+        with warnings.catch_warnings(action="ignore"):  # of its strings
+            tree = ast.parse(code)
+            compile(tree, "program", "exec")
+            return tree.body
+    except (SyntaxError, ValueError, RecursionError, MemoryError):
+        return []
+
+
+def _only_defines(block: str) -> bool:
+    body = _parsed(block)
+    return bool(body) and all(isinstance(node, _DEFINES | ast.Import | ast.ImportFrom) for node in body)
+
+
+def _method(blocks: Sequence[str], function: str) -> tuple[str, str] | None:
+    """The last block in which a class defines the function, with a line that takes it out of there; and the class."""
+    method = re.compile(rf"[ \t]+(?:async[ \t]+)?def[ \t]+{re.escape(function)}\b")
+    for block in reversed(blocks):
+        lines = block.splitlines(keepends=True)
+        defined = next((i for i, line in enumerate(lines) if method.match(line)), 0)
+        found = next((match for line in reversed(lines[:defined]) if (match := _CLASS.match(line))), None)
+        if found:
+            end = next((i for i in range(defined, len(lines)) if not lines[i][0].isspace()), len(lines))
+            taken = f"\n\n{function} = {found[1]}().{function}\n"
+            return "".join([*lines[:end], taken, *lines[end:]]), found[1]
+    return None
+
+
+def _without_examples(program: str, wanted: set[str]) -> str:
+    """The program without the statements below what is wanted that have nothing to do with what its functions read."""
+    body = _parsed(program)
+    below = next((i for i, node in enumerate(body) if getattr(node, "name", "") in wanted), len(body)) + 1
+    if not body[below:] or "\r" in program:  # which ends a line for the parser only
+        return program
+    stored = {part.id for node in body for part in _names(node) if isinstance(part.ctx, ast.Store)}
+    data = stored & _global_names(symtable.symtable(program, "program", "exec")) - wanted
+    lines = program.split("\n")
+    for node in reversed(body[below:]):
+        used = any(part.id in data or (part.id in wanted and isinstance(part.ctx, ast.Store)) for part in _names(node))
+        if not used and not isinstance(node, _DEFINES | ast.Import | ast.ImportFrom):
+            assert node.end_lineno is not None
+            lines[node.lineno - 1 : node.end_lineno] = [""]
+    return "\n".join(lines)
+
+
+def _names(node: ast.AST) -> Iterator[ast.Name]:
+    return (part for part in ast.walk(node) if isinstance(part, ast.Name))
+
+
+def _global_names(table: symtable.SymbolTable) -> set[str]:
+    """The global names that the functions and classes of a program use."""
+    names: set[str] = set()
+    for child in table.get_children():
+        names |= {symbol.get_name() for symbol in child.get_symbols() if symbol.is_global()} | _global_names(child)
+    return names
+
+
 def _head(function: str) -> re.Pattern[str]:
-    return re.compile(rf"^(?:async[ \t]+)?def[ \t]+{re.escape(function)}\b", re.MULTILINE)
+    name = re.escape(function)
+    return re.compile(rf"^(?:(?:async[ \t]+)?def[ \t]+{name}\b|{name}[ \t]*=[ \t]*lambda\b)", re.MULTILINE)
 
 
-def _programs(block: str, stub: str, function: str) -> Iterator[str]:
+def _programs(block: str, stub: str, function: str, *, defines: str) -> Iterator[str]:
+    """Readings of a block that defines the function, by itself or in the class `defines`."""
     lines = block.splitlines(keepends=True)
-    head = _head(function)
+    head = _head(function) if defines == function else re.compile(rf"class[ \t]+{re.escape(defines)}\b")
     defined = next(i for i, line in enumerate(lines) if head.match(line))
-    code = next(i for i, line in enumerate(lines) if _CODE_STARTS.match(line))
+    code = next((i for i, line in enumerate(lines) if _CODE_STARTS.match(line)), defined)
+    assigns = [i for i in range(code) if _ASSIGNS.match(lines[i])][:1]
     ends = [i for i in range(defined + 1, len(lines)) if not lines[i][0].isspace()]
-    for start in dict.fromkeys((0, code)):
+    for start in dict.fromkeys((0, *assigns, code)):
         for end in (len(lines), *reversed(ends[:READINGS])):
-            program = "".join(lines[start:end])
+            program = _without_examples("".join(lines[start:end]), {function, defines})
             # a __future__ import has to be the first statement
             yield program if "__future__" in program else f"{_preamble(stub, function)}\n{program}"
 
@@ -189,7 +287,7 @@ def _preamble(stub: str, function: str) -> str:
 def _stub(prompt: str, function: str) -> str:
     """Return the code of a prompt, without a fence or prose around it."""
     head = _head(function)
-    block = next((block for block in reversed(_FENCE.split(prompt)) if head.search(block)), prompt)
+    block = next((block for block in reversed(_blocks(prompt)) if head.search(block)), prompt)
     try:
         compile(f"{block.rstrip()}\n    pass\n", "prompt", "exec")
     except SyntaxError:
@@ -244,6 +342,7 @@ def load(argument: str = "", *, unsafe: bool = False) -> Task:
         MAX_COMPLETION_TOKENS,
         data=problems.data,
         answer=extract_code,
+        is_over=body_is_over,
         train_size=problems.train_size,
         shown=Shown(
             question=lambda row: row["prompt"],
@@ -251,6 +350,16 @@ def load(argument: str = "", *, unsafe: bool = False) -> Task:
             message=lambda row: f"```python\n{row['prompt'].removeprefix(INSTRUCTION)}{solution(row).rstrip()}\n```",
         ),
     )
+
+
+def body_is_over(text: str) -> bool:
+    r"""Return whether a completion is the body of a function with a statement below that is none of it.
+
+    >>> [body_is_over(text) for text in ("    return 1\n\ndef g():", "    return 1\n# so", "def f():\n    return 1\nx")]
+    [True, False, False]
+    """
+    body = text.strip("\n")
+    return body[:1].isspace() and re.search(r"\n[^\s#)\]}]", body) is not None
 
 
 def extract_code(text: str) -> str | None:
@@ -265,7 +374,7 @@ def extract_code(text: str) -> str | None:
     ('    return 1', None, None)
     """
     text = behind_thinking(text).replace("\r\n", "\n")
-    blocks = _FENCE.split(text)
+    blocks = _blocks(text)
     if len(blocks) > 1 and not blocks[0].strip("\n")[:1].isspace():
         fenced = [block for block in blocks[1::2] if block.strip()]
         defining = [block for block in fenced if re.search(r"^[ \t]*(?:async[ \t]+)?def\s", block, re.MULTILINE)]

@@ -192,6 +192,7 @@ def load(argument: str = "", *, unsafe: bool = False) -> Task:
         MAX_COMPLETION_TOKENS,
         data=problems.data,
         answer=extract_answer,
+        is_over=lambda text: "[DONE]" in text,
         train_size=problems.train_size,
         shown=Shown(
             question=_question,

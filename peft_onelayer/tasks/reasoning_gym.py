@@ -44,15 +44,14 @@ import numpy
 
 from peft_onelayer.tasks import Shown, Task, behind_thinking, completion_text, limits
 from peft_onelayer.tasks.files import is_held_out
+from peft_onelayer.tasks.gsm8k import marked_alike
 from peft_onelayer.tasks.gym_answers import (
     EVALUATED,
     INTEGRALS,
     LONGEST,
-    WHOLE_NUMBERS,
-    WORDS,
+    UNTAGGED,
     is_answer,
-    whole_number,
-    word,
+    read,
 )
 
 MAX_COMPLETION_TOKENS = 1024
@@ -113,14 +112,14 @@ def extract_answer(text: str, dataset: str = "") -> str | None:
     >>> extract_answer("2 + 2 = 4, so the answer is 4.", "chain_sum"), extract_answer("**True**", "course_schedule")
     ('4', 'True')
     """
-    text = behind_thinking(text)
+    text = marked_alike(behind_thinking(text))
     if "<answer>" not in text:
-        return whole_number(text) if dataset in WHOLE_NUMBERS else word(text) if dataset in WORDS else None
+        return read(dataset, text, tagged=False)
     answer, end = None, 0
     while (start := text.find("<answer>", end)) >= 0 and (end := text.find("</answer>", start)) >= 0:
         answer = text[start + len("<answer>") : end]
         end += len("</answer>")
-    return None if answer is None else answer.strip()
+    return None if answer is None else read(dataset, answer, tagged=True)
 
 
 def to_text(value: Any) -> str:
@@ -204,7 +203,7 @@ def _tagged(row: Mapping[str, Any]) -> str:
 
 
 def _bare(row: Mapping[str, Any]) -> str:
-    return str(row["answer"]) if row["dataset"] in (*WHOLE_NUMBERS, *WORDS) else _tagged(row)
+    return str(row["answer"]) if row["dataset"] in UNTAGGED else _tagged(row)
 
 
 def _rows(name: str, split: str, n: int, seed: int) -> list[dict[str, Any]]:

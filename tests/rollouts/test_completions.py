@@ -6,6 +6,7 @@ from peft_onelayer.rollouts.completions import (
     CompletionStatistics,
     completion_statistics,
     describe_completions,
+    prompt_as_read,
     show_completions,
     why_equal,
 )
@@ -47,6 +48,14 @@ def test_shown_for_a_person():
     assert blocks[0] == ("prompt:     1 + 1 =\\n\ncompletion: it is\\n2\nreward:     1   tokens: 4   answer found: 2")
     assert "[...]" in blocks[1] and len(blocks[1]) < 800 and blocks[1].endswith("none   cut at the token limit")
     assert "\\x1b[31mred \\u202e" in blocks[2]
+
+
+def test_a_chat_prompt_is_shown_with_what_its_template_adds(tokenizer):
+    ids = tokenizer("A347+085=").input_ids
+    (chat, plain) = (Rollout(prompt, "", 0.0, 1, True, ids, [1], [True]) for prompt in ([{"content": "347"}], "347"))
+    said = prompt_as_read(chat, tokenizer)
+    assert said == f"first prompt as the model reads it: {tokenizer.decode(ids)}"
+    assert prompt_as_read(plain, tokenizer) is None
 
 
 @pytest.mark.parametrize(

@@ -66,6 +66,11 @@ ROLES = (
 NO_SYSTEM = (
     "{% if messages[0]['role'] == 'system' %}{{ raise_exception('System role not supported') }}{% endif %}" + ROLES
 )
+NEEDS_SYSTEM = (
+    "{% if messages[0]['role'] != 'system' %}{{ raise_exception('no system message') }}{% endif %}"
+    + ROLES
+    + "<think>\n"
+)
 DROPS_SYSTEM = "{% for m in messages if m['role'] != 'system' %}[{{ m['role'] }}] {{ m['content'] }} {% endfor %}"
 THINKS = ROLES + "{% if add_generation_prompt and not quiet %}<think>\n{% endif %}"
 NEEDS_TOOLS = "{{ tools | length }}" + ROLES
@@ -202,6 +207,14 @@ def test_the_think_that_a_template_writes_is_part_of_the_completion(chat_tokeniz
         assert shaped(echo.task, tokenizer, quiet)[0].reward == echo.reward
 
 
+def test_a_template_that_needs_a_system_message_gets_it_and_its_think_counts(chat_tokenizer):
+    tokenizer = with_template(chat_tokenizer, NEEDS_SYSTEM)
+    given, _ = shaped(Echo(ROWS).task, tokenizer, Shape(system="1 + 1"))
+    (row,) = given.rows("test", 1, 0)
+    assert [message["role"] for message in row["prompt"]] == ["system", "user"]
+    assert given.answer("It is 5") == "<think>It is 5"
+
+
 @pytest.mark.parametrize(
     ("task", "shots", "message"),
     [
@@ -229,6 +242,10 @@ def test_where_all_problems_are_shown_none_is_left_to_train_on(demo_tokenizer):
     [
         (None, "the task's prompts are chat messages, and the tokenizer of m has no chat template"),
         (NEEDS_TOOLS, "the chat template of m cannot write the task's prompts: it needs tools, and the task has none"),
+        (
+            NEEDS_SYSTEM,
+            "the task's prompts: it needs a system message (no system message); give one with --system TEXT; --plain",
+        ),
         ("{{ raise_exception('roles must\\nalternate') }}", "cannot write the task's prompts: roles must alternate"),
     ],
 )

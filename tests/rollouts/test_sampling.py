@@ -307,3 +307,7 @@ def test_a_completion_that_went_on_to_another_problem_has_ended_and_counts_up_to
     (cut,) = sample_rollouts(model, tokenizer, cut, [{"prompt": "A347+485="}], Sampling(greedy=True))[0]
     assert (cut.completion, cut.ended, cut.ids, cut.tokens) == ("0", True, whole.ids, 3)
     assert seen == [["083"], ["083"]]  # what `shaped` makes of the reward sees less
+    for is_over in (lambda text: "8" in text, lambda text: "9" in text):
+        over = dataclasses.replace(task, is_over=is_over)
+        (same,) = sample_rollouts(model, tokenizer, over, [{"prompt": "A347+485="}], Sampling(greedy=True))[0]
+        assert (same.completion, same.ended) == ("083", is_over("083"))

@@ -96,6 +96,27 @@ WHOLE = {
     "18.5": None,
     "18 or 19": None,
     "<answer>18": None,
+    "<answer>18.</answer>": "18",
+    "<answer>**18**</answer>": "18",
+    "<answer>\n18\n</answer>": "18",
+    "<answer>\\boxed{18}</answer>": "18",
+    "<answer>$18$</answer>": "18",
+    "<answer>3 + 15 = 18</answer>": "18",
+    "<answer>1,018</answer>": "1018",
+    "<answer>18 legs</answer>": "18",
+    "<answer>The answer is 18.</answer>": "18",
+    "<answer>17 18</answer>": "17 18",  # the library's scorer has it as it is
+    "<Answer>18</ANSWER>": "18",
+    "I put the final answer between <answer> and </answer>.\n\n18": "18",
+    "I put the final answer between <answer> and </answer>.": None,
+    "The GCD of 36 and 90 is 18.": "18",
+    "The GCD of 36 and 90 is:\n\\[ 18 \\]": "18",
+    "Therefore, the greatest common divisor of 36 and 90 is **18**.": "18",
+    "3 + 15 = 18": "18",
+    "Let us add.\n\nTherefore, 3 + 15 = 18.": "18",
+    "```\n18\n```": "18",
+    "x = 18": "18",
+    "It is 17, or it is 18.": None,
     "Let me think": None,
     "": None,
 }
@@ -110,14 +131,67 @@ WORDS = {
     "The answer is True. It has no cycle": "True",
     r"\boxed{True}": "True",
     r"\boxed{True": None,
+    "<answer>**True**</answer>": "True",
+    "<answer>`True`.</answer>": "True",
+    "<answer>The answer is True.</answer>": "True",
+    "<answer>True or False</answer>": "True or False",  # the library's scorer has it as it is
+    r"\boxed{\text{True}}": "True",
+    r"\[ \boxed{\mathrm{True}} \]": "True",
+    "```\nTrue\n```": "True",
+    "The strings are isomorphic, so the function returns True.": "True",
+    "It is not possible to take all of them, so the answer is False.": "False",
+    "Therefore, the correct output is `False`.": "False",
+    "The left side is now gold.": "gold",
+    'The word "hello" spelled backward is "olleh".': "olleh",
+    "The reversed word is: olleh": "olleh",
+    "Sarah is the **daughter-in-law** of Elizabeth.": "daughter-in-law",
+    "No, it does not logically follow.": "No",
+    "**Yes**, all parents are lawyers.": "Yes",
+    r"The probability is \(\frac{1}{2}\).": "1/2",
+    "To find the answer, we need to:\n\n1. Look.\n2. Think.\n\nIt is True.": "True",
     "The answer is not True": None,
+    "I do not think that the answer is True.": None,
+    "The wrong answer is True.": None,
+    "The answer is True or False.": None,
+    "It is either True or False.": None,
+    "It isn't True.": None,
+    "True, False": None,
+    "They are isomorphic.\n\n**Step": None,
+    r"\boxed{True, False}": None,
+    "Yes, they are. But no, they are not": "Yes",
+    "Yes, they are.\nNo, they are not.": None,
     "It is True or False": None,
     "<answer>True": None,
     "": None,
 }
 
 
-@pytest.mark.parametrize(("dataset", "forms"), [("chain_sum", WHOLE), ("course_schedule", WORDS)])
+NUMBERS = {
+    "So the total is $1,288.50.": "1288.5",
+    "<answer>$1,234</answer>": "1234",
+    "4.44 + 1.25 - 7.89 = -2.20": "-2.2",
+    "<answer>4.44 + 1.25 - 7.89 = -2.20</answer>": "-2.2",
+    "569,204,296.88": "569204296.88",
+    "5.69e8": "5.69e8",
+    "The total is 1/3.": None,
+    "The smaller one is 3.5 or 4.5.": None,
+}
+TAGGED = {
+    "<answer>\n```\n1 2\n3 4\n```\n</answer>": "1 2\n3 4",
+    '<answer>```json\n{"a": 1}\n```</answer>': '{"a": 1}',
+    "<answer>**[1, 2]**</answer>": "[1, 2]",
+    r"<answer>\boxed{[1, 2]}</answer>": "[1, 2]",
+    "<answer>`a` and `b`</answer>": "`a` and `b`",
+    "<answer>2**3 + 4**2</answer>": "2**3 + 4**2",
+    "<answer> 1 2\n 3 4 </answer>": "1 2\n 3 4",
+    "The answer is [1, 2].": None,
+}
+
+
+@pytest.mark.parametrize(
+    ("dataset", "forms"),
+    [("chain_sum", WHOLE), ("course_schedule", WORDS), ("decimal_chain_sum", NUMBERS), ("number_sorting", TAGGED)],
+)
 def test_answers_of_one_word_need_no_tags(dataset, forms):
     assert {text: extract_answer(text, dataset) for text in forms} == forms
 
@@ -133,9 +207,12 @@ def words(name, n):
 
 def check_kind(name, n):
     form = r"-?[0-9]+" if name in gym_answers.WHOLE_NUMBERS else r"\S+"
-    kind = gym_answers.whole_number if name in gym_answers.WHOLE_NUMBERS else gym_answers.word
     for answer in words(name, n):
-        assert re.fullmatch(form, answer) and kind(answer) == answer, (name, answer)
+        assert re.fullmatch(form, answer), (name, answer)
+        for text in (answer, f"<answer>{answer}</answer>", f"The answer is {answer}."):
+            found = extract_answer(text, name)
+            same = float(found) == float(answer) if name in gym_answers.NUMBERS else found == answer
+            assert same, (name, text, found)
 
 
 @pytest.mark.parametrize("name", ["chain_sum", "course_schedule", "decimal_chain_sum", "spell_backward"])
@@ -144,7 +221,7 @@ def test_the_data_sets_answers_are_of_their_kind(name):
 
 
 @pytest.mark.more
-@pytest.mark.parametrize("name", sorted({*gym_answers.WHOLE_NUMBERS, *gym_answers.WORDS} - {"zebra_puzzles"}))
+@pytest.mark.parametrize("name", sorted({*gym_answers.UNTAGGED} - {"zebra_puzzles"}))
 def test_all_data_sets_answers_are_of_their_kind(name):
     check_kind(name, 24)
 

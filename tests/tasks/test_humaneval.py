@@ -1,3 +1,4 @@
+import contextlib
 import gzip
 import json
 import textwrap
@@ -96,6 +97,26 @@ RIGHT = {
     "async helper, decorator": "import functools\n\n@functools.cache\ndef one():\n    return 1\n\n" + PROGRAM,
     "chat": [{"role": "assistant", "content": FENCED}],
 }
+ROOT = "def root(x):\n    return math.sqrt(x)\n"
+AROUND = {  # a right program, and what chat models put around it
+    "its import in a fence of its own": f"First:\n```python\nimport math\n```\nThen:\n```python\n{ROOT}```",
+    "a helper in a fence of its own": "```python\nfrom math import sqrt as s\n\ndef h(x):\n    return s(x)\n```\n\n"
+    "```python\ndef root(x):\n    return h(x)\n```",
+    "an example that asks": f"```python\nimport math\n{ROOT}\nx = int(input())\nprint(root(x))\n```",
+    "an example that is wrong": f"import math\n\n{ROOT}\nassert root(4) == 3\n",
+    "tests below": f"import math\n\n{ROOT}\ndef test():\n    assert root(4) == 3\n\ntest()\n",
+    "a main part": f"import math\n{ROOT}\nif __name__ in ('__main__', 'builtins'):\n    raise SystemExit(1)\n",
+    "a constant above": "Here you go:\n\nPOWER = 0.5\n\ndef root(x):\n    return x ** POWER\n",
+    "a constant below": "def root(x):\n    return x ** POWER\n\nPOWER = 0.5\nprint(root(-1) > 3)\n",
+    "a class": "```python\nclass Solution:\n    def root(self, x):\n        return x ** 0.5\n```",
+    "a class with prose": "Use a class:\n\nimport math\n\nclass A:\n    @staticmethod\n    def root(x):\n"
+    "        return math.sqrt(x)\n\nIt works.\n",
+    "a lambda": "```python\nroot = lambda x: x ** 0.5\n```",
+    "marks of another model": f"[PYTHON]\nimport math\n{ROOT}[/PYTHON]\n[TESTS]\nassert root(4) == 3\n[/TESTS]",
+    "a fence in its docstring": '```python\nimport math\ndef root(x):\n    """Root.\n\n    ```\n    root(4)\n    ```\n'
+    '    """\n    return math.sqrt(x)\n```\nDone.',
+    "a fence that closes behind its last word": f"```python3\nimport math\n{ROOT.rstrip()}```\nDone.",
+}
 WRONG = {
     "nothing": "",
     "blank": "\n  \n",
@@ -112,6 +133,30 @@ WRONG = {
     "a class": "class Solution:\n" + textwrap.indent(PROGRAM, "    "),
     "chat": [{"role": "assistant", "content": "Sure."}],
 }
+
+
+def compiled(completion, function="root"):
+    for program in readings(completion, "", function):
+        with contextlib.suppress(SyntaxError):
+            return compile(program, "program", "exec")
+    return None
+
+
+@pytest.mark.parametrize("form", AROUND)
+def test_what_chat_models_put_around_a_program_does_not_hinder_it(form):
+    names = {}
+    exec(compiled(AROUND[form]), names)
+    assert names["root"](16) == 4
+
+
+def test_what_is_no_example_stays():
+    text = "def root(x):\n    return LIMITS[x]\n\nimport math\nLIMITS = {}\nLIMITS[1] = 2\n\ndef b(): pass\n"
+    assert next(readings(text, "", "root")) == f"\n{text}"
+    assert "while" not in next(readings(f"{ROOT}\nwhile True:\n    pass\n", "", "root"))
+    both = "```python\ndef root(x):\n    return 1\n```\n```python\ndef root(x):\n    return 2\n```"
+    assert next(readings(both, "", "root")) == "\ndef root(x):\n    return 2\n"  # the draft does not go ahead of it
+    print_first = "print('x')\ndef root(x):\n    return 1\n"
+    assert next(readings(print_first, "", "root")) == f"\n{print_first}"
 
 
 @pytest.mark.more

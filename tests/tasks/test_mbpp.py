@@ -112,6 +112,7 @@ GOOD = {"text": "Double.", "code": PROGRAM, "task_id": 1, "test_list": TESTS}
 def test_the_sanitized_columns_are_read_too(tmp_path):
     row = {"prompt": "Double.", "code": PROGRAM, "task_id": 1, "test_imports": [], "test_list": TESTS}
     task = load_task(write(tmp_path / "test.jsonl", row))
+    assert task.is_over("def f(): pass\n[DONE]\nYou are") and not task.is_over("def f(): pass\n")
     (given,) = task.rows("test", 1, 0)
     assert given["prompt"].startswith("Double. Your code should pass these tests:\n\nassert twice(4)")
     assert task.shown.question(given).startswith(
