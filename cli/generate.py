@@ -7,12 +7,13 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from ._errors import user_error
-from ._options import Chat, Json, Revision, Seed, TrustRemoteCode
+from ._options import AllowOtherBase, Chat, Json, Revision, Seed, TrustRemoteCode
 from ._output import TerminalProgress, note, plain, print_json, status
 
 if TYPE_CHECKING:
@@ -34,13 +35,16 @@ def generate(
     chat: Chat = None,
     revision: Revision = None,
     trust_remote_code: TrustRemoteCode = False,
+    allow_other_base: AllowOtherBase = False,
     as_json: Json = False,
 ) -> None:
     """Show what the base and its adapters answer to the same prompts, from one model in memory."""
-    from peft_onelayer.records.locate import check_model_name, holds_adapter, is_local
+    from peft_onelayer.records.locate import check_base_of, check_model_name, holds_adapter, is_local
 
     with user_error(ValueError, OSError):
-        if not (is_local(model) and holds_adapter(model)):
+        if is_local(model) and holds_adapter(model):
+            check_base_of(Path(model).expanduser(), f"onelayer generate {{base}} {model}")
+        else:
             check_model_name(model)
     with status("loading ..."):
         from peft_onelayer.runs.generation import Speakers
@@ -52,6 +56,7 @@ def generate(
             revision=revision,
             trust_remote_code=trust_remote_code,
             chat=chat,
+            allow_other_base=allow_other_base,
             progress=TerminalProgress(),
         )
         options: dict[str, Any] = {"max_tokens": max_tokens, "temperature": temperature, "seed": seed}

@@ -191,7 +191,7 @@ def train(
     from peft_onelayer.rl.settings import parse_settings
     from peft_onelayer.runs.early import check_training
     from peft_onelayer.runs.recipes import OPTIONS, RUN_YAML, merged, options_from, read_recipe, settings_from
-    from peft_onelayer.runs.settings import TRAINING_OPTIONS
+    from peft_onelayer.runs.settings import TRAINING_OPTIONS, check_rate
 
     with user_error(ValueError, OSError, ImportError):
         if recipe and config:
@@ -205,6 +205,8 @@ def train(
         fields = parse_settings(settings or [])
         if "learning_rate" in fields and "learning_rate" in given:
             raise ValueError("--learning-rate and --set learning_rate say the same; give one of them")
+        if "learning_rate" in fields:
+            check_rate(fields["learning_rate"], "--set learning_rate")
         if sampling:
             given["sampling"] = parse_settings(sampling, "--sampling")
         if dry_run and resume:

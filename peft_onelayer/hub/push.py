@@ -44,6 +44,8 @@ from peft_onelayer.records.locate import adapter_folder, cached_base, is_local, 
 from peft_onelayer.records.privacy import holds_secrets, without_private
 from peft_onelayer.records.text import name_blocks, printable
 
+from peft_onelayer.sparse.base import TAKE_IT
+
 from .card import PLOT, REWARDS, eval_results, model_card
 from .card_text import is_edited, merge_cards, own_text, split_card
 from .local_card import Records, base_license, draw_pictures, read_records
@@ -310,7 +312,12 @@ def _write_weights(adapter: AdapterFile, staged: Path, base: Path | None, dense:
     from peft_onelayer.adapter.write_sparse import write_sparse
 
     with _scratch() as scratch:
-        write_sparse(adapter, scratch / "sparse", base)
+        try:
+            write_sparse(adapter, scratch / "sparse", base)
+        except ValueError as error:
+            raise ValueError(
+                str(error).replace(TAKE_IT, " --dense publishes it without a look at the base.")
+            ) from error
         _copy_weights(scratch / "sparse", staged)
     return []
 

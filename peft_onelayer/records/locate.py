@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from .files import CARD, CONFIG, PROFILE, RUN, WEIGHTS
+from .files import CARD, CONFIG, PROFILE, RUN, WEIGHTS, read_fields
 from .text import one_line, printable
 
 ADAPTER_FILES = (CONFIG, WEIGHTS, RUN, PROFILE, CARD)  # of an adapter's repository, what is fetched
@@ -62,6 +62,41 @@ def check_model_name(name: str, revision: str | None = None) -> None:
     if not (folder / "config.json").is_file():
         raise ValueError(f"{folder} holds no config.json, so it is not a model folder.")
     check_revision(name, revision)
+
+
+def base_elsewhere(folder: Path) -> str | None:
+    """The base that the adapter in `folder` names, where it was a folder when the adapter was trained and is none here.
+
+    `push` leaves the last part of a folder's path, and in run.json its digests.
+    """
+    base = read_fields(folder / CONFIG).get("base_model_name_or_path")
+    if not isinstance(base, str) or not base or Path(base).expanduser().is_dir():
+        return None
+    if is_local(base):
+        return base
+    try:
+        digests = read_fields(folder / RUN)["settings"]["model"]["sha256"]
+    except (ValueError, KeyError, TypeError):
+        return None
+    return base if "/" not in base and digests else None
+
+
+def check_base_of(folder: Path, instead: str) -> None:
+    """Raise ValueError where the base that the adapter in `folder` names was a folder that is not here.
+
+    Args:
+        instead: what to type then, with {base} in the place of the base.
+    """
+    if base := base_elsewhere(folder):
+        raise ValueError(
+            f"{folder} is an adapter of the model in a folder {printable(base)}, and no such folder is here; name the "
+            f"model: {instead.replace('{base}', path_to(base))}"
+        )
+
+
+def path_to(base: str) -> str:
+    """A base that was a folder elsewhere, in a command to be completed."""
+    return f"PATH/TO/{printable(last_part(base))}"
 
 
 def adapter_folder(name: str | Path, revision: str | None = None) -> Path:

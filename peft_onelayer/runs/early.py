@@ -17,7 +17,7 @@ from peft_onelayer.layers import check_layers
 from peft_onelayer.records.claim import check_parent, claimed
 from peft_onelayer.records.evaluation import EvaluationRecord
 from peft_onelayer.records.files import CONFIG, TargetError, check_file, check_folder, read_fields
-from peft_onelayer.records.locate import check_model_name
+from peft_onelayer.records.locate import check_base_of, check_model_name
 from peft_onelayer.records.text import meant
 from peft_onelayer.records.vote import VoteRecord
 from peft_onelayer.rl.algorithms import Algorithm, load_algorithm
@@ -32,6 +32,7 @@ from .settings import (
     TrainingSettings,
     VoteSettings,
     check_ranking,
+    check_rate,
 )
 
 DEMO = "demo.json"
@@ -47,6 +48,7 @@ def check_training(settings: TrainingSettings, *, resume: bool = False, writes: 
     """
     algorithm = load_algorithm(settings.algorithm)
     check_ranking(settings.method, settings.budget)
+    _check_rate(settings)
     if settings.method == "profile":
         raise ValueError("--method profile is of onelayer probe, which says what to give --layer")
     if algorithm.online and settings.pairs_from_task:
@@ -76,6 +78,13 @@ def check_training(settings: TrainingSettings, *, resume: bool = False, writes: 
     if writes and os.environ.get("RANK", "0") == "0":
         with claimed(Path(settings.out)):  # a run that goes on is named before what its folder lacks yet
             RunFolder(Path(settings.out), resume)
+
+
+def _check_rate(settings: TrainingSettings | ProbeSettings) -> None:
+    if settings.learning_rate is not None:
+        check_rate(settings.learning_rate)
+    if "learning_rate" in settings.config:
+        check_rate(settings.config["learning_rate"], "--set learning_rate")
 
 
 def _check_blocks(settings: TrainingSettings, algorithm: Algorithm) -> None:
@@ -158,6 +167,7 @@ def _installed(module: str) -> bool:
 def check_probe(settings: ProbeSettings) -> None:
     """Raise ValueError, in one line, for settings of a ranking that cannot work; values in `config` may be texts."""
     check_ranking(settings.method, settings.budget)
+    _check_rate(settings)
     if (settings.method == "profile") != (settings.profile is not None):
         raise ValueError("--profile and --method profile go together; give both, or neither")
     algorithm = load_algorithm(settings.algorithm)
@@ -207,6 +217,7 @@ def check_evaluation(settings: EvaluationSettings) -> None:
     if (Path(settings.model).expanduser() / CONFIG).is_file():
         if settings.adapter is not None:
             raise ValueError(f"{settings.model} is an adapter itself; give its base model, or leave --adapter out.")
+        check_base_of(Path(settings.model).expanduser(), f"onelayer eval {{base}} --adapter {settings.model}")
     else:
         check_model_name(settings.model, settings.revision)
 

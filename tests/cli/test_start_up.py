@@ -43,6 +43,12 @@ def files(tmp_path_factory):
         shutil.copytree(root / name, root / f"cut-{name}")
         weights = root / f"cut-{name}" / "adapter_model.safetensors"
         weights.write_bytes(weights.read_bytes()[:-5])
+    for name, base_model in (("moved", "/nowhere/base"), ("pulled", "my_model")):  # adapters of a folder elsewhere
+        shutil.copytree(root / "dense", root / name)
+        config = json.loads((root / name / "adapter_config.json").read_text()) | {"base_model_name_or_path": base_model}
+        (root / name / "adapter_config.json").write_text(json.dumps(config))
+    (root / "pulled" / "run.json").write_text(json.dumps({"settings": {"model": {"sha256": {"config.json": "0"}}}}))
+    (root / "zero.yaml").write_text(f"model: {root}/base\ntask: sort\nlearning_rate: 0\n")
     (root / "task.py").write_text("def my_reward(completions, **kwargs):\n    return [0.0 for _ in completions]\n")
     (root / "broken.py").write_text("def rows(:\n")
     return root
@@ -123,6 +129,19 @@ LORA = ["--format", "lora"]
         (["trian"], 2, "Did you mean 'train'?"),
         (["train", "{root}/base"], 2, "--out is missing"),
         (["train", "{root}/base", "--tsak", "sort"], 2, "--task"),
+        (["train", "{root}/base", "--lr", "3e-3"], 2, "No such option: --lr (Possible options: --learning-rate)"),
+        (["train", "{root}/base", "--lr=3e-3"], 2, "--lr (Possible options: --learning-rate)"),
+        (["train", "{root}/base", "--max_steps", "3"], 2, "--max_steps (Possible options: --steps)"),
+        (["train", "{root}/base", "--eval_every", "3"], 2, "--eval_every (Possible options: --eval-every)"),
+        (["train", "{root}/base", "--num-generations", "4"], 2, "(Possible options: --completions)"),
+        (["train", "{root}/base", "--batch-size", "4"], 2, "(Possible options: --prompts)"),
+        (["train", "{root}/base", "--beta", "0.1"], 2, "(Possible options: --set beta=VALUE)"),
+        (["train", "--model", "{root}/base"], 2, "(Possible options: MODEL, which is written without an option)"),
+        (["merge", "--model", "{root}/base"], 2, "(Possible options: BASE, which is written without an option)"),
+        (["train", "{root}/base", "--output-dir", "x"], 2, "(Possible options: --out)"),
+        (["sweep", "{root}/base", "--dataset-name", "x"], 2, "(Possible options: --dataset)"),
+        (["probe", "{root}/base", "--layer", "3"], 2, "(Possible options: --layers)"),
+        (["eval", "{root}/base", "--max-new-tokens", "3"], 2, "(Possible options: --max-tokens)"),
         (["train", "{root}/base", "--out", "{root}/new"], 1, "give --task, or --dataset with --reward; the tasks are"),
         ([*TRAIN, "--task", "arithmetc"], 1, "did you mean 'arithmetic'?"),
         ([*TRAIN, "--task", "{root}/task.pyy"], 1, "is not known"),
@@ -132,6 +151,15 @@ LORA = ["--format", "lora"]
         ([*TRAIN, "--task", "sort", "--layer", "middel"], 1, 'Did you mean "middle"?'),
         ([*TRAIN, "--task", "sort", "--method", "rase"], 1, "did you mean race?"),
         ([*TRAIN, "--task", "sort", "--keep", "bst"], 1, "did you mean best?"),
+        (
+            [*TRAIN, "--task", "sort", "--learning-rate", "0"],
+            1,
+            "--learning-rate: a learning rate must be above 0, got",
+        ),
+        ([*TRAIN, "--task", "sort", "--learning-rate", "-1"], 1, "a learning rate must be above 0, got -1"),
+        ([*TRAIN, "--task", "sort", "--learning-rate", "nan"], 1, "a learning rate must be above 0, got nan"),
+        ([*TRAIN, "--task", "sort", "--set", "learning_rate=0"], 1, "--set learning_rate: a learning rate must be"),
+        (["train", "--config", "{root}/zero.yaml", "--out", "{root}/new"], 1, "a learning rate must be above 0, got 0"),
         ([*TRAIN, "--task", "sort", "--full", "--layer", "3"], 1, "give one of them"),
         ([*TRAIN, "--task", "sort", "--also", "sotr"], 1, "did you mean 'sort'?"),
         ([*TRAIN, "--task", "sort", "--set", "use_vllm=true"], 1, "vLLM, which is not installed"),
@@ -154,13 +182,21 @@ LORA = ["--format", "lora"]
         (["probe", "{root}/base"], 1, "give --task"),
         (["probe", "{root}/base", "--task", "sort", "--method", "rase"], 1, "did you mean race?"),
         (["probe", "{root}/base", "--task", "sort", "--out", "ranking.txt"], 1, "takes a JSON file"),
+        (["probe", "{root}/base", "--task", "sort", "--learning-rate", "0"], 1, "a learning rate must be above 0"),
+        (["probe", "{root}/base", "--task", "sort", "--set", "learning_rate=0"], 1, "a learning rate must be above 0"),
         (["eval", "{root}/base"], 1, "give --task"),
+        (["eval", "{root}/moved", "--task", "sort"], 1, "onelayer eval PATH/TO/base --adapter {root}/moved"),
+        (["eval", "{root}/pulled", "--task", "sort"], 1, "an adapter of the model in a folder my_model, and no such"),
+        (["generate", "{root}/pulled", "--prompt", "x"], 1, "onelayer generate PATH/TO/my_model {root}/pulled"),
         (["eval", "{root}/base", "--task", "sort", "--split", "tset"], 1, "did you mean test?"),
         (["eval", "{root}/dense", "--adapter", "{root}/sparse", "--task", "sort"], 1, "is an adapter itself"),
         (["sweep", "{root}/base", "--task", "sotr"], 1, "did you mean 'sort'?"),
         (["sweep", "{root}/base", "--task", "sort", "--algorithm", "dpo"], 1, "dpo is offline"),
         ([*SWEEP, "--seeds", "one"], 1, "--seeds takes whole numbers separated by commas, got 'one'"),
         ([*SWEEP, "--seeds", "1,1"], 1, "seeds must be one or more different numbers from 0, got [1, 1]"),
+        ([*SWEEP, "--learning-rate", "-1"], 1, "--learning-rate: a learning rate must be above 0, got -1"),
+        ([*SWEEP, "--full-learning-rate", "0"], 1, "--full-learning-rate: a learning rate must be above 0"),
+        ([*SWEEP, "--search-learning-rates", "1e-5,0"], 1, "--search-learning-rates: a learning rate must be above 0"),
         ([*SWEEP, "--regimes"], 1, "give rates to choose from"),
         ([*SWEEP, "--set", "max_steps=3"], 1, "field max_steps is set by --steps"),
         ([*SWEEP, "--revision", "v1"], 1, "--revision v1 is for a repository on the Hub, and"),
