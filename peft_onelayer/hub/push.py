@@ -43,7 +43,6 @@ from peft_onelayer.records.hub_errors import HubError, hub_errors
 from peft_onelayer.records.locate import adapter_folder, cached_base, is_local, last_part
 from peft_onelayer.records.privacy import holds_secrets, without_private
 from peft_onelayer.records.text import name_blocks, printable
-
 from peft_onelayer.sparse.base import TAKE_IT
 
 from .card import PLOT, REWARDS, eval_results, model_card
