@@ -10,6 +10,7 @@ import ast
 import importlib.util
 import json
 import os
+from collections.abc import Collection
 from functools import partial
 from pathlib import Path
 
@@ -25,6 +26,7 @@ from peft_onelayer.tasks import EXTRA, TASKS, Task, load_task
 
 from .folder import RunFolder
 from .settings import (
+    BUDGET,
     KEEP,
     EntropySettings,
     EvaluationSettings,
@@ -78,6 +80,19 @@ def check_training(settings: TrainingSettings, *, resume: bool = False, writes: 
     if writes and os.environ.get("RANK", "0") == "0":
         with claimed(Path(settings.out)):  # a run that goes on is named before what its folder lacks yet
             RunFolder(Path(settings.out), resume)
+
+
+def check_effect(given: Collection[str], settings: TrainingSettings) -> None:
+    """Raise ValueError for an option of `onelayer train` among those `given` that the others leave without effect."""
+    blocks = f"--layer {settings.layer} ranks" if settings.layer != "auto" else ""
+    blocks = "--full ranks" if settings.full else "--init-adapter ranks" if settings.init_adapter else blocks
+    for name in ("budget", "method"):
+        if name in given and blocks:
+            raise ValueError(f"--{name} is of a ranking, and {blocks} nothing; leave it out, or take --layer auto")
+    if "keep" in given and not settings.eval_every:
+        raise ValueError("--keep chooses among the states that --eval-every measures; add that, or leave --keep out")
+    if "prefix_cache_gb" in given and settings.prefix_cache is None:
+        raise ValueError("--prefix-cache-gb is of --prefix-cache; add that, or leave it out")
 
 
 def _check_rate(settings: TrainingSettings | ProbeSettings) -> None:
@@ -175,6 +190,8 @@ def check_probe(settings: ProbeSettings) -> None:
         raise ValueError(
             f"a probe compares blocks by their reward; {algorithm.name} is offline, choose one such as grpo"
         )
+    if not settings.runs and settings.budget != BUDGET:
+        raise ValueError(f"--budget is of a race, and --method {settings.method} runs nothing; leave it out")
     if settings.runs or settings.task or settings.dataset or settings.reward:
         check_source(settings.task, settings.dataset, settings.reward)
     if settings.layers != "all":

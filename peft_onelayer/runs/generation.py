@@ -12,7 +12,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, TextStreamer,
 
 from peft_onelayer.records.files import CONFIG, read_fields
 from peft_onelayer.records.locate import adapter_folder, check_base_of, check_model_name, holds_adapter
-from peft_onelayer.records.text import one_line
+from peft_onelayer.records.text import one_line, printable
 from peft_onelayer.tuner import SingleLayerConfig
 
 from .models import check_adapter_folder, load_adapter, load_causal_lm, quiet_logs, to_device, without_progress_bars
@@ -51,7 +51,8 @@ class Speakers:
         allow_other_base: bool = False,
         progress: Progress | None = None,
     ) -> None:
-        progress, names, given = progress or Progress(), list(adapters), revision
+        self.progress = progress = progress or Progress()
+        names, given = list(adapters), revision
         with without_progress_bars(), quiet_logs():
             if holds_adapter(model):
                 names.insert(0, model)
@@ -75,6 +76,22 @@ class Speakers:
             self.model = _with_adapters(base, folders, allow_other_base)
         self.names = [BASE, *names]
         self.said: dict[str, list[dict[str, str]]] = {name: [] for name in self.names}
+
+    def check(self, prompt: str) -> None:
+        """Look at a prompt before anybody answers it, and tell of characters that the tokenizer does not know.
+
+        Raises:
+            ValueError: a prompt without tokens.
+        """
+        ids = self.tokenizer(prompt, add_special_tokens=False).input_ids
+        if not ids and not self.chat:
+            raise ValueError("the prompt holds no token; give some text")
+        kept = self.tokenizer.decode(ids, skip_special_tokens=True).casefold()
+        if lost := sorted({c for c in prompt if not c.isspace() and c.casefold() not in kept}):
+            self.progress.note(
+                f"warning: the tokenizer does not know {printable(' '.join(lost), 60)}, so the model does not read the "
+                "prompt as it was given"
+            )
 
     def answer(
         self,
