@@ -122,8 +122,11 @@ def holds_adapter(name: str) -> bool:
     from huggingface_hub import hf_hub_download
     from huggingface_hub.errors import HTTPError
 
+    from .hub_errors import no_vain_retries
+
     try:
-        hf_hub_download(name, CONFIG)
+        with no_vain_retries():
+            hf_hub_download(name, CONFIG)
     except (OSError, ValueError, HTTPError):  # not there, no such repository, or no Hub: what loads it says which
         return False
     return True
@@ -189,17 +192,17 @@ def find_folder(
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HTTPError
 
-    from .hub_errors import hub_reason
+    from .hub_errors import hub_reason, no_vain_retries
 
     try:
-        return Path(
-            snapshot_download(
+        with no_vain_retries():
+            found = snapshot_download(
                 text,
                 revision=revision,
                 allow_patterns=None if allow is None else list(allow),
                 ignore_patterns=list(ignore) or None,
             )
-        )
+        return Path(found)
     except (OSError, ValueError, RuntimeError, HTTPError) as error:  # RuntimeError: of hf_xet
         why = hub_reason(error, text) or one_line(error)
         raise ValueError(f"{text} is neither {what} folder here nor found on the Hub: {why}") from error

@@ -25,7 +25,7 @@ from transformers import (
 
 from peft_onelayer.adapter.reader import open_adapter
 from peft_onelayer.records.files import CONFIG, WEIGHTS, read_fields
-from peft_onelayer.records.hub_errors import hub_reason
+from peft_onelayer.records.hub_errors import hub_reason, no_vain_retries
 from peft_onelayer.records.locate import check_model_name, is_local
 from peft_onelayer.records.text import one_line
 from peft_onelayer.seams import check
@@ -168,7 +168,8 @@ def _checked_config(source: str, trusted: dict[str, Any]) -> PretrainedConfig:
 @contextmanager
 def _errors_in_one_line(name: str) -> Iterator[None]:
     try:
-        yield
+        with no_vain_retries():
+            yield
     except NotCausalError:
         raise
     # RuntimeError: of hf_xet

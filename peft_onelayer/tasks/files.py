@@ -234,12 +234,16 @@ def read_hub(
     from datasets import load_dataset
     from datasets.exceptions import DatasetsError
 
+    from peft_onelayer.records.hub_errors import hub_reason, no_vain_retries
+
     try:
-        loaded = load_dataset(repo, config, revision=revision)
+        with no_vain_retries() as unknown:
+            loaded = load_dataset(repo, config, revision=revision)
     except (OSError, ValueError, DatasetsError) as error:
-        raise ValueError(
-            f"data set {source} is no local path and could not be loaded from the Hub: {one_line(error)}"
-        ) from error
+        why = one_line(error)
+        if unknown:  # datasets says neither why nor from what
+            why = f"{hub_reason(unknown[0], None)} A copy here is given by its path: gsm8k:PATH, --dataset PATH"
+        raise ValueError(f"data set {source} is no local path and could not be loaded from the Hub: {why}") from error
     splits = {split: loaded[split].to_list() for split in ("train", "test") if split in loaded}
     if not splits:
         raise ValueError(f"data set {source} has neither a 'train' nor a 'test' split, but {', '.join(loaded)}")
