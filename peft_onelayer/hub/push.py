@@ -21,6 +21,7 @@ from huggingface_hub import (
     CommitOperationDelete,
     HfApi,
     constants,
+    get_token,
     hf_hub_download,
 )
 from huggingface_hub.errors import RevisionNotFoundError
@@ -39,7 +40,7 @@ from peft_onelayer.records.files import (
     read_text,
     scratch_directory,
 )
-from peft_onelayer.records.hub_errors import HubError, hub_errors
+from peft_onelayer.records.hub_errors import LOG_IN, HubError, hub_errors
 from peft_onelayer.records.locate import adapter_folder, cached_base, is_local, last_part
 from peft_onelayer.records.privacy import holds_secrets, without_private
 from peft_onelayer.records.text import name_blocks, printable
@@ -139,6 +140,8 @@ def push_adapter(
     if not folder.is_dir():
         raise ValueError(f"no adapter folder at {folder}; give the one that onelayer train wrote.")
     folder, branch = adapter_folder(folder), revision or constants.DEFAULT_REVISION
+    if not dry_run and get_token() is None:  # before minutes of preparation
+        raise HubError(f"cannot push to {repo_id}: no token was found; {LOG_IN}.")
     staging = partial(
         stage,
         folder,

@@ -115,6 +115,16 @@ def adapter_folder(name: str | Path, revision: str | None = None) -> Path:
     return folder
 
 
+def check_adapter_folder(folder: Path, name: str) -> None:
+    """Raise ValueError unless the two files that make an adapter are in `folder`: an adapter_model.bin would be
+    unpickled."""
+    for file in (CONFIG, WEIGHTS):
+        if not (folder / file).is_file():
+            inside = folder / "adapter"  # where `onelayer demo` puts it
+            hint = f"; did you mean {inside}?" if (inside / file).is_file() else "."
+            raise ValueError(f"{name} holds no {file}, so it is not an adapter that can be loaded{hint}")
+
+
 def holds_adapter(name: str) -> bool:
     """Whether a folder or a repository on the Hub holds an adapter's configuration; False where the Hub cannot say."""
     if is_local(name):

@@ -30,7 +30,13 @@ from peft_onelayer.records.files import (
     read_fields,
     write_whole,
 )
-from peft_onelayer.records.locate import adapter_folder, check_base_of, check_model_name, holds_adapter
+from peft_onelayer.records.locate import (
+    adapter_folder,
+    check_adapter_folder,
+    check_base_of,
+    check_model_name,
+    holds_adapter,
+)
 from peft_onelayer.records.run import DataSource, RunRecord
 from peft_onelayer.records.text import one_line
 from peft_onelayer.rl.algorithms import load_algorithm
@@ -47,7 +53,6 @@ from .describe import describe_machine, describe_model
 from .early import check_evaluation
 from .measuring import measured
 from .models import (
-    check_adapter_folder,
     load_adapter,
     load_causal_lm,
     quiet_logs,

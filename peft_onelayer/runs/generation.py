@@ -11,11 +11,17 @@ from peft import PeftModel
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TextStreamer, set_seed
 
 from peft_onelayer.records.files import CONFIG, read_fields
-from peft_onelayer.records.locate import adapter_folder, check_base_of, check_model_name, holds_adapter
+from peft_onelayer.records.locate import (
+    adapter_folder,
+    check_adapter_folder,
+    check_base_of,
+    check_model_name,
+    holds_adapter,
+)
 from peft_onelayer.records.text import one_line, printable
 from peft_onelayer.tuner import SingleLayerConfig
 
-from .models import check_adapter_folder, load_adapter, load_causal_lm, quiet_logs, to_device, without_progress_bars
+from .models import load_adapter, load_causal_lm, quiet_logs, to_device, without_progress_bars
 from .progress import Progress
 
 BASE = "base"

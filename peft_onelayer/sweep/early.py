@@ -11,6 +11,7 @@ from peft_onelayer.records.locate import check_model_name
 from peft_onelayer.rl.algorithms import load_algorithm
 from peft_onelayer.rl.recipe import refuse_fields
 from peft_onelayer.runs.early import check_source
+from peft_onelayer.runs.inputs import check_blocks, check_weights
 from peft_onelayer.runs.settings import check_rate
 
 from .settings import SWEEP_OPTIONS, SweepSettings
@@ -37,6 +38,8 @@ def check_sweep(settings: SweepSettings) -> None:
     if settings.layers != "all":
         check_layers(settings.layers)
     check_model_name(settings.model, settings.revision)
+    check_weights(settings.model)
+    check_blocks(settings.model, settings.layers)
 
 
 def check_target(out: Path) -> None:

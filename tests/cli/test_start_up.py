@@ -21,6 +21,7 @@ def onelayer():
 
 TRAIN = ["train", "{root}/base", "--out", "{root}/new"]
 DPO = [*TRAIN, "--algorithm", "dpo", "--task", "sort", "--pairs-from-task", "8"]
+REWARD = ["--reward", "{root}/task.py:my_reward"]
 SWEEP = ["sweep", "{root}/base", "--task", "sort"]
 VOTE = ["vote", "{root}/dense", "{root}/sparse", "--task", "sort", "--base", "{root}/base"]
 
@@ -50,6 +51,12 @@ def files(tmp_path_factory):
     (root / "pulled" / "run.json").write_text(json.dumps({"settings": {"model": {"sha256": {"config.json": "0"}}}}))
     (root / "zero.yaml").write_text(f"model: {root}/base\ntask: sort\nlearning_rate: 0\n")
     (root / "task.py").write_text("def my_reward(completions, **kwargs):\n    return [0.0 for _ in completions]\n")
+    (root / "weightless").mkdir()
+    shutil.copy(root / "base" / "config.json", root / "weightless")
+    (root / "rows.jsonl").write_text('{"text": "a"}\n')
+    (root / "bad.jsonl").write_text('{"prompt": "a"}\n{"prompt"\n')
+    (root / "empty.jsonl").write_text("")
+    (root / "rows.csv").write_text("question,answer\n1,2\n")
     (root / "broken.py").write_text("def rows(:\n")
     return root
 
@@ -177,6 +184,27 @@ LORA = ["--format", "lora"]
         ),
         (["train", "--resume"], 2, "--resume needs the run's folder, --out RUN"),
         (["train", "--out", "{root}/new"], 2, "MODEL is missing; give it, or --recipe or --config"),
+        ([*TRAIN, "--task", "sort", "--layer", "4"], 1, "layer='4' is out of range: the model has 4 blocks"),
+        ([*TRAIN, "--task", "sort", "--layer", "mid-5"], 1, "layer='mid-5' asks for 5 of 4 blocks"),
+        ([*TRAIN, "--task", "{root}/task.py"], 1, "task.py has no function rows(split, n, seed)"),
+        ([*TRAIN, "--task", "sort", "--set", "temperature=-1"], 1, "--set temperature must be above 0 in training"),
+        ([*TRAIN, "--task", "sort", "--report-to", "dvclive"], 1, "--report-to dvclive: dvclive is not installed"),
+        ([*TRAIN, "--task", "sort", "--layer", "1", "--mask", "{root}/bad.jsonl"], 1, "no safetensors file"),
+        ([*TRAIN, "--task", "sort", "--layer", "1", "--mask", "nowhere"], 1, "--mask nowhere: no such file; `onelayer"),
+        (
+            [*TRAIN, "--task", "sort", "--layer", "1", "--mask", "{root}/base/model.safetensors"],
+            1,
+            "which is not boolean; `onelayer analyze --mask-out` writes one",
+        ),
+        ([*TRAIN, "--task", "sort", "--init-adapter", "{root}/base"], 1, "base holds no adapter_config.json, so it is"),
+        (["train", "{root}/weightless", "--task", "sort", "--out", "{root}/new"], 1, "weightless holds no weights"),
+        ([*TRAIN, "--dataset", "{root}/rows.jsonl", *REWARD], 1, "rows.jsonl:1: no column 'prompt'; found text"),
+        ([*TRAIN, "--dataset", "{root}/bad.jsonl", *REWARD], 1, "bad.jsonl:2: not one JSON object"),
+        ([*TRAIN, "--dataset", "{root}/empty.jsonl", *REWARD], 1, "empty.jsonl is empty"),
+        ([*TRAIN, "--dataset", "{root}/rows.csv", *REWARD], 1, "no column 'prompt'; found question, answer"),
+        ([*TRAIN, "--dataset", "nowhere.jsonl", *REWARD], 1, "no file or folder nowhere.jsonl"),
+        ([*TRAIN, "--algorithm", "dpo", "--layer", "1", "--dataset", "nowhere.jsonl"], 1, "no file or folder nowhere"),
+        ([*TRAIN, "--algorithm", "dpo", "--layer", "1", "--dataset", "{root}/bad.jsonl"], 1, "bad.jsonl:2: not one"),
         ([*TRAIN, "--task", "sort", "--also", "sotr"], 1, "did you mean 'sort'?"),
         ([*TRAIN, "--task", "sort", "--set", "use_vllm=true"], 1, "vLLM, which is not installed"),
         ([*TRAIN, "--task", "sort", "--set", "beta"], 1, "--set takes field=value"),
@@ -205,6 +233,16 @@ LORA = ["--format", "lora"]
             1,
             "--budget is of a race, and --method prior",
         ),
+        (["probe", "{root}/base", "--task", "sort", "--layers", "3"], 1, "nothing to choose: --layers 3 names block 3"),
+        (["probe", "{root}/base", "--task", "sort", "--layers", "3,9"], 1, "layer='3,9' is out of range"),
+        (["probe", "{root}/base", "--task", "sort", "--set", "temperature=0"], 1, "--set temperature must be above 0"),
+        (["eval", "{root}/weightless", "--task", "sort"], 1, "weightless holds no weights"),
+        (["eval", "{root}/base", "--adapter", "{root}/base", "--task", "sort"], 1, "so it is not an adapter that can"),
+        (["eval", "{root}/base", "--adapter", "./nowhere", "--task", "sort"], 1, "no adapter folder at nowhere"),
+        (["eval", "{root}/base", "--adapter", "nowhere", "--task", "sort"], 1, "no adapter folder at nowhere"),
+        (["entropy", "{root}/base", "--adapter", "{root}/base", "--task", "sort"], 1, "so it is not an adapter that"),
+        (["entropy", "{root}/base", "--layer", "9", "--task", "sort"], 1, "layer='9' is out of range"),
+        ([*SWEEP, "--layers", "40"], 1, "layer='40' is out of range: the model has 4 blocks"),
         (["eval", "{root}/base"], 1, "give --task"),
         (["eval", "{root}/base", "--task", "sort", "--config", "{root}/task.py"], 1, "--config takes a YAML file"),
         (["generate", "{root}/base", "--prompt", ""], 1, "--prompt holds no text"),
@@ -241,7 +279,15 @@ LORA = ["--format", "lora"]
 )
 def test_what_is_wrong_is_said_at_once(onelayer, files, arguments, code, message):
     before = sorted(files.rglob("*"))
-    answer = onelayer(*(argument.format(root=files) for argument in arguments))
+    token = {"HF_TOKEN": "hf_token"}
+    answer = onelayer(*(argument.format(root=files) for argument in arguments), environment=token)
     assert (answer.code, answer.out, len(answer.err)) == (code, "", 1), answer
     assert answer.err[0].startswith("onelayer") and message.format(root=files) in answer.err[0], answer
     assert sorted(files.rglob("*")) == before
+
+
+def test_a_push_without_a_token(onelayer, files, tmp_path):
+    nobody = {"HF_TOKEN": "", "HF_TOKEN_PATH": str(tmp_path / "none"), "HF_HOME": str(tmp_path)}
+    answer = onelayer("push", files / "dense", "me/x", environment=nobody)
+    assert (answer.code, answer.out) == (1, ""), answer
+    assert "cannot push to me/x: no token was found; log in with `hf auth login`" in answer.err[0], answer
