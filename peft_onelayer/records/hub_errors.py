@@ -64,7 +64,7 @@ def no_vain_retries() -> Iterator[list[UnknownHostError]]:
                     raise unknown[-1] from error
                 raise
 
-        made.send = once
+        made.send = once  # type: ignore[method-assign]
         return made
 
     set_client_factory(client)
