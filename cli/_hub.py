@@ -21,6 +21,8 @@ def hub_session() -> Iterator[None]:
     from huggingface_hub import constants, set_client_factory
     from huggingface_hub.utils._http import default_client_factory
 
+    from peft_onelayer.records.hub_errors import no_vain_retries
+
     def client():
         made = default_client_factory()
         made.timeout = WAIT * constants.HF_HUB_DOWNLOAD_TIMEOUT  # huggingface_hub's own client waits forever
@@ -28,7 +30,7 @@ def hub_session() -> Iterator[None]:
 
     set_client_factory(client)
     try:
-        with user_error(ValueError), quiet_hub(), warnings.catch_warnings():
+        with no_vain_retries(), user_error(ValueError), quiet_hub(), warnings.catch_warnings():
             warnings.filterwarnings("ignore", module="huggingface_hub")
             yield
     finally:

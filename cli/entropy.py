@@ -12,6 +12,7 @@ import typer
 
 from ._errors import user_error
 from ._options import (
+    AllowOtherBase,
     Chat,
     Dataset,
     Json,
@@ -51,6 +52,7 @@ def entropy(
     revision: Revision = None,
     trust_remote_code: TrustRemoteCode = False,
     unsafe: Unsafe = False,
+    allow_other_base: AllowOtherBase = False,
     as_json: Json = False,
 ) -> None:
     """Show which tokens the learning signal of a block comes from: those of high entropy, or the rest."""
@@ -76,6 +78,7 @@ def entropy(
             revision=revision,
             trust_remote_code=trust_remote_code,
             unsafe=unsafe,
+            allow_other_base=allow_other_base,
         )
         check_entropy(asked)
         with status("loading ..."):

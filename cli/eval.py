@@ -105,6 +105,7 @@ def evaluate(
 ) -> None:
     """Measure MODEL on a task, sampled as its run was and greedy, and an adapter against its base."""
     from peft_onelayer.runs.early import check_evaluation
+    from peft_onelayer.runs.recipes import decoding_of, recipe_or_config
     from peft_onelayer.runs.settings import EvaluationSettings
 
     def show_result(record: EvaluationRecord) -> None:
@@ -115,9 +116,7 @@ def evaluate(
         sys.stdout.flush()
 
     with user_error(ValueError, OSError, ImportError):
-        if recipe and config:
-            raise ValueError("--recipe and --config both say how to sample; give one of them")
-        source = recipe or config
+        source = recipe_or_config(recipe, config, "how to sample")
         asked = EvaluationSettings(
             model=model,
             adapter=adapter,
@@ -151,7 +150,6 @@ def evaluate(
         with status("loading ..."):
             from peft_onelayer.rl.sampling import sampling_from_text
             from peft_onelayer.runs.evaluation import evaluate as run_evaluation
-            from peft_onelayer.runs.recipes import decoding_of
         decoding = decoding_of(source) if source else {}
         for name, value in (("temperature", temperature), ("max_completion_tokens", max_tokens)):
             if value is not None:

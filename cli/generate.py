@@ -7,12 +7,13 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from ._errors import user_error
-from ._options import Chat, Json, Revision, Seed, TrustRemoteCode
+from ._options import AllowOtherBase, Chat, Json, Revision, Seed, TrustRemoteCode
 from ._output import TerminalProgress, note, plain, print_json, status
 
 if TYPE_CHECKING:
@@ -34,14 +35,24 @@ def generate(
     chat: Chat = None,
     revision: Revision = None,
     trust_remote_code: TrustRemoteCode = False,
+    allow_other_base: AllowOtherBase = False,
     as_json: Json = False,
 ) -> None:
     """Show what the base and its adapters answer to the same prompts, from one model in memory."""
-    from peft_onelayer.records.locate import check_model_name, holds_adapter, is_local
+    from peft_onelayer.records.locate import check_base_of, check_model_name, holds_adapter, is_local
 
+    first = ""
     with user_error(ValueError, OSError):
-        if not (is_local(model) and holds_adapter(model)):
+        if is_local(model) and holds_adapter(model):
+            check_base_of(Path(model).expanduser(), f"onelayer generate {{base}} {model}")
+        else:
             check_model_name(model)
+        if prompt and not all(text.strip() for text in prompt):
+            raise ValueError("--prompt holds no text; give some")
+        if not prompt and not sys.stdin.isatty():
+            first = sys.stdin.readline()
+            if not first.strip():
+                raise ValueError("no prompt was given; give --prompt TEXT, or lines on the standard input")
     with status("loading ..."):
         from peft_onelayer.runs.generation import Speakers
 
@@ -52,23 +63,27 @@ def generate(
             revision=revision,
             trust_remote_code=trust_remote_code,
             chat=chat,
+            allow_other_base=allow_other_base,
             progress=TerminalProgress(),
         )
         options: dict[str, Any] = {"max_tokens": max_tokens, "temperature": temperature, "seed": seed}
         if as_json:
-            _print_json(speakers, prompt or [line.rstrip("\n") for line in sys.stdin], options)
+            _print_json(speakers, prompt or [line.rstrip("\n") for line in (first, *sys.stdin)], options)
             return
-        for text in prompt or _asked():
+        for text in prompt or _asked(first):
+            speakers.check(text)
             for name in speakers.names:
                 print(f"{plain(name)}: ", end="", flush=True)
                 speakers.answer(name, text, _write, **options)
                 print(flush=True)
 
 
-def _asked() -> Iterator[str]:
-    """Lines that a person types, until an empty one or the end."""
+def _asked(first: str) -> Iterator[str]:
+    """Lines that a person types, until an empty one or the end; without a terminal `first` was read already."""
     if sys.stdin.isatty():
         note("type a prompt; an empty line ends")
+    else:
+        yield first.rstrip("\n")
     while True:
         if sys.stdin.isatty():
             print("> ", end="", file=sys.stderr, flush=True)
@@ -86,6 +101,7 @@ def _write(text: str) -> None:
 def _print_json(speakers: Speakers, prompts: Sequence[str], options: dict[str, Any]) -> None:
     answers = []
     for text in prompts:
+        speakers.check(text)
         said = {name: speakers.answer(name, text, lambda piece: None, **options) for name in speakers.names}
         answers.append({"prompt": text, "answers": said})
     print_json({"format": "onelayer-generate-1", "prompts": answers})

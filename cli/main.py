@@ -45,6 +45,7 @@ from . import (
 )
 from ._errors import LIMIT, UserError
 from ._examples import EXAMPLES
+from ._other_names import other_names
 
 app = typer.Typer(
     name="onelayer",
@@ -129,6 +130,8 @@ def main() -> None:
     except typer.TyperException as error:
         context = getattr(error, "ctx", None)  # only usage errors know their command
         where = context.command_path if context else "onelayer"
+        if isinstance(context, typer.Context) and hasattr(error, "possibilities"):  # no such option
+            error.possibilities = other_names(getattr(error, "option_name", ""), context) or error.possibilities
         message = one_line(
             without_secrets(error.format_message()), LIMIT
         )  # a missing choice is listed over several lines

@@ -10,6 +10,7 @@ from typing import Annotated
 
 import typer
 
+from peft_onelayer.records.locate import base_elsewhere, path_to
 from peft_onelayer.records.text import name_blocks
 
 from ._hub import hub_session
@@ -46,4 +47,6 @@ def pull(
         f"{adapter.config.get('base_model_name_or_path')}, {adapter.encoding}: {checked}."
     )
     print_line(f"Written to {folder}: {', '.join(pulled.files)}")
-    print_next(["onelayer", "inspect", str(folder)], ["onelayer", "eval", str(folder), "--task", "TASK"])
+    base = base_elsewhere(folder)
+    evaluated = [str(folder)] if base is None else [path_to(base), "--adapter", str(folder)]
+    print_next(["onelayer", "inspect", str(folder)], ["onelayer", "eval", *evaluated, "--task", "TASK"])

@@ -179,9 +179,11 @@ def train(
     as_json: Json = False,
 ) -> None:
     """Train one block of MODEL (or several, or all) with an algorithm of TRL; the result is a PEFT adapter."""
-    for name, value in (("MODEL", model), ("--out", out)):
-        if value is None and not (recipe or config or (resume and name == "MODEL") or (dry_run and name == "--out")):
-            raise typer.BadParameter(f"{name} is missing; give it, or --recipe or --config", param_hint=name)
+    if model is None and not (recipe or config or resume):
+        raise typer.BadParameter("MODEL is missing; give it, or --recipe or --config", param_hint="MODEL")
+    if out is None and not (config or dry_run):  # which may name it
+        what = "--resume needs the run's folder, --out RUN" if resume else "give a new folder, such as --out run"
+        raise typer.BadParameter(f"--out is missing; {what}", param_hint="--out")
     given = {
         name: context.params[name]
         for name in context.params
@@ -189,14 +191,20 @@ def train(
     }
     from peft_onelayer.rl.recipe import config_from_text, refuse_fields
     from peft_onelayer.rl.settings import parse_settings
-    from peft_onelayer.runs.early import check_training
-    from peft_onelayer.runs.recipes import OPTIONS, RUN_YAML, merged, options_from, read_recipe, settings_from
-    from peft_onelayer.runs.settings import TRAINING_OPTIONS
+    from peft_onelayer.runs.early import check_effect, check_training
+    from peft_onelayer.runs.recipes import (
+        OPTIONS,
+        RUN_YAML,
+        merged,
+        options_from,
+        read_recipe,
+        recipe_or_config,
+        settings_from,
+    )
+    from peft_onelayer.runs.settings import TRAINING_OPTIONS, check_rate
 
     with user_error(ValueError, OSError, ImportError):
-        if recipe and config:
-            raise ValueError("--recipe and --config both say what to run; give one of them")
-        source: str | Path | None = recipe or config
+        source = recipe_or_config(recipe, config, "what to run")
         if resume and source is None and out is not None and (out / RUN_YAML).exists():
             source = out / RUN_YAML
         if resume and source is None and model is None:
@@ -205,6 +213,8 @@ def train(
         fields = parse_settings(settings or [])
         if "learning_rate" in fields and "learning_rate" in given:
             raise ValueError("--learning-rate and --set learning_rate say the same; give one of them")
+        if "learning_rate" in fields:
+            check_rate(fields["learning_rate"], "--set learning_rate")
         if sampling:
             given["sampling"] = parse_settings(sampling, "--sampling")
         if dry_run and resume:
@@ -218,9 +228,9 @@ def train(
         flat = {
             name: value for name, value in fields.items() if name not in OPTIONS
         }  # others TRL's fields are asked for
-        check_training(
-            options_from(merged(kept, flat | given), str(source or "this command")), resume=resume, writes=not dry_run
-        )
+        early = options_from(merged(kept, flat | given), str(source or "this command"))
+        check_training(early, resume=resume, writes=not dry_run)
+        check_effect(given, early)
         with status("loading ..."):
             from peft_onelayer.runs.dry_run import dry_run as run_dry
             from peft_onelayer.runs.training import train as run_training

@@ -369,6 +369,7 @@ SEAMS: dict[str, tuple[Seam, ...]] = {
         ),
         Seam("huggingface_hub._commit_api:_upload_xet_files", "to tell Xet's errors", says=("hf_xet",)),
         Seam("huggingface_hub.file_download:xet_get", "to tell Xet's errors", says=("hf_xet",)),
+        Seam("huggingface_hub.utils._http:_GLOBAL_CLIENT_FACTORY", "a client that does not retry in vain"),
     ),
     "onelayer_cli._hub": (
         Seam("huggingface_hub.utils._http:default_client_factory", "a client that does not wait forever"),

@@ -264,9 +264,12 @@ def check_plain_file(path: Path) -> None:
     try:
         target = path.resolve(strict=True)
         regular = stat.S_ISREG(target.stat().st_mode)
+    except FileNotFoundError:
+        what = "it is a model and no adapter" if (path.parent / "config.json").is_file() else "it is no adapter"
+        raise ValueError(f"{path.parent} holds no {path.name}, so {what}.") from None
     except (OSError, RuntimeError) as error:
-        reason = one_line(error)
-        raise ValueError(f"{path.parent} holds no readable {path.name}, so it is no adapter: {reason}") from None
+        reason = getattr(error, "strerror", None) or one_line(error)
+        raise ValueError(f"{path.parent} holds no readable {path.name}, so it is no adapter: {reason}.") from None
     if not regular or target.parent not in inside:
         raise ValueError(f"{path} is not a plain file of its folder; links and devices are not followed.")
 

@@ -21,6 +21,7 @@ from huggingface_hub import (
     CommitOperationDelete,
     HfApi,
     constants,
+    get_token,
     hf_hub_download,
 )
 from huggingface_hub.errors import RevisionNotFoundError
@@ -39,10 +40,11 @@ from peft_onelayer.records.files import (
     read_text,
     scratch_directory,
 )
-from peft_onelayer.records.hub_errors import HubError, hub_errors
+from peft_onelayer.records.hub_errors import LOG_IN, HubError, hub_errors
 from peft_onelayer.records.locate import adapter_folder, cached_base, is_local, last_part
 from peft_onelayer.records.privacy import holds_secrets, without_private
 from peft_onelayer.records.text import name_blocks, printable
+from peft_onelayer.sparse.base import TAKE_IT
 
 from .card import PLOT, REWARDS, eval_results, model_card
 from .card_text import is_edited, merge_cards, own_text, split_card
@@ -138,6 +140,8 @@ def push_adapter(
     if not folder.is_dir():
         raise ValueError(f"no adapter folder at {folder}; give the one that onelayer train wrote.")
     folder, branch = adapter_folder(folder), revision or constants.DEFAULT_REVISION
+    if not dry_run and get_token() is None:  # before minutes of preparation
+        raise HubError(f"cannot push to {repo_id}: no token was found; {LOG_IN}.")
     staging = partial(
         stage,
         folder,
@@ -310,7 +314,12 @@ def _write_weights(adapter: AdapterFile, staged: Path, base: Path | None, dense:
     from peft_onelayer.adapter.write_sparse import write_sparse
 
     with _scratch() as scratch:
-        write_sparse(adapter, scratch / "sparse", base)
+        try:
+            write_sparse(adapter, scratch / "sparse", base)
+        except ValueError as error:
+            raise ValueError(
+                str(error).replace(TAKE_IT, " --dense publishes it without a look at the base.")
+            ) from error
         _copy_weights(scratch / "sparse", staged)
     return []
 

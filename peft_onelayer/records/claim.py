@@ -17,6 +17,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
+from .disk import FULL
+
 LOCK, PARTIAL, REPLACED = ".onelayer-lock", ".partial-", ".old"
 TRIES, PAUSE = 3, 0.1  # seconds: another process holds a lock for a moment while it removes what a dead one left
 NO_LOCKS = {errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP}  # some network file systems
@@ -41,7 +43,10 @@ def _parents(target: Path) -> Iterator[None]:
     """Make the folders that `target` is to stand in; those that are still empty at the end are removed."""
     check_parent(target)
     missing = [folder for folder in target.parents if not folder.exists()]
-    target.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise _cannot_write(target, error) from error
     try:
         yield
     finally:
@@ -70,11 +75,14 @@ def claimed(target: Path) -> Iterator[None]:
 
 
 def _alone(target: Path, lock: Path) -> Iterator[None]:
-    descriptor = _take(lock)
-    for _ in range(TRIES - 1):
-        if descriptor is None:
-            time.sleep(PAUSE)
-            descriptor = _take(lock)
+    try:
+        descriptor = _take(lock)
+        for _ in range(TRIES - 1):
+            if descriptor is None:
+                time.sleep(PAUSE)
+                descriptor = _take(lock)
+    except OSError as error:
+        raise _cannot_write(target, error) from error
     if descriptor is None:
         raise TargetError(
             f"{target} is being written by {_holder(lock)}; wait for it to end, or choose another output."
@@ -88,6 +96,13 @@ def _alone(target: Path, lock: Path) -> Iterator[None]:
         if lock in _held:  # not in a child that was forked meanwhile
             del _held[lock]
             _release(lock, descriptor)
+
+
+def _cannot_write(target: Path, error: OSError) -> OSError:
+    """What to say where a folder takes no file, such as one of /proc; a full disk stays what it is."""
+    if error.errno in FULL:
+        return error
+    return TargetError(f"{target.parent} takes no new file ({error.strerror}); choose another output.")
 
 
 def remove_unfinished(target: Path) -> None:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
 from json import JSONDecodeError
+from typing import Any
 
-from huggingface_hub import constants, get_token
+from huggingface_hub import constants, get_token, set_client_factory
 from huggingface_hub.errors import (
     EntryNotFoundError,
     GatedRepoError,
@@ -18,16 +20,58 @@ from huggingface_hub.errors import (
     RepositoryNotFoundError,
     RevisionNotFoundError,
 )
+from huggingface_hub.utils import _http
+
+from peft_onelayer.seams import check
 
 from .text import one_line
 
 OF_THE_HUB = (HTTPError, OfflineModeIsEnabled, EntryNotFoundError, HFValidationError, JSONDecodeError)
 TRANSFERS = ("huggingface_hub._commit_api", "huggingface_hub.file_download")
+NO_ADDRESS = {getattr(socket, name) for name in ("EAI_NONAME", "EAI_NODATA") if hasattr(socket, name)}
 LOG_IN = "log in with `hf auth login` or set HF_TOKEN"
 
 
 class HubError(OSError, ValueError):
     """The Hub could not be reached, or refused; the message says why and what to do."""
+
+
+class UnknownHostError(OfflineModeIsEnabled):
+    """The name of a host has no address: this machine is offline, or the name is wrong. What is in a cache is taken, as
+    huggingface_hub, transformers and datasets do where they are told to be offline."""
+
+
+@contextmanager
+def no_vain_retries() -> Iterator[list[UnknownHostError]]:
+    """Have huggingface_hub ask once, not six times in half a minute, for a host whose name has no address.
+
+    Yields:
+        The errors that this led to, for who catches what a library made of them.
+    """
+    check(__name__)
+    before, unknown = _http._GLOBAL_CLIENT_FACTORY, list[UnknownHostError]()
+
+    def client() -> Any:
+        made = before()
+        send = made.send
+
+        def once(*args: Any, **kwargs: Any) -> Any:
+            try:
+                return send(*args, **kwargs)
+            except HTTPError as error:
+                if any(isinstance(cause, socket.gaierror) and cause.errno in NO_ADDRESS for cause in causes(error)):
+                    unknown.append(UnknownHostError(str(error)))
+                    raise unknown[-1] from error
+                raise
+
+        made.send = once  # type: ignore[method-assign]
+        return made
+
+    set_client_factory(client)
+    try:
+        yield unknown
+    finally:
+        set_client_factory(before)
 
 
 @contextmanager
@@ -52,11 +96,17 @@ def hub_errors(doing: str, repo_id: str | None = None) -> Iterator[None]:
 
 def hub_reason(error: BaseException | None, repo_id: str | None) -> str | None:
     """What the Hub has to do with an error that a library raised, in one sentence; None where it has nothing."""
-    while error is not None:
-        if isinstance(error, OF_THE_HUB) or _raised_by_the_client(error):
-            return _reason(error, repo_id)
-        error = error.__cause__ or error.__context__
+    for cause in causes(error):
+        if isinstance(cause, OF_THE_HUB) or _raised_by_the_client(cause):
+            return _reason(cause, repo_id)
     return None
+
+
+def causes(error: BaseException | None) -> Iterator[BaseException]:
+    """An error, what it came from, and so on."""
+    while error is not None:
+        yield error
+        error = error.__cause__ or error.__context__
 
 
 def _raised_by_the_client(error: BaseException) -> bool:
@@ -86,6 +136,10 @@ def _reason(error: BaseException, repo_id: str | None) -> str:
         return f"{endpoint} has no model {repo_id} {seen}."
     if isinstance(error, HfHubHTTPError):
         return _refusal(error.response.status_code, error.server_message, token)
+    if isinstance(error, UnknownHostError):
+        return (
+            f"{endpoint} cannot be reached, its name has no address; this machine is offline, or HF_ENDPOINT is wrong."
+        )
     if isinstance(error, OfflineModeIsEnabled):
         return "HF_HUB_OFFLINE is set, which forbids requests to the Hub; unset it."
     if isinstance(error, JSONDecodeError):

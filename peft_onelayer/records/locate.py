@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from .files import CARD, CONFIG, PROFILE, RUN, WEIGHTS
+from .files import CARD, CONFIG, PROFILE, RUN, WEIGHTS, read_fields
 from .text import one_line, printable
 
 ADAPTER_FILES = (CONFIG, WEIGHTS, RUN, PROFILE, CARD)  # of an adapter's repository, what is fetched
@@ -64,6 +64,41 @@ def check_model_name(name: str, revision: str | None = None) -> None:
     check_revision(name, revision)
 
 
+def base_elsewhere(folder: Path) -> str | None:
+    """The base that the adapter in `folder` names, where it was a folder when the adapter was trained and is none here.
+
+    `push` leaves the last part of a folder's path, and in run.json its digests.
+    """
+    base = read_fields(folder / CONFIG).get("base_model_name_or_path")
+    if not isinstance(base, str) or not base or Path(base).expanduser().is_dir():
+        return None
+    if is_local(base):
+        return base
+    try:
+        digests = read_fields(folder / RUN)["settings"]["model"]["sha256"]
+    except (ValueError, KeyError, TypeError):
+        return None
+    return base if "/" not in base and digests else None
+
+
+def check_base_of(folder: Path, instead: str) -> None:
+    """Raise ValueError where the base that the adapter in `folder` names was a folder that is not here.
+
+    Args:
+        instead: what to type then, with {base} in the place of the base.
+    """
+    if base := base_elsewhere(folder):
+        raise ValueError(
+            f"{folder} is an adapter of the model in a folder {printable(base)}, and no such folder is here; name the "
+            f"model: {instead.replace('{base}', path_to(base))}"
+        )
+
+
+def path_to(base: str) -> str:
+    """A base that was a folder elsewhere, in a command to be completed."""
+    return f"PATH/TO/{printable(last_part(base))}"
+
+
 def adapter_folder(name: str | Path, revision: str | None = None) -> Path:
     """The folder of an adapter. From the Hub only the files of `ADAPTER_FILES` are fetched, never the base.
 
@@ -80,6 +115,16 @@ def adapter_folder(name: str | Path, revision: str | None = None) -> Path:
     return folder
 
 
+def check_adapter_folder(folder: Path, name: str) -> None:
+    """Raise ValueError unless the two files that make an adapter are in `folder`: an adapter_model.bin would be
+    unpickled."""
+    for file in (CONFIG, WEIGHTS):
+        if not (folder / file).is_file():
+            inside = folder / "adapter"  # where `onelayer demo` puts it
+            hint = f"; did you mean {inside}?" if (inside / file).is_file() else "."
+            raise ValueError(f"{name} holds no {file}, so it is not an adapter that can be loaded{hint}")
+
+
 def holds_adapter(name: str) -> bool:
     """Whether a folder or a repository on the Hub holds an adapter's configuration; False where the Hub cannot say."""
     if is_local(name):
@@ -87,8 +132,11 @@ def holds_adapter(name: str) -> bool:
     from huggingface_hub import hf_hub_download
     from huggingface_hub.errors import HTTPError
 
+    from .hub_errors import no_vain_retries
+
     try:
-        hf_hub_download(name, CONFIG)
+        with no_vain_retries():
+            hf_hub_download(name, CONFIG)
     except (OSError, ValueError, HTTPError):  # not there, no such repository, or no Hub: what loads it says which
         return False
     return True
@@ -154,17 +202,17 @@ def find_folder(
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HTTPError
 
-    from .hub_errors import hub_reason
+    from .hub_errors import hub_reason, no_vain_retries
 
     try:
-        return Path(
-            snapshot_download(
+        with no_vain_retries():
+            found = snapshot_download(
                 text,
                 revision=revision,
                 allow_patterns=None if allow is None else list(allow),
                 ignore_patterns=list(ignore) or None,
             )
-        )
+        return Path(found)
     except (OSError, ValueError, RuntimeError, HTTPError) as error:  # RuntimeError: of hf_xet
         why = hub_reason(error, text) or one_line(error)
         raise ValueError(f"{text} is neither {what} folder here nor found on the Hub: {why}") from error

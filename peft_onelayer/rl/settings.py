@@ -86,7 +86,7 @@ def check_fields(config_class: type, names: Iterable[str]) -> None:
         if name not in fields:
             containing = sorted(field for field in fields if name in field)
             near = difflib.get_close_matches(name, sorted(fields), NEAR) or containing[:NEAR]
-            meant = f"; did you mean {', '.join(near)}?" if near else ""
+            meant = f"; did you mean {', '.join(near)}?" if near else "; its fields are those in TRL's documentation"
             raise ValueError(f"{config_class.__name__} has no field {name!r}{meant}")
 
 

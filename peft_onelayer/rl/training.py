@@ -28,6 +28,7 @@ from transformers.trainer import TRAINING_ARGS_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from peft_onelayer.records.figures import CompletionStatistics
+from peft_onelayer.sparse.base import TAKE_IT
 from peft_onelayer.tasks import Task
 from peft_onelayer.tuner import SingleLayerConfig
 
@@ -181,7 +182,10 @@ def train_rows(
     trainer.add_callback(_NoPickle())
     trainer.remove_callback(PrinterCallback)  # it prints every log to stdout
     if init_adapter is not None and resume_from is None:
-        set_peft_model_state_dict(trainer.model, load_peft_weights(str(init_adapter), device="cpu"))
+        try:
+            set_peft_model_state_dict(trainer.model, load_peft_weights(str(init_adapter), device="cpu"))
+        except ValueError as error:
+            raise ValueError(str(error).replace(TAKE_IT, "")) from error
     if resume_from is not None:
         refuse_incomplete_resume(trainer.model)
     with warnings.catch_warnings():

@@ -284,7 +284,7 @@ class _Player:
         if self.context is not None and longest + room > self.context:
             raise ValueError(
                 f"a prompt of {longest} tokens and a completion of up to {most} do not fit into "
-                f"the model's context of {self.context} tokens; shorten the prompts or allow fewer tokens"
+                f"the model's context of {self.context} tokens; {_shorter(self.context - longest)}"
             )
 
     def _generate(self, prompt_ids: list[list[int]]) -> list[list[int]]:
@@ -439,3 +439,13 @@ def _call(call: dict[str, Any], tools: dict[str, Callable[..., Any]]) -> dict[st
     except Exception as error:
         result = {"error": str(error)}
     return {"role": "tool", "name": name, "content": str(result)}
+
+
+def _shorter(room: int) -> str:
+    """What to do where so many tokens are left for a completion."""
+    if room < 1:
+        return "shorten the prompts"
+    return (
+        f"shorten the prompts or allow fewer tokens: --set max_completion_length={room} (onelayer eval: --max-tokens "
+        f"{room}), or MAX_COMPLETION_TOKENS = {room} in a task's file"
+    )

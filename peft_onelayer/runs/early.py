@@ -10,21 +10,25 @@ import ast
 import importlib.util
 import json
 import os
+from collections.abc import Collection, Mapping
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 from peft_onelayer.layers import check_layers
 from peft_onelayer.records.claim import check_parent, claimed
 from peft_onelayer.records.evaluation import EvaluationRecord
 from peft_onelayer.records.files import CONFIG, TargetError, check_file, check_folder, read_fields
-from peft_onelayer.records.locate import check_model_name
+from peft_onelayer.records.locate import check_base_of, check_model_name
 from peft_onelayer.records.text import meant
 from peft_onelayer.records.vote import VoteRecord
 from peft_onelayer.rl.algorithms import Algorithm, load_algorithm
 from peft_onelayer.tasks import EXTRA, TASKS, Task, load_task
 
 from .folder import RunFolder
+from .inputs import check_adapter, check_blocks, check_data, check_mask, check_weights
 from .settings import (
+    BUDGET,
     KEEP,
     EntropySettings,
     EvaluationSettings,
@@ -32,9 +36,11 @@ from .settings import (
     TrainingSettings,
     VoteSettings,
     check_ranking,
+    check_rate,
 )
 
 DEMO = "demo.json"
+REPORTERS = ("wandb", "trackio", "mlflow", "comet_ml", "clearml", "codecarbon", "dvclive", "swanlab")
 DEMO_TASKS = ("arithmetic", "sort")
 
 
@@ -47,6 +53,7 @@ def check_training(settings: TrainingSettings, *, resume: bool = False, writes: 
     """
     algorithm = load_algorithm(settings.algorithm)
     check_ranking(settings.method, settings.budget)
+    _check_rate(settings)
     if settings.method == "profile":
         raise ValueError("--method profile is of onelayer probe, which says what to give --layer")
     if algorithm.online and settings.pairs_from_task:
@@ -72,10 +79,65 @@ def check_training(settings: TrainingSettings, *, resume: bool = False, writes: 
         check_task_name(name)
     if str(settings.config.get("use_vllm", False)).lower() in ("true", "yes", "1") and not _installed("vllm"):
         raise ValueError("use_vllm needs vLLM, which is not installed; pip install 'trl[vllm]', or leave use_vllm out")
-    check_model_name(settings.model, settings.revision)
+    _check_temperature(settings.config)
+    _check_reporters(settings.report_to)
+    if not algorithm.online and settings.dataset:
+        check_data(settings.dataset)
+    _check_inputs(settings)
+    if writes:
+        check_weights(settings.model)
     if writes and os.environ.get("RANK", "0") == "0":
         with claimed(Path(settings.out)):  # a run that goes on is named before what its folder lacks yet
             RunFolder(Path(settings.out), resume)
+
+
+def check_effect(given: Collection[str], settings: TrainingSettings) -> None:
+    """Raise ValueError for an option of `onelayer train` among those `given` that the others leave without effect."""
+    blocks = f"--layer {settings.layer} ranks" if settings.layer != "auto" else ""
+    blocks = "--full ranks" if settings.full else "--init-adapter ranks" if settings.init_adapter else blocks
+    for name in ("budget", "method"):
+        if name in given and blocks:
+            raise ValueError(f"--{name} is of a ranking, and {blocks} nothing; leave it out, or take --layer auto")
+    if "keep" in given and not settings.eval_every:
+        raise ValueError("--keep chooses among the states that --eval-every measures; add that, or leave --keep out")
+    if "prefix_cache_gb" in given and settings.prefix_cache is None:
+        raise ValueError("--prefix-cache-gb is of --prefix-cache; add that, or leave it out")
+
+
+def _check_rate(settings: TrainingSettings | ProbeSettings) -> None:
+    if settings.learning_rate is not None:
+        check_rate(settings.learning_rate)
+    if "learning_rate" in settings.config:
+        check_rate(settings.config["learning_rate"], "--set learning_rate")
+
+
+def _check_inputs(settings: TrainingSettings) -> None:
+    """Look at the model and at what trains of it, by their files."""
+    check_model_name(settings.model, settings.revision)
+    if settings.init_adapter is not None:
+        check_adapter(settings.init_adapter)
+    elif settings.layer != "auto":
+        check_blocks(settings.model, settings.layer)
+    if settings.mask is not None:
+        check_mask(settings.mask)
+
+
+def _check_temperature(config: Mapping[str, Any]) -> None:
+    try:
+        above = float(config.get("temperature", 1)) > 0
+    except (TypeError, ValueError):  # no number, which is said where the field is read
+        return
+    if not above:
+        raise ValueError(f"--set temperature must be above 0 in training, got {config['temperature']}; 1 is usual")
+
+
+def _check_reporters(report_to: str) -> None:
+    """Refuse a library that is imported by the name of the reporter and is not there; of others TRL's import tells."""
+    for name in report_to.split(","):
+        if name.strip() in REPORTERS and not _installed(name.strip()):
+            raise ValueError(
+                f"--report-to {name.strip()}: {name.strip()} is not installed; pip install it, or leave it out"
+            )
 
 
 def _check_blocks(settings: TrainingSettings, algorithm: Algorithm) -> None:
@@ -130,13 +192,16 @@ def check_source(task: str | Task | None, dataset: str | None, reward: str | Non
         if defined and function not in defined:
             near = meant(function, defined) or "; it has " + ", ".join(defined)
             raise ValueError(f"{file} has no function {function!r}{near}")
+    if dataset and not task:
+        check_data(dataset, ("prompt",))
 
 
 def check_task_name(name: str) -> None:
     """Raise ValueError, in one line, for the name of a task that there is not, or of a file that is no Python."""
     base = name.partition(":")[0]
     if name.endswith(".py"):
-        _parsed(name)
+        if not _may_define(_parsed(name), "rows"):
+            raise ValueError(f"{name} has no function rows(split, n, seed)")
     elif base not in TASKS or (base in EXTRA and not _installed(base)):
         load_task(name)  # which says it
 
@@ -151,6 +216,18 @@ def _parsed(name: str) -> ast.Module:
         raise ValueError(f"{path}:{error.lineno}: {error.msg}") from error
 
 
+def _may_define(module: ast.Module, name: str) -> bool:
+    """Whether a file gives something this name, as far as its text says."""
+    for node in ast.walk(module):
+        if isinstance(node, ast.FunctionDef | ast.ClassDef) and node.name == name:
+            return True
+        if isinstance(node, ast.Name) and node.id in (name, "globals", "exec") and not isinstance(node.ctx, ast.Del):
+            return True
+        if isinstance(node, ast.alias) and (node.asname or node.name) in (name, "*"):
+            return True
+    return False
+
+
 def _installed(module: str) -> bool:
     return importlib.util.find_spec(module) is not None
 
@@ -158,6 +235,7 @@ def _installed(module: str) -> bool:
 def check_probe(settings: ProbeSettings) -> None:
     """Raise ValueError, in one line, for settings of a ranking that cannot work; values in `config` may be texts."""
     check_ranking(settings.method, settings.budget)
+    _check_rate(settings)
     if (settings.method == "profile") != (settings.profile is not None):
         raise ValueError("--profile and --method profile go together; give both, or neither")
     algorithm = load_algorithm(settings.algorithm)
@@ -165,13 +243,19 @@ def check_probe(settings: ProbeSettings) -> None:
         raise ValueError(
             f"a probe compares blocks by their reward; {algorithm.name} is offline, choose one such as grpo"
         )
+    if not settings.runs and settings.budget != BUDGET:
+        raise ValueError(f"--budget is of a race, and --method {settings.method} runs nothing; leave it out")
     if settings.runs or settings.task or settings.dataset or settings.reward:
         check_source(settings.task, settings.dataset, settings.reward)
+    _check_temperature(settings.config)
     if settings.layers != "all":
         check_layers(settings.layers)
+    check_model_name(settings.model, settings.revision)
+    check_weights(settings.model)
+    if (chosen := check_blocks(settings.model, settings.layers)) is not None and len(chosen) < 2:
+        raise ValueError(f"there is nothing to choose: --layers {settings.layers} names block {chosen[0]} alone")
     if settings.out is not None:
         check_outputs(Path(settings.out))
-    check_model_name(settings.model, settings.revision)
 
 
 def plot_beside(out: Path) -> Path:
@@ -207,8 +291,12 @@ def check_evaluation(settings: EvaluationSettings) -> None:
     if (Path(settings.model).expanduser() / CONFIG).is_file():
         if settings.adapter is not None:
             raise ValueError(f"{settings.model} is an adapter itself; give its base model, or leave --adapter out.")
+        check_base_of(Path(settings.model).expanduser(), f"onelayer eval {{base}} --adapter {settings.model}")
     else:
         check_model_name(settings.model, settings.revision)
+        check_weights(settings.model)
+        if settings.adapter is not None:
+            check_adapter(settings.adapter)
 
 
 def check_vote(settings: VoteSettings) -> None:
@@ -236,8 +324,13 @@ def check_entropy(settings: EntropySettings) -> None:
         raise ValueError(f"--samples must be at least 2, got {settings.samples}: advantages compare completions.")
     if settings.adapter is None:
         check_layers(settings.layer)
+    else:
+        check_adapter(settings.adapter)
     check_source(settings.task, settings.dataset, settings.reward)
     check_model_name(settings.model, settings.revision)
+    check_weights(settings.model)
+    if settings.adapter is None:
+        check_blocks(settings.model, settings.layer)
 
 
 def _check_split(split: str) -> None:

@@ -30,7 +30,13 @@ from peft_onelayer.records.files import (
     read_fields,
     write_whole,
 )
-from peft_onelayer.records.locate import adapter_folder, check_model_name, holds_adapter
+from peft_onelayer.records.locate import (
+    adapter_folder,
+    check_adapter_folder,
+    check_base_of,
+    check_model_name,
+    holds_adapter,
+)
 from peft_onelayer.records.run import DataSource, RunRecord
 from peft_onelayer.records.text import one_line
 from peft_onelayer.rl.algorithms import load_algorithm
@@ -47,7 +53,6 @@ from .describe import describe_machine, describe_model
 from .early import check_evaluation
 from .measuring import measured
 from .models import (
-    check_adapter_folder,
     load_adapter,
     load_causal_lm,
     quiet_logs,
@@ -390,10 +395,12 @@ def _lines(task: Task, before: Measurements, after: Measurements | None) -> str:
 
 def _base_of(adapter: str, revision: str | None) -> tuple[str, str, str | None]:
     """(base, adapter, revision of the base) of an adapter's folder."""
-    config = read_fields(adapter_folder(adapter) / CONFIG)
+    folder = adapter_folder(adapter)
+    config = read_fields(folder / CONFIG)
     base = config.get("base_model_name_or_path")
     if not base:
         raise ValueError(f"{adapter} does not name its base model; give the base and --adapter {adapter}.")
+    check_base_of(folder, f"onelayer eval {{base}} --adapter {adapter}")
     return base, adapter, revision or config.get("revision")
 
 

@@ -53,7 +53,8 @@ def entropy(settings: EntropySettings, *, progress: Progress | None = None) -> E
     if folder is None:
         model = get_peft_model(base, SingleLayerConfig(layer=layer, task_type="CAUSAL_LM"))
     else:
-        model = PeftModel.from_pretrained(base, str(folder), is_trainable=True)
+        allowed = {"allow_other_base": True} if settings.allow_other_base else {}
+        model = PeftModel.from_pretrained(base, str(folder), is_trainable=True, **allowed)
     model.eval()
     with progress.bar("sampling", len(rows) * settings.samples, "completion") as update:
         return signal_by_entropy(

@@ -11,10 +11,17 @@ from peft import PeftModel
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TextStreamer, set_seed
 
 from peft_onelayer.records.files import CONFIG, read_fields
-from peft_onelayer.records.locate import adapter_folder, check_model_name, holds_adapter
-from peft_onelayer.records.text import one_line
+from peft_onelayer.records.locate import (
+    adapter_folder,
+    check_adapter_folder,
+    check_base_of,
+    check_model_name,
+    holds_adapter,
+)
+from peft_onelayer.records.text import one_line, printable
+from peft_onelayer.tuner import SingleLayerConfig
 
-from .models import check_adapter_folder, load_adapter, load_causal_lm, quiet_logs, to_device, without_progress_bars
+from .models import load_adapter, load_causal_lm, quiet_logs, to_device, without_progress_bars
 from .progress import Progress
 
 BASE = "base"
@@ -29,6 +36,7 @@ class Speakers:
         revision: Hub revision of the base.
         trust_remote_code: run the Python code that comes with the base.
         chat: give prompts as messages of a user; None for: if the tokenizer has a chat template.
+        allow_other_base: take adapters of our method on a base that they were not trained on.
         progress: is told what goes on.
 
     Attributes:
@@ -46,9 +54,11 @@ class Speakers:
         revision: str | None = None,
         trust_remote_code: bool = False,
         chat: bool | None = None,
+        allow_other_base: bool = False,
         progress: Progress | None = None,
     ) -> None:
-        progress, names, given = progress or Progress(), list(adapters), revision
+        self.progress = progress = progress or Progress()
+        names, given = list(adapters), revision
         with without_progress_bars(), quiet_logs():
             if holds_adapter(model):
                 names.insert(0, model)
@@ -56,6 +66,7 @@ class Speakers:
                 model, revision = fields.get("base_model_name_or_path") or "", given or fields.get("revision")
                 if not model:
                     raise ValueError(f"{names[0]} does not name its base model; give the base, then the adapter.")
+                check_base_of(adapter_folder(names[0]), f"onelayer generate {{base}} {names[0]}")
             if twice := [name for name in names if names.count(name) > 1]:
                 raise ValueError(f"{twice[0]} is given twice; name each adapter once.")
             check_model_name(model, given)
@@ -68,9 +79,25 @@ class Speakers:
             self.chat = bool(self.tokenizer.chat_template) if chat is None else chat
             if self.chat and not self.tokenizer.chat_template:
                 raise ValueError(f"--chat needs a chat template, which the tokenizer of {model} has not; use --plain")
-            self.model = _with_adapters(base, folders)
+            self.model = _with_adapters(base, folders, allow_other_base)
         self.names = [BASE, *names]
         self.said: dict[str, list[dict[str, str]]] = {name: [] for name in self.names}
+
+    def check(self, prompt: str) -> None:
+        """Look at a prompt before anybody answers it, and tell of characters that the tokenizer does not know.
+
+        Raises:
+            ValueError: a prompt without tokens.
+        """
+        ids = self.tokenizer(prompt, add_special_tokens=False).input_ids
+        if not ids and not self.chat:
+            raise ValueError("the prompt holds no token; give some text")
+        kept = self.tokenizer.decode(ids, skip_special_tokens=True).casefold()
+        if lost := sorted({c for c in prompt if not c.isspace() and c.casefold() not in kept}):
+            self.progress.note(
+                f"warning: the tokenizer does not know {printable(' '.join(lost), 60)}, so the model does not read the "
+                "prompt as it was given"
+            )
 
     def answer(
         self,
@@ -136,12 +163,16 @@ class Speakers:
             yield
 
 
-def _with_adapters(base: PreTrainedModel, folders: Sequence[Path]) -> PreTrainedModel | PeftModel:
+def _with_adapters(
+    base: PreTrainedModel, folders: Sequence[Path], allow_other_base: bool
+) -> PreTrainedModel | PeftModel:
     if not folders:
         return base
-    model = load_adapter(base, folders[0])
+    model = load_adapter(base, folders[0], allow_other_base)
     for i, folder in enumerate(folders[1:], start=1):
         try:
+            if allow_other_base and read_fields(folder / CONFIG).get("peft_type") == "SINGLE_LAYER":
+                model.add_adapter(_key(i), SingleLayerConfig.from_pretrained(str(folder), allow_other_base=True))
             model.load_adapter(str(folder), _key(i))
         except (OSError, ValueError, KeyError, TypeError, RuntimeError) as error:
             raise ValueError(f"{folder} does not load beside {folders[0]}: {one_line(error)}") from error

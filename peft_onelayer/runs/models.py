@@ -24,8 +24,8 @@ from transformers import (
 )
 
 from peft_onelayer.adapter.reader import open_adapter
-from peft_onelayer.records.files import CONFIG, WEIGHTS, read_fields
-from peft_onelayer.records.hub_errors import hub_reason
+from peft_onelayer.records.files import CONFIG, read_fields
+from peft_onelayer.records.hub_errors import hub_reason, no_vain_retries
 from peft_onelayer.records.locate import check_model_name, is_local
 from peft_onelayer.records.text import one_line
 from peft_onelayer.seams import check
@@ -168,7 +168,8 @@ def _checked_config(source: str, trusted: dict[str, Any]) -> PretrainedConfig:
 @contextmanager
 def _errors_in_one_line(name: str) -> Iterator[None]:
     try:
-        yield
+        with no_vain_retries():
+            yield
     except NotCausalError:
         raise
     # RuntimeError: of hf_xet
@@ -195,16 +196,6 @@ def to_device(model: PreTrainedModel) -> None:
         model.to(torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0"))))
     if sum(p.numel() for p in model.parameters()) < SMALL:
         torch.set_num_threads(1)
-
-
-def check_adapter_folder(folder: Path, name: str) -> None:
-    """Raise ValueError unless the two files that make an adapter are in `folder`: an adapter_model.bin would be
-    unpickled."""
-    for file in (CONFIG, WEIGHTS):
-        if not (folder / file).is_file():
-            inside = folder / "adapter"  # where `onelayer demo` puts it
-            hint = f"; did you mean {inside}?" if (inside / file).is_file() else "."
-            raise ValueError(f"{name} holds no {file}, so it is not an adapter that can be loaded{hint}")
 
 
 def load_adapter(base: PreTrainedModel, folder: Path, allow_other_base: bool = False) -> PeftModel:

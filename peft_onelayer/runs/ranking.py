@@ -23,7 +23,9 @@ POINTS = 100  # percentage points of reward
 def rank_blocks(
     base: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, task: Task | None, progress: Progress, **options: Any
 ) -> LayerRanking:
-    """`probe_layers`; `options` are its other arguments."""
+    """`probe_layers`; `options` are its other arguments. A budget above the run's own tokens is said first."""
+    if options["method"] in ("auto", "race") and (budget := options["budget"]) > 1:
+        progress.note(f"a budget of {budget:g} lets the ranking take {budget:.0%} of the tokens of the training run")
     with progress.bar("ranking the blocks", 100) as update:
         return probe_layers(
             base,

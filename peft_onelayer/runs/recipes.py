@@ -76,6 +76,22 @@ def recipe_names() -> list[str]:
     return sorted(name.removesuffix(".yaml").replace("_", ":") for name in found if name.endswith(".yaml"))
 
 
+def recipe_or_config(recipe: str | None, config: Path | None, what: str) -> str | Path | None:
+    """The one of --recipe and --config that was given.
+
+    Args:
+        what: both say, for the message.
+
+    Raises:
+        ValueError: both were given, or a --config that is no YAML file.
+    """
+    if recipe and config:
+        raise ValueError(f"--recipe and --config both say {what}; give one of them")
+    if config and config.suffix not in SUFFIXES:
+        raise ValueError(f"--config takes a YAML file such as run.yaml, got {config}; a recipe's name is --recipe's")
+    return recipe or config
+
+
 def recipe_file(recipe: str | Path) -> Path:
     """The file of a recipe by its name, or by the file itself (.yaml, .yml).
 

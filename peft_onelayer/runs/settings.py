@@ -219,6 +219,7 @@ class EntropySettings(Source):
         sampling: values by field of `Sampling`.
         batch_size: completions at a time.
         micro_batch: completions of a pass with gradients.
+        allow_other_base: take an adapter on a base that it was not trained on.
     """
 
     adapter: str | None = None
@@ -229,6 +230,7 @@ class EntropySettings(Source):
     sampling: Mapping[str, Any] = field(default_factory=dict)
     batch_size: int = 64
     micro_batch: int = 8
+    allow_other_base: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -271,3 +273,13 @@ def check_ranking(method: str, budget: float) -> None:
         raise ValueError(f"no probe {method!r}; the methods are {', '.join(METHODS)}{meant(method, METHODS)}")
     if not 0 < budget < math.inf:
         raise ValueError(f"--budget is a share of a training run, above 0, such as {BUDGET}; got {budget}")
+
+
+def check_rate(rate: float | str, option: str = "--learning-rate") -> None:
+    """Raise ValueError for a learning rate, a number or a text that stands for one, that is not above 0."""
+    try:
+        above = 0 < float(rate) < math.inf
+    except (TypeError, ValueError):  # no number, which is said where the field is read
+        return
+    if not above:
+        raise ValueError(f"{option}: a learning rate must be above 0, got {rate}; give one such as 1e-5")

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from peft_onelayer.records.figures import Figures
 from peft_onelayer.records.files import CONFIG, output, read_fields, write_whole
-from peft_onelayer.records.locate import adapter_folder
+from peft_onelayer.records.locate import adapter_folder, check_base_of
 from peft_onelayer.records.run import DataSource
 from peft_onelayer.records.vote import Ballot, VoteRecord
 from peft_onelayer.rl.sampling import OWN_OPTIONS, with_given
@@ -74,6 +74,8 @@ def _vote(settings: VoteSettings, command: str | None, progress: Progress) -> Vo
     model = settings.model or str(configs[0].get("base_model_name_or_path") or "")
     if not model:
         raise ValueError(f"{names[0]} does not name its base model; give it with --base.")
+    if not settings.model:
+        check_base_of(folders[0], "onelayer vote ... --base {base}")
     revision = settings.revision or (configs[0].get("revision") if not settings.model else None)
     check_model_name(model, settings.revision)
     task = open_task(settings.task, settings.dataset, settings.reward, unsafe=settings.unsafe)

@@ -266,6 +266,12 @@ def what_differs(other: Mapping[str, str]) -> str:
     return f"its {printable(first, 80)} {what}{rest}"
 
 
+TAKE_IT = (
+    " To take it all the same: allow_other_base=True in PeftModel.from_pretrained or "
+    "SingleLayerConfig.from_pretrained, or --allow-other-base."
+)
+
+
 def other_base(
     problem: str, recorded: Mapping[str, Any], found: Mapping[str, Any] | None = None, way_out: bool = True
 ) -> ValueError:
@@ -283,13 +289,9 @@ def other_base(
         for field, what, limit in (("name", "name", 200), ("revision", "commit", 40), ("config", "configuration", 12))
         if found and recorded.get(field) and found.get(field) and recorded[field] != found[field]
     ]
-    allow = (
-        " To take it all the same: allow_other_base=True in PeftModel.from_pretrained or "
-        "SingleLayerConfig.from_pretrained, or --allow-other-base."
-    )
     return ValueError(
         f"this is not the base that the adapter was trained on ({made or 'unnamed'}): {problem}"
-        f"{'; ' + ', '.join(differ) if differ else ''}.{allow if way_out else ''}"
+        f"{'; ' + ', '.join(differ) if differ else ''}.{TAKE_IT if way_out else ''}"
     )
 
 

@@ -11,6 +11,8 @@ from peft_onelayer.records.locate import check_model_name
 from peft_onelayer.rl.algorithms import load_algorithm
 from peft_onelayer.rl.recipe import refuse_fields
 from peft_onelayer.runs.early import check_source
+from peft_onelayer.runs.inputs import check_blocks, check_weights
+from peft_onelayer.runs.settings import check_rate
 
 from .settings import SWEEP_OPTIONS, SweepSettings
 
@@ -20,6 +22,7 @@ ROWS = "rows"
 def check_sweep(settings: SweepSettings) -> None:
     """Raise ValueError, in one line, for a sweep that cannot be; values in `config` may be texts."""
     _check_regimes(settings)
+    _check_rates(settings)
     if not load_algorithm(settings.algorithm).online:
         raise ValueError(
             f"a sweep compares runs by their reward; {settings.algorithm} is offline, choose one such as grpo"
@@ -35,11 +38,24 @@ def check_sweep(settings: SweepSettings) -> None:
     if settings.layers != "all":
         check_layers(settings.layers)
     check_model_name(settings.model, settings.revision)
+    check_weights(settings.model)
+    check_blocks(settings.model, settings.layers)
 
 
 def check_target(out: Path) -> None:
     """Raise `TargetError` for a folder that no sweep made."""
     check_folder(out, lambda folder: (folder / ROWS).is_dir())
+
+
+def _check_rates(settings: SweepSettings) -> None:
+    rate = settings.learning_rate
+    for value in rate.values() if isinstance(rate, Mapping) else [rate]:
+        if value is not None:
+            check_rate(value)
+    if settings.full_learning_rate is not None:
+        check_rate(settings.full_learning_rate, "--full-learning-rate")
+    for value in settings.search_learning_rates:
+        check_rate(value, "--search-learning-rates")
 
 
 def _check_regimes(settings: SweepSettings) -> None:

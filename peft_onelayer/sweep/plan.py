@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -189,12 +188,8 @@ def _learning_rates(settings: SweepSettings, layers: Sequence[int]) -> tuple[dic
         if isinstance(rate, Mapping):
             raise ValueError("where each block has its own learning rate, full_learning_rate must be given too")
         full_rate = rate
-    given = [*of_block.values(), full_rate, *settings.search_learning_rates]
     if missing := [k for k in layers if k not in of_block]:
         raise ValueError(f"no learning rate for block {missing[0]}; there are rates for {sorted(of_block)}")
-    for value in given:
-        if value is not None and not 0 < value < math.inf:
-            raise ValueError(f"a learning rate must be above 0, got {value}")
     return of_block, full_rate
 
 

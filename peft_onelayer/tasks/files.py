@@ -105,10 +105,11 @@ def load_problems(source: str, columns: Sequence[str]) -> Problems:
             splits = {"train": [], "test": []}
             for row in rows:
                 splits["test" if is_held_out(_text(row[columns[0]])) else "train"].append(row)
-    elif (hub := HUB.fullmatch(source)) and not source.endswith(SUFFIXES):
-        splits, data = read_hub(source, hub["repo"], hub["config"], hub["revision"], columns)
     else:
-        raise ValueError(f"no file or folder {source}; expected one, or a Hub data set such as 'openai/gsm8k:main'")
+        check_named(source)
+        hub = HUB.fullmatch(source)
+        assert hub is not None
+        splits, data = read_hub(source, hub["repo"], hub["config"], hub["revision"], columns)
     for rows in splits.values():
         check_columns(source, rows[0] if rows else {})
     splits = {split: list({_text(row): row for row in rows}.values()) for split, rows in splits.items()}
@@ -119,6 +120,12 @@ def load_problems(source: str, columns: Sequence[str]) -> Problems:
             warnings.warn(f"{source}: {left_out} train problems are test problems too and are left out", stacklevel=2)
         splits["train"] = train
     return Problems(source, splits, data)
+
+
+def check_named(source: str) -> None:
+    """Raise ValueError for what is neither a file or folder that is there nor the name of a Hub data set."""
+    if not Path(source).expanduser().exists() and (source.endswith(SUFFIXES) or not HUB.fullmatch(source)):
+        raise ValueError(f"no file or folder {source}; expected one, or a Hub data set such as 'openai/gsm8k:main'")
 
 
 def is_held_out(problem: str) -> bool:
@@ -234,12 +241,16 @@ def read_hub(
     from datasets import load_dataset
     from datasets.exceptions import DatasetsError
 
+    from peft_onelayer.records.hub_errors import hub_reason, no_vain_retries
+
     try:
-        loaded = load_dataset(repo, config, revision=revision)
+        with no_vain_retries() as unknown:
+            loaded = load_dataset(repo, config, revision=revision)
     except (OSError, ValueError, DatasetsError) as error:
-        raise ValueError(
-            f"data set {source} is no local path and could not be loaded from the Hub: {one_line(error)}"
-        ) from error
+        why = one_line(error)
+        if unknown:  # datasets says neither why nor from what
+            why = f"{hub_reason(unknown[0], None)} A copy here is given by its path: gsm8k:PATH, --dataset PATH"
+        raise ValueError(f"data set {source} is no local path and could not be loaded from the Hub: {why}") from error
     splits = {split: loaded[split].to_list() for split in ("train", "test") if split in loaded}
     if not splits:
         raise ValueError(f"data set {source} has neither a 'train' nor a 'test' split, but {', '.join(loaded)}")

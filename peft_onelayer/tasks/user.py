@@ -254,8 +254,9 @@ def _checked(where: str, reward: Reward) -> Reward:
     def checked(prompts: Sequence[Any], completions: Sequence[Any], **kwargs: Any) -> list[float]:
         scores = reward(prompts=prompts, completions=completions, **kwargs)
         expected = len(completions)
-        if not isinstance(scores, Sequence) or len(scores) != expected:
-            got = len(scores) if isinstance(scores, Sequence) else type(scores).__name__
+        listed = isinstance(scores, Sequence) and not isinstance(scores, str | bytes)
+        if not listed or len(scores) != expected:
+            got = len(scores) if listed else f"a {type(scores).__name__}"
             raise ValueError(f"{where} must return a list of {expected} numbers, one per completion; got {got}")
         for score in scores:
             if not isinstance(score, numbers.Real) or not math.isfinite(score):

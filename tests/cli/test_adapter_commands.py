@@ -229,7 +229,7 @@ def edit(path, **changes):
         (
             ["merge", "{one}", "{base}", "{out}"],
             1,
-            "describes no single-layer adapter|holds no readable adapter_config",
+            "describes no single-layer adapter|holds no adapter_config",
         ),
         (["merge", "{pickled}", "{one}", "{out}"], 1, "pickled weights"),
         (["merge", "./nowhere", "{one}", "{out}"], 1, "no model folder at nowhere"),

@@ -126,8 +126,8 @@ def test_training_starts_from_an_adapter(onelayer, tmp_path):
     ):
         code, lines, _ = onelayer(*rest, *wrong, "--out", tmp_path / "second")
         assert code == 1 and len(lines) == 1 and message in lines[0], lines
-    # weight decay is 0 and the rate as well: what is left is what it started from
-    assert onelayer(*rest, "--learning-rate", "0", "--out", tmp_path / "second")[0] == 0
+    # weight decay is 0 and the rate of the first step of a warm-up as well: what is left is what it started from
+    assert onelayer(*rest, "--learning-rate", "1e-3", "--set", "warmup_steps=1", "--out", tmp_path / "second")[0] == 0
     first, second = weights(tmp_path / "first"), weights(tmp_path / "second")
     assert first.keys() == second.keys() and all(torch.equal(first[name], second[name]) for name in first)
     run = record(tmp_path / "second")

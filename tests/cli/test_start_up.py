@@ -21,6 +21,7 @@ def onelayer():
 
 TRAIN = ["train", "{root}/base", "--out", "{root}/new"]
 DPO = [*TRAIN, "--algorithm", "dpo", "--task", "sort", "--pairs-from-task", "8"]
+REWARD = ["--reward", "{root}/task.py:my_reward"]
 SWEEP = ["sweep", "{root}/base", "--task", "sort"]
 VOTE = ["vote", "{root}/dense", "{root}/sparse", "--task", "sort", "--base", "{root}/base"]
 
@@ -43,7 +44,19 @@ def files(tmp_path_factory):
         shutil.copytree(root / name, root / f"cut-{name}")
         weights = root / f"cut-{name}" / "adapter_model.safetensors"
         weights.write_bytes(weights.read_bytes()[:-5])
+    for name, base_model in (("moved", "/nowhere/base"), ("pulled", "my_model")):  # adapters of a folder elsewhere
+        shutil.copytree(root / "dense", root / name)
+        config = json.loads((root / name / "adapter_config.json").read_text()) | {"base_model_name_or_path": base_model}
+        (root / name / "adapter_config.json").write_text(json.dumps(config))
+    (root / "pulled" / "run.json").write_text(json.dumps({"settings": {"model": {"sha256": {"config.json": "0"}}}}))
+    (root / "zero.yaml").write_text(f"model: {root}/base\ntask: sort\nlearning_rate: 0\n")
     (root / "task.py").write_text("def my_reward(completions, **kwargs):\n    return [0.0 for _ in completions]\n")
+    (root / "weightless").mkdir()
+    shutil.copy(root / "base" / "config.json", root / "weightless")
+    (root / "rows.jsonl").write_text('{"text": "a"}\n')
+    (root / "bad.jsonl").write_text('{"prompt": "a"}\n{"prompt"\n')
+    (root / "empty.jsonl").write_text("")
+    (root / "rows.csv").write_text("question,answer\n1,2\n")
     (root / "broken.py").write_text("def rows(:\n")
     return root
 
@@ -75,7 +88,10 @@ LORA = ["--format", "lora"]
         (["inspect"], 2, "Missing argument"),
         (["inspect", "{root}/cut-dense"], 1, "damaged"),
         (["inspect", "{root}/cut-sparse"], 1, "damaged"),
-        (["inspect", "{root}/base"], 1, "adapter_config.json"),
+        (["inspect", "{root}/base"], 1, "base holds no adapter_config.json, so it is a model and no adapter."),
+        (["push", "{root}/base", "me/x"], 1, "base holds no adapter_config.json, so it is a model and no adapter."),
+        (["merge", "{root}/dense", "{root}/base", "{root}/out"], 1, "first: {root}/base {root}/dense {root}/out"),
+        (["merge", "{root}/base", "{root}/base", "{root}/out"], 1, "adapter_config.json, so it is a model and no"),
         (["inspect", "./nowhere"], 1, "no adapter folder at nowhere"),
         (["inspect", "{root}/dense", "--base", "./nowhere"], 1, "no model folder at nowhere"),
         (["inspect", "{root}/dense", "--base", "{root}/sparse"], 1, "is an adapter and not a base model"),
@@ -121,8 +137,21 @@ LORA = ["--format", "lora"]
         (["entropy", "./nowhere", "--task", "sort"], 1, "no model folder at nowhere"),
         (["compare", "{root}/dense", "{root}/base"], 1, "give the base"),
         (["trian"], 2, "Did you mean 'train'?"),
-        (["train", "{root}/base"], 2, "--out is missing"),
+        (["train", "{root}/base"], 2, "--out is missing; give a new folder, such as --out run"),
         (["train", "{root}/base", "--tsak", "sort"], 2, "--task"),
+        (["train", "{root}/base", "--lr", "3e-3"], 2, "No such option: --lr (Possible options: --learning-rate)"),
+        (["train", "{root}/base", "--lr=3e-3"], 2, "--lr (Possible options: --learning-rate)"),
+        (["train", "{root}/base", "--max_steps", "3"], 2, "--max_steps (Possible options: --steps)"),
+        (["train", "{root}/base", "--eval_every", "3"], 2, "--eval_every (Possible options: --eval-every)"),
+        (["train", "{root}/base", "--num-generations", "4"], 2, "(Possible options: --completions)"),
+        (["train", "{root}/base", "--batch-size", "4"], 2, "(Possible options: --prompts)"),
+        (["train", "{root}/base", "--beta", "0.1"], 2, "(Possible options: --set beta=VALUE)"),
+        (["train", "--model", "{root}/base"], 2, "(Possible options: MODEL, which is written without an option)"),
+        (["merge", "--model", "{root}/base"], 2, "(Possible options: BASE, which is written without an option)"),
+        (["train", "{root}/base", "--output-dir", "x"], 2, "(Possible options: --out)"),
+        (["sweep", "{root}/base", "--dataset-name", "x"], 2, "(Possible options: --dataset)"),
+        (["probe", "{root}/base", "--layer", "3"], 2, "(Possible options: --layers)"),
+        (["eval", "{root}/base", "--max-new-tokens", "3"], 2, "(Possible options: --max-tokens)"),
         (["train", "{root}/base", "--out", "{root}/new"], 1, "give --task, or --dataset with --reward; the tasks are"),
         ([*TRAIN, "--task", "arithmetc"], 1, "did you mean 'arithmetic'?"),
         ([*TRAIN, "--task", "{root}/task.pyy"], 1, "is not known"),
@@ -132,7 +161,50 @@ LORA = ["--format", "lora"]
         ([*TRAIN, "--task", "sort", "--layer", "middel"], 1, 'Did you mean "middle"?'),
         ([*TRAIN, "--task", "sort", "--method", "rase"], 1, "did you mean race?"),
         ([*TRAIN, "--task", "sort", "--keep", "bst"], 1, "did you mean best?"),
+        (
+            [*TRAIN, "--task", "sort", "--learning-rate", "0"],
+            1,
+            "--learning-rate: a learning rate must be above 0, got",
+        ),
+        ([*TRAIN, "--task", "sort", "--learning-rate", "-1"], 1, "a learning rate must be above 0, got -1"),
+        ([*TRAIN, "--task", "sort", "--learning-rate", "nan"], 1, "a learning rate must be above 0, got nan"),
+        ([*TRAIN, "--task", "sort", "--set", "learning_rate=0"], 1, "--set learning_rate: a learning rate must be"),
+        (["train", "--config", "{root}/zero.yaml", "--out", "{root}/new"], 1, "a learning rate must be above 0, got 0"),
         ([*TRAIN, "--task", "sort", "--full", "--layer", "3"], 1, "give one of them"),
+        ([*TRAIN, "--task", "sort", "--layer", "3", "--budget", "0.5"], 1, "--budget is of a ranking, and --layer 3"),
+        ([*TRAIN, "--task", "sort", "--full", "--method", "race"], 1, "--method is of a ranking, and --full ranks"),
+        ([*TRAIN, "--task", "sort", "--keep", "last"], 1, "--keep chooses among the states that --eval-every"),
+        ([*TRAIN, "--task", "sort", "--prefix-cache-gb", "3"], 1, "--prefix-cache-gb is of --prefix-cache"),
+        (["train", "{root}/base", "--task", "sort", "--out", "/proc/x"], 1, "/proc takes no new file"),
+        (["train", "{root}/base", "--task", "sort", "--out", "/proc/y/x"], 1, "/proc/y takes no new file"),
+        (
+            ["train", "--config", "{root}/task.py", "--out", "{root}/new"],
+            1,
+            "--config takes a YAML file such as run.yaml",
+        ),
+        (["train", "--resume"], 2, "--resume needs the run's folder, --out RUN"),
+        (["train", "--out", "{root}/new"], 2, "MODEL is missing; give it, or --recipe or --config"),
+        ([*TRAIN, "--task", "sort", "--layer", "4"], 1, "layer='4' is out of range: the model has 4 blocks"),
+        ([*TRAIN, "--task", "sort", "--layer", "mid-5"], 1, "layer='mid-5' asks for 5 of 4 blocks"),
+        ([*TRAIN, "--task", "{root}/task.py"], 1, "task.py has no function rows(split, n, seed)"),
+        ([*TRAIN, "--task", "sort", "--set", "temperature=-1"], 1, "--set temperature must be above 0 in training"),
+        ([*TRAIN, "--task", "sort", "--report-to", "dvclive"], 1, "--report-to dvclive: dvclive is not installed"),
+        ([*TRAIN, "--task", "sort", "--layer", "1", "--mask", "{root}/bad.jsonl"], 1, "no safetensors file"),
+        ([*TRAIN, "--task", "sort", "--layer", "1", "--mask", "nowhere"], 1, "--mask nowhere: no such file; `onelayer"),
+        (
+            [*TRAIN, "--task", "sort", "--layer", "1", "--mask", "{root}/base/model.safetensors"],
+            1,
+            "which is not boolean; `onelayer analyze --mask-out` writes one",
+        ),
+        ([*TRAIN, "--task", "sort", "--init-adapter", "{root}/base"], 1, "base holds no adapter_config.json, so it is"),
+        (["train", "{root}/weightless", "--task", "sort", "--out", "{root}/new"], 1, "weightless holds no weights"),
+        ([*TRAIN, "--dataset", "{root}/rows.jsonl", *REWARD], 1, "rows.jsonl:1: no column 'prompt'; found text"),
+        ([*TRAIN, "--dataset", "{root}/bad.jsonl", *REWARD], 1, "bad.jsonl:2: not one JSON object"),
+        ([*TRAIN, "--dataset", "{root}/empty.jsonl", *REWARD], 1, "empty.jsonl is empty"),
+        ([*TRAIN, "--dataset", "{root}/rows.csv", *REWARD], 1, "no column 'prompt'; found question, answer"),
+        ([*TRAIN, "--dataset", "nowhere.jsonl", *REWARD], 1, "no file or folder nowhere.jsonl"),
+        ([*TRAIN, "--algorithm", "dpo", "--layer", "1", "--dataset", "nowhere.jsonl"], 1, "no file or folder nowhere"),
+        ([*TRAIN, "--algorithm", "dpo", "--layer", "1", "--dataset", "{root}/bad.jsonl"], 1, "bad.jsonl:2: not one"),
         ([*TRAIN, "--task", "sort", "--also", "sotr"], 1, "did you mean 'sort'?"),
         ([*TRAIN, "--task", "sort", "--set", "use_vllm=true"], 1, "vLLM, which is not installed"),
         ([*TRAIN, "--task", "sort", "--set", "beta"], 1, "--set takes field=value"),
@@ -154,13 +226,39 @@ LORA = ["--format", "lora"]
         (["probe", "{root}/base"], 1, "give --task"),
         (["probe", "{root}/base", "--task", "sort", "--method", "rase"], 1, "did you mean race?"),
         (["probe", "{root}/base", "--task", "sort", "--out", "ranking.txt"], 1, "takes a JSON file"),
+        (["probe", "{root}/base", "--task", "sort", "--learning-rate", "0"], 1, "a learning rate must be above 0"),
+        (["probe", "{root}/base", "--task", "sort", "--set", "learning_rate=0"], 1, "a learning rate must be above 0"),
+        (
+            ["probe", "{root}/base", "--method", "prior", "--budget", "2"],
+            1,
+            "--budget is of a race, and --method prior",
+        ),
+        (["probe", "{root}/base", "--task", "sort", "--layers", "3"], 1, "nothing to choose: --layers 3 names block 3"),
+        (["probe", "{root}/base", "--task", "sort", "--layers", "3,9"], 1, "layer='3,9' is out of range"),
+        (["probe", "{root}/base", "--task", "sort", "--set", "temperature=0"], 1, "--set temperature must be above 0"),
+        (["eval", "{root}/weightless", "--task", "sort"], 1, "weightless holds no weights"),
+        (["eval", "{root}/base", "--adapter", "{root}/base", "--task", "sort"], 1, "so it is not an adapter that can"),
+        (["eval", "{root}/base", "--adapter", "./nowhere", "--task", "sort"], 1, "no adapter folder at nowhere"),
+        (["eval", "{root}/base", "--adapter", "nowhere", "--task", "sort"], 1, "no adapter folder at nowhere"),
+        (["entropy", "{root}/base", "--adapter", "{root}/base", "--task", "sort"], 1, "so it is not an adapter that"),
+        (["entropy", "{root}/base", "--layer", "9", "--task", "sort"], 1, "layer='9' is out of range"),
+        ([*SWEEP, "--layers", "40"], 1, "layer='40' is out of range: the model has 4 blocks"),
         (["eval", "{root}/base"], 1, "give --task"),
+        (["eval", "{root}/base", "--task", "sort", "--config", "{root}/task.py"], 1, "--config takes a YAML file"),
+        (["generate", "{root}/base", "--prompt", ""], 1, "--prompt holds no text"),
+        (["generate", "{root}/base", "--prompt", "a", "--prompt", " "], 1, "--prompt holds no text"),
+        (["eval", "{root}/moved", "--task", "sort"], 1, "onelayer eval PATH/TO/base --adapter {root}/moved"),
+        (["eval", "{root}/pulled", "--task", "sort"], 1, "an adapter of the model in a folder my_model, and no such"),
+        (["generate", "{root}/pulled", "--prompt", "x"], 1, "onelayer generate PATH/TO/my_model {root}/pulled"),
         (["eval", "{root}/base", "--task", "sort", "--split", "tset"], 1, "did you mean test?"),
         (["eval", "{root}/dense", "--adapter", "{root}/sparse", "--task", "sort"], 1, "is an adapter itself"),
         (["sweep", "{root}/base", "--task", "sotr"], 1, "did you mean 'sort'?"),
         (["sweep", "{root}/base", "--task", "sort", "--algorithm", "dpo"], 1, "dpo is offline"),
         ([*SWEEP, "--seeds", "one"], 1, "--seeds takes whole numbers separated by commas, got 'one'"),
         ([*SWEEP, "--seeds", "1,1"], 1, "seeds must be one or more different numbers from 0, got [1, 1]"),
+        ([*SWEEP, "--learning-rate", "-1"], 1, "--learning-rate: a learning rate must be above 0, got -1"),
+        ([*SWEEP, "--full-learning-rate", "0"], 1, "--full-learning-rate: a learning rate must be above 0"),
+        ([*SWEEP, "--search-learning-rates", "1e-5,0"], 1, "--search-learning-rates: a learning rate must be above 0"),
         ([*SWEEP, "--regimes"], 1, "give rates to choose from"),
         ([*SWEEP, "--set", "max_steps=3"], 1, "field max_steps is set by --steps"),
         ([*SWEEP, "--revision", "v1"], 1, "--revision v1 is for a repository on the Hub, and"),
@@ -181,7 +279,15 @@ LORA = ["--format", "lora"]
 )
 def test_what_is_wrong_is_said_at_once(onelayer, files, arguments, code, message):
     before = sorted(files.rglob("*"))
-    answer = onelayer(*(argument.format(root=files) for argument in arguments))
+    token = {"HF_TOKEN": "hf_token"}
+    answer = onelayer(*(argument.format(root=files) for argument in arguments), environment=token)
     assert (answer.code, answer.out, len(answer.err)) == (code, "", 1), answer
     assert answer.err[0].startswith("onelayer") and message.format(root=files) in answer.err[0], answer
     assert sorted(files.rglob("*")) == before
+
+
+def test_a_push_without_a_token(onelayer, files, tmp_path):
+    nobody = {"HF_TOKEN": "", "HF_TOKEN_PATH": str(tmp_path / "none"), "HF_HOME": str(tmp_path)}
+    answer = onelayer("push", files / "dense", "me/x", environment=nobody)
+    assert (answer.code, answer.out) == (1, ""), answer
+    assert "cannot push to me/x: no token was found; log in with `hf auth login`" in answer.err[0], answer

@@ -37,6 +37,14 @@ def test_it_brings_the_adapters_files_and_no_others(hub, ask, published, tmp_pat
     assert answer.code == 1 and "holds other files" in answer.err[0]
 
 
+@pytest.mark.parametrize("base", [None, "org/tiny"])
+def test_what_to_do_next_works_from_here(hub, ask, quick, tmp_path, base):
+    assert ask("push", quick, "me/gsm", *(["--base-model", base] if base else [])).code == 0
+    answer = ask("pull", "me/gsm", tmp_path / "here")
+    evaluated = tmp_path / "here" if base else f"PATH/TO/tiny-base --adapter {tmp_path / 'here'}"
+    assert f"  onelayer eval {evaluated} --task TASK\n" in answer.out, answer
+
+
 def test_with_the_base_at_hand_every_value_is_checked(hub, ask, published, base_folder, tmp_path):
     hub.add("org/tiny", {path.name: path.read_bytes() for path in base_folder.iterdir()})
     assert ask(code="from huggingface_hub import snapshot_download; snapshot_download('org/tiny')").code == 0

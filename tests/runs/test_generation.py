@@ -1,5 +1,7 @@
 """Base and adapters answer from one model in memory as each would alone."""
 
+import inspect
+import io
 import json
 
 import pytest
@@ -8,6 +10,7 @@ from peft import PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import models
+from onelayer_cli.main import app
 from peft_onelayer import SingleLayerConfig
 from peft_onelayer.runs.generation import Speakers
 
@@ -71,10 +74,10 @@ def test_a_conversation_goes_on(saved):
     ("arguments", "message"),
     [
         (["./nowhere"], "no model folder at nowhere"),
-        (["{saved}/one", "{saved}/one"], "is given twice"),
-        (["{saved}/base", "./nowhere"], "no adapter folder at nowhere"),
-        (["{saved}/base", "--chat"], "use --plain"),
-        (["{saved}/base", "--prompt", ""], "holds no token"),
+        (["{saved}/one", "{saved}/one", "--prompt", "x"], "is given twice"),
+        (["{saved}/base", "./nowhere", "--prompt", "x"], "no adapter folder at nowhere"),
+        (["{saved}/base", "--chat", "--prompt", "x"], "use --plain"),
+        (["{saved}/base", "--prompt", ""], "holds no text"),
         (["{saved}/base", "--prompt", "x" * 600], "give a shorter one"),
     ],
 )
@@ -90,3 +93,52 @@ def test_the_command(onelayer, saved):
     code, _, out = onelayer("generate", saved / "one", "--prompt", PROMPT, "--max-tokens", 12, "--json")
     (answered,) = json.loads(out)["prompts"]
     assert answered["prompt"] == PROMPT and answered["answers"]["base"] == alone(saved, "base")
+
+
+def test_lines_on_the_standard_input(onelayer, saved, monkeypatch):
+    said = onelayer("generate", saved / "base", "--prompt", "a", "--prompt", "b", "--max-tokens", 3)
+    monkeypatch.setattr("sys.stdin", io.StringIO("a\nb\n\nc\n"))
+    assert onelayer("generate", saved / "base", "--max-tokens", 3) == said
+    monkeypatch.setattr("sys.stdin", io.StringIO(""))
+    code, lines, out = onelayer("generate", saved / "base")
+    assert (code, out) == (1, "") and "no prompt was given; give --prompt TEXT" in lines[0]
+
+
+def test_characters_that_the_tokenizer_does_not_know(onelayer, saved):
+    code, lines, _ = onelayer("generate", saved / "base", "--prompt", f"{PROMPT} \u20ac", "--max-tokens", 1)
+    assert code == 0 and [line for line in lines if "does not know \u20ac, so" in line] == lines[-1:], lines
+    assert not any("does not know" in line for line in onelayer("generate", saved / "base", "--prompt", "1")[1])
+
+
+def test_another_base_is_taken_where_the_message_says_so(onelayer, saved, tmp_path, tokenizer):
+    other = models.build()
+    with torch.no_grad():
+        other.lm_head.weight.add_(1.0)
+    other.save_pretrained(tmp_path / "other")
+    tokenizer.save_pretrained(tmp_path / "other")
+    asked = ["generate", tmp_path / "other", saved / "one", saved / "two", "--prompt", PROMPT, "--max-tokens", 3]
+    code, lines, _ = onelayer(*asked)
+    assert code == 1 and lines[-1].endswith("or --allow-other-base."), lines
+    code, lines, out = onelayer(*asked, "--allow-other-base")
+    assert code == 0 and len(out.splitlines()) >= 3, lines
+
+
+def test_what_names_the_option_has_it():
+    """Commands that load an adapter on a base that the user names."""
+    takes = {
+        command.name
+        for command in app.registered_commands
+        if "allow_other_base" in inspect.signature(command.callback).parameters
+    }
+    assert {
+        "analyze",
+        "combine",
+        "compare",
+        "entropy",
+        "eval",
+        "export",
+        "generate",
+        "inspect",
+        "merge",
+        "vote",
+    } <= takes

@@ -116,7 +116,8 @@ def test_rows_may_be_chats_and_reach_the_file_with_their_arguments(tmp_path):
 @pytest.mark.parametrize(
     ("result", "message"),
     [
-        ("1.0", "must return a list of 2 numbers, one per completion; got float"),
+        ("1.0", "must return a list of 2 numbers, one per completion; got a float"),
+        (repr("go"), "must return a list of 2 numbers, one per completion; got a str"),
         ("[1.0]", "must return a list of 2 numbers, one per completion; got 1"),
         ("[1.0, 'good']", "must return one finite number per completion, got 'good'"),
         ("[1.0, None]", "must return one finite number per completion, got None"),

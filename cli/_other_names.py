@@ -1,0 +1,62 @@
+"""What other tools call an option: an unknown one is answered with ours."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import typer
+
+# The first that the command has is named; "--set FIELD" stands for a field of TRL's configuration.
+OTHER_NAMES: dict[str, tuple[str, ...]] = {
+    **dict.fromkeys(("--lr", "--rate"), ("--learning-rate",)),
+    **dict.fromkeys(("--max-steps", "--num-steps", "--train-steps"), ("--steps",)),
+    **dict.fromkeys(("--num-generations", "--group-size", "--rollouts"), ("--completions", "--samples")),
+    **dict.fromkeys(("--batch-size", "--prompts-per-step"), ("--prompts",)),
+    "--per-device-train-batch-size": ("--prompts", "--batch-size"),
+    "--train-batch-size": ("--prompts",),
+    **dict.fromkeys(("--output-dir", "--output", "--save-dir", "--out-dir", "--outdir"), ("--out", "OUT", "FOLDER")),
+    **dict.fromkeys(("--model", "--model-name", "--model-name-or-path", "--model-path"), ("MODEL", "--base", "BASE")),
+    **dict.fromkeys(("--base", "--base-model", "--base-model-name-or-path"), ("--base", "BASE", "MODEL")),
+    **dict.fromkeys(("--adapter", "--adapters", "--adapter-path", "--peft-model"), ("--adapter", "ADAPTER")),
+    **dict.fromkeys(("--dataset-name", "--data", "--dataset-path", "--train-file"), ("--dataset",)),
+    **dict.fromkeys(("--reward-funcs", "--reward-function", "--reward-fn", "--reward-func"), ("--reward",)),
+    **dict.fromkeys(("--layer", "--block", "--blocks", "--layers-to-transform"), ("--layer", "--layers")),
+    **dict.fromkeys(("--max-new-tokens", "--max-length", "--max-completion-tokens"), ("--max-tokens",)),
+    "--resume-from-checkpoint": ("--resume",),
+    "--system-prompt": ("--system",),
+    **dict.fromkeys(("--few-shot", "--num-fewshot", "--fewshot"), ("--shots",)),
+    **dict.fromkeys(("--trainer", "--algo", "--method"), ("--method", "--algorithm")),
+    **dict.fromkeys(("--n", "--limit", "--num-samples", "--num-problems"), ("--problems",)),
+    **dict.fromkeys(("--repo-id", "--hub-model-id"), ("REPO_ID",)),
+    **dict.fromkeys(("--epochs", "--num-epochs"), ("--set num_train_epochs",)),
+}
+# Fields of TRL's configurations that are often given as options.
+FIELDS = {
+    *("beta", "bf16", "fp16", "epsilon", "gradient_accumulation_steps", "gradient_checkpointing", "learning_rate"),
+    *("logging_steps", "loss_type", "lr_scheduler_type", "max_completion_length", "max_grad_norm", "num_iterations"),
+    *("num_train_epochs", "optim", "per_device_train_batch_size", "save_steps", "save_strategy", "scale_rewards"),
+    *("temperature", "top_k", "top_p", "use_vllm", "warmup_ratio", "warmup_steps", "weight_decay"),
+}
+
+
+def other_names(given: str, context: typer.Context) -> Sequence[str]:
+    """The command's own name for an option that it does not have, as other tools call it; nothing where none is known.
+
+    A name with underscores is one with dashes.
+    """
+    options = {name for parameter in context.command.params for name in (*parameter.opts, *parameter.secondary_opts)}
+    arguments = {
+        str(parameter.name).removesuffix("s").upper()
+        for parameter in context.command.params
+        if parameter.param_type_name == "argument"
+    }
+    dashed = given.replace("_", "-")
+    field = dashed.removeprefix("--").replace("-", "_")
+    for name in (dashed, *OTHER_NAMES.get(dashed, ()), *([f"--set {field}"] if field in FIELDS else [])):
+        if name.startswith("--set ") and "--set" in options:
+            return [f"{name}=VALUE"]
+        if name in options:
+            return [name]
+        if name in arguments:
+            return [f"{name}, which is written without an option"]
+    return []
