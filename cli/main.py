@@ -130,7 +130,7 @@ def main() -> None:
     except typer.TyperException as error:
         context = getattr(error, "ctx", None)  # only usage errors know their command
         where = context.command_path if context else "onelayer"
-        if isinstance(context, typer.Context) and hasattr(error, "possibilities"):  # no such option
+        if context and hasattr(error, "possibilities"):  # no such option
             error.possibilities = other_names(getattr(error, "option_name", ""), context) or error.possibilities
         message = one_line(
             without_secrets(error.format_message()), LIMIT

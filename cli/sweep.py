@@ -154,7 +154,7 @@ def sweep(
             unlearnable: list[str] = []  # completions that teach nothing
 
             def start(total: int) -> None:
-                note(f"{total} runs, kept in {out}")
+                note(f"{total} runs go to {out}")
                 shown.append(stack.enter_context(progress_bar(f"sweep of {model}", total, "run")))
 
             def show(done: int, total: int, spec: Any, row: dict[str, Any]) -> None:

@@ -135,8 +135,9 @@ def _check_reporters(report_to: str) -> None:
     """Refuse a library that is imported by the name of the reporter and is not there; of others TRL's import tells."""
     for name in report_to.split(","):
         if name.strip() in REPORTERS and not _installed(name.strip()):
+            library = name.strip()
             raise ValueError(
-                f"--report-to {name.strip()}: {name.strip()} is not installed; pip install it, or leave it out"
+                f"--report-to {library}: {library} is not installed; pip install {library}, or leave it out"
             )
 
 

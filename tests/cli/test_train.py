@@ -285,7 +285,7 @@ T = ["--task", "arithmetic"]
         ([*T, "--algorithm", "dpo"], 1, "dpo is offline and trains on preference data"),
         ([*T, "--algorithm", "dpo", "--pairs-from-task", "9"], 1, "name one, such as mid-5"),
         ([*T, "--pairs-from-task", "9"], 1, "grpo generates its own"),
-        (["--algorithm", "kto", "--dataset", "no.jsonl", "--layer", "5"], 1, "no file no.jsonl"),
+        (["--algorithm", "kto", "--dataset", "no.jsonl", "--layer", "5"], 1, "no file or folder no.jsonl"),
         ([*T, "--algorithm", "gigpo"], 1, "gigpo needs a task with an environment"),
         ([*T, "--top-entropy", "1.5"], 1, "--top-entropy takes a share between 0 and 1"),
         ([*T, "--algorithm", "rloo", "--top-entropy", "0.2"], 1, "--top-entropy"),

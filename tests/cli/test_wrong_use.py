@@ -60,6 +60,8 @@ def _model_folders(folder):
     (folder / "broken" / "config.json").write_text("{")
     (folder / "strange").mkdir()
     (folder / "strange" / "config.json").write_text(json.dumps({"model_type": "no_such_model"}))
+    for name in ("broken", "strange"):
+        (folder / name / "model.safetensors").touch()
     models.build(num_layers=1).save_pretrained(folder / "weightless")
     (folder / "weightless" / "model.safetensors").unlink()
     models.build(num_layers=1).save_pretrained(folder / "tokenless")
@@ -70,7 +72,7 @@ def _model_folders(folder):
         "classifier": "Qwen3ForSequenceClassification, not a causal language model",
         "broken": "cannot load the model",
         "strange": "cannot load the model",
-        "weightless": "cannot load the model",
+        "weightless": "holds no weights",
         "tokenless": "cannot write the task's prompts",
         "file": "no model folder",
     }

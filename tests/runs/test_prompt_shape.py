@@ -144,6 +144,7 @@ TASK = (
 def test_shots_that_a_task_cannot_show_are_refused_before_the_model_is_loaded(command, tmp_path, monkeypatch):
     (tmp_path / "task.py").write_text(TASK)
     (tmp_path / "config.json").write_text("{}")  # a model that cannot be loaded
+    (tmp_path / "model.safetensors").touch()
     asked = {"model": str(tmp_path), "task": str(tmp_path / "task.py"), "shots": 1}
     calls = {
         "train": lambda: train(TrainingSettings(**asked, out=tmp_path / "out")),
@@ -159,6 +160,7 @@ def test_shots_that_a_task_cannot_show_are_refused_before_the_model_is_loaded(co
 def test_rows_of_offline_data_have_prompts_of_their_own(shape, tmp_path):
     (tmp_path / "data.jsonl").write_text('{"prompt": "a", "completion": "b"}\n')
     (tmp_path / "config.json").write_text("{}")
+    (tmp_path / "model.safetensors").touch()
     asked = TrainingSettings(
         model=str(tmp_path),
         out=tmp_path / "out",
