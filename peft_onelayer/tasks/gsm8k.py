@@ -232,12 +232,16 @@ def _in_words(text: str) -> Fraction | None:
     start, sentence = phrase_end(text), last_sentence(text)
     if start is not None:
         clause = clause_at(text, start)
-        number = None if _is_denied(text, start, clause) else _one_number(_result(clause))
-        if number is not None or _is_denied(text, start, clause) or len(text) - len(sentence) < start + len(clause):
+        number = None if _number_is_denied(text, start, clause) else _one_number(_result(clause))
+        if (
+            number is not None
+            or _number_is_denied(text, start, clause)
+            or len(text) - len(sentence) < start + len(clause)
+        ):
             return number
     if not (_COMPLETE.search(sentence) or _STARTS_AS_NUMBER.match(sentence) or LABEL.match(sentence)):
         return None
-    if _is_denied(text, len(text) - len(sentence), sentence):
+    if _number_is_denied(text, len(text) - len(sentence), sentence):
         return None
     number = _one_number(sentence)
     return _concluded(sentence, alone=sentence == text) if number is None else number
@@ -260,7 +264,7 @@ def _concluded(sentence: str, *, alone: bool) -> Fraction | None:
     return _one_number(stated)
 
 
-def _is_denied(text: str, start: int, clause: str) -> bool:
+def _number_is_denied(text: str, start: int, clause: str) -> bool:
     """Whether the sentence around the clause at `start`, or the clause itself, denies the clause's first number."""
     number = re.search(r"[0-9][0-9.,/ ]*", clause)
     if number is None or len(clause) > _LONGEST:
