@@ -272,6 +272,9 @@ def _verdict(profile: LayerRanking) -> str:
     if not profile.order:
         return "No block was measured to the end."
     best = profile.order[0]
+    if len(profile.order) == 1:
+        gained = "it did not gain beyond noise" if profile.pick is None else "it gained"
+        return f"Block {best} is the only one that was measured; {gained}."
     others = [str(k) for k in sorted(profile.tied) if k != best]
     tie = f"indistinguishable from {', '.join(others)}" if others else "ahead of every other"
     if profile.pick is None:
