@@ -17,7 +17,7 @@ from peft_onelayer.tuner.stack import layer_kinds
 
 from .prior import depth_prior
 from .race import BudgetError, OnCandidate, race
-from .settings import BUDGET, METHODS
+from .settings import BUDGET, METHODS, RACES
 
 
 def probe_layers(
@@ -61,7 +61,7 @@ def probe_layers(
         raise ValueError(f"no probe {method!r}; the methods are {', '.join(METHODS)}")
     recipe = recipe or make_recipe("grpo", task)
     cost, fallback = NO_COST, None
-    if method in ("auto", "race"):
+    if method in RACES:
         if task is None:
             raise ValueError(f"the method {method} runs the model on a task; give one")
         if len(chosen) < 2:

@@ -67,14 +67,11 @@ class FoundRate:
     def describe(self) -> str:
         """The rate, what it does and what finding it cost, in one line."""
         least, most = FOUND_RATE_KL
-        moves = f"moves the policy by {self.kl:.3g} nats a token"
+        step = ": a first step at it"
+        if self.blocks > 1:
+            step = f" for {self.blocks} blocks: {math.sqrt(self.blocks):.2g} times that at which a first step"
         return (
-            f"learning rate {self.learning_rate:g}"
-            + (
-                f": a first step at it {moves}"
-                if self.blocks == 1
-                else f" for {self.blocks} blocks: {math.sqrt(self.blocks):.2g} times that at which a first step {moves}"
-            )
+            f"learning rate {self.learning_rate:g}{step} moves the policy by {self.kl:.3g} nats a token"
             + ("" if self.reached else f", the nearest that was found to {least} to {most}")
             + f"; finding it took {self.tokens_generated:,} tokens generated, {self.tokens_trained:,} passed through "
             f"the model and {self.seconds:.0f} s"

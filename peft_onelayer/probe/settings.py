@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-METHODS = ("auto", "race", "prior", "profile")  # of ranking the blocks
+RACES = ("auto", "race")  # of METHODS, those that run the model
+METHODS = (*RACES, "prior", "profile")  # of ranking the blocks
 BUDGET = 0.25  # of a race, by default, as a share of the tokens of the training run
 
 

@@ -8,6 +8,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from peft_onelayer.probe.probe import probe_layers
 from peft_onelayer.probe.race import NothingToLearnError
+from peft_onelayer.probe.settings import RACES
 from peft_onelayer.probe.updates import LEAST_KL, MOST_KL
 from peft_onelayer.records.ranking import LayerRanking
 from peft_onelayer.records.text import name_blocks
@@ -24,7 +25,7 @@ def rank_blocks(
     base: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, task: Task | None, progress: Progress, **options: Any
 ) -> LayerRanking:
     """`probe_layers`; `options` are its other arguments. A budget above the run's own tokens is said first."""
-    if options["method"] in ("auto", "race") and (budget := options["budget"]) > 1:
+    if options["method"] in RACES and (budget := options["budget"]) > 1:
         progress.note(f"a budget of {budget:g} lets the ranking take {budget:.0%} of the tokens of the training run")
     with progress.bar("ranking the blocks", 100) as update:
         return probe_layers(

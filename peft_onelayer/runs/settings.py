@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from peft_onelayer.probe.settings import BUDGET, METHODS
+from peft_onelayer.probe.settings import BUDGET, METHODS, RACES
 from peft_onelayer.records.text import meant
 
 if TYPE_CHECKING:
@@ -264,7 +264,7 @@ class ProbeSettings(Source):
     @property
     def runs(self) -> bool:
         """Whether the method runs the model, and so needs a task."""
-        return self.method not in ("prior", "profile")
+        return self.method in RACES
 
 
 def check_ranking(method: str, budget: float) -> None:
