@@ -191,13 +191,33 @@ class Study:
     def recovery(self, ranking: LayerRanking) -> tuple[float, float] | None:
         """C(pick) / C(best of those aimed at), and whether the pick is the best or tied with it; of several blocks,
         their means. None before these blocks were measured, and where a pick was not."""
-        blocks, base = self.blocks(), self.of("base")
-        if not base or not blocks.keys() >= {*self.aimed, *ranking.choice}:
+        shares, picks, tied = self._shares_of_best(), ranking.choice, self.tied()
+        if not shares.keys() >= {*picks}:
             return None
+        return statistics.fmean(shares[k] for k in picks), statistics.fmean(k in tied for k in picks)
+
+    def best_that_ran(self, ranking: LayerRanking) -> float | None:
+        """C(best of the blocks to which a race gave a turn) / C(best of those aimed at): what its pick could reach."""
+        shares, ran = self._shares_of_best(), {int(block) for block in ranking.rounds or {}}
+        return max(shares[k] for k in ran) if ran and shares.keys() >= ran else None
+
+    def picked_by_other_seeds(self) -> list[float]:
+        """C(pick) / C(best) in each seed, the pick being the best block of another seed's whole sweep."""
+        blocks = {seed: self.blocks(seed) for seed in SEEDS}
+        if not self.of("base") or not all(found.keys() >= {*self.aimed} for found in blocks.values()):
+            return []
+        base = self.of("base")[0]["mean"]
+        gains = {seed: {k: rows[0]["mean"] - base for k, rows in found.items()} for seed, found in blocks.items()}
+        pairs = [(gains[chosen], gains[seen]) for chosen in SEEDS for seen in SEEDS if chosen != seen]
+        return [seen[max(chosen, key=chosen.__getitem__)] / max(seen.values()) for chosen, seen in pairs]
+
+    def _shares_of_best(self) -> dict[int, float]:
+        """Of each measured block its C by that of the best; none before all that are aimed at were measured."""
+        blocks, base = self.blocks(), self.of("base")
+        if not base or not blocks.keys() >= {*self.aimed}:
+            return {}
         gains = {k: statistics.fmean(row["mean"] for row in rows) - base[0]["mean"] for k, rows in blocks.items()}
-        most, tied = max(gains.values()), self.tied()
-        picks = ranking.choice
-        return statistics.fmean(gains[k] / most for k in picks), statistics.fmean(k in tied for k in picks)
+        return {k: gained / max(gains.values()) for k, gained in gains.items()}
 
 
 def _part(name: str, wanted: int, missing: Sequence[str], said: str | None = None) -> Part:

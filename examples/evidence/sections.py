@@ -156,10 +156,10 @@ def _probes(study: Study) -> list[str]:
         return []
     lines = ["### Probes", ""]
     lines.append(
-        "| method | budget | of a run of | rankings | picks | C(pick) / C(best) | least | best or tied | share | "
-        "seconds |"
+        "| method | budget | of a run of | rankings | picks | C(pick) / C(best) | least | best or tied | blocks that "
+        "ran | C(best of these) / C(best) | share | seconds |"
     )
-    lines.append("|---|---|---|---|---|---|---|---|---|---|")
+    lines.append("|---|---|---|---|---|---|---|---|---|---|---|---|")
     groups: dict[tuple[str, float, int], list[Row]] = {}
     for row in study.probes:
         probe = row["probe"]
@@ -182,11 +182,21 @@ def _probes(study: Study) -> list[str]:
             if outcomes
             else ["no whole profile yet" if rankings else "", "", ""]
         )
+        raced = [(len(r.rounds or {}), best) for r in rankings if (best := study.best_that_ran(r)) is not None]
+        cells += (
+            [f"{statistics.fmean(n for n, _ in raced):g}", f"{statistics.fmean(b for _, b in raced):.2f}"]
+            if raced
+            else ["", ""]
+        )
         shares = [ranking.cost["share"] for ranking in rankings]
         cells.append(f"{statistics.fmean(shares):.1%}" if shares else "")
         cells.append(f"{statistics.fmean(row['seconds'] for row in rows):.0f}")
         lines.append(f"| {method} | {budget:.0%} | {steps} steps | {len(rows)} | {picks} | {' | '.join(cells)} |")
-    return ["\n".join(lines)]
+    if not (others := study.picked_by_other_seeds()):
+        return ["\n".join(lines)]
+    reached = ", ".join(f"{share:.2f}" for share in others)
+    whole = f"The pick of a whole sweep of one seed has C(pick) / C(best) = {reached} in the other."
+    return ["\n".join(lines), whole]
 
 
 def _kept(study: Study) -> list[str]:
