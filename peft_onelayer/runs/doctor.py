@@ -6,6 +6,7 @@ import importlib.util
 import os
 import platform
 import shutil
+import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from importlib.metadata import PackageNotFoundError, version
@@ -21,6 +22,7 @@ from peft_onelayer.seams import SEAMS, TESTED
 
 GIB = 2**30
 ROOM = 5 * GIB  # of the cache's disk; with less a model of two billion parameters has no room
+SLOW = 2.0  # a bfloat16 that takes so many times as long as float32 is said to be slow
 OPTIONAL = {  # library: what it adds, and how it is installed
     "reasoning_gym": ("the task reasoning_gym", "pip install 'peft-onelayer[tasks]'"),
     "textworld": ("the task textworld", "pip install 'peft-onelayer[tasks]'"),
@@ -108,6 +110,28 @@ def _device() -> Iterator[Finding]:
         f", {os.sysconf('SC_PAGE_SIZE') * os.sysconf('SC_PHYS_PAGES') / GIB:.0f} GiB" if hasattr(os, "sysconf") else ""
     )
     yield Finding("CPU", "ok", f"{os.cpu_count()} cores{memory}; {platform.system()} {platform.machine()}")
+    if not torch.cuda.is_available():
+        yield _half_precision()
+
+
+def _half_precision() -> Finding:
+    """How a product in bfloat16 compares with one in float32: many CPUs have no instructions for it."""
+    import torch
+
+    seconds = {}
+    for dtype in (torch.float32, torch.bfloat16):
+        rows, weights = torch.ones(64, 512, dtype=dtype), torch.ones(512, 512, dtype=dtype)
+        torch.nn.functional.linear(rows, weights)
+        times = []
+        for _ in range(5):
+            start = time.perf_counter()
+            torch.nn.functional.linear(rows, weights)
+            times.append(time.perf_counter() - start)
+        seconds[dtype] = min(times)
+    times_slower = seconds[torch.bfloat16] / seconds[torch.float32]
+    found = f"a product takes {times_slower:.1f} times as long as in float32"
+    cure = "train a copy of the model in float32: docs/runs.md, Time" if times_slower > SLOW else ""
+    return Finding("bfloat16", "ok", found, cure)
 
 
 def _optional() -> Iterator[Finding]:

@@ -1,6 +1,8 @@
 import dataclasses
+import itertools
 import json
 from importlib.metadata import version
+from types import SimpleNamespace
 
 import pytest
 import typer
@@ -37,6 +39,16 @@ def test_versions_extras_and_runs(folder, monkeypatch):
     assert findings["sandbox"].state == "ok"
     assert findings["run done"].cure == "" and findings["run half"].cure == "onelayer train --resume --out half"
     assert findings["run odd"].state == "bad"
+
+
+@pytest.mark.parametrize(("bfloat16", "cure"), [(1.5, ""), (7.5, "train a copy of the model in float32")])
+def test_a_cpu_without_bfloat16(folder, monkeypatch, bfloat16, cure):
+    clock = itertools.accumulate(second for took in (1.0, bfloat16) for _ in range(5) for second in (0.0, took))
+    monkeypatch.setattr(doctor, "time", SimpleNamespace(perf_counter=lambda: next(clock)))
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    finding = found(folder)["bfloat16"]
+    assert finding.found == f"a product takes {bfloat16} times as long as in float32"
+    assert finding.state == "ok" and finding.cure.partition(":")[0] == cure
 
 
 def test_what_is_amiss_has_a_cure(folder, monkeypatch):
