@@ -9,6 +9,7 @@ from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from peft import get_peft_model
@@ -30,6 +31,7 @@ def evidence(monkeypatch):
     monkeypatch.syspath_prepend(str(EVIDENCE))
     before = set(sys.modules)
     import changes_page
+    import early
     import evidence
     import figures
     import measures
@@ -40,7 +42,7 @@ def evidence(monkeypatch):
     import transplant
     import words
 
-    for module in (rl_changes, changes_page, figures, measures, one_run, page, planned, transplant, words):
+    for module in (rl_changes, changes_page, early, figures, measures, one_run, page, planned, transplant, words):
         setattr(evidence, module.__name__, module)
     yield evidence
     for name in set(sys.modules) - before:
@@ -64,6 +66,7 @@ def full_row(setting, run, level=None):
     ]
     mean = sum(scores) / len(scores)
     made = {"format": "onelayer-evidence-1", "setting": asdict(setting), "run": asdict(run), "scores": scores}
+    made |= {"rewards": [level] * setting.steps}
     made |= {"mean": mean, "standard_error": 0.01, "parameters": 1000, "cpu_seconds": 36.0, "seconds": 40.0}
     made |= {"versions": VERSIONS}
     return made | ({"search_mean": 0.5 - abs((run.rate or 0) - 1e-4)} if run.searched else {})
@@ -478,3 +481,22 @@ def test_each_kind_of_experiment_on_the_demo_model(evidence, tmp_path):
     text = evidence.changes_page.section(tmp_path)
     assert text.count("| all parameters | bfloat16 | 0.0003 |") == 1
     assert evidence.changes_page.share(block["overlap"]["overlap_a"]) in text
+
+
+def test_what_early_rewards_say(evidence):
+    setting = next(s for s in evidence.planned.SETTINGS if s.name == "smollm2-135m-sums")
+    study = evidence.figures.Study.read(setting)
+    base = study.of("base")[0]["mean"]
+    early, final = np.zeros((2, 30)), np.zeros((2, 30))
+    for r in study.rows:
+        if r["run"]["kind"] == "block" and r["run"]["rate"] == study.rate("block"):
+            early[r["run"]["seed"], r["run"]["block"]] = np.mean(r["rewards"][:8])
+            final[r["run"]["seed"], r["run"]["block"]] = r["mean"] - base
+    ran = [0, 4, 8, 12, 17, 21, 25, 29]
+    reached = [final[1 - s, ran[early[s, ran].argmax()]] / final[1 - s].max() for s in (0, 1)]
+    could = [final[1 - s, ran].max() / final[1 - s].max() for s in (0, 1)]
+    table, said = evidence.early.early_rewards(study)
+    of_eight = next(line for line in table.splitlines() if line.startswith("| 8 |")).split(" | ")[5]
+    assert of_eight == f"{np.mean(reached):.2f} of {np.mean(could):.2f}"
+    assert "the other seed" in said
+    assert evidence.early.early_rewards(replace(study, rows=study.rows[:40])) == []  # before both sweeps are whole

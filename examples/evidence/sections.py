@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from drawing import profile_svg
+from early import early_rewards
 from evidence import compare
 from figures import KINDS, Row, Study, name_of, ranges
 from measures import OTHER
@@ -40,6 +41,7 @@ def section(study: Study) -> list[str]:
         *_profile(study),
         *_compared(study),
         *_probes(study),
+        *early_rewards(study),
         *_kept(study),
         *_repeats(study),
     ]
