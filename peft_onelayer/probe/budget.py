@@ -103,15 +103,15 @@ class TokenBudget:
         """Prompts that can be completed for what is left beside `reserved` tokens, however long completions become."""
         return int((self.left - reserved) / self.settings.samples / self.longest)
 
-    def affordable_candidates(self) -> int:
-        """Candidates that the first round has room for when each gets the least."""
-        return int(self.left / self.least_left(1 - self.settings.spare_turns)) - self.settings.spare_turns
+    def affordable_candidates(self, number: int = 0) -> int:
+        """Candidates that the `number`-th round has room for when each gets the least: the first one with its share of
+        what is left, a final with all of it."""
+        room = self._of_round(0) if number == 0 else self.left
+        return int(room / self._least_turn) - self.settings.spare_turns
 
     def least_left(self, candidates: int) -> float:
         """Tokens that must be left for the first round to have room for so many candidates."""
-        s = self.settings
-        least = self._turn(s.minibatch[0]) + s.scoring_prompts[0] * self._prompt
-        return (candidates + s.spare_turns) * least / s.round_shares[0]
+        return (candidates + self.settings.spare_turns) * self._least_turn / self.settings.round_shares[0]
 
     def useful_candidates(self, number: int) -> int:
         """Candidates that the `number`-th round has room for when each gets the most."""
@@ -131,6 +131,11 @@ class TokenBudget:
     def _prompt(self) -> float:
         """Tokens of a prompt's completions."""
         return self.settings.samples * self.completion
+
+    @property
+    def _least_turn(self) -> float:
+        """Tokens of a turn with the smallest updates and score."""
+        return self._turn(self.settings.minibatch[0]) + self.settings.scoring_prompts[0] * self._prompt
 
     def _turn(self, minibatch: int) -> float:
         """Tokens of the updates of a turn."""

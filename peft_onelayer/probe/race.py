@@ -252,6 +252,9 @@ class _Race:
             if current is None or len(current.completions) < 2:  # the budget ended before they had a turn
                 break
             wanted = max(finalists, self.budget.useful_candidates(number))
+            wanted = min(wanted, self.budget.affordable_candidates(number))
+            if wanted < 2:  # a final of one would compare it with nothing
+                break
             alive = likely_best(self._posterior(prior), list(current.completions), wanted)
             self._learn_from([current.completions[layer] for layer in alive], number)
             current = self._new_round(number, len(alive))
@@ -345,7 +348,10 @@ class _Race:
             )
         room = self.budget.left - reserved - SEQUENCES_FOR_KL * self.budget.sequence
         size = max(self.settings.minibatch[0], int(min(most, room) / self.budget.sequence))
-        batch = batch.shuffled(stream_seed(self.seed, "order, round 0")).part(slice(0, size))
+        return batch.shuffled(stream_seed(self.seed, "order, round 0")).part(slice(0, size))
+
+    def _with_old_policy(self, batch: Batch) -> Batch:
+        """The base's batch with the log-probabilities that it gives its own completions; finds their noise."""
         with torch.no_grad():
             logps = [
                 log_probabilities(self.model, part, self.temperature) for part in batch.minibatches(self.micro_batch)
@@ -364,6 +370,9 @@ class _Race:
     def _new_round(self, number: int, candidates: int) -> _Round | None:
         """The `number`-th round for so many candidates; None where too little of the budget is left."""
         size = self.budget.turn_size(number, candidates)
+        if number == 0 and size is not None:
+            self.batch = self._with_old_policy(self.batch.part(slice(0, self.settings.updates * size.minibatch)))
+            size = self.budget.turn_size(number, candidates)  # of what that left
         if size is None:
             return None
         reference = self._generate(f"round {number}", size.prompts)

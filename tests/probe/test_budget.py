@@ -45,6 +45,13 @@ def test_candidates_of_the_first_round():
     assert budget(generated=5000).useful_candidates(1) == 3 - 1  # the last round has all that is left
 
 
+def test_finals_have_room_for_those_who_get_a_whole_turn():
+    # Of 240 tokens, of all that is left and not of the round's share.
+    assert budget(generated=5000).affordable_candidates(1) == 20 - 1
+    assert budget(limit=10_000, generated=9_520).affordable_candidates(1) == 2 - 1
+    assert budget(limit=10_000, generated=9_521).affordable_candidates(1) == 1 - 1
+
+
 def test_the_size_of_a_turn():
     # 5000 tokens for 4 candidates and a spare turn: 1000 each, of which half are 25 prompts and half 25 passes.
     assert budget().turn_size(0, 4) == TurnSize(prompts=25, minibatch=12)

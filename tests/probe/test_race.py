@@ -25,10 +25,10 @@ from peft_onelayer.tasks import Task, load_task
 ARITHMETIC = load_task("arithmetic")
 
 
-def demo_race(task=ARITHMETIC, training_steps=150, rank=race, **options):
-    """A race on the demo model for a run of the demo's recipe."""
+def demo_race(task=ARITHMETIC, training_steps=150, rank=race, recipe=None, **options):
+    """A race on the demo model for a run of the demo's recipe, or of another."""
     model, tokenizer = demo_model.load()
-    recipe = demo_recipe(task, training_steps)
+    recipe = recipe or demo_recipe(task, training_steps)
     return rank(model, tokenizer, task, training_steps=training_steps, recipe=recipe, **options)
 
 
@@ -95,6 +95,21 @@ def test_the_budget_that_it_asks_for_is_enough(monkeypatch, budget, steps):
     with pytest.raises(KeyboardInterrupt):
         demo_race(budget=asked, training_steps=steps)
     assert len(starters) >= 3
+
+
+@pytest.mark.parametrize("budget", [0.08, 0.25])
+def test_the_base_passes_no_completion_that_no_update_uses(monkeypatch, budget):
+    passed, own, new_round = [], _Race._with_old_policy, _Race._new_round
+
+    def first_round(race, number, candidates):
+        current = new_round(race, number, candidates)
+        assert len(passed) == 1 and len(current.batch) <= passed[0] <= 1.25 * 4 * current.minibatch
+        raise KeyboardInterrupt  # the rest of the race
+
+    monkeypatch.setattr(_Race, "_with_old_policy", lambda race, batch: passed.append(len(batch)) or own(race, batch))
+    monkeypatch.setattr(_Race, "_new_round", first_round)
+    with pytest.raises(KeyboardInterrupt):
+        demo_race(budget=budget, recipe=make_recipe("grpo", ARITHMETIC, prompts=8, completions=8))
 
 
 @pytest.mark.more
