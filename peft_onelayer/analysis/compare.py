@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     import torch
 
 PIECE = 2**20  # entries looked at in one go, divided by the number of runs
+ROUNDING = 1e-12  # of the sum of squares: a spread below it is what rounding leaves of 0
 
 
 @dataclass(frozen=True)
@@ -32,7 +33,8 @@ class TensorOverlap:
         changed_a: entries that the first run gave another value in the base's dtype.
         changed_b: the same of the second.
         both: entries that both changed.
-        correlation: Pearson's, of the changes of the stored values over all entries; None where one changed nothing.
+        correlation: Pearson's, of the changes of the stored values over all entries; None where the changes of one are
+            all equal.
     """
 
     name: str
@@ -272,11 +274,9 @@ def _correlation(rows: Sequence[_Row]) -> float | None:
     if not entries:
         return None
     mean_a, mean_b = (math.fsum(own.total for own in side) / entries for side in _sides(rows))
-    spread_a, spread_b = (
-        math.fsum(own.squares for own in side) - entries * mean**2
-        for side, mean in zip(_sides(rows), (mean_a, mean_b), strict=True)
-    )
-    if spread_a <= 0 or spread_b <= 0:
+    squares_a, squares_b = (math.fsum(own.squares for own in side) for side in _sides(rows))
+    spread_a, spread_b = squares_a - entries * mean_a**2, squares_b - entries * mean_b**2
+    if spread_a <= ROUNDING * squares_a or spread_b <= ROUNDING * squares_b:
         return None
     product = math.fsum(row.shared.products for row in rows) - entries * mean_a * mean_b
     return min(1.0, max(-1.0, product / math.sqrt(spread_a * spread_b)))

@@ -121,7 +121,7 @@ def measure(pair: Pair, spectrum: bool = True, limit: int = LIMIT) -> TensorChan
         limit: of a matrix' shorter side; of a longer one a part is measured.
 
     Raises:
-        ValueError: NaN or Inf where the tensors differ.
+        ValueError: NaN or Inf in one of the tensors.
     """
     shape = pair.base.shape
     width = shape[-1] if len(shape) > 1 else 1
@@ -153,7 +153,7 @@ def _add(pair: Pair, start: int, stop: int, width: int, counts: _Counts, columns
     """Add the entries [start, stop), whole rows of `width`."""
     base, other = pair.base.read(start, stop), pair.other.read(start, stop)
     original = base.double()
-    counts.squares_base += float(original @ original)
+    counts.squares_base += _square(original, f"{pair.name} of the base")
     if base.dtype == other.dtype and torch.equal(base, other):  # the rule in most of a model
         counts.within += stop - start
         counts.within_official += stop - start
@@ -161,21 +161,25 @@ def _add(pair: Pair, start: int, stop: int, width: int, counts: _Counts, columns
     difference = other.double() - original
     rounded = other.to(base.dtype)
     difference_rounded = rounded.double() - original
-    for values, where in ((difference, ""), (difference_rounded, f" in {pair.base.dtype}")):
-        if not math.isfinite(float(values.abs().max())):
-            raise ValueError(f"{pair.name} holds NaN or Inf{where}: its change cannot be measured.")
+    counts.squares += _square(difference, f"{pair.name} of the other")
+    counts.squares_rounded += _square(difference_rounded, f"{pair.name} of the other in {pair.base.dtype}")
     official = other.bfloat16() - base.bfloat16()
     size, size_official = difference.abs(), official.abs()
     for i, tolerance in enumerate(TOLERANCES.values()):
         counts.within[i] += int(torch.count_nonzero(size <= tolerance))
         counts.within_official[i] += int(torch.count_nonzero(size_official <= tolerance))
     counts.changed += int(torch.count_nonzero(rounded != base))
-    counts.squares += float(difference @ difference)
-    counts.squares_rounded += float(difference_rounded @ difference_rounded)
     touched = (difference != 0).view(-1, width)
     counts.rows += int(torch.count_nonzero(touched.any(1)))
     columns |= touched.any(0)
     counts.exact = counts.exact and bool((official.double() == difference).all())
+
+
+def _square(values: torch.Tensor, where: str) -> float:
+    """The sum of the squares of (n,) float64."""
+    if not math.isfinite(square := float(values @ values)):
+        raise ValueError(f"{where} holds NaN or Inf, or numbers above 1e150: its change cannot be measured.")
+    return square
 
 
 def _ranks(pair: Pair, counts: _Counts, limit: int) -> dict:

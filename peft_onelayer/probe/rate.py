@@ -126,6 +126,7 @@ def find_learning_rate(
     layers: int | str | Sequence[int] | None,
     recipe: Recipe,
     *,
+    mask: str | None = None,
     seed: int = 0,
     batch_size: int = 64,
 ) -> FoundRate:
@@ -138,6 +139,7 @@ def find_learning_rate(
 
     Args:
         recipe: the run's temperature, length of completions and completions in a pass; its rate is where to start.
+        mask: file of the entries of `layers` that train, as `SingleLayerConfig` takes it.
         batch_size: completions generated at a time.
 
     Raises:
@@ -152,7 +154,7 @@ def find_learning_rate(
         logps = [log_probabilities(model, part, temperature) for part in batch.minibatches(micro_batch)]
     batch = replace(batch, old_logps=torch.cat(logps))
     noise = measure_noise(model, batch, temperature)
-    candidate = Candidate(layers, config.learning_rate, kl_noise=noise)
+    candidate = Candidate(layers, config.learning_rate, kl_noise=noise, mask=mask)
     with trained_whole(model) if layers is None else trained_candidate(model, candidate) as trained:
         passed = (
             batch.tokens

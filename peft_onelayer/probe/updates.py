@@ -41,6 +41,7 @@ class Candidate:
 
     Attributes:
         layer: its index; outside of a race, whatever `SingleLayerConfig` takes.
+        mask: file of the entries of it that train; None for all.
         learning_rate: of its updates; the first one corrects it.
         kl: nats per token that the first update moved the policy, as measured last; None before it.
         kl_noise: what `measure_noise` found, which is taken off.
@@ -55,13 +56,15 @@ class Candidate:
     kl: float | None = None
     kl_noise: float = 0.0
     updates: int = 0
+    mask: str | None = None
     gains: dict[int, list[float]] = field(default_factory=dict)
 
 
 @contextmanager
 def trained_candidate(model: PreTrainedModel, candidate: Candidate) -> Iterator[PeftModel]:
     """`model` with the candidate's block as trained so far; afterwards `model` is as it was."""
-    wrapped = get_peft_model(model, SingleLayerConfig(layer=candidate.layer, task_type="CAUSAL_LM"))
+    config = SingleLayerConfig(layer=candidate.layer, mask=candidate.mask, task_type="CAUSAL_LM")
+    wrapped = get_peft_model(model, config)
     try:
         parameters = trainable_parameters(wrapped)
         if candidate.weights is not None:

@@ -313,6 +313,8 @@ def check_vote(settings: VoteSettings) -> None:
     if settings.out is not None:
         check_file(Path(settings.out), partial(_is_of, format=VoteRecord.FORMAT))
     check_source(settings.task, settings.dataset, settings.reward)
+    for name in names:
+        check_adapter(name)
     if settings.model:
         check_model_name(settings.model, settings.revision)
 

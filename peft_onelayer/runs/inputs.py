@@ -7,6 +7,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
+import numpy as np
+
 from peft_onelayer.adapter.stored import read_header
 from peft_onelayer.layers import Layers, parse_layers, resolve_layers
 from peft_onelayer.records.files import read_fields
@@ -63,11 +65,15 @@ def check_data(source: str, columns: Sequence[str] = ()) -> None:
 
 
 def check_mask(file: str) -> None:
-    """Raise ValueError for a file that holds no masks."""
+    """Raise ValueError for a file that holds no masks, or none with a True entry."""
     path = Path(file).expanduser()
     if not path.is_file():
         raise ValueError(f"--mask {file}: no such file; `onelayer analyze BASE OTHER --mask-out` writes one.")
-    if strange := [name for name, tensor in read_header(path).items() if tensor.dtype != "BOOL"]:
+    masks = read_header(path)
+    if strange := [name for name, tensor in masks.items() if tensor.dtype != "BOOL"]:
         raise ValueError(
             f"--mask {file} holds {strange[0]}, which is not boolean; `onelayer analyze --mask-out` writes one."
         )
+    stored = np.memmap(path, bool, "r")
+    if not any(stored[mask.start : mask.end].any() for mask in masks.values()):
+        raise ValueError(f"--mask {file} has no True entry: nothing would train.")

@@ -97,6 +97,7 @@ class Preparation:
                     task,
                     record.layers,
                     self.plan.recipe,
+                    mask=self.plan.settings.mask,
                     seed=self.plan.settings.seed,
                     batch_size=self.plan.generate,
                 )

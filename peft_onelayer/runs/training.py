@@ -34,8 +34,10 @@ from peft_onelayer.rl.recipe import of_full_training
 from peft_onelayer.rl.state_cache import GIGABYTE
 from peft_onelayer.rl.training import completions_per_step, prompts_needed, steps_of_epochs, train_rows
 from peft_onelayer.rollouts.prompts import shaped
-from peft_onelayer.tuner import find_decoder_stack
+from peft_onelayer.tuner import SingleLayerConfig, find_decoder_stack
+from peft_onelayer.tuner.mask import Mask
 from peft_onelayer.tuner.stack import layer_kinds
+from peft_onelayer.tuner.targets import target_names
 
 from .describe import describe_config, describe_machine, describe_model, is_main_process
 from .early import check_training
@@ -136,6 +138,9 @@ class _Training:
             layers = resolve_layers(settings.layer, num_layers, layer_kinds(base))
             if file := ranking_without_gain(settings.layer):
                 self.progress.note(f"{file}: no block gained beyond noise there, so the order of its blocks is noise")
+        if settings.mask is not None and layers is not None:
+            stack, config = find_decoder_stack(base), SingleLayerConfig(layer=layers)
+            Mask.read(settings.mask).inside(base, stack.name, layers, target_names(stack, layers, config))
         if plan.task is not None:
             plan.task, chat = shaped(plan.task, tokenizer, plan.shape)
             plan.check_prompts(tokenizer)

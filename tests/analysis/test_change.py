@@ -338,9 +338,12 @@ def test_what_cannot_work_is_one_line(tmp_path, adapters):
     nan = load_tensors(save_tensors(tmp_path / "base", {"w": torch.ones(2)}))
     nan["w"][0] = float("nan")
     save_tensors(tmp_path / "nan", nan)
+    save_tensors(tmp_path / "inf", {"w": torch.tensor([1.0, -float("inf")])})
     save_tensors(tmp_path / "strange", {"v": torch.ones(2)})
     cases = {
-        (tmp_path / "base", tmp_path / "nan"): "w holds NaN or Inf",
+        (tmp_path / "base", tmp_path / "nan"): "w of the other holds NaN or Inf",
+        (tmp_path / "nan", tmp_path / "nan"): "w of the base holds NaN or Inf",
+        (tmp_path / "inf", tmp_path / "inf"): "w of the base holds NaN or Inf",
         (tmp_path / "base", tmp_path / "strange"): "no tensor in common",
         (tmp_path / "base", tmp_path / "nowhere"): "no folder at",
         (tmp_path / "nowhere", tmp_path / "base"): "no model folder at",

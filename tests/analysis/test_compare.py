@@ -130,6 +130,17 @@ def test_a_run_that_changed_nothing_has_no_overlap(tmp_path):
     assert pair.overlap_b is pair.chance_b is pair.correlation is pair.same_sign is None
 
 
+def test_a_change_that_is_everywhere_the_same_has_no_correlation(tmp_path):
+    changes = {"one": torch.randn(37, 113, generator=torch.Generator().manual_seed(0))}
+    changes |= {f"same-{value}": torch.full((37, 113), value) for value in (0.9861114621162415, 1.5449224710464478)}
+    for name, change in changes.items():
+        save_tensors(tmp_path / name, {"w": change})
+    save_tensors(tmp_path / "base", {"w": torch.zeros(37, 113)})
+    pairs = compare_adapters([tmp_path / name for name in changes], tmp_path / "base").pairs
+    assert len(pairs) == 3
+    assert all(pair.correlation is None and pair.tensors[0].correlation is None for pair in pairs)
+
+
 def test_what_cannot_work_is_one_line(adapters, tmp_path):
     save_tensors(tmp_path / "nan", {"h.0.b": torch.full((17,), float("nan"))})
     save_tensors(tmp_path / "ones", {"h.0.b": torch.ones(17)})

@@ -3,6 +3,7 @@
 import demo_model
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from peft_onelayer.probe.race import NothingToLearnError
 from peft_onelayer.probe.rate import find_learning_rate
@@ -44,6 +45,18 @@ def test_several_blocks_get_a_lower_rate_than_one():
     # A first step of five moves the policy about five times as far: the square root of that is taken back.
     assert one.learning_rate / 5 < five.learning_rate < one.learning_rate / 1.5
     assert five.describe().startswith(f"learning rate {five.learning_rate:g} for 5 blocks: 2.2 times that at which a ")
+
+
+def test_under_a_mask_the_step_is_that_of_the_entries_that_train(tmp_path):
+    model, tokenizer = demo_model.load()
+    task = load_task("arithmetic")
+    recipe = make_recipe("grpo", task)
+    torch.manual_seed(0)
+    mask = {n: torch.rand(p.shape) < 0.1 for n, p in model.named_parameters() if n.startswith("model.layers.6.")}
+    save_file(mask, tmp_path / "mask.safetensors")
+    whole = find_learning_rate(model, tokenizer, task, 6, recipe)
+    part = find_learning_rate(model, tokenizer, task, 6, recipe, mask=str(tmp_path / "mask.safetensors"))
+    assert part.reached and part.learning_rate > 3 * whole.learning_rate
 
 
 def test_where_every_reward_is_equal_the_error_holds_the_completions():

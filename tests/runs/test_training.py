@@ -5,6 +5,8 @@ from dataclasses import replace
 from importlib.resources import files
 
 import pytest
+import torch
+from safetensors.torch import save_file
 
 from peft_onelayer.records.ranking import LayerRanking
 from peft_onelayer.rl.recipe import demo_config
@@ -105,6 +107,43 @@ def test_without_a_pick_or_a_race_the_rate_is_found_too(tmp_path, monkeypatch, r
     assert run.record.layers == ([3, 4, 6, 7] if raced else [5])
     assert run.record.learning_rate.by == ("ranking" if raced else "first step")
     assert rate == 2e-4 if raced else 1e-4 < rate < 1e-2
+
+
+@pytest.mark.parametrize(
+    ("name", "shape", "value", "message"),
+    [
+        ("model.layers.5.mlp.down_proj.weight", (64, 160), False, "has no True entry"),
+        ("model.layers.5.mlp.down_proj.weight", (160, 64), True, "has shape"),
+        ("model.layers.4.mlp.down_proj.weight", (64, 160), True, "no True entry in block 5"),
+        ("layers.5.mlp.down_proj.weight", (64, 160), True, "which is no parameter of the base"),
+    ],
+    ids=["false", "shape", "block", "name"],
+)
+def test_a_mask_that_does_not_fit_is_refused_before_a_rate_is_searched_for(
+    tmp_path, monkeypatch, name, shape, value, message
+):
+    def search(*args, **kwargs):
+        raise AssertionError("a learning rate is searched for")
+
+    monkeypatch.setattr(preparation, "find_learning_rate", search)
+    mask = str(tmp_path / "mask.safetensors")
+    save_file({name: torch.full(shape, value)}, mask)
+    config = {field: value for field, value in FEW.items() if field != "learning_rate"}
+    with pytest.raises(ValueError, match=message):
+        train(settings(tmp_path, mask=mask, config=config))
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_rate_is_searched_for_with_the_mask(tmp_path, monkeypatch):
+    def search(*args, **kwargs):
+        raise RuntimeError(kwargs["mask"])
+
+    monkeypatch.setattr(preparation, "find_learning_rate", search)
+    mask = str(tmp_path / "mask.safetensors")
+    save_file({"model.layers.5.mlp.down_proj.weight": torch.ones(64, 160, dtype=torch.bool)}, mask)
+    config = {field: value for field, value in FEW.items() if field != "learning_rate"}
+    with pytest.raises(RuntimeError, match=r"mask\.safetensors"):
+        train(settings(tmp_path, mask=mask, config=config))
 
 
 @pytest.mark.more
