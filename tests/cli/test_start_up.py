@@ -189,6 +189,19 @@ LORA = ["--format", "lora"]
         ([*TRAIN, "--task", "{root}/task.py"], 1, "task.py has no function rows(split, n, seed)"),
         ([*TRAIN, "--task", "sort", "--set", "temperature=-1"], 1, "--set temperature must be above 0 in training"),
         ([*TRAIN, "--task", "sort", "--report-to", "dvclive"], 1, "--report-to dvclive: dvclive is not installed"),
+        (
+            [*TRAIN, "--task", "sort", "--report-to", "dagshub"],
+            1,
+            "not installed; pip install dagshub mlflow, or leave",
+        ),
+        ([*TRAIN, "--task", "sort", "--report-to", "wnadb"], 1, "--report-to wnadb is not known; did you mean wandb?"),
+        (
+            [*TRAIN, "--task", "sort", "--report-to", "x,y"],
+            1,
+            "give none, all, or some of azure_ml, clearml, codecarbon",
+        ),
+        ([*TRAIN, "--task", "sort", "--report-to", "kubeflow"], 1, "is of a Kubeflow job"),
+        ([*TRAIN, "--task", "sort", "--report-to", "all", "--set", "run_name=ghp_" + "Ab1" * 12], 1, "gives a secret"),
         ([*TRAIN, "--task", "sort", "--layer", "1", "--mask", "{root}/bad.jsonl"], 1, "no safetensors file"),
         ([*TRAIN, "--task", "sort", "--layer", "1", "--mask", "nowhere"], 1, "--mask nowhere: no such file; `onelayer"),
         (
