@@ -24,7 +24,7 @@ from huggingface_hub import (
     get_token,
     hf_hub_download,
 )
-from huggingface_hub.errors import RevisionNotFoundError
+from huggingface_hub.errors import HfHubHTTPError, RevisionNotFoundError
 from huggingface_hub.utils import validate_repo_id, yaml_dump
 
 from peft_onelayer.adapter.reader import AdapterFile, open_adapter
@@ -106,6 +106,7 @@ def push_adapter(
     with_peft: bool = False,
     license: str | None = None,
     dry_run: bool = False,
+    note: Callable[[str], None] | None = None,
 ) -> Push:
     """Publish the adapter in `folder` on the Hub, in one commit; token and endpoint are huggingface_hub's own.
 
@@ -128,6 +129,7 @@ def push_adapter(
             where the base is at hand.
         license: of the adapter, such as "apache-2.0"; by default the one that the card has, or the base's.
         dry_run: send nothing and ask the Hub nothing.
+        note: called with one line before anything is sent, where `repo_id` names no owner: where it goes.
 
     Raises:
         ValueError: no adapter, a damaged one, or records of another adapter (`HubError` for what the Hub refuses).
@@ -140,8 +142,10 @@ def push_adapter(
     if not folder.is_dir():
         raise ValueError(f"no adapter folder at {folder}; give the one that onelayer train wrote.")
     folder, branch = adapter_folder(folder), revision or constants.DEFAULT_REVISION
-    if not dry_run and get_token() is None:  # before minutes of preparation
-        raise HubError(f"cannot push to {repo_id}: no token was found; {LOG_IN}.")
+    if not dry_run:
+        given, repo_id = repo_id, _with_owner(repo_id)
+        if note is not None and repo_id != given:
+            note(f"{given} names no owner, so it goes to {constants.ENDPOINT}/{repo_id}")
     staging = partial(
         stage,
         folder,
@@ -170,6 +174,24 @@ def push_adapter(
             message = message or f"Adapter of {name_blocks(adapter.layers)}, with onelayer push"
             commit, pull_request = _commit(staged, push, there, create_pr=create_pr, message=message)
     return replace(push, commit=commit, pull_request=pull_request)
+
+
+def _with_owner(repo_id: str) -> str:
+    """The repository with its owner, by default the token's; as it is where the Hub does not say who that is.
+
+    Raises:
+        HubError: no token, or one that the Hub does not take, before minutes of preparation.
+    """
+    if get_token() is None:
+        raise HubError(f"cannot push to {repo_id}: no token was found; {LOG_IN}.")
+    try:
+        with hub_errors(f"push to {repo_id}"):
+            name = HfApi().whoami()["name"]
+    except HubError as error:
+        if isinstance(error.__cause__, HfHubHTTPError) and error.__cause__.response.status_code == 401:
+            raise
+        return repo_id  # no network or a busy Hub, which the push itself finds out
+    return repo_id if "/" in repo_id else f"{name}/{repo_id}"
 
 
 def _sizes(staged: Path) -> dict[str, int]:

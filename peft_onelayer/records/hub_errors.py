@@ -131,7 +131,7 @@ def _reason(error: BaseException, repo_id: str | None) -> str:
         return f"it is gated; ask for access at {endpoint}/{repo_id} and come back {hint}."
     if isinstance(error, RevisionNotFoundError):
         return "it has no such revision; give a branch, a tag or a commit that exists."
-    if isinstance(error, RepositoryNotFoundError):
+    if isinstance(error, RepositoryNotFoundError) and not (token and error.response.status_code == 401):
         seen = "that your token may see" if token else f"that is public; if it is private, {LOG_IN}"
         return f"{endpoint} has no model {repo_id} {seen}."
     if isinstance(error, HfHubHTTPError):

@@ -173,6 +173,27 @@ def test_who_may_not(hub, ask, quick, arguments, token, message):
     assert {name: repo.branches for name, repo in hub.repos.items()} == before
 
 
+def test_a_wrong_token_is_said_before_the_adapter_is_read(hub, ask, quick):
+    (quick / "adapter_model.safetensors").write_bytes(b"damaged")
+    line = only_line(ask("push", quick, "me/gsm", token="hf_" + "wrong" * 5))
+    assert "the Hub refused the token" in line and "log in with" in line
+    assert [path for _, path, _ in hub.requests] == ["/api/whoami-v2"]
+
+
+def test_a_name_without_an_owner_is_ones_own_and_said_before_anything_is_sent(hub, ask, quick):
+    hub.faults = [Fault("/api/repos/create", 503)]
+    first, last = ask("push", quick, "gsm").err
+    assert first == f"gsm names no owner, so it goes to {hub.url}/me/gsm" and "try again" in last
+    assert ask("push", quick, "gsm").code == 0
+    assert b'"me/gsm"' in hub.files("me/gsm")["README.md"]
+
+
+def test_a_hub_that_does_not_say_whose_the_token_is_is_pushed_to_all_the_same(hub, ask, quick):
+    hub.faults = [Fault("/api/whoami-v2", 429)]
+    answer = ask("push", quick, "gsm")
+    assert (answer.code, set(hub.files("me/gsm"))) == (0, QUICK_FILES), answer.err
+
+
 def test_a_token_that_may_only_read(hub, ask, quick):
     hub.readers = {"me"}
     assert "the token has no right to do that" in only_line(ask("push", quick, "me/gsm"))
@@ -309,4 +330,4 @@ def test_what_is_not_right_stays_here(hub, ask, adapter, how, message):
     _break(adapter, how)
     answer = ask("push", adapter, "me/gsm")
     assert answer.code == 1 and len(answer.err) == 1 and message in answer.err[0], answer.err
-    assert hub.requests == []
+    assert [path for _, path, _ in hub.requests] == ["/api/whoami-v2"]
