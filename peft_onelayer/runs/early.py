@@ -21,6 +21,7 @@ from peft_onelayer.records.evaluation import EvaluationRecord
 from peft_onelayer.records.files import CONFIG, TargetError, check_file, check_folder, read_fields
 from peft_onelayer.records.locate import check_base_of, check_model_name
 from peft_onelayer.records.privacy import holds_secrets
+from peft_onelayer.records.run import RunRecord
 from peft_onelayer.records.text import meant
 from peft_onelayer.records.vote import VoteRecord
 from peft_onelayer.rl.algorithms import Algorithm, load_algorithm
@@ -94,7 +95,17 @@ def check_training(settings: TrainingSettings, *, resume: bool = False, writes: 
         check_weights(settings.model)
     if writes and os.environ.get("RANK", "0") == "0":
         with claimed(Path(settings.out)):  # a run that goes on is named before what its folder lacks yet
-            RunFolder(Path(settings.out), resume)
+            folder = RunFolder(Path(settings.out), resume)
+        if folder.previous and folder.previous.status == "finished":
+            _check_more_steps(settings, folder.previous)
+
+
+def _check_more_steps(settings: TrainingSettings, finished: RunRecord) -> None:
+    """Refuse to go on with a run that has nothing left to do."""
+    before = finished.settings.config.get("max_steps", -1)
+    if not 0 < before < (settings.steps or 0):
+        more = f", or raise --steps above {before} to train it further" if before > 0 else ""
+        raise ValueError(f"the run in {settings.out} is finished; choose a new output folder{more}.")
 
 
 def check_effect(given: Collection[str], settings: TrainingSettings) -> None:

@@ -1,5 +1,6 @@
 """What only reads files, and what is wrong, needs neither torch's nor peft's import, which take seconds."""
 
+import dataclasses
 import json
 import os
 import shutil
@@ -7,6 +8,7 @@ import shutil
 import pytest
 import torch
 from peft import get_peft_model
+from run_records import RECORD
 from worker import HEAVY, Worker
 
 import models
@@ -58,6 +60,12 @@ def files(tmp_path_factory):
     (root / "bad.jsonl").write_text('{"prompt": "a"}\n{"prompt"\n')
     (root / "empty.jsonl").write_text("")
     (root / "rows.csv").write_text("question,answer\n1,2\n")
+    run = root / "finished"
+    (run / "checkpoints" / "checkpoint-2").mkdir(parents=True)
+    (run / "checkpoints" / "checkpoint-2" / "trainer_state.json").write_text('{"global_step": 2}')
+    settings = dataclasses.replace(RECORD.settings, config={"max_steps": 2})
+    (run / "run.json").write_text(dataclasses.replace(RECORD, settings=settings, status="finished").to_json())
+    (run / "run.yaml").write_text(f"model: {root}/base\ntask: sort\nlayer: '1'\nsteps: 2\n")
     (root / "broken.py").write_text("def rows(:\n")
     return root
 
@@ -237,6 +245,8 @@ LORA = ["--format", "lora"]
         (["train", "{root}/nowhere", "--task", "sort", "--out", "{root}/new"], 1, "no model folder at"),
         (["train", "{root}/base", "--task", "sort", "--out", "{root}/dense"], 1, "holds other files"),
         (["train", "--resume", "--out", "{root}/new"], 1, "holds no run to resume"),
+        (["train", "--resume", "--out", "{root}/finished"], 1, "is finished; choose a new output folder, or raise"),
+        (["train", "--resume", "--out", "{root}/finished", "--steps", "1"], 1, "or raise --steps above 2 to train it"),
         (["probe", "{root}/base"], 1, "give --task"),
         (["probe", "{root}/base", "--task", "sort", "--method", "rase"], 1, "did you mean race?"),
         (["probe", "{root}/base", "--task", "sort", "--out", "ranking.txt"], 1, "takes a JSON file"),
