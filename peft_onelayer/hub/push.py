@@ -44,7 +44,7 @@ from peft_onelayer.records.hub_errors import LOG_IN, HubError, hub_errors
 from peft_onelayer.records.locate import adapter_folder, cached_base, is_local, last_part
 from peft_onelayer.records.privacy import holds_secrets, without_private
 from peft_onelayer.records.text import name_blocks, printable
-from peft_onelayer.sparse.base import TAKE_IT
+from peft_onelayer.sparse.base import OtherBaseError
 
 from .card import PLOT, REWARDS, eval_results, model_card
 from .card_text import is_edited, merge_cards, own_text, split_card
@@ -338,10 +338,9 @@ def _write_weights(adapter: AdapterFile, staged: Path, base: Path | None, dense:
     with _scratch() as scratch:
         try:
             write_sparse(adapter, scratch / "sparse", base)
-        except ValueError as error:
-            raise ValueError(
-                str(error).replace(TAKE_IT, " --dense publishes it without a look at the base.")
-            ) from error
+        except OtherBaseError as error:
+            way = " --dense publishes it without a look at the base." if error.way_out else ""
+            raise ValueError(f"{error.problem}{way}") from error
         _copy_weights(scratch / "sparse", staged)
     return []
 

@@ -1,6 +1,7 @@
 """push, against a Hub that speaks the real protocol: what goes up, what never does, and every way it can fail."""
 
 import json
+import shutil
 import socket
 import subprocess
 import sys
@@ -9,6 +10,7 @@ import pytest
 from huggingface_hub import ModelCard
 from loopback import TOKEN, Fault
 from safetensors.torch import load as load_safetensors
+from safetensors.torch import save_file
 
 FILES = {
     ".gitattributes",
@@ -125,6 +127,20 @@ def test_a_second_push_sends_what_changed_and_removes_what_is_no_longer_true(hub
     assert ask("push", adapter, "me/gsm").code == 0
     gone = {"layer_profile.json", "layer_profile.png", ".eval_results/onelayer.yaml"}
     assert set(hub.files("me/gsm")) == (FILES - gone) | {"notes.md"}
+
+
+def test_another_base_is_answered_with_what_push_has(ask, quick, base_folder, tmp_path):
+    other = tmp_path / "other"
+    shutil.copytree(base_folder, other)
+    tensors = load_safetensors((other / "model.safetensors").read_bytes())
+    save_file({name: tensor * 2 for name, tensor in tensors.items()}, other / "model.safetensors", {"format": "pt"})
+    config = json.loads((quick / "adapter_config.json").read_text())
+    (quick / "adapter_config.json").write_text(json.dumps(config | {"base_model_name_or_path": str(other)}))
+    answer = ask("push", quick, "me/gsm", "--dry-run")
+    assert (answer.code, answer.out) == (1, "") and "is not the base that" in answer.err[-1], answer
+    assert answer.err[-1].endswith(". --dense publishes it without a look at the base."), answer.err
+    assert "allow_other_base" not in answer.err[-1]
+    assert ask("push", quick, "me/gsm", "--dry-run", "--dense").code == 0
 
 
 def test_private_is_kept_or_refused(hub, ask, quick):
@@ -277,8 +293,6 @@ def _break(folder, how):
     if how == "truncated":
         weights.write_bytes(weights.read_bytes()[:-10])
     elif how == "NaN":
-        from safetensors.torch import save_file
-
         tensors = load_safetensors(weights.read_bytes())
         tensors[min(tensors)].flatten()[0] = float("nan")
         save_file(tensors, weights)
