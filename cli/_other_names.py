@@ -32,6 +32,17 @@ OTHER_NAMES: dict[str, tuple[str, ...]] = {
     **dict.fromkeys(("--repo-id", "--hub-model-id"), ("REPO_ID",)),
     **dict.fromkeys(("--epochs", "--num-epochs"), ("--set num_train_epochs",)),
 }
+COMMANDS: dict[str, str] = {
+    "resume": "train --resume --out RUN",
+    **dict.fromkeys(("finetune", "fine-tune", "fit", "run"), "train"),
+    **dict.fromkeys(("evaluate", "test", "benchmark"), "eval"),
+    **dict.fromkeys(("chat", "infer", "predict"), "generate"),
+    **dict.fromkeys(("rank", "layers"), "probe"),
+    **dict.fromkeys(("upload", "publish"), "push"),
+    **dict.fromkeys(("download", "fetch"), "pull"),
+    **dict.fromkeys(("show", "info"), "inspect"),
+    "diff": "analyze",
+}
 # Fields of TRL's configurations that are often given as options.
 FIELDS = {
     *("beta", "bf16", "fp16", "epsilon", "gradient_accumulation_steps", "gradient_checkpointing", "learning_rate"),
@@ -77,3 +88,13 @@ def as_typed(option: str, arguments: Sequence[str]) -> str:
     """
     typed = (argument.partition("=")[0] for argument in arguments if re.match("-[a-zA-Z]", argument))
     return option if option.startswith("--") else next((name for name in typed if option[1:] in name), option)
+
+
+def with_our_command(message: str) -> str:
+    """The parser's message about an unknown command with what is ours, where it goes by another name elsewhere.
+
+    >>> with_our_command("No such command 'resume'.")
+    "No such command 'resume'; here it is onelayer train --resume --out RUN"
+    """
+    found = re.match(r"No such command '([\w-]+)'", message)
+    return f"{found[0]}; here it is onelayer {COMMANDS[found[1]]}" if found and found[1] in COMMANDS else message
