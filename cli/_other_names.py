@@ -1,7 +1,9 @@
-"""What other tools call an option: an unknown one is answered with ours."""
+"""What other tools call an option, and how they write it: an unknown one is answered with ours."""
 
 from __future__ import annotations
 
+import difflib
+import re
 from collections.abc import Sequence
 
 import typer
@@ -30,6 +32,17 @@ OTHER_NAMES: dict[str, tuple[str, ...]] = {
     **dict.fromkeys(("--repo-id", "--hub-model-id"), ("REPO_ID",)),
     **dict.fromkeys(("--epochs", "--num-epochs"), ("--set num_train_epochs",)),
 }
+COMMANDS: dict[str, str] = {
+    "resume": "train --resume --out RUN",
+    **dict.fromkeys(("finetune", "fine-tune", "fit", "run"), "train"),
+    **dict.fromkeys(("evaluate", "test", "benchmark"), "eval"),
+    **dict.fromkeys(("chat", "infer", "predict"), "generate"),
+    **dict.fromkeys(("rank", "layers"), "probe"),
+    **dict.fromkeys(("upload", "publish"), "push"),
+    **dict.fromkeys(("download", "fetch"), "pull"),
+    **dict.fromkeys(("show", "info"), "inspect"),
+    "diff": "analyze",
+}
 # Fields of TRL's configurations that are often given as options.
 FIELDS = {
     *("beta", "bf16", "fp16", "epsilon", "gradient_accumulation_steps", "gradient_checkpointing", "learning_rate"),
@@ -42,15 +55,16 @@ FIELDS = {
 def other_names(given: str, context: typer.Context) -> Sequence[str]:
     """The command's own name for an option that it does not have, as other tools call it; nothing where none is known.
 
-    A name with underscores is one with dashes.
+    A name with underscores is one with dashes, and one with a single dash has two.
     """
-    options = {name for parameter in context.command.params for name in (*parameter.opts, *parameter.secondary_opts)}
+    parameters = context.command.get_params(context)  # --help among them
+    options = {name for parameter in parameters for name in (*parameter.opts, *parameter.secondary_opts)}
     arguments = {
         str(parameter.name).removesuffix("s").upper()
-        for parameter in context.command.params
+        for parameter in parameters
         if parameter.param_type_name == "argument"
     }
-    dashed = given.replace("_", "-")
+    dashed = f"--{given.lstrip('-')}".replace("_", "-")
     field = dashed.removeprefix("--").replace("-", "_")
     for name in (dashed, *OTHER_NAMES.get(dashed, ()), *([f"--set {field}"] if field in FIELDS else [])):
         if name.startswith("--set ") and "--set" in options:
@@ -59,4 +73,28 @@ def other_names(given: str, context: typer.Context) -> Sequence[str]:
             return [name]
         if name in arguments:
             return [f"{name}, which is written without an option"]
-    return []
+    if given.startswith("--"):
+        return []
+    if len(given) == 2:
+        return sorted(name for name in options if name.startswith(dashed))
+    return difflib.get_close_matches(dashed, sorted(options), 1)
+
+
+def as_typed(option: str, arguments: Sequence[str]) -> str:
+    """What was typed where the parser names one letter of it: -lr is read as -l and -r.
+
+    >>> as_typed("-l", ["train", "m", "-lr=1e-4"]), as_typed("--lr", ["train", "m", "--lr"])
+    ('-lr', '--lr')
+    """
+    typed = (argument.partition("=")[0] for argument in arguments if re.match("-[a-zA-Z]", argument))
+    return option if option.startswith("--") else next((name for name in typed if option[1:] in name), option)
+
+
+def with_our_command(message: str) -> str:
+    """The parser's message about an unknown command with what is ours, where it goes by another name elsewhere.
+
+    >>> with_our_command("No such command 'resume'.")
+    "No such command 'resume'; here it is onelayer train --resume --out RUN"
+    """
+    found = re.match(r"No such command '([\w-]+)'", message)
+    return f"{found[0]}; here it is onelayer {COMMANDS[found[1]]}" if found and found[1] in COMMANDS else message

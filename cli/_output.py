@@ -23,6 +23,7 @@ from peft_onelayer.records.text import printable
 from peft_onelayer.runs import progress
 
 LINE = 4000  # characters of a printed line
+TABLES = 4  # that a wide one becomes at most
 EVERY = 30.0  # seconds between two lines where there is no terminal
 
 # The first of the processes that torchrun or accelerate started, or the only one, speaks.
@@ -76,24 +77,47 @@ def print_json(data: Any) -> None:
     print(json.dumps(data, indent=2))
 
 
-def print_table(title: str, header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
-    """A table of plain text on stdout; all columns but the first are aligned right."""
-    table = Table(title=Text(plain(title)), title_justify="left", title_style="bold", show_header=any(header))
-    for i, name in enumerate(header):
-        table.add_column(Text(plain(name)), justify="right" if i else "left", no_wrap=True)
-    for row in rows:
-        table.add_row(*(Text(plain(cell)) for cell in row))
+def print_table(title: str, header: Sequence[str], rows: Sequence[Sequence[str]], piped: int = 1000) -> None:
+    """A table of plain text on stdout; all columns but the first are aligned right. What is wider than the terminal
+    becomes a few tables with the first column in each; nothing is cut.
+
+    Args:
+        piped: columns where there is no terminal; many, since a program there wants a row in one line.
+    """
     console = Console(highlight=False)
     if not console.is_terminal:
-        console.width = 1000  # of which it takes what it needs: a reader in a pipe wants whole names
-    if Measurement.get(console, console.options.update(width=10_000), table).maximum > console.width:
+        console.width = piped
+    parts: list[list[int]] = [[]]
+    for i in range(1, len(header)):
+        if parts[-1] and _width(console, _table(header, rows, [*parts[-1], i])) > console.width:
+            parts.append([])
+        parts[-1].append(i)
+    tables = [_table(header, rows, part) for part in parts]
+    if len(tables) > TABLES or any(_width(console, table) > console.width for table in tables):
         _print_rows(title, header, rows)
-    else:
+        return
+    if title:
+        console.print(Text(plain(title), style="bold"), soft_wrap=True)
+    for table in tables:
         console.print(table)
 
 
+def _table(header: Sequence[str], rows: Sequence[Sequence[str]], columns: Sequence[int]) -> Table:
+    """The first column and these."""
+    table = Table(show_header=any(header))
+    for i in (0, *columns):
+        table.add_column(Text(plain(header[i])), justify="right" if i else "left", no_wrap=True)
+    for row in rows:
+        table.add_row(*(Text(plain(row[i])) for i in (0, *columns)))
+    return table
+
+
+def _width(console: Console, table: Table) -> int:
+    return Measurement.get(console, console.options.update(width=10_000), table).maximum
+
+
 def _print_rows(title: str, header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
-    """A table that is wider than the terminal: one line for each cell that says something, below its row's name."""
+    """A table that is much wider than the terminal: a line for each cell that says something, below its row's name."""
     print_line(title)
     for name, *cells in rows:
         print_line(name)

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from peft_onelayer.sweep.transplant import TransplantProfile
 
 LISTED = 60  # tensors up to which the table has a line for each
+PIPED = 100  # columns: its tables are to be read, and --json is for programs
 IMAGES = (".png", ".pdf", ".svg")
 EXAMPLES = """Examples:
 
@@ -185,6 +186,7 @@ def _print(found: Analysis) -> None:
             f"{found.base} to {found.other}: {prefix}*",
             [*_header("tensor", official), "shape", "rows", "columns", "rank", "effective rank"],
             [[*_cells(t.name.removeprefix(prefix), t, official), *_matrix_cells(t)] for t in found.tensors],
+            piped=PIPED,
         )
     else:
         for title, groups in (("blocks", found.layers), ("kinds of tensors", found.kinds)):
@@ -193,6 +195,7 @@ def _print(found: Analysis) -> None:
                 f"{found.base} to {found.other}: {title}, {len(groups) - len(moved)} of {len(groups)} equal the base's",
                 [*_header(title, official), "tensors", "rank", "effective rank"],
                 [[*_cells(group.name, group, official), *_group_cells(group)] for group in moved],
+                piped=PIPED,
             )
     total = found.total
     print_line(f"{found.dtypes}; compared in float64")

@@ -45,7 +45,7 @@ from . import (
 )
 from ._errors import LIMIT, UserError
 from ._examples import EXAMPLES
-from ._other_names import other_names
+from ._other_names import as_typed, other_names, with_our_command
 
 app = typer.Typer(
     name="onelayer",
@@ -131,7 +131,11 @@ def main() -> None:
         context = getattr(error, "ctx", None)  # only usage errors know their command
         where = context.command_path if context else "onelayer"
         if context and hasattr(error, "possibilities"):  # no such option
-            error.possibilities = other_names(getattr(error, "option_name", ""), context) or error.possibilities
+            option = getattr(error, "option_name", "")
+            typed = as_typed(option, sys.argv[1:])
+            error.message = error.message.replace(option, typed)
+            error.possibilities = other_names(typed, context) or error.possibilities
+        error.message = with_our_command(error.message)
         message = one_line(
             without_secrets(error.format_message()), LIMIT
         )  # a missing choice is listed over several lines

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 def push(
     adapter: Annotated[Path, typer.Argument(help="Folder of the adapter, as onelayer train wrote it.")],
-    repo_id: Annotated[str, typer.Argument(help="Repository on the Hub: name or owner/name.")],
+    repo_id: Annotated[str, typer.Argument(help="Repository on the Hub: owner/name; without an owner your own.")],
     private: Annotated[
         bool | None,
         typer.Option("--private/--public", help="Of a new repository. [default: the account's]", show_default=False),
@@ -69,6 +69,7 @@ def push(
             with_peft=with_peft,
             license=license,
             dry_run=dry_run,
+            note=note,
         )
     for line in pushed.notes:
         note(line)

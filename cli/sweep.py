@@ -106,7 +106,7 @@ def sweep(
 ) -> None:
     """Measure the layer contribution of MODEL's blocks: base, full and one run per block, on the same problems."""
     from peft_onelayer.rl.settings import parse_settings
-    from peft_onelayer.sweep.early import check_sweep, check_target
+    from peft_onelayer.sweep.early import check_engine, check_sweep, check_target
     from peft_onelayer.sweep.settings import SWEEP_OPTIONS, SweepSettings
 
     with user_error(ValueError, OSError):
@@ -139,6 +139,7 @@ def sweep(
         )
         check_sweep(asked)
         check_target(out)
+        check_engine(engine)
         options = _engine_options(engine, early_stop, slurm or [])
     with status("loading ..."):
         from peft_onelayer.report.plots import plot_profile

@@ -21,7 +21,7 @@ from peft_onelayer.records.figures import Figures, Measured
 from peft_onelayer.records.files import PROFILE, RUN
 from peft_onelayer.records.locate import last_part
 from peft_onelayer.records.ranking import LayerRanking
-from peft_onelayer.records.run import RunRecord
+from peft_onelayer.records.run import DataSource, RunRecord
 from peft_onelayer.records.text import name_blocks, well_formed
 from peft_onelayer.rl.algorithms import ALGORITHMS
 from peft_onelayer.tasks import TASKS
@@ -107,8 +107,8 @@ def eval_results(evaluation: EvaluationRecord) -> list[dict[str, Any]]:
             notes=f"onelayer eval, {_decoding(decoding, evaluation)}, n = {result.n}, "
             f"standard error {'not known' if error is None else f'{100 * error:.2f}'}",
         )
-        for dataset, commit in evaluation.task.data.items()
-        if evaluation.split == "test" and (found := _HUB_DATA.fullmatch(dataset)) and found["id"] in BENCHMARKS
+        for found, commit in _hub_data(evaluation.task)
+        if evaluation.split == "test" and found["id"] in BENCHMARKS
     ]
     return eval_result_entries_to_yaml(entries)
 
@@ -165,7 +165,7 @@ def _metadata(
     if run:
         source = run.settings.source
         tags += [run.settings.algorithm, source.name, f"task:{source.name}"]
-        datasets = [found["id"] for name in source.data if (found := _HUB_DATA.fullmatch(name))]
+        datasets = [found["id"] for found, _ in _hub_data(source)]
         language = "en" if source.name.partition(":")[0] in ENGLISH else None
     tags += [f"layer:{layer}" for layer in sorted(base.layers)]
     results = _model_index(evaluation) if evaluation else None
@@ -183,9 +183,18 @@ def _metadata(
     )
 
 
+def _hub_data(source: DataSource) -> list[tuple[re.Match[str], str]]:
+    """The data sets of the Hub among what was read, each with its commit. A file, whatever its name, has a digest."""
+    return [
+        (found, version)
+        for name, version in source.data.items()
+        if not version.startswith("sha256:") and (found := _HUB_DATA.fullmatch(name))
+    ]
+
+
 def _model_index(evaluation: EvaluationRecord) -> list[EvalResult]:
     task = evaluation.task
-    found = next((found for name in task.data if (found := _HUB_DATA.fullmatch(name))), None)
+    found, commit = next(iter(_hub_data(task)), (None, None))
     results = []
     for decoding, result in evaluation.results.items():
         figures = _of_adapter(result)
@@ -198,7 +207,7 @@ def _model_index(evaluation: EvaluationRecord) -> list[EvalResult]:
                 dataset_name=task.name,
                 dataset_config=found["config"] if found else None,
                 dataset_split=evaluation.split,
-                dataset_revision=task.data[found[0]] if found else None,
+                dataset_revision=commit,
                 metric_type="mean_reward",
                 metric_name=f"mean reward, {_decoding(decoding, evaluation)}",
                 metric_value=round(figures.mean, 4),
@@ -294,7 +303,9 @@ def _row(name: str, result: Measured) -> str:
 
 def _example(evaluation: EvaluationRecord) -> str:
     """The first problem with what base and adapter wrote; "" for data that nobody has published."""
-    public = evaluation.task.name.partition(":")[0] in TASKS or all(map(_HUB_DATA.fullmatch, evaluation.task.data))
+    public = evaluation.task.name.partition(":")[0] in TASKS or len(_hub_data(evaluation.task)) == len(
+        evaluation.task.data
+    )
     found = next(iter(evaluation.examples or []), None)
     if found is None or not public:
         return ""

@@ -15,6 +15,7 @@ import yaml
 from peft_onelayer.records.locate import is_local
 from peft_onelayer.rl.algorithms import ALGORITHMS
 from peft_onelayer.tasks import TASKS
+from peft_onelayer.tasks.files import SUFFIXES
 
 FIRST = "title"  # of the parts
 TAGS = ("onelayer", "reinforcement-learning")
@@ -106,10 +107,17 @@ def _fields(ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> dict[str, Any
     found: dict[str, Any] = kept | dict(ours)
     found |= {name: kept[name] for name in ("license", "language") if name in kept}
     for name in ("tags", "datasets"):
-        other = [entry for entry in kept.get(name) or [] if name != "tags" or not _is_ours(entry)]
+        found.pop(name, None)
+        other = [entry for entry in kept.get(name) or [] if not (_is_ours if name == "tags" else _is_file)(entry)]
         if listed := [*(ours.get(name) or []), *other]:
             found[name] = list(dict.fromkeys(listed))
     return found
+
+
+def _is_file(dataset: Any) -> bool:
+    """Whether a trainer that wrote the card trained on a file of its own, which the Hub would look for among its data
+    sets."""
+    return str(dataset).endswith(SUFFIXES) or is_local(str(dataset))
 
 
 def _is_ours(tag: Any) -> bool:

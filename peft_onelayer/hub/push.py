@@ -24,7 +24,7 @@ from huggingface_hub import (
     get_token,
     hf_hub_download,
 )
-from huggingface_hub.errors import RevisionNotFoundError
+from huggingface_hub.errors import HfHubHTTPError, RevisionNotFoundError
 from huggingface_hub.utils import validate_repo_id, yaml_dump
 
 from peft_onelayer.adapter.reader import AdapterFile, open_adapter
@@ -44,7 +44,7 @@ from peft_onelayer.records.hub_errors import LOG_IN, HubError, hub_errors
 from peft_onelayer.records.locate import adapter_folder, cached_base, is_local, last_part
 from peft_onelayer.records.privacy import holds_secrets, without_private
 from peft_onelayer.records.text import name_blocks, printable
-from peft_onelayer.sparse.base import TAKE_IT
+from peft_onelayer.sparse.base import OtherBaseError
 
 from .card import PLOT, REWARDS, eval_results, model_card
 from .card_text import is_edited, merge_cards, own_text, split_card
@@ -106,6 +106,7 @@ def push_adapter(
     with_peft: bool = False,
     license: str | None = None,
     dry_run: bool = False,
+    note: Callable[[str], None] | None = None,
 ) -> Push:
     """Publish the adapter in `folder` on the Hub, in one commit; token and endpoint are huggingface_hub's own.
 
@@ -128,6 +129,7 @@ def push_adapter(
             where the base is at hand.
         license: of the adapter, such as "apache-2.0"; by default the one that the card has, or the base's.
         dry_run: send nothing and ask the Hub nothing.
+        note: called with one line before anything is sent, where `repo_id` names no owner: where it goes.
 
     Raises:
         ValueError: no adapter, a damaged one, or records of another adapter (`HubError` for what the Hub refuses).
@@ -140,8 +142,10 @@ def push_adapter(
     if not folder.is_dir():
         raise ValueError(f"no adapter folder at {folder}; give the one that onelayer train wrote.")
     folder, branch = adapter_folder(folder), revision or constants.DEFAULT_REVISION
-    if not dry_run and get_token() is None:  # before minutes of preparation
-        raise HubError(f"cannot push to {repo_id}: no token was found; {LOG_IN}.")
+    if not dry_run:
+        given, repo_id = repo_id, _with_owner(repo_id)
+        if note is not None and repo_id != given:
+            note(f"{given} names no owner, so it goes to {constants.ENDPOINT}/{repo_id}")
     staging = partial(
         stage,
         folder,
@@ -170,6 +174,24 @@ def push_adapter(
             message = message or f"Adapter of {name_blocks(adapter.layers)}, with onelayer push"
             commit, pull_request = _commit(staged, push, there, create_pr=create_pr, message=message)
     return replace(push, commit=commit, pull_request=pull_request)
+
+
+def _with_owner(repo_id: str) -> str:
+    """The repository with its owner, by default the token's; as it is where the Hub does not say who that is.
+
+    Raises:
+        HubError: no token, or one that the Hub does not take, before minutes of preparation.
+    """
+    if get_token() is None:
+        raise HubError(f"cannot push to {repo_id}: no token was found; {LOG_IN}.")
+    try:
+        with hub_errors(f"push to {repo_id}"):
+            name = HfApi().whoami()["name"]
+    except HubError as error:
+        if isinstance(error.__cause__, HfHubHTTPError) and error.__cause__.response.status_code == 401:
+            raise
+        return repo_id  # no network or a busy Hub, which the push itself finds out
+    return repo_id if "/" in repo_id else f"{name}/{repo_id}"
 
 
 def _sizes(staged: Path) -> dict[str, int]:
@@ -316,10 +338,9 @@ def _write_weights(adapter: AdapterFile, staged: Path, base: Path | None, dense:
     with _scratch() as scratch:
         try:
             write_sparse(adapter, scratch / "sparse", base)
-        except ValueError as error:
-            raise ValueError(
-                str(error).replace(TAKE_IT, " --dense publishes it without a look at the base.")
-            ) from error
+        except OtherBaseError as error:
+            way = " --dense publishes it without a look at the base." if error.way_out else ""
+            raise ValueError(f"{error.problem}{way}") from error
         _copy_weights(scratch / "sparse", staged)
     return []
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import socket
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from json import JSONDecodeError
 from typing import Any
@@ -41,18 +41,14 @@ class UnknownHostError(OfflineModeIsEnabled):
     huggingface_hub, transformers and datasets do where they are told to be offline."""
 
 
-@contextmanager
-def no_vain_retries() -> Iterator[list[UnknownHostError]]:
-    """Have huggingface_hub ask once, not six times in half a minute, for a host whose name has no address.
+class _AskedOnce:
+    """A factory of clients of `before` that ask once for a host whose name has no address; `unknown` are the errors."""
 
-    Yields:
-        The errors that this led to, for who catches what a library made of them.
-    """
-    check(__name__)
-    before, unknown = _http._GLOBAL_CLIENT_FACTORY, list[UnknownHostError]()
+    def __init__(self, before: Callable[[], Any]) -> None:
+        self.before, self.unknown = before, list[UnknownHostError]()
 
-    def client() -> Any:
-        made = before()
+    def __call__(self) -> Any:
+        made = self.before()
         send = made.send
 
         def once(*args: Any, **kwargs: Any) -> Any:
@@ -60,16 +56,31 @@ def no_vain_retries() -> Iterator[list[UnknownHostError]]:
                 return send(*args, **kwargs)
             except HTTPError as error:
                 if any(isinstance(cause, socket.gaierror) and cause.errno in NO_ADDRESS for cause in causes(error)):
-                    unknown.append(UnknownHostError(str(error)))
-                    raise unknown[-1] from error
+                    self.unknown.append(UnknownHostError(str(error)))
+                    raise self.unknown[-1] from error
                 raise
 
-        made.send = once  # type: ignore[method-assign]
+        made.send = once
         return made
 
-    set_client_factory(client)
+
+@contextmanager
+def no_vain_retries() -> Iterator[list[UnknownHostError]]:
+    """Have huggingface_hub ask once, not six times in half a minute, for a host whose name has no address. Within
+    itself it does nothing, so that a connection is kept.
+
+    Yields:
+        The errors that this led to, for who catches what a library made of them.
+    """
+    check(__name__)
+    before = _http._GLOBAL_CLIENT_FACTORY
+    if isinstance(before, _AskedOnce):
+        yield before.unknown
+        return
+    asked_once = _AskedOnce(before)
+    set_client_factory(asked_once)
     try:
-        yield unknown
+        yield asked_once.unknown
     finally:
         set_client_factory(before)
 
@@ -131,7 +142,7 @@ def _reason(error: BaseException, repo_id: str | None) -> str:
         return f"it is gated; ask for access at {endpoint}/{repo_id} and come back {hint}."
     if isinstance(error, RevisionNotFoundError):
         return "it has no such revision; give a branch, a tag or a commit that exists."
-    if isinstance(error, RepositoryNotFoundError):
+    if isinstance(error, RepositoryNotFoundError) and not (token and error.response.status_code == 401):
         seen = "that your token may see" if token else f"that is public; if it is private, {LOG_IN}"
         return f"{endpoint} has no model {repo_id} {seen}."
     if isinstance(error, HfHubHTTPError):

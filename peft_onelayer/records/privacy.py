@@ -69,7 +69,8 @@ _WINDOWS = (
 _AHEAD = r"(?<![\w/\\.~<)\]}*+-])"  # what stands before a path: nothing, a blank, a quote, a bracket, a sign; no "</s>"
 _HOMES = re.compile(rf"(?<![\w/\\.~)\]}}*+-]){_HOME_FOLDER}(?![^\s'\",;:()\[\]{{}}<>|`])")
 _PATH = re.compile(rf"{_AHEAD}(?:{_WINDOWS}|{_POSIX})|(?<=<)(?:{_WINDOWS}|{_POSIX})")
-_FILE = r"\S+/\S+\.(?:py|jsonl|jsonl\.gz|json|md|txt|safetensors)(?::\w+)?"  # data/mine.jsonl, tasks/mine.py:my_reward
+# data/mine.jsonl, tasks/mine.py:my_reward
+_FILE = r"\S+/\S+\.(?:py|jsonl|jsonl\.gz|csv|parquet|json|md|txt|safetensors)(?::\w+)?"
 _IS_PATH = re.compile(rf"(?:file://)?(?:~[\w.-]*/|/(?=[^/\s]+/)|\.\.?/(?=.))|[A-Za-z]:[\\/]|\\\\|(?!\w+://){_FILE}\Z")
 _PRIVATE_IP = r"(?:10\.\d{1,3}|192\.168|172\.(?:1[6-9]|2\d|3[01])|169\.254)(?:\.\d{1,3}){2}(?![\w.]*\d)"
 _LABELS = r"(?:[A-Za-z0-9-]+\.)+(?:internal|intranet|local|localdomain|lan|corp|home\.arpa)\b(?![\w(-]|\.\w)"

@@ -28,7 +28,7 @@ from transformers.trainer import TRAINING_ARGS_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from peft_onelayer.records.figures import CompletionStatistics
-from peft_onelayer.sparse.base import TAKE_IT
+from peft_onelayer.sparse.base import OtherBaseError
 from peft_onelayer.tasks import Task
 from peft_onelayer.tuner import SingleLayerConfig
 
@@ -184,8 +184,8 @@ def train_rows(
     if init_adapter is not None and resume_from is None:
         try:
             set_peft_model_state_dict(trainer.model, load_peft_weights(str(init_adapter), device="cpu"))
-        except ValueError as error:
-            raise ValueError(str(error).replace(TAKE_IT, "")) from error
+        except OtherBaseError as error:
+            raise ValueError(error.problem) from error
     if resume_from is not None:
         refuse_incomplete_resume(trainer.model)
     with warnings.catch_warnings():

@@ -20,6 +20,8 @@ from peft_onelayer.records.claim import check_parent, claimed
 from peft_onelayer.records.evaluation import EvaluationRecord
 from peft_onelayer.records.files import CONFIG, TargetError, check_file, check_folder, read_fields
 from peft_onelayer.records.locate import check_base_of, check_model_name
+from peft_onelayer.records.privacy import holds_secrets
+from peft_onelayer.records.run import RunRecord
 from peft_onelayer.records.text import meant
 from peft_onelayer.records.vote import VoteRecord
 from peft_onelayer.rl.algorithms import Algorithm, load_algorithm
@@ -27,6 +29,7 @@ from peft_onelayer.tasks import EXTRA, TASKS, Task, load_task
 
 from .folder import RunFolder
 from .inputs import check_adapter, check_blocks, check_data, check_mask, check_weights
+from .reporting import check_reporters
 from .settings import (
     BUDGET,
     KEEP,
@@ -40,7 +43,6 @@ from .settings import (
 )
 
 DEMO = "demo.json"
-REPORTERS = ("wandb", "trackio", "mlflow", "comet_ml", "clearml", "codecarbon", "dvclive", "swanlab")
 DEMO_TASKS = ("arithmetic", "sort")
 
 
@@ -80,7 +82,12 @@ def check_training(settings: TrainingSettings, *, resume: bool = False, writes: 
     if str(settings.config.get("use_vllm", False)).lower() in ("true", "yes", "1") and not _installed("vllm"):
         raise ValueError("use_vllm needs vLLM, which is not installed; pip install 'trl[vllm]', or leave use_vllm out")
     _check_temperature(settings.config)
-    _check_reporters(settings.report_to)
+    if settings.report_to != "none" and holds_secrets(settings.config):
+        raise ValueError(
+            "--set gives a secret, which --report-to would log with all settings; leave one of them out, or give the "
+            "secret by an environment variable"
+        )
+    check_reporters(settings.report_to)
     if not algorithm.online and settings.dataset:
         check_data(settings.dataset)
     _check_inputs(settings)
@@ -88,7 +95,17 @@ def check_training(settings: TrainingSettings, *, resume: bool = False, writes: 
         check_weights(settings.model)
     if writes and os.environ.get("RANK", "0") == "0":
         with claimed(Path(settings.out)):  # a run that goes on is named before what its folder lacks yet
-            RunFolder(Path(settings.out), resume)
+            folder = RunFolder(Path(settings.out), resume)
+        if folder.previous and folder.previous.status == "finished":
+            _check_more_steps(settings, folder.previous)
+
+
+def _check_more_steps(settings: TrainingSettings, finished: RunRecord) -> None:
+    """Refuse to go on with a run that has nothing left to do."""
+    before = finished.settings.config.get("max_steps", -1)
+    if not 0 < before < (settings.steps or 0):
+        more = f", or raise --steps above {before} to train it further" if before > 0 else ""
+        raise ValueError(f"the run in {settings.out} is finished; choose a new output folder{more}.")
 
 
 def check_effect(given: Collection[str], settings: TrainingSettings) -> None:
@@ -129,16 +146,6 @@ def _check_temperature(config: Mapping[str, Any]) -> None:
         return
     if not above:
         raise ValueError(f"--set temperature must be above 0 in training, got {config['temperature']}; 1 is usual")
-
-
-def _check_reporters(report_to: str) -> None:
-    """Refuse a library that is imported by the name of the reporter and is not there; of others TRL's import tells."""
-    for name in report_to.split(","):
-        if name.strip() in REPORTERS and not _installed(name.strip()):
-            library = name.strip()
-            raise ValueError(
-                f"--report-to {library}: {library} is not installed; pip install {library}, or leave it out"
-            )
 
 
 def _check_blocks(settings: TrainingSettings, algorithm: Algorithm) -> None:

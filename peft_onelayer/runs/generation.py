@@ -113,14 +113,14 @@ class Speakers:
 
         Args:
             name: one of `names`.
-            prompt: the user's text.
+            prompt: the user's text, which `check` took.
             on_text: is given the text piece by piece.
             max_tokens: where the answer is cut.
             temperature: of sampling; 0 for greedy decoding.
             seed: of sampling, the same for every speaker.
 
         Raises:
-            ValueError: a prompt without tokens, or one that leaves the model no room.
+            ValueError: a prompt that leaves the model no room.
         """
         messages = [*self.said[name], {"role": "user", "content": prompt}]
         if self.chat:
@@ -129,8 +129,6 @@ class Speakers:
         else:
             ids = self.tokenizer(prompt).input_ids
         room = getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
-        if not ids:
-            raise ValueError("the prompt holds no token; give some text")
         if room and len(ids) >= room:
             raise ValueError(f"the prompt has {len(ids)} tokens, and the model has room for {room}; give a shorter one")
         inputs = torch.tensor([ids], device=self.model.device)

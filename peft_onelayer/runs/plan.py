@@ -10,7 +10,6 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase, TrainingArguments
 
 from peft_onelayer.records.adapter_config import MaskRecord
-from peft_onelayer.records.privacy import holds_secrets
 from peft_onelayer.rl.algorithms import Algorithm, load_algorithm
 from peft_onelayer.rl.boost import parse_boost
 from peft_onelayer.rl.preferences import OfflineData, load_preferences
@@ -92,11 +91,6 @@ class TrainingPlan:
             "seed": settings.seed,
             "max_steps": settings.steps or (STEPS if self.algorithm.online else -1),
         }
-        if settings.report_to != "none" and holds_secrets(given):
-            raise ValueError(
-                "--set gives a secret, which --report-to would log with all settings; leave one of them out, or give "
-                "the secret by an environment variable"
-            )
         fixed["report_to"] = reporters(settings.report_to)
         make = partial(self.recipe.config, **{k: v for k, v in defaults.items() if k not in given})
         if self.algorithm.online and "num_train_epochs" in given:

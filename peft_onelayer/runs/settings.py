@@ -23,6 +23,7 @@ TRAINING_OPTIONS = {
     "output_dir": "--out",
     "seed": "--seed",
     "max_steps": "--steps",
+    "lr": "--learning-rate",  # which is no field of TRL's
     "report_to": "--report-to",
     "resume_from_checkpoint": "--resume",
     "trust_remote_code": "--trust-remote-code",
@@ -32,6 +33,7 @@ PROBE_OPTIONS = {
     "output_dir": "nothing: a probe writes only --out",
     "seed": "--seed",
     "max_steps": "--steps",
+    "lr": "--learning-rate",
     "num_train_epochs": "--steps",
     "trust_remote_code": "--trust-remote-code",
     "model_init_kwargs": _LOADING,

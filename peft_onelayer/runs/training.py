@@ -175,11 +175,6 @@ class _Training:
             )
         if raised:
             self._tell_of_more_steps(raised)
-        elif previous.status == "finished":
-            raise ValueError(
-                f"the run in {self.settings.out} is finished; choose a new output folder, or raise --steps above "
-                f"{config.max_steps} to train it further."
-            )
         return replace(record, command=previous.command)
 
     def _tell_of_more_steps(self, before: int) -> None:

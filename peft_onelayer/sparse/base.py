@@ -266,15 +266,26 @@ def what_differs(other: Mapping[str, str]) -> str:
     return f"its {printable(first, 80)} {what}{rest}"
 
 
-TAKE_IT = (
-    " To take it all the same: allow_other_base=True in PeftModel.from_pretrained or "
-    "SingleLayerConfig.from_pretrained, or --allow-other-base."
-)
+class OtherBaseError(ValueError):
+    """A base that is not the one the adapter was trained on.
+
+    Attributes:
+        problem: the message without the way out.
+        way_out: whether `allow_other_base` helps.
+    """
+
+    def __init__(self, problem: str, way_out: bool = False) -> None:
+        take_it = (
+            " To take it all the same: allow_other_base=True in PeftModel.from_pretrained or "
+            "SingleLayerConfig.from_pretrained, or --allow-other-base."
+        )
+        super().__init__(f"{problem}{take_it if way_out else ''}")
+        self.problem, self.way_out = problem, way_out
 
 
 def other_base(
     problem: str, recorded: Mapping[str, Any], found: Mapping[str, Any] | None = None, way_out: bool = True
-) -> ValueError:
+) -> OtherBaseError:
     """The error for a base that is not the one the adapter was trained on; names all that is known to differ.
 
     Args:
@@ -289,9 +300,10 @@ def other_base(
         for field, what, limit in (("name", "name", 200), ("revision", "commit", 40), ("config", "configuration", 12))
         if found and recorded.get(field) and found.get(field) and recorded[field] != found[field]
     ]
-    return ValueError(
+    return OtherBaseError(
         f"this is not the base that the adapter was trained on ({made or 'unnamed'}): {problem}"
-        f"{'; ' + ', '.join(differ) if differ else ''}.{TAKE_IT if way_out else ''}"
+        f"{'; ' + ', '.join(differ) if differ else ''}.",
+        way_out,
     )
 
 

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from peft_onelayer.records.text import printable
 
-from .base import other_base
+from .base import OtherBaseError, other_base
 from .digest import config_digest, dtype_name, tensor_digest
 from .names import base_name, split_key
 
@@ -208,7 +208,7 @@ class SparseEncoding:
             f"({printable(there, 12)} there and {printable(here, 12)} here): its output may differ from the published."
         )
 
-    def other_base(self, problem: str, found: Mapping[str, Any] | None = None, way_out: bool = True) -> ValueError:
+    def other_base(self, problem: str, found: Mapping[str, Any] | None = None, way_out: bool = True) -> OtherBaseError:
         """The error for a base that is not the one the adapter was trained on; names all that is known to differ."""
         return other_base(problem, self.base, found, way_out)
 

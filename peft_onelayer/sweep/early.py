@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Mapping
 from pathlib import Path
 
 from peft_onelayer.layers import check_layers
 from peft_onelayer.records.files import check_folder
 from peft_onelayer.records.locate import check_model_name
+from peft_onelayer.records.text import meant
 from peft_onelayer.rl.algorithms import load_algorithm
 from peft_onelayer.rl.recipe import refuse_fields
 from peft_onelayer.runs.early import check_source
@@ -17,6 +19,8 @@ from peft_onelayer.runs.settings import check_rate
 from .settings import SWEEP_OPTIONS, SweepSettings
 
 ROWS = "rows"
+ENGINES = {"local": "local", "shared": "shared", "ray": "ray_engine", "slurm": "slurm"}  # and their modules
+LIBRARIES = {"ray": "ray", "slurm": "submitit"}  # that an engine imports; its extra has the engine's name
 
 
 def check_sweep(settings: SweepSettings) -> None:
@@ -40,6 +44,15 @@ def check_sweep(settings: SweepSettings) -> None:
     check_model_name(settings.model, settings.revision)
     check_weights(settings.model)
     check_blocks(settings.model, settings.layers)
+
+
+def check_engine(name: str) -> None:
+    """Raise ValueError, in one line, for an engine that there is not, or whose library is not installed."""
+    if name not in ENGINES:
+        near = meant(name, ENGINES)
+        raise ValueError(f"engine {name!r} is not known; expected one of {', '.join(ENGINES)}{near}")
+    if name in LIBRARIES and importlib.util.find_spec(LIBRARIES[name]) is None:
+        raise ValueError(f"engine {name!r} needs {LIBRARIES[name]}: pip install 'peft-onelayer[{name}]'")
 
 
 def check_target(out: Path) -> None:

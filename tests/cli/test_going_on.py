@@ -87,7 +87,7 @@ def test_the_number_of_steps_can_be_raised_and_the_schedule_is_told(onelayer, tm
     assert onelayer(*RUN, "--steps", "2", "--out", out)[0] == 0
     for arguments, message in (
         ([], "is finished; choose a new output folder, or raise --steps above 2"),
-        (["--steps", "1"], "cannot go on with these: config.max_steps: 2 -> 1"),
+        (["--steps", "1"], "is finished; choose a new output folder, or raise --steps above 2"),
         (["--steps", "4", "--seed", "1"], "cannot go on with these: config.seed: 0 -> 1; seed: 0 -> 1."),
     ):
         code, lines, _ = onelayer("train", "--resume", "--out", out, *arguments)

@@ -1,11 +1,14 @@
 """What only reads files, and what is wrong, needs neither torch's nor peft's import, which take seconds."""
 
+import dataclasses
 import json
+import os
 import shutil
 
 import pytest
 import torch
 from peft import get_peft_model
+from run_records import RECORD
 from worker import HEAVY, Worker
 
 import models
@@ -14,7 +17,7 @@ from peft_onelayer import SingleLayerConfig, export_adapter, inspect_adapter
 
 @pytest.fixture(scope="module")
 def onelayer():
-    worker = Worker(blocked=HEAVY)
+    worker = Worker(os.environ | {"HF_HUB_OFFLINE": "1"}, HEAVY)
     yield worker
     worker.close()
 
@@ -57,6 +60,12 @@ def files(tmp_path_factory):
     (root / "bad.jsonl").write_text('{"prompt": "a"}\n{"prompt"\n')
     (root / "empty.jsonl").write_text("")
     (root / "rows.csv").write_text("question,answer\n1,2\n")
+    run = root / "finished"
+    (run / "checkpoints" / "checkpoint-2").mkdir(parents=True)
+    (run / "checkpoints" / "checkpoint-2" / "trainer_state.json").write_text('{"global_step": 2}')
+    settings = dataclasses.replace(RECORD.settings, config={"max_steps": 2})
+    (run / "run.json").write_text(dataclasses.replace(RECORD, settings=settings, status="finished").to_json())
+    (run / "run.yaml").write_text(f"model: {root}/base\ntask: sort\nlayer: '1'\nsteps: 2\n")
     (root / "broken.py").write_text("def rows(:\n")
     return root
 
@@ -137,9 +146,19 @@ LORA = ["--format", "lora"]
         (["entropy", "./nowhere", "--task", "sort"], 1, "no model folder at nowhere"),
         (["compare", "{root}/dense", "{root}/base"], 1, "give the base"),
         (["trian"], 2, "Did you mean 'train'?"),
+        (["resume", "run"], 2, "No such command 'resume'; here it is onelayer train --resume --out RUN; see"),
+        (["evaluate", "run"], 2, "No such command 'evaluate'; here it is onelayer eval; see"),
+        ([*TRAIN, "--task", "sort", "--set", "lr=3e-3"], 1, "field lr is set by --learning-rate, not by --set"),
         (["train", "{root}/base"], 2, "--out is missing; give a new folder, such as --out run"),
         (["train", "{root}/base", "--tsak", "sort"], 2, "--task"),
         (["train", "{root}/base", "--lr", "3e-3"], 2, "No such option: --lr (Possible options: --learning-rate)"),
+        (["train", "{root}/base", "-lr", "3e-3"], 2, "No such option: -lr (Possible options: --learning-rate)"),
+        (["train", "{root}/base", "-layer=14"], 2, "No such option: -layer (Possible options: --layer)"),
+        (["train", "{root}/base", "-max_steps", "14"], 2, "No such option: -max_steps (Possible options: --steps)"),
+        (["train", "{root}/base", "-taks", "sort"], 2, "No such option: -taks (Possible options: --task)"),
+        (["train", "{root}/base", "-o", "run"], 2, "No such option: -o (Possible options: --out)"),
+        (["train", "-help"], 2, "No such option: -help (Possible options: --help)"),
+        (["-version"], 2, "No such option: -version (Possible options: --version)"),
         (["train", "{root}/base", "--lr=3e-3"], 2, "--lr (Possible options: --learning-rate)"),
         (["train", "{root}/base", "--max_steps", "3"], 2, "--max_steps (Possible options: --steps)"),
         (["train", "{root}/base", "--eval_every", "3"], 2, "--eval_every (Possible options: --eval-every)"),
@@ -189,6 +208,19 @@ LORA = ["--format", "lora"]
         ([*TRAIN, "--task", "{root}/task.py"], 1, "task.py has no function rows(split, n, seed)"),
         ([*TRAIN, "--task", "sort", "--set", "temperature=-1"], 1, "--set temperature must be above 0 in training"),
         ([*TRAIN, "--task", "sort", "--report-to", "dvclive"], 1, "--report-to dvclive: dvclive is not installed"),
+        (
+            [*TRAIN, "--task", "sort", "--report-to", "dagshub"],
+            1,
+            "not installed; pip install dagshub mlflow, or leave",
+        ),
+        ([*TRAIN, "--task", "sort", "--report-to", "wnadb"], 1, "--report-to wnadb is not known; did you mean wandb?"),
+        (
+            [*TRAIN, "--task", "sort", "--report-to", "x,y"],
+            1,
+            "give none, all, or some of azure_ml, clearml, codecarbon",
+        ),
+        ([*TRAIN, "--task", "sort", "--report-to", "kubeflow"], 1, "is of a Kubeflow job"),
+        ([*TRAIN, "--task", "sort", "--report-to", "all", "--set", "run_name=ghp_" + "Ab1" * 12], 1, "gives a secret"),
         ([*TRAIN, "--task", "sort", "--layer", "1", "--mask", "{root}/bad.jsonl"], 1, "no safetensors file"),
         ([*TRAIN, "--task", "sort", "--layer", "1", "--mask", "nowhere"], 1, "--mask nowhere: no such file; `onelayer"),
         (
@@ -223,6 +255,8 @@ LORA = ["--format", "lora"]
         (["train", "{root}/nowhere", "--task", "sort", "--out", "{root}/new"], 1, "no model folder at"),
         (["train", "{root}/base", "--task", "sort", "--out", "{root}/dense"], 1, "holds other files"),
         (["train", "--resume", "--out", "{root}/new"], 1, "holds no run to resume"),
+        (["train", "--resume", "--out", "{root}/finished"], 1, "is finished; choose a new output folder, or raise"),
+        (["train", "--resume", "--out", "{root}/finished", "--steps", "1"], 1, "or raise --steps above 2 to train it"),
         (["probe", "{root}/base"], 1, "give --task"),
         (["probe", "{root}/base", "--task", "sort", "--method", "rase"], 1, "did you mean race?"),
         (["probe", "{root}/base", "--task", "sort", "--out", "ranking.txt"], 1, "takes a JSON file"),
@@ -262,6 +296,7 @@ LORA = ["--format", "lora"]
         ([*SWEEP, "--regimes"], 1, "give rates to choose from"),
         ([*SWEEP, "--set", "max_steps=3"], 1, "field max_steps is set by --steps"),
         ([*SWEEP, "--revision", "v1"], 1, "--revision v1 is for a repository on the Hub, and"),
+        ([*SWEEP, "--engine", "slrum"], 1, "expected one of local, shared, ray, slurm; did you mean slurm?"),
         ([*SWEEP, "--early-stop"], 1, "use it with --engine ray, not local"),
         ([*SWEEP, "--out", "{root}/base"], 1, "exists and holds other files"),
         (["demo", "--task", "srot"], 1, "did you mean sort?"),

@@ -67,6 +67,7 @@ class Hub:
     Attributes:
         users: name of the owner of each token.
         readers: the tokens' owners who may only read.
+        expired: tokens whose time is over.
         repos: the models.
         large: contents of the LFS store by SHA-256.
         parts_of: size in bytes from which an upload goes in parts of that size.
@@ -89,6 +90,7 @@ class Hub:
     def reset(self) -> None:
         self.users: dict[str, str] = {}
         self.readers: set[str] = set()
+        self.expired: set[str] = set()
         self.repos: dict[str, Repo] = {}
         self.large: dict[str, bytes] = {}
         self.received: dict[tuple[str, int], bytes] = {}
@@ -207,6 +209,8 @@ class Handler(BaseHTTPRequestHandler):
     def _user(self, needed: bool = False) -> str | None:
         given = self.headers.get("Authorization", "")
         token = given.removeprefix("Bearer ")
+        if token in self.hub.expired:
+            raise RefusedError(401, "User Access Token is expired")
         if given and token not in self.hub.users:
             raise RefusedError(401, "Invalid credentials in Authorization header")
         if needed and not given:

@@ -39,6 +39,20 @@ def test_its_front_matter_is_what_the_hub_reads(adapter, tmp_path):
     assert greedy.dataset_revision == "e53f048856ff4f594e959d75785d2c2d37b678ee"
 
 
+@pytest.mark.parametrize("name", ["mine.csv", "openai/gsm8k"])
+def test_a_file_of_ones_own_is_named_in_the_text_alone(adapter, tmp_path, name):
+    for file in ("run.json", "eval.json"):
+        record = json.loads((adapter / file).read_text())
+        source = record["task"] if file == "eval.json" else record["settings"]["task"]
+        source |= {"name": f"data/{name}", "data": {name: "sha256:" + "0" * 64}}
+        (adapter / file).write_text(json.dumps(record))
+    (adapter / "README.md").write_text("---\ndatasets:\n- data/mine.csv\n- org/theirs\n---\nMine.\n")
+    folder = staged(adapter, tmp_path)
+    card = ModelCard.load(folder / "README.md")
+    assert card.data.datasets == ["org/theirs"] and f"{name} (sha256:00000)" in card.text
+    assert not (folder / ".eval_results").exists() and card.data.eval_results[0].dataset_revision is None
+
+
 def test_the_leaderboards_entry(adapter, tmp_path):
     path = staged(adapter, tmp_path) / ".eval_results" / "onelayer.yaml"
     (entry,) = parse_eval_result_entries(yaml.safe_load(path.read_text()))
@@ -139,7 +153,7 @@ def test_cards_of_records_that_earlier_versions_wrote(name):
             "gsm8k:/home/me/x",
             "see '/home/me/x'",
         ),
-        *("me/x.jsonl", "secret/me/x.py:score"),
+        *("me/x.jsonl", "me/x.csv", "me/x.parquet", "secret/me/x.py:score"),
     ],
 )
 def test_paths_are_cut_to_their_last_part(text):

@@ -55,3 +55,17 @@ def test_the_client_is_put_back(fails):
     with no_vain_retries(), pytest.raises(UnknownHostError):
         get_session().get("https://huggingface.co/x")
     assert _http._GLOBAL_CLIENT_FACTORY is before
+
+
+def test_within_itself_it_keeps_the_connection(fails):
+    from huggingface_hub import get_session
+
+    with no_vain_retries():
+        outer = get_session()
+        with no_vain_retries() as unknown:
+            assert get_session() is outer
+            fails(socket.EAI_NONAME)
+            with pytest.raises(UnknownHostError):
+                outer.get("https://huggingface.co/x")
+            assert len(unknown) == 1
+        assert get_session() is outer and not outer.is_closed

@@ -88,6 +88,12 @@ def test_who_may_not(hub, ask, published, tmp_path, change, token, message):
     assert ask("pull", "me/gsm", tmp_path / "here", token=TOKEN).code == 0
 
 
+def test_a_token_that_has_expired_is_not_taken_for_a_repository_that_is_not_there(hub, ask, published, tmp_path):
+    hub.expired = {TOKEN}
+    answer = ask("pull", "me/gsm", tmp_path / "here")
+    assert answer.code == 1 and len(answer.err) == 1 and "the Hub refused the token" in answer.err[0], answer.err
+
+
 def _stranger(files, how):
     tensors = load(files["adapter_model.safetensors"])
     if how == "NaN":

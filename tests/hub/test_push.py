@@ -1,6 +1,7 @@
 """push, against a Hub that speaks the real protocol: what goes up, what never does, and every way it can fail."""
 
 import json
+import shutil
 import socket
 import subprocess
 import sys
@@ -9,6 +10,7 @@ import pytest
 from huggingface_hub import ModelCard
 from loopback import TOKEN, Fault
 from safetensors.torch import load as load_safetensors
+from safetensors.torch import save_file
 
 FILES = {
     ".gitattributes",
@@ -127,6 +129,20 @@ def test_a_second_push_sends_what_changed_and_removes_what_is_no_longer_true(hub
     assert set(hub.files("me/gsm")) == (FILES - gone) | {"notes.md"}
 
 
+def test_another_base_is_answered_with_what_push_has(ask, quick, base_folder, tmp_path):
+    other = tmp_path / "other"
+    shutil.copytree(base_folder, other)
+    tensors = load_safetensors((other / "model.safetensors").read_bytes())
+    save_file({name: tensor * 2 for name, tensor in tensors.items()}, other / "model.safetensors", {"format": "pt"})
+    config = json.loads((quick / "adapter_config.json").read_text())
+    (quick / "adapter_config.json").write_text(json.dumps(config | {"base_model_name_or_path": str(other)}))
+    answer = ask("push", quick, "me/gsm", "--dry-run")
+    assert (answer.code, answer.out) == (1, "") and "is not the base that" in answer.err[-1], answer
+    assert answer.err[-1].endswith(". --dense publishes it without a look at the base."), answer.err
+    assert "allow_other_base" not in answer.err[-1]
+    assert ask("push", quick, "me/gsm", "--dry-run", "--dense").code == 0
+
+
 def test_private_is_kept_or_refused(hub, ask, quick):
     hub.add("me/public", {".gitattributes": b""})
     assert "it exists and is public" in only_line(ask("push", quick, "me/public", "--private"))
@@ -171,6 +187,27 @@ def test_who_may_not(hub, ask, quick, arguments, token, message):
     answer = ask("push", quick, *arguments, token=token)
     assert message in only_line(answer)
     assert {name: repo.branches for name, repo in hub.repos.items()} == before
+
+
+def test_a_wrong_token_is_said_before_the_adapter_is_read(hub, ask, quick):
+    (quick / "adapter_model.safetensors").write_bytes(b"damaged")
+    line = only_line(ask("push", quick, "me/gsm", token="hf_" + "wrong" * 5))
+    assert "the Hub refused the token" in line and "log in with" in line
+    assert [path for _, path, _ in hub.requests] == ["/api/whoami-v2"]
+
+
+def test_a_name_without_an_owner_is_ones_own_and_said_before_anything_is_sent(hub, ask, quick):
+    hub.faults = [Fault("/api/repos/create", 503)]
+    first, last = ask("push", quick, "gsm").err
+    assert first == f"gsm names no owner, so it goes to {hub.url}/me/gsm" and "try again" in last
+    assert ask("push", quick, "gsm").code == 0
+    assert b'"me/gsm"' in hub.files("me/gsm")["README.md"]
+
+
+def test_a_hub_that_does_not_say_whose_the_token_is_is_pushed_to_all_the_same(hub, ask, quick):
+    hub.faults = [Fault("/api/whoami-v2", 429)]
+    answer = ask("push", quick, "gsm")
+    assert (answer.code, set(hub.files("me/gsm"))) == (0, QUICK_FILES), answer.err
 
 
 def test_a_token_that_may_only_read(hub, ask, quick):
@@ -256,8 +293,6 @@ def _break(folder, how):
     if how == "truncated":
         weights.write_bytes(weights.read_bytes()[:-10])
     elif how == "NaN":
-        from safetensors.torch import save_file
-
         tensors = load_safetensors(weights.read_bytes())
         tensors[min(tensors)].flatten()[0] = float("nan")
         save_file(tensors, weights)
@@ -309,4 +344,4 @@ def test_what_is_not_right_stays_here(hub, ask, adapter, how, message):
     _break(adapter, how)
     answer = ask("push", adapter, "me/gsm")
     assert answer.code == 1 and len(answer.err) == 1 and message in answer.err[0], answer.err
-    assert hub.requests == []
+    assert [path for _, path, _ in hub.requests] == ["/api/whoami-v2"]

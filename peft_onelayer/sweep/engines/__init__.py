@@ -23,13 +23,12 @@ from typing import Any, TextIO
 
 from peft_onelayer.records.privacy import without_secrets
 from peft_onelayer.records.text import one_line
+from peft_onelayer.sweep.early import ENGINES, check_engine
 from peft_onelayer.sweep.run_layer import Row, RunSpec
 
 Answer = dict[str, Any]  # {"row": ...}, or {"error": an exception in one line}
 
 TRIES = 3  # the first and two more
-ENGINES = {"local": "local", "shared": "shared", "ray": "ray_engine", "slurm": "slurm"}
-EXTRA = {"ray": "ray", "submitit": "slurm"}  # the library that an engine imports, and the extra that installs it
 
 
 class RunsFailedError(Exception):
@@ -50,19 +49,12 @@ def load_engine(name: str) -> Callable[..., Iterator[Row]]:
     Raises:
         ValueError: for an unknown name, or one whose library is not installed.
 
-    >>> load_engine("slurp")
+    >>> load_engine("dask")
     Traceback (most recent call last):
-    ValueError: engine 'slurp' is not known; expected one of local, shared, ray, slurm
+    ValueError: engine 'dask' is not known; expected one of local, shared, ray, slurm
     """
-    if name not in ENGINES:
-        raise ValueError(f"engine {name!r} is not known; expected one of {', '.join(ENGINES)}")
-    try:
-        return importlib.import_module(f"{__name__}.{ENGINES[name]}").run
-    except ModuleNotFoundError as error:
-        if error.name not in EXTRA:
-            raise
-        extra = EXTRA[error.name]
-        raise ValueError(f"engine {name!r} needs {error.name}: pip install 'peft-onelayer[{extra}]'") from error
+    check_engine(name)
+    return importlib.import_module(f"{__name__}.{ENGINES[name]}").run
 
 
 def attempt(run_row: Callable[..., Row], spec: RunSpec, *arguments: Any, log: TextIO | None = None) -> Answer:
