@@ -5,10 +5,13 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
+from pathlib import Path
 from statistics import fmean
 
 import torch
+from peft import PeftModel, load_peft_weights, set_peft_model_state_dict
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from peft_onelayer.layers import resolve_layers
@@ -79,7 +82,7 @@ class FoundRate:
 
 
 def informative_completions(
-    model: PreTrainedModel,
+    model: PreTrainedModel | PeftModel,
     tokenizer: PreTrainedTokenizerBase,
     task: Task,
     recipe: Recipe,
@@ -127,6 +130,7 @@ def find_learning_rate(
     recipe: Recipe,
     *,
     mask: str | None = None,
+    init_adapter: Path | None = None,
     seed: int = 0,
     batch_size: int = 64,
 ) -> FoundRate:
@@ -140,22 +144,32 @@ def find_learning_rate(
     Args:
         recipe: the run's temperature, length of completions and completions in a pass; its rate is where to start.
         mask: file of the entries of `layers` that train, as `SingleLayerConfig` takes it.
+        init_adapter: folder of an adapter of `layers` that the run starts from, and so the step and the completions.
         batch_size: completions generated at a time.
 
     Raises:
         NothingToLearnError: rewards that are equal within every group of completions of `MOST_PROMPTS` prompts.
     """
     start = time.perf_counter()
-    rollouts, batch = informative_completions(model, tokenizer, task, recipe, seed=seed, batch_size=batch_size)
     config = recipe.config(output_dir="unused")
     temperature = config.to_dict().get("temperature", 1.0)
     micro_batch = config.per_device_train_batch_size
-    with torch.no_grad():
-        logps = [log_probabilities(model, part, temperature) for part in batch.minibatches(micro_batch)]
-    batch = replace(batch, old_logps=torch.cat(logps))
-    noise = measure_noise(model, batch, temperature)
-    candidate = Candidate(layers, config.learning_rate, kl_noise=noise, mask=mask)
-    with trained_whole(model) if layers is None else trained_candidate(model, candidate) as trained:
+    candidate = Candidate(layers, config.learning_rate, mask=mask)
+    with ExitStack() as opened:
+        policy: PreTrainedModel | PeftModel = model
+        if init_adapter is not None:
+            policy = opened.enter_context(trained_candidate(model, candidate))
+            set_peft_model_state_dict(policy, load_peft_weights(str(init_adapter), device="cpu"))
+        rollouts, batch = informative_completions(policy, tokenizer, task, recipe, seed=seed, batch_size=batch_size)
+        with torch.no_grad():
+            logps = [log_probabilities(policy, part, temperature) for part in batch.minibatches(micro_batch)]
+        batch = replace(batch, old_logps=torch.cat(logps))
+        candidate.kl_noise = measure_noise(policy, batch, temperature)
+        trained = policy
+        if init_adapter is None:
+            trained = opened.enter_context(
+                trained_whole(model) if layers is None else trained_candidate(model, candidate)
+            )
         passed = (
             batch.tokens
             + batch.part(slice(0, SEQUENCES_FOR_KL)).tokens

@@ -106,8 +106,8 @@ def why_equal(rollouts: Sequence[Rollout], task: Task, limit: str = "max_complet
             f"every completion gets {rollouts[0].reward:g}: the reward does not tell good from bad, or the model "
             "masters the task already; look at the reward, or take a harder task"
         )
+    longest = max(rollout.tokens for rollout in rollouts)
     if statistics.cut >= 0.5 and (without is None or without >= 0.5):
-        longest = max(rollout.tokens for rollout in rollouts)
         return (
             f"{statistics.cut:.0%} of the completions were cut at the token limit, {longest}, before they ended: raise "
             f"it, as with --set {limit}={2 * longest}; where the answer comes before the cut, look at the reward"
@@ -118,9 +118,16 @@ def why_equal(rollouts: Sequence[Rollout], task: Task, limit: str = "max_complet
             "asks for; show it with --shots, say it with --system, or take an instruct model"
         )
     if rewards == {0}:
+        cut = ""
+        if statistics.cut >= 0.5:  # what stands before a cut may look like an answer
+            cut = (
+                f"; {statistics.cut:.0%} were cut at the token limit, {longest}: where the answer was still to come, "
+                f"--set {limit}={2 * longest}"
+            )
         return (
             "every completion gets 0: the task is too hard for this model, or the reward takes nothing for right; look "
-            "at the reward, or take an easier task or a larger model"
+            "at the reward, take an easier task or a larger model, or raise --prompts where right answers are rare"
+            f"{cut}"
         )
     return "the completions of one prompt do not differ in reward: raise --completions, or --set temperature"
 

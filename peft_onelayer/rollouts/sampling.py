@@ -119,6 +119,21 @@ def sample_rollouts(
     return [rollouts[i : i + samples] for i in range(0, len(rollouts), samples)]
 
 
+def check_room(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    task: Task,
+    rows: Sequence[dict[str, Any]],
+    how: Sampling,
+) -> None:
+    """Raise ValueError where a prompt of `rows` leaves no room for a completion in the model's context.
+
+    A prompt of a task with an environment is known only once that has begun, and is not looked at.
+    """
+    if task.environment_factory is None:
+        _Player(model, tokenizer, task, how).check_room(rows)
+
+
 @contextmanager
 def _generating(model: PreTrainedModel | PeftModel, seed: int) -> Iterator[None]:
     """Eval mode, no gradients, torch seeded, nothing computed twice; on exit all as before."""
@@ -192,6 +207,10 @@ class _Player:
         self.chat_template: str | None = None
         if task.environment_factory is not None:
             self._prepare_tools()
+
+    def check_room(self, rows: Sequence[dict[str, Any]]) -> None:
+        """As the function of this name."""
+        self._check_context(self._prompt_ids([row["prompt"] for row in rows], [{} for _ in rows]))
 
     def _prepare_tools(self) -> None:
         """Make the tokenizer able to write tool results and to read tool calls, the way `GRPOTrainer.__init__` does."""

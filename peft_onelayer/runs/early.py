@@ -285,6 +285,11 @@ def check_evaluation(settings: EvaluationSettings) -> None:
         raise ValueError("--samples 0 with --no-greedy leaves nothing to measure.")
     if settings.temperature is not None and not settings.temperature > 0:
         raise ValueError("--temperature must be above 0; for greedy decoding alone use --samples 0.")
+    for name in ("temperature", "top_p", "top_k", "min_p"):
+        if getattr(settings, name) is not None and not settings.samples:
+            raise ValueError(
+                f"--{name.replace('_', '-')} is of sampling, and --samples 0 decodes greedily alone; leave one out"
+            )
     _check_split(settings.split)
     out = None if settings.out is None else Path(settings.out)
     if out is not None:

@@ -7,11 +7,12 @@ from collections.abc import Callable
 
 from transformers import TrainerCallback
 
-PROMPTS = 32  # without a difference in reward, after which to look
+PROMPTS = 8  # without a difference in reward, after which to look: a batch at its default size
 
 
 class FirstRewards(TrainerCallback):
-    """Calls `look` once if TRL's share of groups of equal rewards is 1 in all steps of the first `PROMPTS` prompts.
+    """Calls `look` once if TRL's share of groups of equal rewards is 1 in all steps of the first `PROMPTS` prompts, or
+    of a run that has fewer.
 
     Args:
         prompts: of a step.
@@ -28,5 +29,6 @@ class FirstRewards(TrainerCallback):
             self.left = 0
             return
         self.left -= 1
-        if self.left == 0:
+        if self.left == 0 or state.global_step == state.max_steps:
+            self.left = 0
             self.look()

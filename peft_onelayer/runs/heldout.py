@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from accelerate.utils import broadcast_object_list
 from peft import PeftModel
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
@@ -26,7 +27,7 @@ from peft_onelayer.tasks import Task
 
 from .measuring import Timed
 from .progress import Progress
-from .verdict import fallen, far_below
+from .verdict import below_start, fallen, far_below
 
 PROBLEMS = 128  # at most, where nothing else is asked for
 SAMPLES = 4  # completions of each
@@ -99,11 +100,13 @@ class Watch(TrainerCallback):
         folder: for the scores and the best state; the checkpoints' own.
         measure: scores a model on the watched problems.
         base: the base's score on them.
+        start: the base's score on the problems of the verdict, sampled as the run samples; None where it has none.
         every: steps between two measurements; None for none.
         main: whether this process writes.
 
     Attributes:
         stopped: why the run was stopped; None where it was not.
+        best: step of the best score, the first of equal ones, whose state is kept; None before the first.
     """
 
     def __init__(
@@ -112,29 +115,31 @@ class Watch(TrainerCallback):
         measure: Callable[[Any], Evaluation] | None = None,
         base: Evaluation | None = None,
         *,
+        start: Evaluation | None = None,
         every: int | None = None,
         main: bool = True,
     ) -> None:
         self.folder, self.measure, self.base, self.every, self.main = folder, measure, base, every, main
+        self.start = start
         self.stopped: str | None = None
         self._scores: dict[int, tuple[float, float | None]] = {}
-        if every and (folder / SCORES).exists():
+        self.best: int | None = None
+        if every and (folder / SCORES).exists() and (folder / BEST).exists():
             kept = read_fields(folder / SCORES)["scores"]
             self._scores = {int(step): (mean, error) for step, (mean, error) in kept.items()}
+            with safe_open(folder / BEST, "pt") as file:
+                step = int(file.metadata()["step"])
+            self.best = step if step in self._scores else None  # of a kill between the two files
 
     @property
     def scores(self) -> list[HeldOutScore]:
         """The scores by step."""
         return [HeldOutScore(step, mean, error) for step, (mean, error) in sorted(self._scores.items())]
 
-    @property
-    def best(self) -> int | None:
-        """The step of the best score, the first of equal ones; None before the first."""
-        return min(self._scores, key=lambda step: (-self._scores[step][0], step), default=None)
-
     def on_log(self, args, state, control, **kwargs) -> None:
         """Stop where the reward has fallen."""
-        reason = fallen([log["reward"] for log in state.log_history if "reward" in log])
+        rewards = [log["reward"] for log in state.log_history if "reward" in log]
+        reason = fallen(rewards) or (self.start and below_start(rewards, self.start))
         if reason and self.stopped is None:
             self.stopped = f"stopped at step {state.global_step}: {reason}"
             control.should_training_stop = True
@@ -147,13 +152,16 @@ class Watch(TrainerCallback):
         assert self.measure is not None and self.base is not None
         found = self.measure(model)
         figures = Figures.of(found.mean, found.standard_error)
+        better = self.best in (None, step) or figures.mean > self._scores[self.best][0]
         self._scores[step] = (figures.mean, figures.standard_error)
+        if better:
+            self.best = step
         if self.main:
             self.folder.mkdir(parents=True, exist_ok=True)
-            if self.best == step:
+            if better:
                 tensors = {name: p.detach().cpu().contiguous() for name, p in _trained(model)}
                 partial = self.folder / f".{BEST}.partial"
-                save_file(tensors, partial)
+                save_file(tensors, partial, metadata={"step": str(step)})
                 os.replace(partial, self.folder / BEST)
             write_whole(self.folder / SCORES, json.dumps({"scores": self._scores}))
         reason = far_below(Figures.of(*paired_difference(found, self.base)), self.base, found)

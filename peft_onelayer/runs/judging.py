@@ -151,7 +151,8 @@ class Judge:
         """What watches the training; it keeps what it needs in `folder`."""
         every = self.settings.eval_every
         base = self.watched[0] if self.watched else None
-        self.watch = Watch(folder, self._score, base, every=every, main=main)
+        start = self.base[0][0] if self.problems else None
+        self.watch = Watch(folder, self._score, base, start=start, every=every, main=main)
         return [self.watch]
 
     def _score(self, model: Any) -> Evaluation:
@@ -204,6 +205,8 @@ class Judge:
                 prompts=self._prompts(),
                 equal=result.equal_rewards,
             )
+            if self.settings.init_adapter is not None:
+                found["verdict"] += "; against the base, so with what the adapter had gained that the run started from"
         return found | {"also": figures or None}
 
     def _prompts(self) -> int | None:

@@ -7,7 +7,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from transformers import PreTrainedTokenizerBase, TrainingArguments
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainingArguments
 
 from peft_onelayer.records.adapter_config import MaskRecord
 from peft_onelayer.rl.algorithms import Algorithm, load_algorithm
@@ -17,6 +17,7 @@ from peft_onelayer.rl.recipe import Recipe, make_recipe, refuse_fields, refuse_w
 from peft_onelayer.rl.sampling import PAIRS_OPTIONS, sampling_of_run, with_given
 from peft_onelayer.rl.training import prompts_needed, steps_of_epochs
 from peft_onelayer.rollouts.prompts import Shape, check_prompt, shown_rows
+from peft_onelayer.rollouts.sampling import check_room
 from peft_onelayer.rollouts.settings import Sampling
 from peft_onelayer.tasks import Task, open_task
 from peft_onelayer.tuner.mask import Mask
@@ -136,8 +137,9 @@ class TrainingPlan:
         kwargs = self.sampling.chat_template_kwargs if self.sampling else self.recipe.given.get("chat_template_kwargs")
         return Shape(self.settings.chat, self.settings.system, self.settings.shots or 0, kwargs)
 
-    def check_prompts(self, tokenizer: PreTrainedTokenizerBase) -> None:
-        """Refuse prompts that are too few for a step or that the tokenizer cannot write."""
+    def check_prompts(self, tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel | None = None) -> None:
+        """Refuse prompts that are too few for a step, that the tokenizer cannot write, or that leave no room for a
+        completion in the context of `model`; without it this is not looked at."""
         assert self.task is not None
         needed = prompts_needed(self.algorithm, self.config, steps=1) if self.algorithm.online else 1
         rows = self.task.rows("train", needed, self.settings.seed)
@@ -148,6 +150,9 @@ class TrainingPlan:
             )
         plays = self.task.environment_factory is not None
         check_prompt(rows[0], tokenizer, self.settings.model, self.shape.template_kwargs, plays=plays)
+        generates = self.algorithm.online and not self.config.to_dict().get("use_vllm")  # vLLM looks for itself
+        if model is not None and generates:
+            check_room(model, tokenizer, self.task, rows, sampling_of_run(self.algorithm, self.config))
 
     def rows(self) -> list[dict[str, Any]]:
         """What is trained on, in its order."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import asdict, replace
+from pathlib import Path
 from typing import Any
 
 from accelerate.utils import broadcast_object_list
@@ -31,8 +32,14 @@ class Preparation:
     def __init__(self, plan: TrainingPlan, folder: RunFolder, progress: Progress) -> None:
         self.plan, self.folder, self.progress = plan, folder, progress
 
-    def choices(self, record: RunRecord, base: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> RunRecord:
-        """The run with blocks and a learning rate, each found where none is given.
+    def choices(
+        self,
+        record: RunRecord,
+        base: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        init_adapter: Path | None = None,
+    ) -> RunRecord:
+        """The run with blocks and a learning rate, each found where none is given; it starts from `init_adapter`.
 
         Raises:
             ValueError: completions that teach nothing, in one line, after three of them are shown.
@@ -44,7 +51,7 @@ class Preparation:
             if record.layers is None and not self.plan.settings.full:
                 record = self._chosen(record, base, tokenizer, task)
             if "learning_rate" not in self.plan.recipe.given and record.learning_rate is None:
-                record = self._with_found_rate(record, base, tokenizer, task)
+                record = self._with_found_rate(record, base, tokenizer, task, init_adapter)
         except NothingToLearnError as error:
             raise self.explain(error) from error
         self.folder.write_record(record)
@@ -83,7 +90,12 @@ class Preparation:
         return replace(record, layers=ranking.choice, why=why_text)
 
     def _with_found_rate(
-        self, record: RunRecord, base: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, task: Task
+        self,
+        record: RunRecord,
+        base: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        task: Task,
+        init_adapter: Path | None,
     ) -> RunRecord:
         """The run with a learning rate that moves the policy far enough; on a resumption the one found before."""
         previous = self.folder.previous
@@ -98,6 +110,7 @@ class Preparation:
                     record.layers,
                     self.plan.recipe,
                     mask=self.plan.settings.mask,
+                    init_adapter=init_adapter,
                     seed=self.plan.settings.seed,
                     batch_size=self.plan.generate,
                 )

@@ -134,6 +134,10 @@ class _Training:
         layers = None
         if settings.init_adapter is not None:
             self.init_adapter, layers = blocks_of_adapter(settings, num_layers, layer_kinds(base))
+            self.progress.note(
+                f"from {settings.init_adapter}; scores and what changed are given against the base, so that what this "
+                "adapter has gained is part of them"
+            )
         elif not settings.full and settings.layer != "auto":
             layers = resolve_layers(settings.layer, num_layers, layer_kinds(base))
             if file := ranking_without_gain(settings.layer):
@@ -143,7 +147,7 @@ class _Training:
             Mask.read(settings.mask).inside(base, stack.name, layers, target_names(stack, layers, config))
         if plan.task is not None:
             plan.task, chat = shaped(plan.task, tokenizer, plan.shape)
-            plan.check_prompts(tokenizer)
+            plan.check_prompts(tokenizer, base)
         if plan.algorithm.note:
             self.progress.note(f"{plan.algorithm.name}: {plan.algorithm.note}")
         record = self._record(base, layers, chat)
@@ -156,7 +160,7 @@ class _Training:
                 plan.data = self.preparation.pairs(base, tokenizer, plan.task, settings.pairs_from_task)
             if settings.full:
                 record = replace(record, why=_why_full(record.settings.boost))
-            record = self.preparation.choices(record, base, tokenizer)
+            record = self.preparation.choices(record, base, tokenizer, self.init_adapter)
             try:
                 return self._train(record, base, tokenizer, plan.rows())
             except NothingToLearnError as error:
@@ -346,7 +350,8 @@ class _Training:
             record = replace(record, status="finished", results=results)
             if folder.main:  # the trainer of another process saves nothing that a card could be of
                 (published / CARD).write_text(_card(record, published), encoding="utf-8")
-        self.judge.watch.remove()
+        if not folder.last_checkpoint():  # from which a run with more steps goes on, and its best state with it
+            self.judge.watch.remove()
         folder.write_record(record)
         return Run(record, result.model, tokenizer, folder.path, folder.main)
 

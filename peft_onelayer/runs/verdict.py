@@ -52,7 +52,7 @@ def _reason(error: float | None, same: float, prompts: int | None, equal: float 
         )
     if prompts is not None and prompts < 4:
         return f"the batch: {prompts} prompts a step are mostly noise; raise --prompts"
-    seen = "" if error is None else f", and a gain below {Z_95 * error:.3f} cannot be seen on so few problems"
+    seen = "" if not error else f", and a gain below {Z_95 * error:.3f} cannot be seen on so few problems"
     return (
         "too few steps, the rate or the block, which nothing here tells apart: completions changed, but are no better"
         f"{seen}; raise --steps or --learning-rate, train another --layer, or raise --eval-problems"
@@ -83,6 +83,26 @@ def fallen(rewards: Sequence[float]) -> str | None:
     error = math.sqrt((statistics.variance(first) + statistics.variance(last)) / WINDOW)
     if start > 0 and end < FALLEN * start and start - end > ERRORS * error:
         return f"the mean reward fell from {start:.3g} (first {WINDOW} steps) to {end:.3g} (last {WINDOW})"
+    return None
+
+
+def below_start(rewards: Sequence[float], base: Evaluation) -> str | None:
+    """Why a run is lost that fell in its first steps, so that `fallen` has no height to compare with; None where it is
+    not: as `fallen`, against the base's score on held-out problems.
+
+    These are others than the run's prompts and may be easier, so the last rewards must also lie below `FALLEN` of the
+    first one, which is of completions of what the run starts from.
+    """
+    if len(rewards) < WINDOW:
+        return None
+    last = list(rewards[-WINDOW:])
+    end = statistics.fmean(last)
+    error = math.hypot(base.standard_error, math.sqrt(statistics.variance(last) / WINDOW))
+    if base.mean > 0 and end < FALLEN * min(base.mean, rewards[0]) and base.mean - end > ERRORS * error:
+        return (
+            f"the mean reward fell to {end:.3g} (last {WINDOW} steps) from {rewards[0]:.3g} (first step); the base's "
+            f"score on {base.n} held-out problems is {base.mean:.3g}"
+        )
     return None
 
 

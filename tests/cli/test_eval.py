@@ -306,6 +306,7 @@ def test_an_adapter_that_does_not_fit(onelayer, adapters, tmp_path, name, messag
         ([FOLDER, "--task", "sort", "--chat"], 1, "use --plain"),
         ([FOLDER, "--task", "sort", "--max-tokens", "60"], 1, "context of 64 tokens"),
         ([FOLDER, "--task", "sort", "--samples", "0", "--no-greedy"], 1, "nothing to measure"),
+        ([FOLDER, "--task", "sort", "--samples", "0", "--top-p", "0.9"], 1, "--top-p is of sampling, and --samples 0"),
         ([FOLDER, "--task", "sort", "--temperature", "0"], 1, "must be above 0"),
         ([FOLDER, "--task", "sort", "--out", f"{__file__}/e.json"], 1, "is not a folder"),
         ([FOLDER, "--task", "sort", "--out", "."], 1, "is a folder"),

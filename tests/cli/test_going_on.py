@@ -3,12 +3,15 @@
 import json
 from importlib.resources import files
 
+import demo_model
 import pytest
 import torch
 import yaml
+from peft import get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
+from peft_onelayer import SingleLayerConfig
 from peft_onelayer.runs.log import RunLog
 
 BASE = str(files("peft_onelayer") / "demo_model")
@@ -136,6 +139,42 @@ def test_training_starts_from_an_adapter(onelayer, tmp_path):
         "name": str(tmp_path / "first"),
         **record(tmp_path / "first")["results"]["sha256"],
     }
+
+
+@pytest.mark.more
+def test_what_an_adapter_can_do_that_its_base_cannot_is_trained(onelayer, tmp_path):
+    """The learning rate is found, and the reward looked at, where the run starts: at the adapter."""
+    (tmp_path / "prompts.jsonl").write_text("".join(json.dumps({"prompt": f"A{i:03d}+001="}) + "\n" for i in range(80)))
+    (tmp_path / "r.py").write_text(
+        "def first(completions, **kwargs):\n    return [float(len(c) < 4) for c in completions]\n"
+    )
+    source = ["--dataset", tmp_path / "prompts.jsonl", "--reward", f"{tmp_path / 'r.py'}:first"]
+    source += [
+        "--set",
+        "max_completion_length=5",
+        "--set",
+        "temperature=0.5",
+        "--steps",
+        "1",
+        "--layer",
+        "5",
+        "--out",
+        tmp_path / "run",
+    ]
+    code, lines, _ = onelayer("train", BASE, *source)
+    assert code == 1 and "so that there is nothing to learn from" in lines[-1], lines
+    base, _ = demo_model.load()
+    adapter = get_peft_model(base, SingleLayerConfig(layer=5))
+    torch.manual_seed(0)
+    with torch.no_grad():
+        for parameter in adapter.parameters():
+            if parameter.requires_grad:
+                parameter.add_(2 * parameter.std() * torch.randn_like(parameter))
+    adapter.save_pretrained(tmp_path / "adapter")
+    code, lines, _ = onelayer("train", BASE, *source, "--init-adapter", tmp_path / "adapter", "--json")
+    assert code == 0 and any("scores and what changed are given against the base" in line for line in lines), lines
+    found = record(tmp_path / "run")["learning_rate"]
+    assert 0.01 <= found["kl"] <= 0.025
 
 
 @pytest.mark.parametrize(

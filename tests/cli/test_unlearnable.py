@@ -29,7 +29,7 @@ def task(tmp_path):
 
 SAID = {
     "zero": "every completion gets 0: the task is too hard for this model, or the reward takes nothing for right; look "
-    "at the reward, or take an easier task or a larger model.",
+    "at the reward, take an easier task or a larger model, or raise --prompts where right answers are rare.",
     "one": "every completion gets 1: the reward does not tell good from bad, or the model masters the task already; "
     "look at the reward, or take a harder task.",
     "cut": "100% of the completions were cut at the token limit, 2, before they ended: raise it, as with --set "
@@ -39,6 +39,7 @@ COMMANDS = {
     "train": ["train", BASE, "--layer", "5", "--steps", "8", "--out", "{out}"],
     "train at a rate": ["train", BASE, "--layer", "5", "--steps", "8", "--learning-rate", "1e-3", "--out", "{out}"],
     "train a ranked block": ["train", BASE, "--steps", "40", "--out", "{out}"],
+    "train a step": ["train", BASE, "--layer", "5", "--steps", "1", "--set", "learning_rate=1e-3", "--out", "{out}"],
     "probe": ["probe", BASE, "--steps", "40"],
     "sweep": ["sweep", BASE, "--layers", "5", "--workers", "1", "--out", "{out}"],
 }
@@ -58,7 +59,7 @@ def test_every_reward_is_equal(onelayer, task, tmp_path, command, kind):
     assert code == 1 and out == ""
     assert sum(line.startswith("completion: ") for line in lines) == 3, lines
     assert lines[-1].startswith("onelayer: the rewards of") and lines[-1].endswith(f"The likely reason: {SAID[kind]}")
-    assert not (tmp_path / "out" / "adapter_model.safetensors").exists()
+    assert not (tmp_path / "out").exists()  # not a checkpoint: the first batch was enough
 
 
 @pytest.mark.more
@@ -94,3 +95,12 @@ def test_a_model_without_a_chat_template(onelayer, task, tmp_path, command):
         assert (
             code == 0 and json.loads((tmp_path / "out" / "run.json").read_text())["settings"]["task"]["chat"] is False
         )
+
+
+@pytest.mark.parametrize("rate", [[], ["--learning-rate", "1e-3"]])
+def test_a_completion_that_the_context_has_no_room_for(onelayer, task, tmp_path, rate):
+    """TRL would generate behind the context's end."""
+    long = ["--layer", "5", "--steps", "1", "--set", "max_completion_length=60", *rate, "--out", tmp_path / "out"]
+    code, lines, _ = onelayer("train", BASE, "--task", task("zero"), *long)
+    assert code == 1 and len(lines) == 1 and "a completion of up to 60 do not fit into the model's context" in lines[0]
+    assert not (tmp_path / "out").exists()

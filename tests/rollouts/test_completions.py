@@ -68,7 +68,11 @@ def test_a_chat_prompt_is_shown_with_what_its_template_adds(tokenizer):
             "75% of the completions were cut at the token limit, 4, before they ended: raise it, as with --set "
             "max_completion_length=8; where",
         ),
-        ([rollout("3 because", ended=False)] * 4, "too hard"),  # the answer comes before the cut
+        ([rollout("3 because", ended=False)] * 4, "too hard"),  # the answer may come before the cut
+        (
+            [rollout("3", ended=False)] * 4,
+            "100% were cut at the token limit, 4: where the answer was still to come, --set max_completion_length=8",
+        ),
         ([rollout("a couple")] * 4, "no answer was found in 100%"),
         ([rollout("3")] * 4, "too hard"),
         ([rollout("2", 1.0)] * 2 + [rollout("3")] * 2, "do not differ"),

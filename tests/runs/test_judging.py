@@ -21,11 +21,12 @@ from peft_onelayer.runs import Progress, TrainingSettings, train
 from peft_onelayer.runs import training as runs_training
 from peft_onelayer.runs.judging import Judge
 from peft_onelayer.runs.plan import TrainingPlan
-from peft_onelayer.runs.verdict import fallen, far_below, verdict
+from peft_onelayer.runs.verdict import below_start, fallen, far_below, verdict
 from peft_onelayer.tasks import load_task
 
 BASE = str(files("peft_onelayer") / "demo_model")
 TASK = load_task("arithmetic")
+NO_SAVING = {"save_strategy": "no"}
 CONFIG = {"per_device_train_batch_size": 16, "gradient_checkpointing": False, "learning_rate": 3e-3, "save_steps": 2}
 
 
@@ -89,7 +90,7 @@ def test_measuring_on_the_way_changes_nothing_and_the_best_state_is_put_out(tmp_
     assert [score.step for score in last.record.results.evaluations] == [1, 2, 3, 4]
     assert last.record.results.kept_step is None
     # of a run that is killed after step 3 and goes on from step 2
-    scores = iter([0.1, 0.9, 0.3, 0.3, 0.2])
+    scores = iter([0.1, 0.9, 0.3, 0.3, 0.2, 0.3, 0.4, 0.5])
     monkeypatch.setattr("peft_onelayer.runs.judging.Judge._score", lambda judge, model: all_at(judge, next(scores)))
     asked = settings(tmp_path, eval_problems=8, eval_every=1)
     with monkeypatch.context() as patched:
@@ -102,7 +103,13 @@ def test_measuring_on_the_way_changes_nothing_and_the_best_state_is_put_out(tmp_
     at_2 = weights(best.folder / "checkpoints" / "checkpoint-2")
     assert same(weights(best.folder), at_2) and not same(weights(plain.folder), at_2)
     assert same(get_peft_model_state_dict(best.model), at_2)
-    assert not list((best.folder / "checkpoints").glob("*best*")) + list((best.folder / "checkpoints").glob("*.json"))
+    # more steps, all of them worse: what was put out stays
+    more = train(replace(asked, steps=6), resume=True)
+    assert [score.mean for score in more.record.results.evaluations] == [0.1, 0.9, 0.3, 0.2, 0.3, 0.4]
+    assert more.record.results.kept_step == 2 and same(weights(more.folder), at_2)
+    # without a checkpoint nothing can go on, and nothing is left of the measuring
+    alone = train(settings(tmp_path, out=tmp_path / "alone", steps=1, eval_problems=8, eval_every=1, config=NO_SAVING))
+    assert alone.record.results.kept_step == 1 and not list((alone.folder / "checkpoints").glob("*"))
 
 
 def all_at(judge, mean):
@@ -171,6 +178,12 @@ def test_when_a_reward_has_fallen():
     assert fallen(start + [0.0] * 9) is None  # before 20 steps nothing is said
     assert fallen([0.0, 0.6] * 5 + [0.0, 0.28] * 5) is None  # half, and within the noise
     assert fallen([-0.5, -0.4] * 5 + [-3.0] * 10) is None  # half of a penalty is more
+    # ruined in its first steps: there is no height but the base's and the first step's
+    base = Evaluation(made(0.8).problems, (0.7, 0.9) * 4, 4)
+    assert "(last 10 steps) from 0.6 (first step)" in below_start([0.6] + [0.05] * 10, base)
+    assert below_start([0.6] + [0.05] * 8, base) is None  # before 10 steps nothing is said
+    assert below_start([0.2] + [0.15, 0.2] * 5, base) is None  # the run's own prompts are harder
+    assert below_start([0.6] + [0.0, 0.9] * 5, base) is None  # noise
     base, lost = made(0.8), Evaluation(made(0.8).problems, (0.1, 0.3) * 4, 4)
     assert "fell from 0.8 (the base's) to 0.2" in far_below(Figures.of(*paired_difference(lost, base)), base, lost)
     assert far_below(Figures.of(*paired_difference(made(0.5), base)), base, made(0.5)) is None
