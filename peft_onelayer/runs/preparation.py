@@ -84,7 +84,8 @@ class Preparation:
         rate, why = ranking.choice_learning_rate, describe(ranking)
         if rate is not None and rate != self.plan.config.learning_rate:
             why.insert(1, f"trained at the learning rate {rate:.3g} that the ranking found for it")
-            record = self._with_rate(record, rate, LearningRate(self.plan.config.learning_rate, "ranking"))
+            found = LearningRate(self.plan.config.learning_rate, "ranking", blocks=len(ranking.choice))
+            record = self._with_rate(record, rate, found)
         why_text = "; ".join(why)
         self.progress.note(why_text)
         return replace(record, layers=ranking.choice, why=why_text)

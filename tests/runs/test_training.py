@@ -106,6 +106,7 @@ def test_without_a_pick_or_a_race_the_rate_is_found_too(tmp_path, monkeypatch, r
     rate = run.record.settings.config["learning_rate"]
     assert run.record.layers == ([3, 4, 6, 7] if raced else [5])
     assert run.record.learning_rate.by == ("ranking" if raced else "first step")
+    assert run.record.learning_rate.blocks == len(run.record.layers)
     assert rate == 2e-4 if raced else 1e-4 < rate < 1e-2
 
 
