@@ -16,7 +16,9 @@ OTHER_NAMES: dict[str, tuple[str, ...]] = {
     **dict.fromkeys(("--batch-size", "--prompts-per-step"), ("--prompts",)),
     "--per-device-train-batch-size": ("--prompts", "--batch-size"),
     "--train-batch-size": ("--prompts",),
-    **dict.fromkeys(("--output-dir", "--output", "--save-dir", "--out-dir", "--outdir"), ("--out", "OUT", "FOLDER")),
+    **dict.fromkeys(
+        ("--out", "--output-dir", "--output", "--save-dir", "--out-dir", "--outdir"), ("--out", "OUT", "FOLDER")
+    ),
     **dict.fromkeys(("--model", "--model-name", "--model-name-or-path", "--model-path"), ("MODEL", "--base", "BASE")),
     **dict.fromkeys(("--base", "--base-model", "--base-model-name-or-path"), ("--base", "BASE", "MODEL")),
     **dict.fromkeys(("--adapter", "--adapters", "--adapter-path", "--peft-model"), ("--adapter", "ADAPTER")),

@@ -167,6 +167,8 @@ LORA = ["--format", "lora"]
         (["train", "{root}/base", "--beta", "0.1"], 2, "(Possible options: --set beta=VALUE)"),
         (["train", "--model", "{root}/base"], 2, "(Possible options: MODEL, which is written without an option)"),
         (["merge", "--model", "{root}/base"], 2, "(Possible options: BASE, which is written without an option)"),
+        (["combine", "one", "two", "--out", "x"], 2, "(Possible options: OUT, which is written without an option)"),
+        (["pull", "me/x", "--out", "x"], 2, "(Possible options: FOLDER, which is written without an option)"),
         (["train", "{root}/base", "--output-dir", "x"], 2, "(Possible options: --out)"),
         (["sweep", "{root}/base", "--dataset-name", "x"], 2, "(Possible options: --dataset)"),
         (["probe", "{root}/base", "--layer", "3"], 2, "(Possible options: --layers)"),
