@@ -107,10 +107,11 @@ def _fields(ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> dict[str, Any
     found: dict[str, Any] = kept | dict(ours)
     found |= {name: kept[name] for name in ("license", "language") if name in kept}
     for name in ("tags", "datasets"):
-        found.pop(name, None)
         other = [entry for entry in kept.get(name) or [] if not (_is_ours if name == "tags" else _is_file)(entry)]
         if listed := [*(ours.get(name) or []), *other]:
             found[name] = list(dict.fromkeys(listed))
+        else:
+            found.pop(name, None)
     return found
 
 

@@ -182,7 +182,7 @@ def test_what_an_adapter_can_do_that_its_base_cannot_is_trained(onelayer, tmp_pa
     [
         ("trackio", "--report-to trackio: trackio is not installed; pip install trackio, or leave it out"),
         ("tensorboard,wandb", "is not installed; pip install"),
-        ("wandbb", "--report-to takes none, all, or some of"),
+        ("wandbb", "--report-to wandbb is not known; did you mean wandb"),
     ],
 )
 def test_a_reporter_that_is_not_there_is_refused_before_the_model_is_loaded(
