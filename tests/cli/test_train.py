@@ -339,6 +339,7 @@ EPOCHS = [
 @pytest.mark.parametrize(("algorithm", "epochs", "steps", "times"), EPOCHS)
 def test_epochs_that_are_set_decide(train, prompts, tmp_path, algorithm, epochs, steps, times):
     options = ["--algorithm", algorithm, "--set", f"num_train_epochs={epochs}", "--layer", "5", *FAST[2:]]
+    options += ["--set", f"{'max_new_tokens' if algorithm == 'online_dpo' else 'max_completion_length'}=8"]
     size = "per_device_train_batch_size=8" if algorithm in ("online_dpo", "a2po") else FAST[1]
     options += ["--set", "filter_all_incorrect=false"] if algorithm == "a2po" else []
     run, _ = train("train", BASE, *prompts, *options, "--set", size)
