@@ -137,7 +137,9 @@ def logits(model, ids, **options):
     "family", [*FEW.split(), *(pytest.param(name, marks=pytest.mark.more) for name in MORE.split())]
 )
 def test_every_family_either_shares_or_says_why_and_computes_the_same(family):
-    bare = build_architecture(family)
+    bare = build_architecture(family).requires_grad_(False)
+    # As in the wrapped model: on some processors torch's convolutions round otherwise where weights need gradients.
+    find_decoder_stack(bare).blocks[2].requires_grad_(True)
     ids, other = token_batch(), token_batch(seed=1)
     expected = {name: logits(bare, given) for name, given in (("ids", ids), ("other", other))}
     model, prefix = sharing(copy.deepcopy(bare))
