@@ -21,8 +21,7 @@ def early_rewards(study: Study) -> list[str]:
     sweeps = [study.blocks(seed) for seed in SEEDS]
     if not study.of("base") or not all(sweep.keys() >= {*range(study.depth)} for sweep in sweeps):
         return []
-    base = study.of("base")[0]["mean"]
-    gains = [[sweep[k][0]["mean"] - base for k in range(study.depth)] for sweep in sweeps]
+    gains = [study.gains(seed) for seed in SEEDS]
     rewards = [[sweep[k][0]["rewards"] for k in range(study.depth)] for sweep in sweeps]
     counts = (*BLOCKS, study.depth)
     lines = ["### Early rewards", ""]
@@ -34,7 +33,7 @@ def early_rewards(study: Study) -> list[str]:
     lines.append("|---" * (3 + len(counts)) + "|")
     for steps in STEPS:
         early = [[statistics.fmean(block[:steps]) for block in sweep] for sweep in rewards]
-        pairs = [(early[a], gains[b]) for a, b in permutations(range(len(SEEDS)), 2)]
+        pairs = [(early[a], [gains[b][k] for k in range(study.depth)]) for a, b in permutations(range(len(SEEDS)), 2)]
         cells = [_mean([rank_correlation(*early)]), _mean([rank_correlation(*pair) for pair in pairs])]
         for n in counts:
             ran = [round(i * (study.depth - 1) / (n - 1)) for i in range(n)]

@@ -203,21 +203,24 @@ class Study:
 
     def picked_by_other_seeds(self) -> list[float]:
         """C(pick) / C(best) in each seed, the pick being the best block of another seed's whole sweep."""
-        blocks = {seed: self.blocks(seed) for seed in SEEDS}
-        if not self.of("base") or not all(found.keys() >= {*self.aimed} for found in blocks.values()):
+        gains = {seed: self.gains(seed) for seed in SEEDS}
+        if not all(gains.values()):
             return []
-        base = self.of("base")[0]["mean"]
-        gains = {seed: {k: rows[0]["mean"] - base for k, rows in found.items()} for seed, found in blocks.items()}
         pairs = [(gains[chosen], gains[seen]) for chosen in SEEDS for seen in SEEDS if chosen != seen]
         return [seen[max(chosen, key=chosen.__getitem__)] / max(seen.values()) for chosen, seen in pairs]
 
-    def _shares_of_best(self) -> dict[int, float]:
-        """Of each measured block its C by that of the best; none before all that are aimed at were measured."""
-        blocks, base = self.blocks(), self.of("base")
+    def gains(self, seed: int | None = None) -> dict[int, float]:
+        """What each block gained, with one seed or by the mean of all; none before all aimed at were measured."""
+        blocks, base = self.blocks(seed), self.of("base")
         if not base or not blocks.keys() >= {*self.aimed}:
             return {}
-        gains = {k: statistics.fmean(row["mean"] for row in rows) - base[0]["mean"] for k, rows in blocks.items()}
-        return {k: gained / max(gains.values()) for k, gained in gains.items()}
+        return {k: statistics.fmean(row["mean"] for row in rows) - base[0]["mean"] for k, rows in blocks.items()}
+
+    def _shares_of_best(self) -> dict[int, float]:
+        """Of each measured block its C by that of the best."""
+        gains = self.gains()
+        most = max(gains.values(), default=1.0)
+        return {k: gained / most for k, gained in gains.items()}
 
 
 def _part(name: str, wanted: int, missing: Sequence[str], said: str | None = None) -> Part:
