@@ -1,0 +1,87 @@
+"""Products of half-precision tensors on a CPU that has no instructions for them.
+
+There torch multiplies entry by entry, 4 to 8 times as slowly as in float32. Here operands become float32, a slice at a
+time, are multiplied by the float32 units, and the result is rounded once, as the instructions do it: results differ
+from torch's by the order of the sum alone.
+"""
+
+from __future__ import annotations
+
+import functools
+import warnings
+from typing import Any
+
+import torch
+from torch import Tensor
+
+HALVES = (torch.bfloat16, torch.float16)
+FEW = 4  # rows; with less, torch's own way reads the second operand once and has little to multiply
+COLUMNS = 1024  # of the second operand at a time: they stay in the processor's cache, and no large copy is made
+BACKWARD = "_scaled_dot_product_flash_attention_for_cpu_backward"
+
+
+def lacks_instructions(dtype: torch.dtype) -> bool:
+    """Whether torch multiplies tensors of this dtype entry by entry on this CPU, and has what it takes to mend it."""
+    if dtype not in HALVES or not torch.backends.mkldnn.is_available() or not hasattr(torch.library, "get_kernel"):
+        return False  # get_kernel: from torch 2.10
+    mkldnn = torch.ops.mkldnn
+    return not (mkldnn._is_mkldnn_bf16_supported if dtype is torch.bfloat16 else mkldnn._is_mkldnn_fp16_supported)()
+
+
+@functools.cache
+def use_float32_units() -> torch.library.Library:
+    """From now on this process multiplies half-precision tensors on the CPU with its float32 units.
+
+    Returns:
+        What holds it in place; its `_destroy` ends it.
+    """
+    library = torch.library.Library("aten", "IMPL")
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="(?s).*[Oo]verriding a previously registered kernel")
+        for name, kernel in (("mm", _mm), ("addmm", _addmm), ("bmm", _bmm), (BACKWARD, _attention_backward)):
+            own = torch.library.get_kernel(f"aten::{name}", "CPU")
+            library.impl(name, functools.partial(_without_subclasses, kernel, own), "CPU", with_keyset=True)
+    return library
+
+
+def _without_subclasses(kernel: Any, own: Any, keys: Any, *args: Any, **kwargs: Any) -> Any:
+    with torch._C.DisableTorchFunctionSubclass():  # a rounded weight is a plain tensor here
+        result = kernel(functools.partial(own.call_boxed, keys), *args, **kwargs)
+        return own.call_boxed(keys, *args, **kwargs) if result is None else result
+
+
+def _mm(own: Any, a: Tensor, b: Tensor) -> Tensor | None:
+    return _product(a, b) if a.dtype in HALVES and len(a) >= FEW else None
+
+
+def _addmm(own: Any, added: Tensor, a: Tensor, b: Tensor, *, beta: float = 1, alpha: float = 1) -> Tensor | None:
+    if a.dtype in HALVES and len(a) >= FEW and beta == alpha == 1:
+        return _product(a, b, added.expand(len(a), b.shape[1]))
+    return None
+
+
+def _bmm(own: Any, a: Tensor, b: Tensor) -> Tensor | None:
+    if a.dtype not in HALVES or a.shape[1] < FEW:
+        return None
+    if b.stride(0) == 0 < len(b):  # one matrix for all, of which float32 would make copies
+        return _product(a.flatten(0, 1), b[0]).view(*a.shape[:2], b.shape[2])
+    return own(a.float(), b.float()).to(a.dtype)
+
+
+def _attention_backward(own: Any, grad: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, ...] | None:
+    if grad.dtype not in HALVES:
+        return None
+    args = tuple(a.float() if isinstance(a, Tensor) else a for a in (grad, *args))
+    kwargs = {name: a.float() if isinstance(a, Tensor) else a for name, a in kwargs.items()}
+    return tuple(gradient.to(grad.dtype) for gradient in own(*args, **kwargs))
+
+
+def _product(a: Tensor, b: Tensor, added: Tensor | None = None) -> Tensor:
+    """(n, k) @ (k, m), with (n, m) added, in float32, rounded to the dtype of a."""
+    result = a.new_empty(len(a), b.shape[1])
+    a = a.float()
+    for i in range(0, b.shape[1], COLUMNS):
+        columns = slice(i, i + COLUMNS)
+        product = a @ b[:, columns].float()
+        result[:, columns] = product if added is None else product.add_(added[:, columns])
+    return result
