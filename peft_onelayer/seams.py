@@ -270,6 +270,11 @@ SEAMS: dict[str, tuple[Seam, ...]] = {
         Seam("torch.utils._python_dispatch:TorchDispatchMode", "to see every tensor that is made"),
         Seam("torch.utils._pytree:tree_map_only", "to see every tensor that is made"),
     ),
+    "peft_onelayer.rl.cpu_products": (
+        Seam("torch.library:Library.impl", "kernels of our own", ("op_name", "fn", "dispatch_key", "with_keyset")),
+        Seam("torch.library:Library._destroy", "torch's kernels again, in tests"),
+        Seam("torch._C:DisableTorchFunctionSubclass", "products of rounded weights"),
+    ),
     "peft_onelayer.rl.prefix": (Seam("torch.nn.modules.dropout:_DropoutNd", "to know that a pass is random"),),
     "peft_onelayer.rl.packing": (
         *(

@@ -27,6 +27,7 @@ SCRIPTS: dict[str, list[str]] = {
     "shared_sweep": ["--steps", "2", "--problems", "64"],
     "race_prefix": ["--pairs", "1", "--blocks", "6", "18"],
     "threads": [],
+    "half_products": [],
     "mask_memory": [],
     "memory": ["--only", "Qwen3-1.7B-Base"],
     "merge_checkpoint": [],

@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from .advantages import gigpo_advantages
+    from .cpu_products import use_float32_units
     from .ema import EMAAdapterCallback, EMATeacherMixin
     from .entropy import TopEntropyMixin
     from .gigpo import GiGPOConfig, GiGPOTrainer
@@ -26,6 +27,7 @@ __all__ = [
     "shared_prefix",
     "shared_prompts",
     "sync_trained_layer",
+    "use_float32_units",
 ]
 
 _MODULES = {
@@ -40,6 +42,7 @@ _MODULES = {
     "shared_prefix": ".prefix",
     "shared_prompts": ".prompts",
     "sync_trained_layer": ".sync",
+    "use_float32_units": ".cpu_products",
 }
 
 

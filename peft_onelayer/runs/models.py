@@ -28,7 +28,7 @@ from peft_onelayer.records.files import CONFIG, read_fields
 from peft_onelayer.records.hub_errors import hub_reason, no_vain_retries
 from peft_onelayer.records.locate import check_model_name, is_local
 from peft_onelayer.records.text import one_line
-from peft_onelayer.runs.cpu_products import lacks_instructions, use_float32_units
+from peft_onelayer.rl.cpu_products import use_float32_units
 from peft_onelayer.seams import check
 
 SMALL = 10_000_000  # parameters; below, a second thread gains nothing and on a busy machine costs a factor of ten
@@ -195,14 +195,14 @@ def to_device(model: PreTrainedModel) -> None:
     """Move a model that is on the CPU to the process's GPU, if there is one.
 
     There is none: a small model gets a single thread, a larger one the float32 units, where the CPU has no instructions
-    for its dtype (`cpu_products.py`).
+    for its dtype.
     """
     if torch.cuda.is_available() and model.device.type == "cpu":
         model.to(torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0"))))
     if sum(p.numel() for p in model.parameters()) < SMALL:
         torch.set_num_threads(1)
-    elif model.device.type == "cpu" and lacks_instructions(model.dtype):
-        use_float32_units()
+    elif model.device.type == "cpu":
+        use_float32_units(model.dtype)
 
 
 def load_adapter(base: PreTrainedModel, folder: Path, allow_other_base: bool = False) -> PeftModel:

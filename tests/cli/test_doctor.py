@@ -41,13 +41,21 @@ def test_versions_extras_and_runs(folder, monkeypatch):
     assert findings["run odd"].state == "bad"
 
 
-@pytest.mark.parametrize(("bfloat16", "cure"), [(1.5, ""), (7.5, "train a copy of the model in float32")])
-def test_a_cpu_without_bfloat16(folder, monkeypatch, bfloat16, cure):
+@pytest.mark.parametrize(
+    ("bfloat16", "lacks", "then", "cure"),
+    [
+        (1.5, False, "", ""),
+        (7.5, False, "", "train a copy of the model in float32"),
+        (7.5, True, ", so that onelayer uses the float32 units (docs/runs.md, Time)", ""),
+    ],
+)
+def test_a_cpu_without_bfloat16(folder, monkeypatch, bfloat16, lacks, then, cure):
     clock = itertools.accumulate(second for took in (1.0, bfloat16) for _ in range(5) for second in (0.0, took))
     monkeypatch.setattr(doctor, "time", SimpleNamespace(perf_counter=lambda: next(clock)))
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    monkeypatch.setattr("peft_onelayer.rl.cpu_products.lacks_instructions", lambda dtype: lacks)
     finding = found(folder)["bfloat16"]
-    assert finding.found == f"a product takes {bfloat16} times as long as in float32"
+    assert finding.found == f"a product takes {bfloat16} times as long as in float32{then}"
     assert finding.state == "ok" and finding.cure.partition(":")[0] == cure
 
 

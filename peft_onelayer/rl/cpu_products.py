@@ -14,27 +14,46 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from peft_onelayer.seams import check
+
 HALVES = (torch.bfloat16, torch.float16)
 FEW = 4  # rows; with less, torch's own way reads the second operand once and has little to multiply
 COLUMNS = 1024  # of the second operand at a time: they stay in the processor's cache, and no large copy is made
 BACKWARD = "_scaled_dot_product_flash_attention_for_cpu_backward"
 
 
+def use_float32_units(dtype: torch.dtype = torch.bfloat16) -> bool:
+    """From now on this process multiplies bfloat16 and float16 tensors on the CPU with its float32 units, if that pays.
+
+    The kernels of torch.mm, addmm, bmm and of attention's gradient on the CPU are replaced; tensors of other dtypes and
+    products of fewer than 4 rows go to torch's own. `onelayer` calls it for a base of 10 million parameters and more.
+
+    Args:
+        dtype: of the model.
+
+    Returns:
+        Whether it did so: not where the CPU has instructions for `dtype`, and not before torch 2.10.
+    """
+    slow = lacks_instructions(dtype)
+    if slow:
+        replace_kernels()
+    return slow
+
+
 def lacks_instructions(dtype: torch.dtype) -> bool:
-    """Whether torch multiplies tensors of this dtype entry by entry on this CPU, and has what it takes to mend it."""
+    """Whether torch multiplies tensors of this dtype entry by entry on this CPU, and lets its kernels be replaced."""
     if dtype not in HALVES or not torch.backends.mkldnn.is_available() or not hasattr(torch.library, "get_kernel"):
-        return False  # get_kernel: from torch 2.10
+        return False
     mkldnn = torch.ops.mkldnn
     return not (mkldnn._is_mkldnn_bf16_supported if dtype is torch.bfloat16 else mkldnn._is_mkldnn_fp16_supported)()
 
 
 @functools.cache
-def use_float32_units() -> torch.library.Library:
-    """From now on this process multiplies half-precision tensors on the CPU with its float32 units.
-
-    Returns:
-        What holds it in place; its `_destroy` ends it.
+def replace_kernels() -> torch.library.Library:
+    """Returns:
+    What holds the kernels in place; its `_destroy` brings back torch's.
     """
+    check(__name__)
     library = torch.library.Library("aten", "IMPL")
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="(?s).*[Oo]verriding a previously registered kernel")

@@ -1,0 +1,109 @@
+"""Half-precision products by float32 units: exact where the sum is, torch's own elsewhere, and only where it pays."""
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+from peft_onelayer.rl import cpu_products, use_float32_units
+from peft_onelayer.runs.models import SMALL, to_device
+
+BACKWARD = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
+pytestmark = pytest.mark.skipif(not hasattr(torch.library, "get_kernel"), reason="torch before 2.10")
+
+
+@pytest.fixture
+def replaced():
+    library = cpu_products.replace_kernels()
+    yield
+    library._destroy()
+    cpu_products.replace_kernels.cache_clear()
+
+
+def whole(*shape, dtype=torch.bfloat16):
+    """Whole numbers: their products and sums are exact in float32, in any order."""
+    return torch.randint(-9, 10, shape).to(dtype).requires_grad_()
+
+
+@pytest.mark.parametrize("dtype", cpu_products.HALVES)
+@pytest.mark.parametrize("rows", [1, 3, 4, 64])
+def test_products_are_those_of_float64_rounded_once(replaced, dtype, rows):
+    torch.manual_seed(0)
+    x, w, bias = whole(rows, 33, dtype=dtype), whole(2500, 33, dtype=dtype), whole(2500, dtype=dtype)
+    many, heads, one = whole(3, rows, 33, dtype=dtype), whole(3, 33, 6, dtype=dtype), whole(1, 33, 6, dtype=dtype)
+    exact = [t.detach().double() for t in (x, w, bias, many, heads, one)]
+
+    def results(x, w, bias, many, heads, one):
+        same = one.expand(3, 33, 6)
+        return F.linear(x, w, bias), x @ w.T, torch.bmm(many, heads), torch.bmm(many, same), many @ heads[0]
+
+    for got, expected in zip(results(x, w, bias, many, heads, one), results(*exact), strict=True):
+        assert got.dtype is dtype and torch.equal(got, expected.to(dtype))
+    grad = whole(rows, 2500, dtype=dtype)
+    F.linear(x, w, bias).backward(grad)
+    assert torch.equal(x.grad, (grad.double() @ exact[1]).to(dtype))
+    assert torch.equal(w.grad, (grad.double().T @ exact[0]).to(dtype))
+
+
+def test_scaled_sums_and_empty_products_are_torchs_own(replaced):
+    x, w, bias = whole(8, 5), whole(5, 3), whole(3)
+    exact = 0.5 * bias.double() + 2 * (x.double() @ w.double())
+    assert torch.equal(torch.addmm(bias, x, w, beta=0.5, alpha=2), exact.bfloat16())
+    assert (x[:0] @ w).shape == (0, 3)
+    assert torch.equal(torch.bmm(whole(2, 8, 0), whole(2, 0, 3)), torch.zeros(2, 8, 3).bfloat16())
+    assert torch.bmm(whole(0, 8, 5), whole(1, 5, 3).expand(0, 5, 3)).shape == (0, 8, 3)
+
+
+@pytest.mark.parametrize("masked", [False, True])
+def test_the_gradient_of_attention_is_that_of_float32_rounded_once(replaced, masked):
+    torch.manual_seed(0)
+    q, k, v, grad = (torch.randn(2, 3, 20, 16, dtype=torch.bfloat16, requires_grad=True) for _ in range(4))
+    mask = torch.ones(2, 1, 20, 20).tril().log().bfloat16() if masked else None
+    forward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+    out, scales = forward(q.detach(), k.detach(), v.detach(), 0.0, not masked, attn_mask=mask)
+    F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=not masked).backward(grad)
+    half = (grad.detach(), q.detach(), k.detach(), v.detach(), out)
+    mask = None if mask is None else mask.float()
+    expected = BACKWARD(*(t.float() for t in half), scales, 0.0, not masked, attn_mask=mask)
+    for tensor, gradient in zip((q, k, v), expected, strict=True):
+        assert torch.equal(tensor.grad, gradient.bfloat16())
+
+
+def test_float32_is_untouched_and_torchs_kernels_come_back():
+    def results():
+        torch.manual_seed(0)
+        return [
+            torch.randn(64, 333, dtype=dtype) @ torch.randn(333, 77, dtype=dtype)
+            for dtype in (torch.float32, torch.float64, torch.bfloat16)
+        ]
+
+    before = results()
+    library = cpu_products.replace_kernels()
+    during = results()
+    library._destroy()
+    cpu_products.replace_kernels.cache_clear()
+    assert all(torch.equal(a, b) for a, b in zip(before, results(), strict=True))
+    assert all(torch.equal(a, b) for a, b in zip(before[:2], during[:2], strict=True))
+
+
+def test_only_where_the_cpu_lacks_the_instructions(monkeypatch):
+    replacements = []
+    monkeypatch.setattr(cpu_products, "replace_kernels", lambda: replacements.append(1))
+    for name, dtype in (("bf16", torch.bfloat16), ("fp16", torch.float16)):
+        for supported in (True, False):
+            monkeypatch.setattr(torch.ops.mkldnn, f"_is_mkldnn_{name}_supported", lambda it=supported: it)
+            assert use_float32_units(dtype) is not supported
+    assert not use_float32_units(torch.float32) and len(replacements) == 2
+
+
+class Model(torch.nn.Linear):
+    dtype, device = torch.bfloat16, torch.device("cpu")
+
+
+def test_for_a_model_large_enough(monkeypatch):
+    used = []
+    monkeypatch.setattr("peft_onelayer.runs.models.use_float32_units", used.append)
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    monkeypatch.setattr("torch.set_num_threads", lambda n: None)
+    for parameters in (SMALL // 2, 2 * SMALL):
+        to_device(Model(1, parameters // 2, dtype=torch.bfloat16, device="meta"))
+    assert used == [torch.bfloat16]
