@@ -5,7 +5,8 @@
 Base and wrapped model generate in turn from the same prompts of 16 tokens, in bfloat16 and in float32. The least time
 of each counts, because other work on the machine only adds to it. The wrapped model's masters have moved. The base is
 measured as transformers runs it, and with a contiguous input to its LM head, as the wrapped model has it
-(`peft_onelayer/tuner/head.py`). "tokens" is the part behind the prompt: all tokens less a generation of one.
+(`peft_onelayer/tuner/head.py`). On a CPU without instructions for bfloat16 all use the float32 units, which make no
+copies of the head either. "tokens" is the part behind the prompt: all tokens less a generation of one.
 """
 
 import argparse
@@ -19,6 +20,7 @@ from peft import get_peft_model
 from transformers import AutoModelForCausalLM
 
 from peft_onelayer import SingleLayerConfig
+from peft_onelayer.rl import use_float32_units
 from peft_onelayer.tuner.head import spare_head_copies
 
 
@@ -45,6 +47,7 @@ def main() -> None:
     parser.add_argument("--pairs", type=int, default=5)
     given = parser.parse_args()
     torch.set_num_threads(1)
+    use_float32_units()
     transformers.logging.set_verbosity_error()
     print("dtype     rows   base (tokens)   wrapped/base: all (tokens)   wrapped/base with that head: all (tokens)")
     for dtype in (torch.bfloat16, torch.float32):

@@ -3,9 +3,10 @@
     python examples/benchmarks/peers.py MODEL [--layer 15] [--steps 3] [--only NAME ...] [--profile NAME]
 
 8 prompts with 8 completions of 6 tokens: sums of two numbers after three examples. TRL's defaults, the base in
-bfloat16, the same data, rewards and learning rate for all. One step warms up; the others are measured, and generation
-apart from the rest. Ratios are to full-parameter training and to LoRA on all linear layers, as far as these were run,
-and beside those to full-parameter training stand the ratios of the multiplications that are needed.
+bfloat16 (by the float32 units on a CPU without instructions for it), the same data, rewards and learning rate for all.
+One step warms up; the others are measured, and generation apart from the rest. Ratios are to full-parameter training
+and to LoRA on all linear layers, as far as these were run, and beside those to full-parameter training stand the ratios
+of the multiplications that are needed.
 """
 
 import argparse
@@ -26,7 +27,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, Printe
 from trl import GRPOConfig, GRPOTrainer
 
 from peft_onelayer import SingleLayerConfig
-from peft_onelayer.rl import packed_prompts, scored_positions, shared_prefix, shared_prompts
+from peft_onelayer.rl import packed_prompts, scored_positions, shared_prefix, shared_prompts, use_float32_units
 
 OURS = (shared_prefix, shared_prompts, packed_prompts, scored_positions)  # what `onelayer train` calls
 PROMPTS, GROUP, TOKENS = 8, 8, 6
@@ -171,6 +172,7 @@ def main() -> None:
     parser.add_argument("--profile", nargs="+", default=[])
     given = parser.parse_args()
     torch.set_num_threads(1)
+    use_float32_units()
     warnings.simplefilter("ignore")
     transformers.logging.set_verbosity_error()
     found: dict[str, float] = {}

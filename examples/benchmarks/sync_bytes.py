@@ -24,7 +24,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PrinterCallback, T
 from trl import GRPOConfig, GRPOTrainer
 
 from peft_onelayer import SingleLayerConfig
-from peft_onelayer.rl import scored_positions, shared_prompts
+from peft_onelayer.rl import scored_positions, shared_prompts, use_float32_units
 from peft_onelayer.rl.layer_sync import LayerSync
 from peft_onelayer.rl.policy_weights import PolicyWeights, digest
 
@@ -109,6 +109,7 @@ def main() -> None:
     parser.add_argument("--prompts", type=int, default=4)
     given = parser.parse_args()
     torch.set_num_threads(1)
+    use_float32_units()
     warnings.simplefilter("ignore")
     transformers.logging.set_verbosity_error()
     sums, syncs = task(), Syncs()
