@@ -18,7 +18,8 @@ from peft_onelayer.seams import check
 
 HALVES = (torch.bfloat16, torch.float16)
 FEW = 4  # rows; with less, torch's own way reads the second operand once and has little to multiply
-COLUMNS = 1024  # of the second operand at a time: they stay in the processor's cache, and no large copy is made
+COLUMNS = 1024  # of the second operand at a time: they stay in the processor's cache
+LARGEST = 2**24  # numbers of a float32 copy of either operand
 BACKWARD = "_scaled_dot_product_flash_attention_for_cpu_backward"
 
 
@@ -98,9 +99,11 @@ def _attention_backward(own: Any, grad: Tensor, *args: Any, **kwargs: Any) -> tu
 def _product(a: Tensor, b: Tensor, added: Tensor | None = None) -> Tensor:
     """(n, k) @ (k, m), with (n, m) added, in float32, rounded to the dtype of a."""
     result = a.new_empty(len(a), b.shape[1])
-    a = a.float()
-    for i in range(0, b.shape[1], COLUMNS):
-        columns = slice(i, i + COLUMNS)
-        product = a @ b[:, columns].float()
-        result[:, columns] = product if added is None else product.add_(added[:, columns])
+    most = max(FEW, LARGEST // max(1, len(b)))
+    for i in range(0, len(a), most):
+        rows, part = slice(i, i + most), a[i : i + most].float()
+        for j in range(0, b.shape[1], min(most, COLUMNS)):
+            columns = slice(j, j + min(most, COLUMNS))
+            product = part @ b[:, columns].float()
+            result[rows, columns] = product if added is None else product.add_(added[rows, columns])
     return result

@@ -44,6 +44,18 @@ def test_products_are_those_of_float64_rounded_once(replaced, dtype, rows):
     assert torch.equal(w.grad, (grad.double().T @ exact[0]).to(dtype))
 
 
+def test_large_operands_are_copied_in_parts(replaced, monkeypatch):
+    monkeypatch.setattr(cpu_products, "LARGEST", 7 * 33)
+    x, w, bias = whole(20, 33), whole(50, 33), whole(50)
+    copies = []
+    own = torch.Tensor.float
+    monkeypatch.setattr(torch.Tensor, "float", lambda t: copies.append(t.numel()) or own(t))
+    got = F.linear(x, w, bias)
+    monkeypatch.undo()
+    assert torch.equal(got, F.linear(x.double(), w.double(), bias.double()).bfloat16())
+    assert len(copies) > 20 and max(copies) == 7 * 33
+
+
 def test_scaled_sums_and_empty_products_are_torchs_own(replaced):
     x, w, bias = whole(8, 5), whole(5, 3), whole(3)
     exact = 0.5 * bias.double() + 2 * (x.double() @ w.double())
