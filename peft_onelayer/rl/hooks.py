@@ -36,7 +36,7 @@ def while_training(trainer: Trainer, callback: Removable) -> None:
         finally:
             callback.remove()
 
-    trainer.train = train_and_remove  # type: ignore[method-assign]
+    trainer.train = train_and_remove
     trainer.add_callback(callback)
 
 

@@ -52,6 +52,9 @@ def packed_prompts(trainer: Trainer) -> PackedPrompts:
 
     Returns:
         What does it, already a callback of the trainer.
+
+    Raises:
+        ValueError: it was called for this trainer before.
     """
     from trl import GRPOTrainer, RLOOTrainer
 

@@ -5,11 +5,11 @@ import contextlib
 import pytest
 import torch
 from peft import get_peft_model
+from test_prefix import model_of, trainer_of
 from transformers import TrainerCallback
 
 from peft_onelayer import SingleLayerConfig
 from peft_onelayer.rl import packed_prompts, scored_positions, shared_prefix, shared_prompts
-from test_prefix import model_of, trainer_of
 
 CALLS = [shared_prefix, shared_prompts, packed_prompts, scored_positions]
 
@@ -31,11 +31,11 @@ def test_after_an_interrupted_run_another_trainer_trains_the_model_as_ever(algor
         if interrupted_before:
             trainer = trainer_of(algorithm, model, tokenizer, tmp_path)
             before = hooks(model)
-            kept = [share(trainer) for share in CALLS][0].kept
+            kept, *_ = [share(trainer) for share in CALLS]
             trainer.add_callback(Interrupt())
             with contextlib.suppress(KeyboardInterrupt):
                 trainer.train()
-            assert hooks(model) == before and not kept
+            assert hooks(model) == before and not kept.kept
             model.delete_adapter("ref")
             with torch.no_grad():
                 for name, p in model.named_parameters():
