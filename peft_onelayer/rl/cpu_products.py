@@ -71,21 +71,27 @@ def _without_subclasses(kernel: Any, own: Any, keys: Any, *args: Any, **kwargs: 
 
 
 def _mm(own: Any, a: Tensor, b: Tensor) -> Tensor | None:
-    return _product(a, b) if a.dtype in HALVES and len(a) >= FEW else None
+    return _product(a, b) if _fit(a, b, dims=2) and len(a) >= FEW else None
 
 
 def _addmm(own: Any, added: Tensor, a: Tensor, b: Tensor, *, beta: float = 1, alpha: float = 1) -> Tensor | None:
-    if a.dtype in HALVES and len(a) >= FEW and beta == alpha == 1:
+    if _fit(a, b, dims=2) and added.dtype == a.dtype and len(a) >= FEW and beta == alpha == 1:
         return _product(a, b, added.expand(len(a), b.shape[1]))
     return None
 
 
 def _bmm(own: Any, a: Tensor, b: Tensor) -> Tensor | None:
-    if a.dtype not in HALVES or a.shape[1] < FEW:
+    if not _fit(a, b, dims=3) or a.shape[1] < FEW:
         return None
     if b.stride(0) == 0 < len(b):  # one matrix for all, of which float32 would make copies
         return _product(a.flatten(0, 1), b[0]).view(*a.shape[:2], b.shape[2])
     return own(a.float(), b.float()).to(a.dtype)
+
+
+def _fit(a: Tensor, b: Tensor, dims: int) -> bool:
+    """Whether these are to be multiplied here; what torch refuses is left to torch."""
+    same = a.dtype == b.dtype and a.dim() == b.dim() == dims and a.shape[:-2] == b.shape[:-2]
+    return a.dtype in HALVES and same and a.shape[-1] == b.shape[-2]
 
 
 def _attention_backward(own: Any, grad: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, ...] | None:

@@ -1,13 +1,43 @@
-"""Hooks on the model of a trainer that are there while it trains."""
+"""What is on the model of a trainer while it trains, and not a moment longer."""
 
 from __future__ import annotations
 
-from typing import Any, Self
+import functools
+from typing import Any, Protocol, Self
 
 from peft import PeftModel
 from transformers import Trainer, TrainerCallback
 
 from peft_onelayer.tuner.prompts import decoder_of
+
+
+class Removable(Protocol):
+    """A callback that takes away what it put on a model."""
+
+    def remove(self) -> None: ...
+
+
+def while_training(trainer: Trainer, callback: Removable) -> None:
+    """Add a callback to a trainer that removes itself when training ends, be it by an exception or Ctrl-C.
+
+    transformers tells its callbacks of the end of training only where no exception ends it.
+
+    Raises:
+        ValueError: the trainer has a callback of this class.
+    """
+    if any(type(other) is type(callback) for other in trainer.callback_handler.callbacks):
+        raise ValueError(f"the trainer has a {type(callback).__name__} already; call this once for each trainer.")
+    train = trainer.train
+
+    @functools.wraps(train)
+    def train_and_remove(*args: Any, **kwargs: Any) -> Any:
+        try:
+            return train(*args, **kwargs)
+        finally:
+            callback.remove()
+
+    trainer.train = train_and_remove
+    trainer.add_callback(callback)
 
 
 class HooksWhileTraining(TrainerCallback):
@@ -32,7 +62,7 @@ class HooksWhileTraining(TrainerCallback):
         found = cls(model.get_base_model() if isinstance(model, PeftModel) else model)
         if (reference := getattr(trainer, "ref_model", None)) is not None:
             found.reference = cls(trainer.accelerator.unwrap_model(reference))
-        trainer.add_callback(found)  # one, since transformers warns of a second of a class
+        while_training(trainer, found)  # one for both models
         return found
 
     def hooks(self, args: Any) -> list[Any]:

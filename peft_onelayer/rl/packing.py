@@ -52,15 +52,19 @@ def packed_prompts(trainer: Trainer) -> PackedPrompts:
 
     Returns:
         What does it, already a callback of the trainer.
+
+    Raises:
+        ValueError: it was called for this trainer before.
     """
     from trl import GRPOTrainer, RLOOTrainer
 
     check(__name__)
     fields = trainer.args.to_dict()
     of_a_pass = fields.get("loss_type") == "bnpo" or fields.get("top_entropy_quantile", 1.0) < 1
+    packed = PackedPrompts.of_trainer(trainer)
     if isinstance(trainer, GRPOTrainer | RLOOTrainer) and not of_a_pass:
         _keep_groups_together(trainer)
-    return PackedPrompts.of_trainer(trainer)
+    return packed
 
 
 def _keep_groups_together(trainer: Any) -> None:

@@ -28,6 +28,7 @@ from peft_onelayer.tuner.pass_inputs import PassInputs, pass_inputs
 from peft_onelayer.tuner.prefix import HiddenStates, starting_at
 from peft_onelayer.tuner.sharding import is_partitioned
 
+from .hooks import while_training
 from .state_cache import GIGABYTE, StateCache
 
 CACHE_BYTES = 50 * GIGABYTE
@@ -63,7 +64,7 @@ def shared_prefix(
         What does it, already a callback of the trainer.
 
     Raises:
-        ValueError: the trainer's model is not wrapped.
+        ValueError: the trainer's model is not wrapped, or it was called for this trainer before.
     """
     check(__name__)
     model = trainer.accelerator.unwrap_model(trainer.model)
@@ -81,7 +82,7 @@ def shared_prefix(
     prefix = SharedPrefix(base, cuts[0].stack_name, steps)
     if cache_dir is not None:
         prefix.cache = StateCache(cache_dir, cache_bytes)
-    trainer.add_callback(prefix)
+    while_training(trainer, prefix)
     return prefix
 
 

@@ -9,6 +9,8 @@ from transformers import Trainer, TrainerCallback
 
 from peft_onelayer.tuner.prompts import sharing_prompts
 
+from .hooks import while_training
+
 
 def shared_prompts(trainer: Trainer) -> SharedPrompts:
     """Pass each prompt through the model once for all of its completions, where transformers generates them.
@@ -20,9 +22,12 @@ def shared_prompts(trainer: Trainer) -> SharedPrompts:
 
     Returns:
         What does it, already a callback of the trainer.
+
+    Raises:
+        ValueError: it was called for this trainer before.
     """
     prompts = SharedPrompts(trainer.accelerator.unwrap_model(trainer.model))
-    trainer.add_callback(prompts)
+    while_training(trainer, prompts)
     return prompts
 
 
@@ -34,8 +39,12 @@ class SharedPrompts(TrainerCallback):
         self._open = ExitStack()
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self._open.close()
+        self.remove()
         self._open.enter_context(sharing_prompts(self.model))
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.remove()
+
+    def remove(self) -> None:
+        """End sharing."""
         self._open.close()

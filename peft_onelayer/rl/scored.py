@@ -25,6 +25,9 @@ def scored_positions(trainer: Trainer) -> ScoredPositions:
 
     Returns:
         What does it, already a callback of the trainer.
+
+    Raises:
+        ValueError: it was called for this trainer before.
     """
     return ScoredPositions.of_trainer(trainer)
 

@@ -14,7 +14,7 @@ pytestmark = pytest.mark.skipif(not hasattr(torch.library, "get_kernel"), reason
 @pytest.fixture
 def replaced():
     library = cpu_products.replace_kernels()
-    yield
+    yield library
     library._destroy()
     cpu_products.replace_kernels.cache_clear()
 
@@ -63,6 +63,35 @@ def test_scaled_sums_and_empty_products_are_torchs_own(replaced):
     assert (x[:0] @ w).shape == (0, 3)
     assert torch.equal(torch.bmm(whole(2, 8, 0), whole(2, 0, 3)), torch.zeros(2, 8, 3).bfloat16())
     assert torch.bmm(whole(0, 8, 5), whole(1, 5, 3).expand(0, 5, 3)).shape == (0, 8, 3)
+
+
+REFUSED = [
+    lambda x, w, bias: x @ w.detach().float(),
+    lambda x, w, bias: x.half() @ w,
+    lambda x, w, bias: F.linear(x, w.detach().float().T),
+    lambda x, w, bias: F.linear(x, w.T, bias.detach().float()),
+    lambda x, w, bias: torch.addmm(bias, x, w.half()),
+    lambda x, w, bias: torch.mm(x[:, 0], w),
+    lambda x, w, bias: torch.mm(x, w[0]),
+    lambda x, w, bias: torch.mm(x, w[:4, :0]),
+    lambda x, w, bias: torch.addmm(bias[:2], x, w),
+    lambda x, w, bias: torch.bmm(x[None], w[None].half()),
+    lambda x, w, bias: torch.bmm(x.expand(2, 8, 5), w.expand(3, 5, 3)),
+    lambda x, w, bias: torch.bmm(x.expand(2, 8, 5), w[:4].expand(2, 4, 3)),
+]
+
+
+def test_what_torch_refuses_it_refuses_in_the_same_words(replaced):
+    def errors():
+        given = whole(8, 5), whole(5, 3), whole(3)
+        for product in REFUSED:
+            with pytest.raises(RuntimeError) as error:
+                product(*given)
+            yield str(error.value)
+
+    ours = list(errors())
+    replaced._destroy()
+    assert ours == list(errors())
 
 
 @pytest.mark.parametrize("masked", [False, True])

@@ -95,7 +95,12 @@ def test_a_reference_beside_the_model_is_cut_by_the_same_callback(caplog):
     handler = CallbackHandler([DefaultFlowCallback()], model, None, None, None)
     accelerator = SimpleNamespace(unwrap_model=lambda wrapped: wrapped)
     trainer = SimpleNamespace(
-        model=model, ref_model=reference, accelerator=accelerator, add_callback=handler.add_callback
+        model=model,
+        ref_model=reference,
+        accelerator=accelerator,
+        callback_handler=handler,
+        add_callback=handler.add_callback,
+        train=lambda: None,
     )
     with caplog.at_level("WARNING"):
         scored = scored_positions(trainer)
