@@ -20,6 +20,7 @@ HALVES = (torch.bfloat16, torch.float16)
 FEW = 4  # rows; with less, torch's own way reads the second operand once and has little to multiply
 COLUMNS = 1024  # of the second operand at a time: they stay in the processor's cache
 LARGEST = 2**24  # numbers of a float32 copy of either operand
+REPLACEABLE = hasattr(torch.library, "get_kernel")  # from torch 2.10
 BACKWARD = "_scaled_dot_product_flash_attention_for_cpu_backward"
 
 
@@ -35,15 +36,15 @@ def use_float32_units(dtype: torch.dtype = torch.bfloat16) -> bool:
     Returns:
         Whether it did so: not where the CPU has instructions for `dtype`, and not before torch 2.10.
     """
-    slow = lacks_instructions(dtype)
-    if slow:
+    pays = REPLACEABLE and lacks_instructions(dtype)
+    if pays:
         replace_kernels()
-    return slow
+    return pays
 
 
 def lacks_instructions(dtype: torch.dtype) -> bool:
-    """Whether torch multiplies tensors of this dtype entry by entry on this CPU, and lets its kernels be replaced."""
-    if dtype not in HALVES or not torch.backends.mkldnn.is_available() or not hasattr(torch.library, "get_kernel"):
+    """Whether torch multiplies tensors of this dtype entry by entry on this CPU."""
+    if dtype not in HALVES or not torch.backends.mkldnn.is_available():
         return False
     mkldnn = torch.ops.mkldnn
     return not (mkldnn._is_mkldnn_bf16_supported if dtype is torch.bfloat16 else mkldnn._is_mkldnn_fp16_supported)()

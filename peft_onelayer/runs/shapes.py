@@ -19,6 +19,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map_only
 
+from peft_onelayer.rl.cpu_products import HALVES, lacks_instructions
 from peft_onelayer.seams import check
 
 
@@ -63,7 +64,7 @@ class LiveBytes(TorchDispatchMode):
     """Counts the bytes of the tensors that are made while it is entered, as long as they live.
 
     Of what kernels allocate inside one thing counts: on a CPU a batched product in half precision copies a matrix that
-    is shared by the batch once for each of its rows.
+    is shared by the batch once for each of its rows. A CPU that lacks the instructions makes no copies.
 
     Attributes:
         live: bytes now.
@@ -94,7 +95,8 @@ class LiveBytes(TorchDispatchMode):
         output = func(*args, **(kwargs or {}))
         tree_map_only(torch.Tensor, self._count, output)
         if func is torch.ops.aten.bmm.default and self.on_cpu:
-            copied = [t for t in args if t.dtype in (torch.bfloat16, torch.float16) and t.stride(0) == 0 < t.size(0)]
+            shared = [t for t in args if t.dtype in HALVES and t.stride(0) == 0 < t.size(0)]
+            copied = [t for t in shared if not lacks_instructions(t.dtype)]
             self.peak = max(self.peak, self.live + sum(t.numel() * t.itemsize for t in copied))
         return output
 

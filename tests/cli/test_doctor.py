@@ -53,6 +53,7 @@ def test_a_cpu_without_bfloat16(folder, monkeypatch, bfloat16, lacks, then, cure
     clock = itertools.accumulate(second for took in (1.0, bfloat16) for _ in range(5) for second in (0.0, took))
     monkeypatch.setattr(doctor, "time", SimpleNamespace(perf_counter=lambda: next(clock)))
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    monkeypatch.setattr("peft_onelayer.rl.cpu_products.REPLACEABLE", True)
     monkeypatch.setattr("peft_onelayer.rl.cpu_products.lacks_instructions", lambda dtype: lacks)
     finding = found(folder)["bfloat16"]
     assert finding.found == f"a product takes {bfloat16} times as long as in float32{then}"
