@@ -28,6 +28,7 @@ from .prefix import not_repeatable
 PAYS = 0.9  # of the multiplications of whole rows, at most
 ATTENTION = {"sdpa", "eager"}  # implementations that take a mask of every pair of positions
 KINDS = {"full_attention", "sliding_attention"}  # of blocks
+NOT_GIVEN = (RuntimeError, ValueError, TypeError, LookupError, AttributeError, AssertionError)  # of packed rows
 ROW = "onelayer_row"  # a row's number, while TRL shuffles
 
 
@@ -295,7 +296,7 @@ class PackedPrompts(HooksWhileTraining):
             expected = self.decoder.forward(**whole).last_hidden_state[real]
             try:
                 packed = self.decoder.forward(**{**given, **packed_arguments(self.decoder, few, ids[rows])})
-            except (RuntimeError, ValueError, TypeError, LookupError, AttributeError, AssertionError) as error:
+            except NOT_GIVEN as error:
                 return f"its blocks cannot be given packed rows ({one_line(str(error), 120)})"
         found = packed.last_hidden_state.flatten(0, 1)[places][real]
         off = float((found - expected).norm() / expected.norm())

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 import transformers
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import nn
 from transformers import PreTrainedModel
 
@@ -90,7 +90,8 @@ class StateCache:
             if (folder / name).exists():
                 continue
             own = values[real.to(values.device)].cpu().contiguous()
-            if self.size + own.nbytes > self.most_bytes:
+            content = save({VALUES: own}, metadata={BY_BLOCK: flags})
+            if self.size + len(content) > self.most_bytes:
                 if not self.full:
                     said = f"{self.folder} holds {self.size / GIGABYTE:.2g} GB of hidden states"
                     warnings.warn(
@@ -99,8 +100,8 @@ class StateCache:
                 self.full = True
                 return
             with whole_file(folder / name) as partial:
-                save_file({VALUES: own}, partial, metadata={BY_BLOCK: flags})
-            self.size += (folder / name).stat().st_size
+                partial.write_bytes(content)
+            self.size += len(content)
             self.kept += 1
 
     def folder_of(

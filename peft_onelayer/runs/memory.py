@@ -19,6 +19,7 @@ from peft import LoraConfig, PeftConfig, get_peft_model
 from torch import nn
 from transformers import (
     AutoModelForCausalLM,
+    DynamicCache,
     LogitsProcessorList,
     PretrainedConfig,
     TemperatureLogitsWarper,
@@ -30,9 +31,9 @@ from transformers import (
 from trl.trainer import utils as trl_utils
 
 from peft_onelayer.records.text import name_blocks, one_line
-from peft_onelayer.rl.packing import Packing, pack, packed_arguments, unpackable
+from peft_onelayer.rl.packing import NOT_GIVEN, Packing, pack, packed_arguments, unpackable
 from peft_onelayer.tuner import SingleLayerConfig
-from peft_onelayer.tuner.prompts import decoder_of
+from peft_onelayer.tuner.prompts import can_be_split, decoder_of
 
 from .models import quiet_logs
 from .shapes import LiveBytes, fake_mode, without_numbers, without_tracebacks
@@ -287,7 +288,15 @@ def _packing(decoder: Any, batches: Batches) -> Packing | None:
     prompts, completions = (np.ones((1, length), np.int64) for length in (batches.prompt, batches.completion))
     ids = np.concatenate([rows // batches.shared * prompts, rows * completions], axis=1)
     labels = np.concatenate([rows * 0 * prompts - 100, rows * completions], axis=1)
-    return pack(ids, np.ones_like(ids), labels, decoder.config.hidden_size)
+    packing = pack(ids, np.ones_like(ids), labels, decoder.config.hidden_size)
+    if packing is None:
+        return None
+    with torch.no_grad():
+        try:
+            decoder(**packed_arguments(decoder, packing, torch.from_numpy(ids)), use_cache=False)
+        except NOT_GIVEN:  # and the run passes whole rows
+            return None
+    return packing
 
 
 @contextlib.contextmanager
@@ -329,7 +338,7 @@ def _generation(
     if _is_block(train) and size < 4:  # the copy that is kept in a generation
         rounded = sum(p.numel() for p in base.parameters() if p.requires_grad) * size
     length, rows = batches.prompt + batches.completion, batches.generated
-    group = batches.group if rows % batches.group == 0 else 1
+    group = batches.group if rows % batches.group == 0 and _shares_prompts(base) else 1
     contiguous = _is_block(train)  # what its LM head is given, which spares the copies
     autocast = _autocast(arguments) if train is None else contextlib.nullcontext()  # PEFT generates with the base's own
     with LiveBytes(model, on_cpu=not on_gpu and not contiguous) as live:
@@ -348,6 +357,11 @@ def _generation(
         _sample(logits, arguments)
         peak = max(live.peak - before, prefill)
     return held, peak - held + rounded
+
+
+def _shares_prompts(model: Any) -> bool:
+    """Whether the rows of the cache that transformers makes for a model can be chosen."""
+    return can_be_split(DynamicCache(config=model.config.get_text_config(decoder=True)))
 
 
 def _next_token(model: Any, ids: torch.Tensor, cache: Any, *, length: int, group: int = 1) -> tuple[torch.Tensor, Any]:

@@ -92,7 +92,10 @@ class LiveBytes(TorchDispatchMode):
         return self.live
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        output = func(*args, **(kwargs or {}))
+        if func is torch.ops.aten._grouped_mm.default and args[0].dtype != torch.bfloat16:
+            output = _product_by_group(*args, **(kwargs or {}))
+        else:
+            output = func(*args, **(kwargs or {}))
         tree_map_only(torch.Tensor, self._count, output)
         if func is torch.ops.aten.bmm.default and self.on_cpu:
             shared = [t for t in args if t.dtype in HALVES and t.stride(0) == 0 < t.size(0)]
@@ -117,3 +120,14 @@ class LiveBytes(TorchDispatchMode):
         self._storages[key] = weakref.ref(storage, freed)
         self.live += size
         self.peak = max(self.peak, self.live)
+
+
+def _product_by_group(a: torch.Tensor, b: torch.Tensor, offs: torch.Tensor | None = None) -> torch.Tensor:
+    """What the products of a model's experts give, for which torch's fake tensors have bfloat16 alone.
+
+    Rows in groups times a matrix for each, (S, k) and (E, k, m), or the gradient of the matrices, (k, S) and (S, m).
+    """
+    if a.dim() == b.dim() == 2:
+        assert offs is not None
+        return a.new_empty(len(offs), len(a), b.shape[1])
+    return a.new_empty(*a.shape[:-1], b.shape[-1])

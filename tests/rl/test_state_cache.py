@@ -1,8 +1,11 @@
 """Hidden states on disk: later epochs and runs of an offline trainer start above the frozen blocks."""
 
+import warnings
+
 import pytest
 import torch
 from datasets import Dataset
+from torch import nn
 from trl import DPOConfig, DPOTrainer
 from trl.trainer import utils
 
@@ -10,6 +13,8 @@ from models import build
 from peft_onelayer import SingleLayerConfig
 from peft_onelayer.rl import packed_prompts, shared_prefix
 from peft_onelayer.rl.state_cache import StateCache
+from peft_onelayer.tuner.pass_inputs import PassInputs
+from peft_onelayer.tuner.prefix import HiddenStates
 
 PAIRS = [
     {"prompt": f"{c}bcdefgh", "chosen": "ab" * (1 + i % 3), "rejected": "ba"[: 1 + i % 2]}
@@ -106,3 +111,20 @@ def test_it_holds_no_more_than_it_may(dpo, tmp_path):
     held = sum(file.stat().st_size for file in (tmp_path / "cache").glob("*/*"))
     assert same(plain, found) and 0 < prefix.cache.kept < 12 and held == prefix.cache.size <= 9000
     assert StateCache(tmp_path / "cache", 9000).size == held
+
+
+@pytest.mark.parametrize("room", [-1, 0])
+def test_the_bound_counts_whole_files(tmp_path, room):
+    ids = torch.arange(5)[None]
+    given = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    inputs = PassInputs(given, (b"",), (), ())
+    states = HiddenStates(nn.ModuleList(), 1, torch.ones(1, 5, 8), (False,))
+    first = StateCache(tmp_path / "first", 10**6)
+    first.write(inputs, states, tmp_path / "first" / "base")
+    bounded = StateCache(tmp_path / "bounded", first.size + room)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        bounded.write(inputs, states, tmp_path / "bounded" / "base")
+    files = list((tmp_path / "bounded").glob("*/*.safetensors"))
+    assert bounded.full == (room < 0) and len(files) == 1 + room
+    assert StateCache(tmp_path / "bounded", 0).size == bounded.size <= bounded.most_bytes

@@ -8,7 +8,7 @@ import pytest
 import torch
 import trl
 from memory_peak import METHODS, estimated_and_measured
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 from trl.trainer import utils
 
 from models import build, build_architecture
@@ -174,10 +174,9 @@ def of_type(model_type, dtype):
 @pytest.mark.parametrize(
     ("config", "outputs", "says"),
     [
-        (lambda: of_type("mixtral", torch.float32), None, "mixtral holds does not follow from shapes: Expected inputs"),
         (lambda: of_type("mamba2", torch.float32), ("log_probs",), "mamba2 keeps from token to token is not known"),
     ],
-    ids=["experts in float32", "no keys and values"],
+    ids=["no keys and values"],
 )
 def test_a_model_whose_memory_shapes_do_not_tell_is_said_in_one_line(config, outputs, says, caplog):
     arguments = trl.GRPOConfig("unused", use_cpu=True, bf16=False)
@@ -199,12 +198,41 @@ def test_a_fault_of_the_count_itself_is_not_told_as_one_of_the_model(monkeypatch
 
 
 @pytest.mark.more
-def test_what_cannot_be_compared_is_left_out_with_a_word(onelayer, tmp_path):
+def test_what_cannot_be_compared_is_left_out_with_a_word(onelayer, tmp_path, monkeypatch):
     of_type("mixtral", torch.bfloat16).save_pretrained(tmp_path / "model")
+    counted = memory.estimate_memory
+
+    def but_for_full_training(config, train, *args, **kwargs):
+        if train is None:
+            raise ValueError("what it holds is not known")
+        return counted(config, train, *args, **kwargs)
+
+    monkeypatch.setattr("peft_onelayer.runs.dry_run.estimate_memory", but_for_full_training)
     code, err, out = onelayer("train", tmp_path / "model", *ASKED, "--json")
     assert code == 0 and [one["what"] for one in json.loads(out)["estimates"]] == ["block 1", LORA]
-    says = "not compared with full training: what a model of type mixtral holds does not follow from shapes: "
-    assert len([line for line in err if line.startswith(says)]) == 1 and not any("Traceback" in line for line in err)
+    says = "not compared with full training: what it holds is not known"
+    assert err.count(says) == 1 and not any("Traceback" in line for line in err)
+
+
+@pytest.mark.parametrize(
+    ("model_type", "method"),
+    [
+        ("mixtral", "full"),
+        pytest.param("qwen3_moe", "block", marks=pytest.mark.more),
+        pytest.param("qwen3_5_text", "block", marks=pytest.mark.more),
+        pytest.param("bloom", "block", marks=pytest.mark.more),
+    ],
+)
+def test_experts_in_float32_linear_attention_and_blocks_that_take_no_packed_rows(model_type, method):
+    sizes = dict.fromkeys(("intermediate_size", "moe_intermediate_size"), 256)
+    sizes |= {"hidden_size": 128, "head_dim": 32, "vocab_size": 1000, "eos_token_id": 16, "pad_token_id": 0}
+    config = build_architecture(model_type).config
+    for name, size in sizes.items():
+        if hasattr(config, name):
+            setattr(config, name, size)
+    model = AutoModelForCausalLM.from_config(config)
+    estimate, measured = estimated_and_measured(model, method, 1, DEMO, 2, 4, beta=0.0)
+    assert estimate.peak == pytest.approx(measured, rel=0.1)
 
 
 @pytest.fixture
