@@ -85,6 +85,16 @@ def other_names(given: str, context: typer.Context) -> Sequence[str]:
     return difflib.get_close_matches(dashed, sorted(options), 1)
 
 
+def arguments_of(context: typer.Context) -> str:
+    """The command's arguments in their order, such as "BASE ADAPTER... OUT"."""
+    parameters = context.command.get_params(context)
+    return " ".join(
+        parameter.metavar or str(parameter.name).upper()
+        for parameter in parameters
+        if parameter.param_type_name == "argument"
+    )
+
+
 def as_typed(option: str, arguments: Sequence[str]) -> str:
     """What was typed where the parser names one letter of it: -lr is read as -l and -r.
 

@@ -34,6 +34,8 @@ from onelayer_cli.main import app
         (["demo", "--sede", "1"], 2, "No such option: --sede"),
         (["demo", "extra"], 2, "extra"),
         (["dmeo"], 2, "No such command 'dmeo'"),
+        (["doctor", "nowhere"], 1, "no folder nowhere"),
+        (["merge", "base", "adapter"], 2, "ADAPTER...'; it takes BASE ADAPTER... OUT"),
         (
             ["demo", "\u2013layer", "7"],
             2,
