@@ -5,9 +5,12 @@ from __future__ import annotations
 import difflib
 import re
 from collections.abc import Sequence
+from typing import Any
 
 import typer
 
+# Hyphens, dashes and the minus sign that are not "-", before or behind it.
+DASHES = "-*[\u2010-\u2015\u2212\ufe58\ufe63\uff0d][-\u2010-\u2015\u2212\ufe58\ufe63\uff0d]*"
 # The first that the command has is named; "--set FIELD" stands for a field of TRL's configuration.
 OTHER_NAMES: dict[str, tuple[str, ...]] = {
     **dict.fromkeys(("--lr", "--rate"), ("--learning-rate",)),
@@ -82,6 +85,16 @@ def other_names(given: str, context: typer.Context) -> Sequence[str]:
     return difflib.get_close_matches(dashed, sorted(options), 1)
 
 
+def arguments_of(context: typer.Context) -> str:
+    """The command's arguments in their order, such as "BASE ADAPTER... OUT"."""
+    parameters = context.command.get_params(context)
+    return " ".join(
+        parameter.metavar or str(parameter.name).upper()
+        for parameter in parameters
+        if parameter.param_type_name == "argument"
+    )
+
+
 def as_typed(option: str, arguments: Sequence[str]) -> str:
     """What was typed where the parser names one letter of it: -lr is read as -l and -r.
 
@@ -90,6 +103,32 @@ def as_typed(option: str, arguments: Sequence[str]) -> str:
     """
     typed = (argument.partition("=")[0] for argument in arguments if re.match("-[a-zA-Z]", argument))
     return option if option.startswith("--") else next((name for name in typed if option[1:] in name), option)
+
+
+class PastedDash(typer.TyperException):
+    """An option that begins with a dash of another kind than "-", which the parser would take for an argument."""
+
+    def __init__(self, typed: str, context: typer.Context) -> None:
+        name = re.sub(DASHES, "", typed)
+        option = f"--{name}" if len(name) > 1 else f"-{name}"
+        ours = next(iter(other_names(option, context)), option)
+        super().__init__(f"{typed} begins with a dash that is not '-', as web pages write it; type {ours}")
+        self.ctx = context
+
+
+def refuse_pasted_dashes(arguments: Sequence[str], program: Any) -> None:
+    """Raise `PastedDash` for the first word that is written as an option with such a dash; an option's value may be.
+
+    Args:
+        program: the group of the commands.
+    """
+    named = next((argument for argument in arguments if argument in program.commands), None)
+    context = typer.Context(program.commands.get(named, program), info_name=" ".join(filter(None, ["onelayer", named])))
+    parameters = context.command.get_params(context)
+    taking = {name for parameter in parameters if not getattr(parameter, "is_flag", True) for name in parameter.opts}
+    for before, argument in zip(["", *arguments], arguments, strict=False):
+        if before not in taking and (found := re.match(rf"({DASHES}[a-zA-Z][\w-]*)(=|$)", argument)):
+            raise PastedDash(found[1], context)
 
 
 def with_our_command(message: str) -> str:

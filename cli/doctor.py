@@ -10,6 +10,7 @@ from typing import Annotated
 
 import typer
 
+from ._errors import UserError
 from ._options import Json
 from ._output import print_json, print_line, status
 
@@ -19,6 +20,8 @@ def doctor(
     as_json: Json = False,
 ) -> None:
     """Look at versions, devices, extras, Hub, sandbox and runs; exit with 1 where something will not work."""
+    if not folder.is_dir():
+        raise UserError(f"no folder {folder}; give the one whose runs are looked at, or nothing for this one")
     with status("looking ..."):
         from peft_onelayer.runs.doctor import examine
 

@@ -45,7 +45,7 @@ from . import (
 )
 from ._errors import LIMIT, UserError
 from ._examples import EXAMPLES
-from ._other_names import as_typed, other_names, with_our_command
+from ._other_names import arguments_of, as_typed, other_names, refuse_pasted_dashes, with_our_command
 
 app = typer.Typer(
     name="onelayer",
@@ -124,6 +124,7 @@ def main() -> None:
     warnings.filterwarnings("ignore", message=".*is deprecated and will be removed in v6", category=FutureWarning)
     warnings.formatwarning = _one_line_of_a_warning
     try:
+        refuse_pasted_dashes(sys.argv[1:], typer.main.get_command(app))
         code = app(prog_name="onelayer", standalone_mode=False) or 0
         if code == 130:  # Typer's way of reporting Ctrl-C when it does not end the process itself
             raise KeyboardInterrupt
@@ -136,9 +137,10 @@ def main() -> None:
             error.message = error.message.replace(option, typed)
             error.possibilities = other_names(typed, context) or error.possibilities
         error.message = with_our_command(error.message)
-        message = one_line(
-            without_secrets(error.format_message()), LIMIT
-        )  # a missing choice is listed over several lines
+        said = error.format_message()  # a missing choice is listed over several lines
+        if context and said.startswith("Missing argument"):  # the one that is named may be another than was left out
+            said = f"{said.rstrip('.')}; it takes {arguments_of(context)}"
+        message = one_line(without_secrets(said), LIMIT)
         print(f"{where}: {message.rstrip('.')}; see '{where} --help'.", file=sys.stderr)
         code = 2
     except (UserError, OSError, ImportError) as error:

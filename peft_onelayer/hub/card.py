@@ -31,7 +31,7 @@ from .card_text import TAGS, part
 PLOT = "layer_profile.png"
 REWARDS = "reward.png"
 PAPER = "[Is One Layer Enough?](https://arxiv.org/abs/2607.01232)"
-ENGLISH = ("gsm8k", "reasoning_gym", "humaneval", "textworld")  # tasks whose prompts are in English
+ENGLISH = ("gsm8k", "reasoning_gym", "humaneval", "mbpp", "textworld")  # tasks whose prompts are in English
 SHOWN = 1200  # characters of a prompt or a completion in the example
 # The task of a leaderboard, by data set: the ids that the data set's own eval.yaml declares.
 BENCHMARKS = {"openai/gsm8k": "gsm8k"}
@@ -164,8 +164,10 @@ def _metadata(
     tags, datasets, language = [*TAGS], [], None
     if run:
         source = run.settings.source
-        tags += [run.settings.algorithm, source.name, f"task:{source.name}"]
-        datasets = [found["id"] for found, _ in _hub_data(source)]
+        tags.append(run.settings.algorithm)
+        if task := _task_tag(source):
+            tags += [task, f"task:{task}"]
+        datasets = list(dict.fromkeys(found["id"] for found, _ in _hub_data(source, mixed=True)))
         language = "en" if source.name.partition(":")[0] in ENGLISH else None
     tags += [f"layer:{layer}" for layer in sorted(base.layers)]
     results = _model_index(evaluation) if evaluation else None
@@ -183,13 +185,28 @@ def _metadata(
     )
 
 
-def _hub_data(source: DataSource) -> list[tuple[re.Match[str], str]]:
-    """The data sets of the Hub among what was read, each with its commit. A file, whatever its name, has a digest."""
+def _hub_data(source: DataSource, mixed: bool = False) -> list[tuple[re.Match[str], str]]:
+    """The data sets of the Hub among what was read, each with its commit. A file, whatever its name, has a digest.
+
+    Args:
+        mixed: those of a mixture's tasks too, whose names stand before theirs.
+    """
+    names = [(name.rpartition(" ")[2] if mixed else name, version) for name, version in source.data.items()]
     return [
         (found, version)
-        for name, version in source.data.items()
+        for name, version in names
         if not version.startswith("sha256:") and (found := _HUB_DATA.fullmatch(name))
     ]
+
+
+def _task_tag(source: DataSource) -> str | None:
+    """The task as others know it; None for data of one's own, and a task that read some is named without the file."""
+    parts = [part.partition(":")[0] for part in source.name.split("+")]
+    if all(part in TASKS or part.endswith(".py") for part in parts):
+        own = any(version.startswith("sha256:") and not name.endswith(".py") for name, version in source.data.items())
+        return "+".join(parts) if own else source.name
+    asked = source.name.partition("@")[0].partition(":")[0]
+    return source.name if any(asked == found["id"] for found, _ in _hub_data(source)) else None
 
 
 def _model_index(evaluation: EvaluationRecord) -> list[EvalResult]:

@@ -24,12 +24,14 @@ from peft_onelayer.records.files import (
     check_folder,
     file_digest,
     output,
+    read_text,
     staged_directory,
 )
 from peft_onelayer.records.hub_errors import HubError, hub_errors
 from peft_onelayer.records.locate import cached_base
 
 from .card import PLOT, REWARDS
+from .card_text import own_text
 from .push import RESULTS
 
 FILES = (CONFIG, WEIGHTS, CARD, PROFILE, PLOT, REWARDS, RUN, RESULTS)
@@ -82,7 +84,7 @@ def pull_adapter(repo_id: str, folder: Path | str, *, revision: str | None = Non
 
     Args:
         repo_id: the repository.
-        folder: a new or empty folder, or one that holds an earlier pull.
+        folder: a new or empty folder, or one that holds an earlier pull of this repository as it was written.
         revision: branch, tag or commit; by default "main".
 
     Returns:
@@ -120,11 +122,34 @@ def _pull(repo_id: str, folder: Path, revision: str | None) -> Pull:
             )
     adapter = open_adapter(cached)
     _, known = check_tensors(adapter, cached_base(adapter.config))
+    _check_replaced(repo_id, folder, cached.parent)
     with staged_directory(folder, _is_pulled) as staged:
         for name in there:
             (staged / name).parent.mkdir(exist_ok=True)
             shutil.copyfile(cached / name, staged / name)
     return Pull(repo_id, open_adapter(folder), info.sha or "", known)
+
+
+def _check_replaced(repo_id: str, folder: Path, snapshots: Path) -> None:
+    """Raise ValueError for a file in `folder` that no pull of this repository wrote, such as a card with text of one's
+    own or an adapter of one's own; what onelayer writes into a card is no change.
+
+    Args:
+        snapshots: the commits of the repository in the Hub's cache.
+    """
+    for name in FILES:
+        there, fetched = folder / name, [path for path in snapshots.glob(f"*/{name}") if path.is_file()]
+        if not there.is_file():
+            continue
+        if name == CARD:
+            known = own_text(read_text(there)) in ["", *(own_text(read_text(path)) for path in fetched)]
+        else:
+            known = file_digest(there) in map(file_digest, fetched)
+        if not known:
+            raise ValueError(
+                f"{there} is not what an earlier pull of {repo_id} wrote; choose a new output folder, or move it away "
+                "(nothing was changed)."
+            )
 
 
 def _is_pulled(folder: Path) -> bool:

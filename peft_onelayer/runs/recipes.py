@@ -103,7 +103,7 @@ def recipe_file(recipe: str | Path) -> Path:
         return Path(text).expanduser()
     names = recipe_names()
     if text not in names:
-        near = [name for name in names if name.partition(":")[0] == text]
+        near = [name for name in names if text.lower() in name] if text else []
         near = near or difflib.get_close_matches(text, names, NEAR, 0.5) or names
         raise ValueError(f"no recipe {text!r}; expected a .yaml file or one of {', '.join(near)}")
     return Path(str(files("peft_onelayer") / "recipes" / f"{text.replace(':', '_')}.yaml"))

@@ -34,6 +34,18 @@ from onelayer_cli.main import app
         (["demo", "--sede", "1"], 2, "No such option: --sede"),
         (["demo", "extra"], 2, "extra"),
         (["dmeo"], 2, "No such command 'dmeo'"),
+        (["doctor", "nowhere"], 1, "no folder nowhere"),
+        (["merge", "base", "adapter"], 2, "ADAPTER...'; it takes BASE ADAPTER... OUT"),
+        (
+            ["demo", "\u2013layer", "7"],
+            2,
+            "\u2013layer begins with a dash that is not '-', as web pages write it; type --layer",
+        ),
+        (["report", "run", "\u2014html=x.html"], 2, "type --html; see 'onelayer report --help'"),
+        (["train", "m", "\u2013-lr", "1e-3"], 2, "type --learning-rate"),
+        (["demo", "\u2212h"], 2, "type --help; see 'onelayer demo --help'"),
+        (["\u2013help"], 2, "type --help; see 'onelayer --help'"),
+        (["generate", "none", "--prompt", "\u2013no"], 1, "none"),  # an option's value
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )

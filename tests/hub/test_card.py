@@ -50,7 +50,31 @@ def test_a_file_of_ones_own_is_named_in_the_text_alone(adapter, tmp_path, name):
     folder = staged(adapter, tmp_path)
     card = ModelCard.load(folder / "README.md")
     assert card.data.datasets == ["org/theirs"] and f"{name} (sha256:00000)" in card.text
+    assert card.data.tags == ["onelayer", "reinforcement-learning", "grpo", "layer:1"]
     assert not (folder / ".eval_results").exists() and card.data.eval_results[0].dataset_revision is None
+
+
+@pytest.mark.parametrize(
+    ("name", "data", "tag", "datasets"),
+    [
+        ("gsm8k:/data/mine.jsonl", {"mine.jsonl": "sha256:" + "0" * 64}, "gsm8k", None),
+        ("gsm8k+sort", {"gsm8k openai/gsm8k:main": "c" * 40}, "gsm8k+sort", ["openai/gsm8k"]),
+        (
+            "gsm8k+tasks/sums.py+mbpp:org/mine",
+            {"gsm8k openai/gsm8k:main": "c" * 40, "sums.py sums.py": "sha256:0", "mbpp:org/mine org/mine": "d" * 40},
+            "gsm8k+tasks/sums.py+mbpp:org/mine",
+            ["openai/gsm8k", "org/mine"],
+        ),
+        ("org/mine@v1", {"org/mine@v1": "c" * 40, "reward.py": "sha256:0"}, "org/mine@v1", ["org/mine"]),
+        ("sums.py", {"sums.py": "sha256:0"}, "sums.py", None),
+    ],
+)
+def test_the_tag_of_the_task_and_the_data_sets_of_a_mixture(adapter, tmp_path, name, data, tag, datasets):
+    run = RunRecord.from_file(adapter / "run.json")
+    task = replace(run.settings.task, name=name, data=data)
+    card = ModelCard(model_card({}, replace(run, settings=replace(run.settings, task=task))))
+    assert [tag for tag in card.data.tags if tag.startswith("task:")] == [f"task:{tag}"]
+    assert card.data.datasets == datasets
 
 
 def test_the_leaderboards_entry(adapter, tmp_path):

@@ -37,6 +37,24 @@ def test_it_brings_the_adapters_files_and_no_others(hub, ask, published, tmp_pat
     assert answer.code == 1 and "holds other files" in answer.err[0]
 
 
+def test_what_was_changed_since_a_pull_or_was_never_pulled_is_not_replaced(hub, ask, published, adapter, tmp_path):
+    here = tmp_path / "here"
+    assert ask("pull", "me/gsm", here).code == 0
+    hub.add("me/gsm", published | {"README.md": published["README.md"] + b"Theirs.\n"})
+    assert ask("pull", "me/gsm", here).code == 0  # a newer one replaces it
+    assert (here / "README.md").read_text().endswith("Theirs.\n")
+    (here / "README.md").write_text("My own words.\n")
+    own = tmp_path / "own"
+    own.mkdir()
+    for name in ("adapter_config.json", "adapter_model.safetensors"):  # as save_pretrained leaves one
+        (own / name).write_bytes((adapter / name).read_bytes())
+    for folder, name in ((here, "README.md"), (own, "adapter_config.json")):
+        before = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+        answer = ask("pull", "me/gsm", folder)
+        assert answer.code == 1 and f"{folder / name} is not what an earlier pull of me/gsm wrote" in answer.err[-1]
+        assert {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()} == before
+
+
 @pytest.mark.parametrize("base", [None, "org/tiny"])
 def test_what_to_do_next_works_from_here(hub, ask, quick, tmp_path, base):
     assert ask("push", quick, "me/gsm", *(["--base-model", base] if base else [])).code == 0

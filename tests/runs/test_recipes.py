@@ -42,6 +42,14 @@ BASE = Path(__file__).parents[2] / "peft_onelayer" / "demo_model"
 PROFILES = Path(__file__).parents[2] / "peft_onelayer" / "profiles"
 
 
+@pytest.mark.parametrize("name", ["qwen3-1.7b", "Numina", "scripts"])
+def test_a_part_of_a_recipes_name_is_answered_with_those_that_hold_it(name):
+    with pytest.raises(ValueError) as refused:
+        read_recipe(name)
+    named = str(refused.value).partition("one of ")[2].split(", ")
+    assert named == [recipe for recipe in recipe_names() if name.lower() in recipe] != recipe_names()
+
+
 def test_every_option_of_train_is_a_key():
     assert OPTIONS.keys() | {"config"} == {field.name for field in dataclasses.fields(TrainingSettings)}
 
