@@ -272,7 +272,7 @@ SEAMS: dict[str, tuple[Seam, ...]] = {
     ),
     "peft_onelayer.rl.cpu_products": (
         Seam("torch.library:Library.impl", "kernels of our own", ("op_name", "fn", "dispatch_key", "with_keyset")),
-        Seam("torch.library:Library._destroy", "torch's kernels again, in tests"),
+        Seam("torch.library:Library._destroy", "torch's kernels again"),
         Seam("torch._C:DisableTorchFunctionSubclass", "products of rounded weights"),
     ),
     "peft_onelayer.rl.prefix": (Seam("torch.nn.modules.dropout:_DropoutNd", "to know that a pass is random"),),

@@ -53,7 +53,7 @@ def lacks_instructions(dtype: torch.dtype) -> bool:
 @functools.cache
 def replace_kernels() -> torch.library.Library:
     """Returns:
-    What holds the kernels in place; its `_destroy` brings back torch's.
+    What holds the kernels in place.
     """
     check(__name__)
     library = torch.library.Library("aten", "IMPL")
@@ -63,6 +63,13 @@ def replace_kernels() -> torch.library.Library:
             own = torch.library.get_kernel(f"aten::{name}", "CPU")
             library.impl(name, functools.partial(_without_subclasses, kernel, own), "CPU", with_keyset=True)
     return library
+
+
+def restore_kernels() -> None:
+    """Bring back torch's kernels, if they were replaced."""
+    if replace_kernels.cache_info().currsize:
+        replace_kernels()._destroy()
+        replace_kernels.cache_clear()
 
 
 def _without_subclasses(kernel: Any, own: Any, keys: Any, *args: Any, **kwargs: Any) -> Any:

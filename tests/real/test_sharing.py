@@ -14,6 +14,7 @@ from safetensors.torch import load_file
 from worker import Worker
 
 from peft_onelayer import export_adapter, merge_into_checkpoint
+from peft_onelayer.rl.cpu_products import restore_kernels
 
 from .common import IDS, load, same
 
@@ -76,6 +77,7 @@ def test_plain_peft_loads_the_export_to_the_same_bits(smollm2, trained, tmp_path
     )
     assert done.returncode == 0, done.stderr
     logits, weights = torch.load(tmp_path / "outputs")
+    restore_kernels()  # training may have replaced them, and plain PEFT knows nothing of it
     model = PeftModel.from_pretrained(load(smollm2), trained.folder).eval()
     with torch.no_grad():
         assert torch.equal(logits, model(IDS).logits)

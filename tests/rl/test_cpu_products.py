@@ -13,10 +13,9 @@ pytestmark = pytest.mark.skipif(not cpu_products.REPLACEABLE, reason="torch befo
 
 @pytest.fixture
 def replaced():
-    library = cpu_products.replace_kernels()
-    yield library
-    library._destroy()
-    cpu_products.replace_kernels.cache_clear()
+    cpu_products.replace_kernels()
+    yield
+    cpu_products.restore_kernels()
 
 
 def whole(*shape, dtype=torch.bfloat16):
@@ -24,24 +23,43 @@ def whole(*shape, dtype=torch.bfloat16):
     return torch.randint(-9, 10, shape).to(dtype).requires_grad_()
 
 
-@pytest.mark.parametrize("dtype", cpu_products.HALVES)
-@pytest.mark.parametrize("rows", [1, 3, 4, 64])
-def test_products_are_those_of_float64_rounded_once(replaced, dtype, rows):
+def products(x, w, bias, many, heads, one):
+    """Products of x (n, k), w (m, k), bias (m), many (r, n, k), heads (r, k, j), one (1, k, j)."""
+    same = one.expand(len(many), *one.shape[1:])
+    return F.linear(x, w, bias), x @ w.T, torch.bmm(many, heads), torch.bmm(many, same), many @ heads[0]
+
+
+def operands(rows, dtype):
     torch.manual_seed(0)
-    x, w, bias = whole(rows, 33, dtype=dtype), whole(2500, 33, dtype=dtype), whole(2500, dtype=dtype)
-    many, heads, one = whole(3, rows, 33, dtype=dtype), whole(3, 33, 6, dtype=dtype), whole(1, 33, 6, dtype=dtype)
-    exact = [t.detach().double() for t in (x, w, bias, many, heads, one)]
+    shapes = ((rows, 33), (2500, 33), (2500,), (3, rows, 33), (3, 33, 6), (1, 33, 6))
+    return [whole(*shape, dtype=dtype) for shape in shapes]
 
-    def results(x, w, bias, many, heads, one):
-        same = one.expand(3, 33, 6)
-        return F.linear(x, w, bias), x @ w.T, torch.bmm(many, heads), torch.bmm(many, same), many @ heads[0]
 
-    for got, expected in zip(results(x, w, bias, many, heads, one), results(*exact), strict=True):
+@pytest.mark.parametrize("dtype", cpu_products.HALVES)
+@pytest.mark.parametrize("rows", [4, 64])
+def test_products_are_those_of_float64_rounded_once(replaced, dtype, rows):
+    given = operands(rows, dtype)
+    exact = [t.detach().double() for t in given]
+    for got, expected in zip(products(*given), products(*exact), strict=True):
         assert got.dtype is dtype and torch.equal(got, expected.to(dtype))
     grad = whole(rows, 2500, dtype=dtype)
-    F.linear(x, w, bias).backward(grad)
-    assert torch.equal(x.grad, (grad.double() @ exact[1]).to(dtype))
-    assert torch.equal(w.grad, (grad.double().T @ exact[0]).to(dtype))
+    F.linear(*given[:3]).backward(grad)
+    assert torch.equal(given[0].grad, (grad.double() @ exact[1]).to(dtype))
+    assert torch.equal(given[1].grad, (grad.double().T @ exact[0]).to(dtype))
+
+
+@pytest.mark.parametrize("rows", [0, 1, 3])
+def test_few_rows_and_scaled_sums_are_torchs_own(replaced, rows):
+    given = [torch.randn(t.shape).bfloat16() for t in operands(rows, torch.bfloat16)]
+    many, w, added = torch.randn(8, 33).bfloat16(), given[1].T, given[2]
+
+    def results():
+        few = products(*given)[:4]  # the last joins the rows of all three
+        return *few, torch.addmm(added, many, w, beta=0.5), torch.addmm(added, many, w, alpha=2)
+
+    ours = results()
+    cpu_products.restore_kernels()
+    assert all(torch.equal(a, b) for a, b in zip(ours, results(), strict=True))
 
 
 def test_large_operands_are_copied_in_parts(replaced, monkeypatch):
@@ -56,11 +74,8 @@ def test_large_operands_are_copied_in_parts(replaced, monkeypatch):
     assert len(copies) > 20 and max(copies) == 7 * 33
 
 
-def test_scaled_sums_and_empty_products_are_torchs_own(replaced):
-    x, w, bias = whole(8, 5), whole(5, 3), whole(3)
-    exact = 0.5 * bias.double() + 2 * (x.double() @ w.double())
-    assert torch.equal(torch.addmm(bias, x, w, beta=0.5, alpha=2), exact.bfloat16())
-    assert (x[:0] @ w).shape == (0, 3)
+def test_empty_products(replaced):
+    assert torch.equal(whole(8, 0) @ whole(0, 3), torch.zeros(8, 3).bfloat16())
     assert torch.equal(torch.bmm(whole(2, 8, 0), whole(2, 0, 3)), torch.zeros(2, 8, 3).bfloat16())
     assert torch.bmm(whole(0, 8, 5), whole(1, 5, 3).expand(0, 5, 3)).shape == (0, 8, 3)
 
@@ -90,7 +105,7 @@ def test_what_torch_refuses_it_refuses_in_the_same_words(replaced):
             yield str(error.value)
 
     ours = list(errors())
-    replaced._destroy()
+    cpu_products.restore_kernels()
     assert ours == list(errors())
 
 
@@ -118,10 +133,9 @@ def test_float32_is_untouched_and_torchs_kernels_come_back():
         ]
 
     before = results()
-    library = cpu_products.replace_kernels()
+    cpu_products.replace_kernels()
     during = results()
-    library._destroy()
-    cpu_products.replace_kernels.cache_clear()
+    cpu_products.restore_kernels()
     assert all(torch.equal(a, b) for a, b in zip(before, results(), strict=True))
     assert all(torch.equal(a, b) for a, b in zip(before[:2], during[:2], strict=True))
 
