@@ -28,6 +28,8 @@ def rank_blocks(
     if options["method"] in RACES and (budget := options["budget"]) > 1:
         progress.note(f"a budget of {budget:g} lets the ranking take {budget:.0%} of the tokens of the training run")
     with progress.bar("ranking the blocks", 100) as update:
+        if options["method"] in RACES:
+            update(0, "completions of the base")
         return probe_layers(
             base,
             tokenizer,

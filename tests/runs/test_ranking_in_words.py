@@ -1,6 +1,7 @@
 """What a race without a pick says."""
 
 import math
+from contextlib import contextmanager
 from dataclasses import replace
 
 import numpy as np
@@ -9,6 +10,8 @@ import pytest
 from onelayer_cli.probe import _mark
 from peft_onelayer.layers import ranking_without_gain
 from peft_onelayer.records.ranking import LayerRanking
+from peft_onelayer.runs import ranking as ranking_module
+from peft_onelayer.runs.progress import Progress
 from peft_onelayer.runs.ranking import describe
 from peft_onelayer.statistics import gain_of_rounds
 
@@ -64,3 +67,20 @@ def test_without_a_gain_the_rounds_together_err_as_rarely_as_one():
     )
     share = np.mean([gain > 1.959964 * error for gain, error in found])
     assert abs(share - 0.025) < 4 * math.sqrt(0.025 * 0.975 / 20_000)
+
+
+@pytest.mark.parametrize("method", ["race", "prior"])
+def test_before_the_first_block_a_race_says_that_the_base_is_at_work(monkeypatch, method):
+    told = []
+
+    class Told(Progress):
+        @contextmanager
+        def bar(self, description, total, unit=""):
+            yield lambda done, detail="": told.append((done, detail))
+
+    def probe(*given, on_candidate, **options):
+        on_candidate(0, 7, 0.294)
+
+    monkeypatch.setattr(ranking_module, "probe_layers", probe)
+    ranking_module.rank_blocks(None, None, None, Told(), method=method, budget=0.25)
+    assert told == [(0, "completions of the base")] * (method == "race") + [(29, "round 1: block 7")]
