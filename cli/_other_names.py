@@ -123,7 +123,9 @@ def refuse_pasted_dashes(arguments: Sequence[str], program: Any) -> None:
         program: the group of the commands.
     """
     named = next((argument for argument in arguments if argument in program.commands), None)
-    context = typer.Context(program.commands.get(named, program), info_name=" ".join(filter(None, ["onelayer", named])))
+    context = typer.Context(program, info_name="onelayer", **program.context_settings)
+    if named:
+        context = typer.Context(program.commands[named], context, info_name=named)
     parameters = context.command.get_params(context)
     taking = {name for parameter in parameters if not getattr(parameter, "is_flag", True) for name in parameter.opts}
     for before, argument in zip(["", *arguments], arguments, strict=False):

@@ -6,6 +6,7 @@ tracebacks.
 
 from __future__ import annotations
 
+import functools
 import io
 import logging
 import os
@@ -112,6 +113,12 @@ def _one_line_of_a_warning(message: Any, category: Any, filename: str, lineno: i
     return f"warning: {one_line(str(message), LIMIT)}\n"  # no path, and no line of somebody's code
 
 
+@functools.cache
+def program() -> Any:
+    """The group of the commands; making it takes a tenth of a second."""
+    return typer.main.get_command(app)
+
+
 def main() -> None:
     signal.signal(signal.SIGTERM, _terminate)
     for stream in (sys.stdout, sys.stderr):
@@ -124,8 +131,8 @@ def main() -> None:
     warnings.filterwarnings("ignore", message=".*is deprecated and will be removed in v6", category=FutureWarning)
     warnings.formatwarning = _one_line_of_a_warning
     try:
-        refuse_pasted_dashes(sys.argv[1:], typer.main.get_command(app))
-        code = app(prog_name="onelayer", standalone_mode=False) or 0
+        refuse_pasted_dashes(sys.argv[1:], program())
+        code = program()(prog_name="onelayer", standalone_mode=False) or 0
         if code == 130:  # Typer's way of reporting Ctrl-C when it does not end the process itself
             raise KeyboardInterrupt
     except typer.TyperException as error:

@@ -71,7 +71,7 @@ def files(tmp_path_factory):
 
 
 @pytest.mark.parametrize(
-    "arguments", [["--help"], ["-h"], ["--version"], [], ["inspect", "--help"], ["train", "--help"]]
+    "arguments", [["--help"], ["-h"], ["--version"], [], ["inspect", "--help"], ["inspect", "-h"], ["train", "--help"]]
 )
 def test_help_and_version(onelayer, arguments):
     answer = onelayer(*arguments)

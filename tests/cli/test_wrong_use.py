@@ -11,9 +11,9 @@ import time
 
 import pytest
 import transformers
-import typer
 
 import models
+from onelayer_cli import main
 from onelayer_cli.main import app
 
 
@@ -139,7 +139,7 @@ def test_every_help_has_two_examples_that_parse(onelayer, name):
     _, _, out = onelayer(name, "--help")
     shown = [line.strip() for line in out.partition("Examples:")[2].splitlines() if line.strip()]
     assert len(shown) >= 2
-    command = typer.main.get_command(app).commands[name]
+    command = main.program().commands[name]
     for line in shown:
         program, called, *arguments = shlex.split(re.split(r" {3,}", line)[0])
         assert (program, called) == ("onelayer", name)
