@@ -6,6 +6,7 @@ depend on beside the row. Files are written whole and mapped into memory, so tha
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import warnings
 from collections.abc import Sequence
@@ -20,6 +21,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from peft_onelayer.records.files import whole_file
+from peft_onelayer.records.text import one_line
 from peft_onelayer.sparse.digest import config_digest, tensor_digest
 from peft_onelayer.tuner.pass_inputs import MADE_FROM, PassInputs
 from peft_onelayer.tuner.prefix import HiddenStates
@@ -36,7 +38,7 @@ class StateCache:
 
     Attributes:
         found, kept: rows that were read, and that were written.
-        full: whether a row was left out because of the bound.
+        full: whether a row was left out because of the bound, or of the disk.
     """
 
     def __init__(self, folder: str | Path, most_bytes: int) -> None:
@@ -70,7 +72,9 @@ class StateCache:
                     raise KeyError(VALUES)
             except (SafetensorError, KeyError, OSError):
                 warnings.warn(f"{folder / name} holds no hidden states; it is written again.", stacklevel=2)
-                (folder / name).unlink(missing_ok=True)
+                with contextlib.suppress(FileNotFoundError):
+                    self.size -= (folder / name).stat().st_size
+                    (folder / name).unlink()
                 damaged = True
                 continue
             returns_tuple = tuple(flag == "1" for flag in said)
@@ -84,7 +88,6 @@ class StateCache:
 
     def write(self, inputs: PassInputs, states: HiddenStates, folder: Path) -> None:
         """Keep the states of the rows that are not there, as long as there is room."""
-        folder.mkdir(exist_ok=True)
         flags = "".join("01"[flag] for flag in states.returns_tuple)
         for (name, real), values in zip(_rows(inputs) or (), states.values, strict=False):
             if (folder / name).exists():
@@ -92,17 +95,23 @@ class StateCache:
             own = values[real.to(values.device)].cpu().contiguous()
             content = save({VALUES: own}, metadata={BY_BLOCK: flags})
             if self.size + len(content) > self.most_bytes:
-                if not self.full:
-                    said = f"{self.folder} holds {self.size / GIGABYTE:.2g} GB of hidden states"
-                    warnings.warn(
-                        f"{said}, and no more are kept (the bound is {self.most_bytes:,} bytes).", stacklevel=2
-                    )
-                self.full = True
+                self._no_more(f"the bound is {self.most_bytes:,} bytes")
                 return
-            with whole_file(folder / name) as partial:
-                partial.write_bytes(content)
+            try:
+                folder.mkdir(exist_ok=True)
+                with whole_file(folder / name) as partial:
+                    partial.write_bytes(content)
+            except OSError as error:  # a full disk; training needs no cache
+                self._no_more(one_line(error))
+                return
             self.size += len(content)
             self.kept += 1
+
+    def _no_more(self, why: str) -> None:
+        if not self.full:
+            said = f"{self.folder} holds {self.size / GIGABYTE:.2g} GB of hidden states, and no more are kept"
+            warnings.warn(f"{said} ({why}).", stacklevel=3)
+        self.full = True
 
     def folder_of(
         self, decoder: PreTrainedModel, weights: Sequence[nn.Parameter], versions: tuple, inputs: PassInputs

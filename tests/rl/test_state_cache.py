@@ -1,6 +1,9 @@
 """Hidden states on disk: later epochs and runs of an offline trainer start above the frozen blocks."""
 
+import errno
+import os
 import warnings
+from pathlib import Path
 
 import pytest
 import torch
@@ -102,6 +105,25 @@ def test_a_file_that_is_none_is_written_again(dpo, tmp_path):
         found, prefix = dpo("cache", epochs=1)
     assert same(plain, found) and prefix.cache.kept == 2
     assert sorted((tmp_path / "cache").glob("*/*")) == files
+    assert prefix.cache.size == sum(file.stat().st_size for file in files)
+
+
+def test_a_full_disk_ends_keeping_and_not_training(dpo, monkeypatch, tmp_path):
+    plain, _ = dpo(epochs=1)
+    written, own = [], Path.write_bytes
+
+    def write_bytes(path, content):
+        own(path, content[:9] if len(written) == 3 else content)
+        if len(written) == 3:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
+        written.append(path)
+
+    monkeypatch.setattr(Path, "write_bytes", write_bytes)
+    with pytest.warns(UserWarning, match=r"no more are kept \(.*No space left on device") as warned:
+        found, prefix = dpo("cache", epochs=1)
+    assert sum("no more are kept" in str(one.message) for one in warned) == 1
+    assert same(plain, found) and prefix.cache.kept == 3
+    assert len([*(tmp_path / "cache").glob("*/*"), *(tmp_path / "cache").glob("*/.*")]) == 3
 
 
 def test_it_holds_no_more_than_it_may(dpo, tmp_path):
