@@ -20,7 +20,7 @@ HALVES = (torch.bfloat16, torch.float16)
 FEW = 4  # rows; with less, torch's own way reads the second operand once and has little to multiply
 COLUMNS = 1024  # of the second operand at a time: they stay in the processor's cache
 LARGEST = 2**24  # numbers of a float32 copy of either operand
-REPLACEABLE = hasattr(torch.library, "get_kernel")  # from torch 2.10
+REPLACEABLE = hasattr(torch.library, "get_kernel")  # from torch 2.9
 BACKWARD = "_scaled_dot_product_flash_attention_for_cpu_backward"
 
 
@@ -34,7 +34,7 @@ def use_float32_units(dtype: torch.dtype = torch.bfloat16) -> bool:
         dtype: of the model.
 
     Returns:
-        Whether it did so: not where the CPU has instructions for `dtype`, and not before torch 2.10.
+        Whether it did so: not where the CPU has instructions for `dtype`, and not before torch 2.9.
     """
     pays = REPLACEABLE and lacks_instructions(dtype)
     if pays:

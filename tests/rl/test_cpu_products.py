@@ -8,7 +8,7 @@ from peft_onelayer.rl import cpu_products, use_float32_units
 from peft_onelayer.runs.models import SMALL, to_device
 
 BACKWARD = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
-pytestmark = pytest.mark.skipif(not cpu_products.REPLACEABLE, reason="torch before 2.10")
+pytestmark = pytest.mark.skipif(not cpu_products.REPLACEABLE, reason="torch before 2.9")
 
 
 @pytest.fixture
