@@ -116,13 +116,18 @@ class PastedDash(typer.TyperException):
         self.ctx = context
 
 
+def command_among(arguments: Sequence[str], program: Any) -> str | None:
+    """The command that was typed, if one was."""
+    return next((argument for argument in arguments if argument in program.commands), None)
+
+
 def refuse_pasted_dashes(arguments: Sequence[str], program: Any) -> None:
     """Raise `PastedDash` for the first word that is written as an option with such a dash; an option's value may be.
 
     Args:
         program: the group of the commands.
     """
-    named = next((argument for argument in arguments if argument in program.commands), None)
+    named = command_among(arguments, program)
     context = typer.Context(program, info_name="onelayer", **program.context_settings)
     if named:
         context = typer.Context(program.commands[named], context, info_name=named)

@@ -46,7 +46,14 @@ from . import (
 )
 from ._errors import LIMIT, UserError
 from ._examples import EXAMPLES
-from ._other_names import arguments_of, as_typed, other_names, refuse_pasted_dashes, with_our_command
+from ._other_names import (
+    arguments_of,
+    as_typed,
+    command_among,
+    other_names,
+    refuse_pasted_dashes,
+    with_our_command,
+)
 
 app = typer.Typer(
     name="onelayer",
@@ -136,8 +143,9 @@ def main() -> None:
         if code == 130:  # Typer's way of reporting Ctrl-C when it does not end the process itself
             raise KeyboardInterrupt
     except typer.TyperException as error:
-        context = getattr(error, "ctx", None)  # only usage errors know their command
-        where = context.command_path if context else "onelayer"
+        context = getattr(error, "ctx", None)  # only usage errors know their command, and not all of them
+        named = command_among(sys.argv[1:], program())
+        where = context.command_path if context else " ".join(filter(None, ["onelayer", named]))
         if context and hasattr(error, "possibilities"):  # no such option
             option = getattr(error, "option_name", "")
             typed = as_typed(option, sys.argv[1:])

@@ -35,6 +35,7 @@ from onelayer_cli.main import app
         (["demo", "extra"], 2, "extra"),
         (["dmeo"], 2, "No such command 'dmeo'"),
         (["doctor", "nowhere"], 1, "no folder nowhere"),
+        (["search", "--base"], 2, "'--base' requires an argument; see 'onelayer search --help'"),
         (["merge", "base", "adapter"], 2, "ADAPTER...'; it takes BASE ADAPTER... OUT"),
         (
             ["demo", "\u2013layer", "7"],
