@@ -13,6 +13,7 @@ import typer
 from peft_onelayer.records.locate import base_elsewhere, path_to
 from peft_onelayer.records.text import name_blocks
 
+from ._errors import UserError
 from ._hub import hub_session
 from ._options import Json
 from ._output import print_json, print_line, print_next, status
@@ -27,6 +28,10 @@ def pull(
     as_json: Json = False,
 ) -> None:
     """Fetch an adapter of this method from the Hub into a new FOLDER, and check every tensor."""
+    if Path(repo_id).is_dir() and (repo_id.count("/") != 1 or repo_id.startswith((".", "/"))):
+        raise UserError(
+            f"{repo_id} is a folder here; the repository comes first: onelayer pull ORG/NAME FOLDER (push publishes one)"
+        )
     with status("loading ..."), hub_session():
         from peft_onelayer.hub.pull import pull_adapter
 

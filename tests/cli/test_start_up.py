@@ -304,6 +304,7 @@ LORA = ["--format", "lora"]
         (["demo", "--task", "srot"], 1, "did you mean sort?"),
         (["demo", "--layer", "middel"], 1, 'Did you mean "middle"?'),
         (["push", "{root}/dense"], 2, "Missing argument"),
+        (["pull", "{root}/dense", "me/x"], 1, "is a folder here; the repository comes first: onelayer pull ORG/NAME"),
         (["push", "{root}/dense", "not a name"], 1, "not a name"),
         (["push", "{root}/cut-dense", "me/x"], 1, "damaged"),
         (["push", "{root}/sparse", "me/x", "--dense"], 1, "is sparse already"),
