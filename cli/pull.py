@@ -29,9 +29,7 @@ def pull(
 ) -> None:
     """Fetch an adapter of this method from the Hub into a new FOLDER, and check every tensor."""
     if Path(repo_id).is_dir() and (repo_id.count("/") != 1 or repo_id.startswith((".", "/"))):
-        raise UserError(
-            f"{repo_id} is a folder here; the repository comes first: onelayer pull ORG/NAME FOLDER (push publishes one)"
-        )
+        raise UserError(f"{repo_id} is a folder here; the repository comes first: onelayer pull ORG/NAME FOLDER")
     with status("loading ..."), hub_session():
         from peft_onelayer.hub.pull import pull_adapter
 
