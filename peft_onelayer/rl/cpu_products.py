@@ -36,10 +36,15 @@ def use_float32_units(dtype: torch.dtype = torch.bfloat16) -> bool:
     Returns:
         Whether it did so: not where the CPU has instructions for `dtype`, and not before torch 2.9.
     """
-    pays = REPLACEABLE and lacks_instructions(dtype)
-    if pays:
+    if pays(dtype):
         replace_kernels()
-    return pays
+        return True
+    return False
+
+
+def pays(dtype: torch.dtype) -> bool:
+    """Whether to use the float32 units: this CPU lacks the instructions, and torch lets its kernels be replaced."""
+    return REPLACEABLE and lacks_instructions(dtype)
 
 
 def lacks_instructions(dtype: torch.dtype) -> bool:

@@ -118,7 +118,7 @@ def _half_precision() -> Finding:
     """How a product in bfloat16 compares with one in float32: many CPUs have no instructions for it."""
     import torch
 
-    from peft_onelayer.rl.cpu_products import REPLACEABLE, lacks_instructions
+    from peft_onelayer.rl.cpu_products import pays
 
     seconds = {}
     for dtype in (torch.float32, torch.bfloat16):
@@ -132,7 +132,7 @@ def _half_precision() -> Finding:
         seconds[dtype] = min(times)
     times_slower = seconds[torch.bfloat16] / seconds[torch.float32]
     found = f"a product takes {times_slower:.1f} times as long as in float32"
-    if REPLACEABLE and lacks_instructions(torch.bfloat16):
+    if pays(torch.bfloat16):
         return Finding("bfloat16", "ok", f"{found}, so that onelayer uses the float32 units (docs/runs.md, Time)")
     cure = "train a copy of the model in float32: docs/runs.md, Time" if times_slower > SLOW else ""
     return Finding("bfloat16", "ok", found, cure)
