@@ -104,6 +104,16 @@ def test_everything_runs_at_a_tiny_size(tmp_path):
 
 
 @pytest.mark.more
+def test_only_the_parts_that_are_asked_for_run(tmp_path):
+    out = tmp_path / "rows.jsonl"
+    only = ["--only", "machine", "GRPO steps"]
+    subprocess.run([sys.executable, str(FOLDER / "gpu.py"), "--tiny", "--out", str(out), *only], check=True)
+    rows = written(out)
+    assert [row for row in rows if row.get("ok") is False or "skipped" in row] == []
+    assert list(dict.fromkeys(row["part"] for row in rows)) == ["environment", "weight sync", "GRPO step", "end"]
+
+
+@pytest.mark.more
 def test_the_memory_of_every_way_of_training_is_estimated_for_the_run_that_is_made(tmp_path):
     out = tmp_path / "memory.jsonl"
     command = [sys.executable, str(FOLDER / "gpu_memory.py"), "--small", "--out", str(out)]

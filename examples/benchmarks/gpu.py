@@ -1,12 +1,13 @@
 """Everything that has to hold and to be measured on one GPU, in one command of at most 8 minutes, from random weights.
 
-    python examples/benchmarks/gpu.py [--minutes 8] [--out FILE.jsonl] [--small | --tiny]
+    python examples/benchmarks/gpu.py [--minutes 8] [--out FILE.jsonl] [--small | --tiny] [--only PART ...]
 
 Every result is a row of JSON in FILE and on stdout as soon as it is there. A part that fails, or for which no time is
 left, is a row too, and the next part begins. What is worth most comes first: the checks (training of one block against
 plain freezing bit for bit, merging, files, threads), GRPO through TRL, and the commands on the embedded model; then the
 costs of a training step, of decoding and of a GRPO step, and how they grow. At the end comes a table, which is also
-written beside FILE as .md. Nothing is downloaded.
+written beside FILE as .md. Nothing is downloaded. --only takes parts by name, such as those for which a run before had
+no time left.
 
 The model of the measurements has Qwen3-1.7B's shape in bfloat16. Without a GPU of 60 GB it has 24 blocks of width 512
 (--small). --tiny is for the tests: everything once, on a CPU.
@@ -18,7 +19,7 @@ import argparse
 import gc
 import os
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from pathlib import Path
 
 for name, value in {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false", "HF_HUB_DISABLE_TELEMETRY": "1"}.items():
@@ -32,6 +33,19 @@ from gpu_commands import Commands
 from gpu_costs import Costs
 from gpu_rows import Rows, environment, markdown
 
+PARTS = (
+    "checks",
+    "GRPO checks",
+    "commands",
+    "machine",
+    "training steps",
+    "decoding",
+    "GRPO steps",
+    "training steps without checkpointing",
+    "GRPO steps with a reference",
+    "compiled",
+    "growth",
+)
 LARGE = 60e9  # bytes of memory for Qwen3-1.7B's shape with float32 masters and AdamW's state
 
 
@@ -42,6 +56,7 @@ def main() -> None:
     size = parser.add_mutually_exclusive_group()
     size.add_argument("--small", action="store_true", help="24 blocks of width 512")
     size.add_argument("--tiny", action="store_true", help="4 blocks of width 32, everything once")
+    parser.add_argument("--only", nargs="+", choices=PARTS, default=PARTS, metavar="PART", help=", ".join(PARTS))
     given = parser.parse_args()
     warnings.simplefilter("ignore")
     transformers.logging.set_verbosity_error()
@@ -54,7 +69,7 @@ def main() -> None:
     checked = models.CHECKED if device.type == "cuda" else models.CHECKED_TINY
     rows.write("environment", "machine", **environment(device), model=sizes.name, shape=sizes.shape)
     try:
-        measure(rows, device, sizes, checked)
+        measure(rows, device, sizes, checked, given.only)
     finally:
         failed = sum(row.get("ok") is False for row in rows.rows)
         rows.write("end", "all", failed=failed, rows=len(rows.rows), seconds_in_all=round(rows.seconds - rows.left()))
@@ -63,10 +78,12 @@ def main() -> None:
         print(table, flush=True)
 
 
-def measure(rows: Rows, device: torch.device, sizes: models.Sizes, checked: dict[str, int]) -> None:
-    """All parts, what is worth most first."""
+def measure(
+    rows: Rows, device: torch.device, sizes: models.Sizes, checked: dict[str, int], only: Collection[str]
+) -> None:
+    """The parts of `only`, what is worth most first."""
     tiny = sizes.name == models.TINY.name
-    commands = Commands(rows, few=tiny)
+    commands = Commands(rows, few=tiny) if "commands" in only else None
     base = models.build(sizes.shape, torch.bfloat16, device)
     checks, costs = Checks(rows, device, checked), Costs(rows, device, sizes, base)
 
@@ -80,22 +97,27 @@ def measure(rows: Rows, device: torch.device, sizes: models.Sizes, checked: dict
 
         GRPOCosts(rows, device, sizes, base).all(beta)
 
-    parts: dict[str, Callable[[], None]] = {
-        "checks": lambda: checks.all(base),
-        "GRPO checks": grpo_checks,
-        "commands": lambda: commands.finish(min(120, rows.left() - (60 if tiny else 0.55 * rows.seconds))),
-        "machine": costs.machine,
-        "training steps": lambda: costs.steps(checkpointing=True),
-        "decoding": costs.decoding,
-        "GRPO steps": lambda: grpo_steps(0.0),
-        "training steps without checkpointing": lambda: costs.steps(checkpointing=False),
-        "GRPO steps with a reference": lambda: grpo_steps(0.04),
-        "compiled": checks.compiled,
-        "growth": costs.growth,
-    }
-    for name, part in parts.items():
-        with rows.failures_as_rows("parts", name):
-            part()
+    def finish_commands() -> None:
+        if commands is not None:
+            commands.finish(min(120, rows.left() - (60 if tiny else 0.55 * rows.seconds)))
+
+    parts: tuple[Callable[[], None], ...] = (
+        lambda: checks.all(base),
+        grpo_checks,
+        finish_commands,
+        costs.machine,
+        lambda: costs.steps(checkpointing=True),
+        costs.decoding,
+        lambda: grpo_steps(0.0),
+        lambda: costs.steps(checkpointing=False),
+        lambda: grpo_steps(0.04),
+        checks.compiled,
+        costs.growth,
+    )
+    for name, part in zip(PARTS, parts, strict=True):
+        if name in only:
+            with rows.failures_as_rows("parts", name):
+                part()
 
 
 if __name__ == "__main__":
