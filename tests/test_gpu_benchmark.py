@@ -52,6 +52,14 @@ def test_a_part_that_fails_hangs_or_comes_too_late_is_a_row_and_the_next_goes_on
     assert rows.left() < 30
 
 
+def test_the_reason_behind_a_colon_is_in_the_row(gpu_rows):
+    assert gpu_rows.first_line("backend='inductor' raised:\nOutOfTimeError: stopped after 90 s\n\nmore") == (
+        "backend='inductor' raised: OutOfTimeError: stopped after 90 s"
+    )
+    assert gpu_rows.first_line("no such kernel\nand more") == "no such kernel"
+    assert gpu_rows.first_line(" \n") == ""
+
+
 def test_the_table_relates_rows_to_the_baseline_of_their_group(gpu_rows):
     rows = [
         {

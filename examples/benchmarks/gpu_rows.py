@@ -113,8 +113,9 @@ def time_limit(seconds: float) -> Iterator[None]:
 
 
 def first_line(text: str) -> str:
+    """With the next one where it ends in a colon, as torch.compile's errors do before the reason."""
     lines = [line.strip() for line in text.splitlines() if line.strip()]
-    return lines[0][:300] if lines else ""
+    return " ".join(lines[: 2 if lines and lines[0].endswith(":") else 1])[:300]
 
 
 def innermost_frames(error: BaseException) -> str:

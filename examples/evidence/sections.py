@@ -10,7 +10,7 @@ from drawing import profile_svg
 from early import early_rewards
 from evidence import compare
 from figures import KINDS, Row, Study, name_of, ranges
-from measures import OTHER
+from measures import OTHER, probe_runs, retention_runs
 from one_run import Run
 from planned import SEEDS, grid, same
 from transplant import TOYS, mean_interval, toy_bases, toy_cases, transplant_figures
@@ -163,7 +163,8 @@ def _probes(study: Study) -> list[str]:
     )
     lines.append("|---|---|---|---|---|---|---|---|---|---|---|---|")
     groups: dict[tuple[str, float, int], list[Row]] = {}
-    for row in study.probes:
+    asked = probe_runs(study.setting)
+    for row in sorted(study.probes, key=lambda row: asked.index(row["probe"])):
         probe = row["probe"]
         groups.setdefault((probe["method"], probe["budget"], probe["steps"]), []).append(row)
     for (method, budget, steps), rows in groups.items():
@@ -212,7 +213,8 @@ def _kept(study: Study) -> list[str]:
         f"| trained | seed | score | {other} | nats a token of plain text | more than the base |",
     ]
     lines.append("|---|---|---|---|---|---|")
-    for row in study.kept:
+    asked = retention_runs(study.setting, study.rows)
+    for row in sorted(study.kept, key=lambda row: next(i for i, run in enumerate(asked) if same(run, row))):
         run, kept = row["run"], row["retention"]
         name = name_of(run["kind"]) if run["block"] is None else f"block {run['block']}"
         nats = _nats(row)
