@@ -57,7 +57,13 @@ class LayerSync:
         if engine is None:
             return
         weights, self._held = PolicyWeights(model), set(engine.names())
-        for name in weights.changing:
+        for name in [*weights.changing, *weights.untied]:
+            if held_as(name, self._held) is None and weights.untied:
+                raise ValueError(
+                    f"{engine.name} has no parameter {name}: it ties the head to the embeddings, of which "
+                    "modules_to_save trains one apart from the other; leave that one out of modules_to_save, or serve "
+                    "a checkpoint with both and tie_word_embeddings=false."
+                )
             if held_as(name, self._held) is None:
                 raise ValueError(
                     f"{engine.name} has no parameter {name}, alone or fused with others, so that its digest cannot be "

@@ -56,6 +56,7 @@ class PolicyWeights:
     Attributes:
         adapters: names of the active adapters.
         changing: names of the tensors that adapters may change: those of the wrapped modules and of `modules_to_save`.
+        untied: names of the tensors that are tied in the base to what `modules_to_save` holds apart from them.
     """
 
     def __init__(self, model: PeftModel) -> None:
@@ -65,8 +66,11 @@ class PolicyWeights:
         left_out, saved = _modules_to_save(model)
         self._owners: dict[str, tuple[nn.Parameter, SingleLayerLayer | None, str]] = {}
         self.changing: list[str] = []
+        self.untied: list[str] = []
         seen = set()  # tied parameters have one name
-        for full_name, parameter in model.named_parameters(remove_duplicate=False):
+        named = dict(model.named_parameters(remove_duplicate=False))
+        replaced = {id(parameter) for name, parameter in named.items() if name.startswith(left_out)}
+        for full_name, parameter in named.items():
             if TRAINED in full_name or full_name.startswith(left_out) or id(parameter) in seen:
                 continue
             seen.add(id(parameter))
@@ -76,6 +80,8 @@ class PolicyWeights:
             self._owners[name] = parameter, layer, own_name
             if layer is not None or holder is not None:
                 self.changing.append(name)
+            elif id(parameter) in replaced:
+                self.untied.append(name)
         self._merged: dict[SingleLayerLayer, dict[str, torch.Tensor]] = {}
 
     @property

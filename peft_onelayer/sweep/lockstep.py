@@ -10,7 +10,8 @@ from __future__ import annotations
 import random
 import threading
 import warnings
-from collections.abc import Callable, Generator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -51,12 +52,16 @@ class Member:
         self.request = request
         self._back.release()
         self._go.acquire()
-        if self.stopped:
-            raise _StoppedError
+        self.check()
         answer, self._answer = self._answer, None
         if isinstance(answer, BaseException):
             raise answer
         return answer
+
+    def check(self) -> None:
+        """In the function: end it here if nobody waits for it any more."""
+        if self.stopped:
+            raise _StoppedError
 
     def answer(self, value: Any) -> None:
         """Answer the request: with an exception, to be raised there."""
@@ -76,7 +81,7 @@ class Member:
         self._state = None if self.ended else _ProcessState()
 
     def stop(self) -> None:
-        """End the function where it asks for something, and wait until it has ended."""
+        """End the function where it asks for something or checks, and wait until it has ended."""
         self.stopped = True
         if self._thread.ident:
             self._go.release()
@@ -125,6 +130,16 @@ def run_together(functions: Mapping[str, Callable[[Member], Any]], serve: Serve)
 
 class _StoppedError(BaseException):
     """Ends a function that nobody waits for any more."""
+
+
+@contextmanager
+def process_state_kept() -> Iterator[None]:
+    """Afterwards the process's state is what it was before: for a function that runs here, by itself."""
+    before = _ProcessState()
+    try:
+        yield
+    finally:
+        before.restore()
 
 
 class _ProcessState:

@@ -1,7 +1,10 @@
 """Functions that run in turns: served together, each with the random numbers of a process of its own."""
 
+import os
 import random
+import signal
 import threading
+import time
 import warnings
 from contextlib import closing
 
@@ -10,7 +13,7 @@ import pytest
 import torch
 from accelerate.state import GradientState
 
-from peft_onelayer.sweep.lockstep import Member, run_together
+from peft_onelayer.sweep.lockstep import Member, process_state_kept, run_together
 
 
 def answer_all(members):
@@ -118,3 +121,27 @@ def test_what_nobody_waits_for_is_ended(by_error):
                 next(ended)
     assert cleaned == ["a", "b"]
     assert threading.active_count() == threads
+
+
+def test_one_that_nobody_waits_for_ends_where_it_checks():
+    """An interrupt finds it at work, not where it asks."""
+    checks = []
+
+    def work(member):
+        os.kill(os.getpid(), signal.SIGINT)
+        for number in range(300):
+            time.sleep(0.01)
+            checks.append(number)
+            member.check()
+
+    with pytest.raises(KeyboardInterrupt):
+        list(run_together({"it": work}, answer_all))
+    assert 0 < len(checks) < 300 and not any(thread.name == "it" for thread in threading.enumerate())
+
+
+def test_state_is_kept_around_a_function_that_runs_here():
+    before, show = torch.get_rng_state(), warnings.showwarning
+    with process_state_kept():
+        torch.rand(1)
+        warnings.showwarning = print
+    assert torch.equal(torch.get_rng_state(), before) and warnings.showwarning is show

@@ -1,6 +1,10 @@
 """Runs in one process on one base: each is the run that it is alone, and ends alone."""
 
+import os
+import signal
+import sys
 import threading
+import time
 
 import pytest
 from specs import SETTINGS, demo_spec
@@ -142,3 +146,44 @@ def test_several_gpus_are_refused_before_anything_runs(tmp_path, monkeypatch):
         next(load_engine("shared")([demo_spec(5)], folder=tmp_path))
     monkeypatch.undo()
     assert list(shared.run([], folder=tmp_path)) == [] and not (tmp_path / "logs").exists()
+
+
+def test_ctrl_c_ends_a_run_that_shares_nothing_at_once(tmp_path):
+    worked = []
+
+    def endless(spec, on_step, place):
+        os.kill(os.getpid(), signal.SIGINT)
+        for _ in range(100):
+            time.sleep(0.01)
+        worked.append(spec)
+
+    with pytest.raises(KeyboardInterrupt):
+        list(shared.run([demo_spec("full", **SMALL)], folder=tmp_path, run_row=endless))
+    assert not worked
+
+
+def test_a_reward_that_exits_ends_its_run_alone(tmp_path):
+    def run_row(spec, on_step, place):
+        if spec.layer == 5:
+            sys.exit("no more")
+        return {"digest": spec.digest()}
+
+    specs, rows = [demo_spec(layer, **SMALL) for layer in (2, 5, "full")], []
+    with pytest.raises(RunsFailedError, match=r"1 of the runs failed: block 5, .*: SystemExit: no more; what is done"):
+        for row in shared.run(specs, folder=tmp_path, run_row=run_row):
+            rows.append(row)
+    assert {row["digest"] for row in rows} == {specs[0].digest(), specs[2].digest()}
+
+
+def test_a_backward_that_fails_is_the_failure_of_its_runs(tmp_path, monkeypatch):
+    """Of a GPU without enough memory, for instance."""
+
+    def fail(passes):
+        raise RuntimeError("out of memory")
+
+    monkeypatch.setattr(JointDecoder, "backward", fail)
+    specs, rows = [demo_spec(layer, **SMALL) for layer in (2, 5)], []
+    with pytest.raises(RunsFailedError, match=r"2 of the runs failed: block 2, .*: RuntimeError: out of memory"):
+        for row in shared.run([*specs, demo_spec("base", **SMALL)], folder=tmp_path):
+            rows.append(row)
+    assert [row["spec"]["layer"] for row in rows] == ["base"]

@@ -193,12 +193,12 @@ def test_positions_beyond_int32_are_refused_or_sent_in_whole_tensors(monkeypatch
         Pair(model, takes=ENTRIES)
 
 
-def test_an_engine_that_ties_a_head_which_trains_apart_is_refused():
-    model = wrap(build(dtype=BF16, tie_word_embeddings=True), modules_to_save=["lm_head"])
+@pytest.mark.filterwarnings("ignore:Model has `tie_word_embeddings=True`")
+@pytest.mark.parametrize("trained", ["lm_head", "embed_tokens"])
+def test_an_engine_that_ties_a_head_which_is_apart_is_refused(trained):
+    model = wrap(build(dtype=BF16, tie_word_embeddings=True), modules_to_save=[trained])
     served = Engine(build(dtype=BF16, tie_word_embeddings=True))
-    with pytest.raises(
-        ValueError, match=r"the engine in this process has no parameter lm_head\.weight, alone or fused"
-    ):
+    with pytest.raises(ValueError, match=r"has no parameter lm_head\.weight: it ties the head to .* modules_to_save"):
         LayerSync(model, InProcess(LLM(served)), True)
 
 

@@ -62,7 +62,7 @@ def attempt(run_row: Callable[..., Row], spec: RunSpec, *arguments: Any, log: Te
     stderr)."""
     try:
         return {"row": run_row(spec, *arguments)}
-    except Exception as error:
+    except (Exception, SystemExit) as error:  # a reward may call sys.exit
         with suppress(OSError):  # the log's disk is full
             print(without_secrets(traceback.format_exc()), file=log or sys.stderr, flush=True)
         message = one_line(error, limit=2000)

@@ -21,8 +21,8 @@ from typing import TYPE_CHECKING, Any, TextIO
 import torch
 
 from peft_onelayer.records.text import one_line
-from peft_onelayer.sweep.lockstep import Member, run_together
-from peft_onelayer.sweep.run_layer import Alone, Row, RunSpec, run_layer
+from peft_onelayer.sweep.lockstep import Member, process_state_kept, run_together
+from peft_onelayer.sweep.run_layer import Alone, OnStep, Row, RunSpec, run_layer
 
 from . import Answer, RunsFailedError, attempt
 from .local import visible_devices
@@ -70,8 +70,10 @@ def run(
     def answers(log: TextIO) -> Generator[tuple[RunSpec, Answer], None, None]:
         for start in range(0, len(sharing), together):
             yield from _together(sharing[start : start + together], run_row, log)
-        for spec in alone:
-            yield from _together([spec], run_row, log)
+        for spec in alone:  # in the main thread, where Ctrl-C ends it at once
+            with process_state_kept():
+                answer = _run(run_row, spec, lambda step, reward: None, Alone(), log)
+            yield spec, answer
 
     with (logs / "shared.log").open("a", encoding="utf-8") as log, closing(answers(log)) as arriving:
         for spec, answer in arriving:
@@ -94,7 +96,11 @@ def _together(
     joint = _Joint(log)
     gc.freeze()  # what is there already, such as modules, is no garbage: every trainer looks through all of it
     named = {f"run {i}, {spec}": spec for i, spec in enumerate(specs)}
-    functions = {name: functools.partial(_run, run_row, spec, joint, log) for name, spec in named.items()}
+
+    def run_one(spec: RunSpec, member: Member) -> Answer:
+        return _run(run_row, spec, lambda step, reward: member.check(), _Shared(member, joint), log)
+
+    functions = {name: functools.partial(run_one, spec) for name, spec in named.items()}
     try:
         with joint, closing(run_together(functions, joint.serve)) as members:
             for member in members:
@@ -104,13 +110,14 @@ def _together(
         gc.unfreeze()
 
 
-def _run(run_row: Callable[..., Row], spec: RunSpec, joint: _Joint, log: TextIO, member: Member) -> Answer:
+def _run(run_row: Callable[..., Row], spec: RunSpec, on_step: OnStep, place: Alone, log: TextIO) -> Answer:
+    """The answer of a run, whose warnings go to the log until the process's state is exchanged."""
+
     def note(message: Any, category: Any, filename: str, lineno: int, file: Any = None, line: Any = None) -> None:
         log.write(warnings.formatwarning(message, category, filename, lineno))
 
-    warnings.showwarning = note  # exchanged with the threads
-    place = _Shared(member, joint) if _shares(spec) else Alone()
-    return attempt(run_row, spec, lambda step, reward: None, place, log=log)
+    warnings.showwarning = note
+    return attempt(run_row, spec, on_step, place, log=log)
 
 
 @dataclass
@@ -287,9 +294,13 @@ class _Joint:
     def _backward(self, members: Sequence[Member]) -> None:
         from peft_onelayer.tuner.joint import JointDecoder
 
-        JointDecoder.backward([own for member in members for own in member.request.passes])
+        answer: Exception | None = None
+        try:
+            JointDecoder.backward([own for member in members for own in member.request.passes])
+        except Exception as error:  # some weights may have their gradients: none of these runs can go on
+            answer = error
         for member in members:
-            member.answer(None)
+            member.answer(answer)
 
 
 def _width(request: _Forward) -> int:
