@@ -310,6 +310,7 @@ def check_evaluation(settings: EvaluationSettings) -> None:
         if settings.adapter is not None:
             raise ValueError(f"{settings.model} is an adapter itself; give its base model, or leave --adapter out.")
         check_base_of(Path(settings.model).expanduser(), f"onelayer eval {{base}} --adapter {settings.model}")
+        check_adapter(settings.model)
     else:
         check_model_name(settings.model, settings.revision)
         check_weights(settings.model)
