@@ -10,6 +10,7 @@ from typing import Annotated, Any
 
 import typer
 
+from peft_onelayer.records.locate import base_elsewhere, path_to
 from peft_onelayer.records.text import name_blocks, printable
 from peft_onelayer.sparse.base import in_words
 
@@ -56,8 +57,10 @@ def inspect(
         "relative": [number(t.relative, ".2e") for t in found.tensors],
     }
     columns |= {name: cells for name, cells in measured.items() if any(cell != "?" for cell in cells)}
+    depth = "" if found.num_layers is None else f" of {found.num_layers}"
+    blocks = f"{name_blocks(found.layers)}{depth}, " if found.layers else ""
     print_table(
-        f"{adapter}: {name_blocks(found.layers)} of {found.num_layers}, {prefix}*",
+        f"{adapter}: {blocks}{prefix}*",
         list(columns),
         list(zip(*columns.values(), strict=True)),
     )
@@ -66,8 +69,10 @@ def inspect(
         print_line(f"density: {found.density:.2%}")
     if found.change is not None:
         print_line(f"norm of the change: {found.change:.4g}")
-    else:
-        print_line(f"how much changed: onelayer inspect {adapter} --base {found.base['name'] or 'BASE'}")
+    elif found.num_layers is not None:
+        elsewhere = base_elsewhere(found.folder)
+        named = path_to(elsewhere) if elsewhere else found.base["name"] or "BASE"
+        print_line(f"how much changed: onelayer inspect {adapter} --base {named}")
     commit = f" at {found.base['revision']}" if found.base["revision"] else ""
     print_line(f"base: {found.base['name'] or 'not recorded'}{commit}")
     if found.stages:

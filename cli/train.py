@@ -229,6 +229,8 @@ def train(
             name: value for name, value in fields.items() if name not in OPTIONS
         }  # others TRL's fields are asked for
         early = options_from(merged(kept, flat | given), str(source or "this command"))
+        if early.full and given.get("layer") == "auto":  # which no settings tell from the default
+            raise ValueError("--full trains every parameter and --layer auto a block; give one of them")
         check_training(early, resume=resume, writes=not dry_run)
         check_effect(given, early)
         with status("loading ..."):

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 from peft_onelayer.records.adapter_config import CombinedRecord, Part
 from peft_onelayer.records.fields import without_missing_parts
 from peft_onelayer.records.files import CONFIG, WEIGHTS, check_folder, file_digest, output, staged_directory, whole_file
-from peft_onelayer.records.locate import adapter_folder, base_folder, hub_identity, last_part
+from peft_onelayer.records.locate import adapter_folder, base_folder, check_base_of, hub_identity, last_part
 from peft_onelayer.sparse.names import TRAINED
 
 from .checkpoint import Checkpoint
@@ -321,6 +321,8 @@ def _base_of(files: Sequence[AdapterFile], base: str | Path | None, revision: st
     chosen = str(base or recorded or "")
     if not chosen:
         raise ValueError(f"{files[0].folder} does not name its base model; give it with --base.")
+    if base is None:
+        check_base_of(files[0].folder, "onelayer combine ... --base {base}")
     return Checkpoint(base_folder(chosen, revision or (config.get("revision") if chosen == recorded else None)))
 
 

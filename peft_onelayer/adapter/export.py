@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from peft_onelayer.records.files import WEIGHTS, check_folder, output, staged_directory
-from peft_onelayer.records.locate import adapter_folder, base_folder, hub_identity
+from peft_onelayer.records.locate import adapter_folder, base_folder, check_base_of, hub_identity
 from peft_onelayer.sparse.base import Comparison, not_compared
 
 from .checkpoint import Checkpoint
@@ -138,6 +138,8 @@ def _export(
         chosen = str(base or recorded or "")
         if not chosen:
             raise ValueError(f"{file.folder} does not name its base model; give it.")
+        if base is None:
+            check_base_of(file.folder, f"onelayer export {adapter} {out} --format {format} --base {{base}}")
         checkpoint = Checkpoint(base_folder(chosen, file.config.get("revision") if chosen == recorded else None))
         if unchecked := check_base(file, checkpoint, allow_other_base):
             warnings.warn(not_compared(Comparison({}, unchecked)), stacklevel=2)

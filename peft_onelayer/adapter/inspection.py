@@ -6,21 +6,23 @@ Without the base only files' headers are read, and torch is not imported; with t
 from __future__ import annotations
 
 import math
+import re
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
 from peft_onelayer.records.fields import Record
-from peft_onelayer.records.files import PROFILE, RUN, WEIGHTS
+from peft_onelayer.records.files import CONFIG, PROFILE, RUN, WEIGHTS, read_fields
 from peft_onelayer.records.locate import adapter_folder, base_folder, check_revision
 from peft_onelayer.records.ranking import LayerRanking
 from peft_onelayer.records.run import RunRecord
+from peft_onelayer.records.text import printable
 from peft_onelayer.sparse.base import name_stages
 
 from .checkpoint import Checkpoint
 from .merge import check_base, effective_tensor
 from .reader import AdapterFile, check_plain_file, open_adapter
-from .stored import DTYPES
+from .stored import DTYPES, read_header
 
 SomeRecord = TypeVar("SomeRecord", bound=Record)
 
@@ -61,9 +63,9 @@ class Inspection:
     Attributes:
         folder: where it lies.
         layers: the trained blocks, counted from 0.
-        num_layers: of the base.
+        num_layers: of the base; None for an adapter of PEFT's own, which does not say it.
         target_modules: the parts of the block that were trained; None for all.
-        encoding: "dense" or "sparse".
+        encoding: "dense" or "sparse"; of an adapter of PEFT's own, such as an export for plain PEFT, its type.
         bytes: size of adapter_model.safetensors.
         tensors: sorted by name.
         density: the share of all entries that differ from the base's; None where not known.
@@ -78,7 +80,7 @@ class Inspection:
 
     folder: Path
     layers: list[int]
-    num_layers: int
+    num_layers: int | None
     target_modules: Any
     encoding: str
     bytes: int
@@ -100,6 +102,8 @@ def inspect_adapter(
 ) -> Inspection:
     """Read the adapter in a folder or on the Hub, where the base is not downloaded.
 
+    Of an adapter of PEFT's own, such as an export for plain PEFT, the tensors, their blocks and the base are told.
+
     Args:
         adapter: a folder or a Hub id.
         base: folder or Hub id of the base's checkpoint, to measure the change against.
@@ -107,11 +111,14 @@ def inspect_adapter(
         allow_other_base: measure against a base that the adapter was not trained on.
 
     Raises:
-        ValueError: no adapter of this method, damaged, beside a record with a wrong field, or made for another base
-            than `base`.
+        ValueError: no adapter, or with `base` none of this method; damaged, beside a record with a wrong field, or made
+            for another base than `base`.
     """
     check_revision(adapter, revision)
-    file = open_adapter(adapter_folder(adapter, revision))
+    folder = adapter_folder(adapter, revision)
+    if base is None and (found := _of_peft(folder)):
+        return found
+    file = open_adapter(folder)
     checkpoint, unchecked = None, {}
     if base is not None:
         recorded = file.config.get("base_model_name_or_path")
@@ -139,6 +146,38 @@ def inspect_adapter(
         beside=[name for name in file.names if not file.is_trained(name)],
         stages="" if file.trained_on is None else name_stages(file.trained_on.stages),
         unchecked=unchecked,
+    )
+
+
+def _of_peft(folder: Path) -> Inspection | None:
+    """What can be said of an adapter of one of PEFT's own types; None for one of this method, or none at all."""
+    check_plain_file(folder / CONFIG)
+    config = read_fields(folder / CONFIG)
+    kind, base, revision = (config.get(name) for name in ("peft_type", "base_model_name_or_path", "revision"))
+    if kind == "SINGLE_LAYER" or not isinstance(kind, str):
+        return None
+    check_plain_file(folder / WEIGHTS)
+    stored = read_header(folder / WEIGHTS)
+    names = {key: key.removeprefix("base_model.model.").replace(".ln_tuning_layers.", ".") for key in sorted(stored)}
+    return Inspection(
+        folder=folder,
+        layers=sorted({int(found[1]) for name in names.values() if (found := re.search(r"\.([0-9]{1,6})\.", name))}),
+        num_layers=None,
+        target_modules=config.get("target_modules"),
+        encoding=f"PEFT's {printable(kind, 40)}",
+        bytes=(folder / WEIGHTS).stat().st_size,
+        tensors=[
+            InspectedTensor(name, list(of.shape), DTYPES.get(of.dtype, of.dtype), "dense", of.bytes)
+            for of, name in ((stored[key], name) for key, name in names.items())
+        ],
+        density=None,
+        change=None,
+        base={
+            "name": base if isinstance(base, str) else None,
+            "revision": revision if isinstance(revision, str) else None,
+            "config": None,
+        },
+        provenance={},
     )
 
 

@@ -43,6 +43,7 @@ from .settings import (
 )
 
 DEMO = "demo.json"
+ANY = "*"  # in place of a name
 DEMO_TASKS = ("arithmetic", "sort")
 
 
@@ -208,8 +209,11 @@ def check_task_name(name: str) -> None:
     """Raise ValueError, in one line, for the name of a task that there is not, or of a file that is no Python."""
     base = name.partition(":")[0]
     if name.endswith(".py"):
-        if not _may_define(_parsed(name), "rows"):
+        names = _may_define(_parsed(name))
+        if not names & {"rows", ANY}:
             raise ValueError(f"{name} has no function rows(split, n, seed)")
+        if ANY not in names and not any("reward" in one.lower() for one in names):
+            raise ValueError(f"{name} must have exactly one function whose name holds 'reward'; found none")
     elif base not in TASKS or (base in EXTRA and not _installed(base)):
         load_task(name)  # which says it
 
@@ -224,16 +228,17 @@ def _parsed(name: str) -> ast.Module:
         raise ValueError(f"{path}:{error.lineno}: {error.msg}") from error
 
 
-def _may_define(module: ast.Module, name: str) -> bool:
-    """Whether a file gives something this name, as far as its text says."""
+def _may_define(module: ast.Module) -> set[str]:
+    """The names that a file may give something, as far as its text says; `ANY` among them where that may be any."""
+    names = set()
     for node in ast.walk(module):
-        if isinstance(node, ast.FunctionDef | ast.ClassDef) and node.name == name:
-            return True
-        if isinstance(node, ast.Name) and node.id in (name, "globals", "exec") and not isinstance(node.ctx, ast.Del):
-            return True
-        if isinstance(node, ast.alias) and (node.asname or node.name) in (name, "*"):
-            return True
-    return False
+        if isinstance(node, ast.FunctionDef | ast.ClassDef):
+            names.add(node.name)
+        elif isinstance(node, ast.Name) and not isinstance(node.ctx, ast.Del):
+            names.add(ANY if node.id in ("globals", "exec") else node.id)
+        elif isinstance(node, ast.alias):
+            names.add(node.asname or node.name)
+    return names
 
 
 def _installed(module: str) -> bool:
@@ -305,6 +310,7 @@ def check_evaluation(settings: EvaluationSettings) -> None:
         if settings.adapter is not None:
             raise ValueError(f"{settings.model} is an adapter itself; give its base model, or leave --adapter out.")
         check_base_of(Path(settings.model).expanduser(), f"onelayer eval {{base}} --adapter {settings.model}")
+        check_adapter(settings.model)
     else:
         check_model_name(settings.model, settings.revision)
         check_weights(settings.model)

@@ -11,7 +11,7 @@ import numpy as np
 
 from peft_onelayer.adapter.stored import read_header
 from peft_onelayer.layers import Layers, parse_layers, resolve_layers
-from peft_onelayer.records.files import read_fields
+from peft_onelayer.records.files import WEIGHTS, read_fields
 from peft_onelayer.records.locate import adapter_folder, check_adapter_folder, is_local
 from peft_onelayer.tasks.files import check_named, read_rows
 
@@ -51,9 +51,11 @@ def check_weights(model: str) -> None:
 
 
 def check_adapter(name: str) -> None:
-    """Raise ValueError for the name of a folder that is not there or holds no adapter."""
+    """Raise ValueError for the name of a folder that is not there, or holds no adapter or a truncated one."""
     if is_local(name) or "/" not in name:
-        check_adapter_folder(adapter_folder(name), name)
+        folder = adapter_folder(name)
+        check_adapter_folder(folder, name)
+        read_header(folder / WEIGHTS)
 
 
 def check_data(source: str, columns: Sequence[str] = ()) -> None:

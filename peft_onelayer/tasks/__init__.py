@@ -14,6 +14,7 @@ import importlib
 import random
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 __all__ = ["Task", "load_task", "open_task"]
@@ -95,7 +96,8 @@ def load_task(name: str, *, unsafe: bool = False) -> Task:
         return load_file_task(name)
     base, _, argument = name.partition(":")
     if base not in TASKS:
-        near = difflib.get_close_matches(base, TASKS, n=1)
+        file = f"{name}.py"
+        near = [file] if Path(file).is_file() else difflib.get_close_matches(base, TASKS, n=1)
         hint = f"did you mean {near[0]!r}? " if near else ""
         raise ValueError(f"task {name!r} is not known; {hint}expected a Python file or one of {', '.join(TASKS)}")
     try:

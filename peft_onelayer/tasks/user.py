@@ -144,7 +144,8 @@ def _answer(path: Path, module: ModuleType) -> Callable[[str], str | None] | Non
         return None
 
     def answer(text: str) -> str | None:
-        found = extract(behind_thinking(text))
+        with _their_errors(f"{path}:extract_answer", "mend it, or have it return None where it finds no answer"):
+            found = extract(behind_thinking(text))
         if found is not None and not isinstance(found, str):
             raise ValueError(f"extract_answer of {path} must return text or None, got {one_line(repr(found), 60)}")
         return found
@@ -159,7 +160,8 @@ def _shown(path: Path, module: ModuleType) -> Shown | None:
         return None
 
     def solution(row: Mapping[str, Any]) -> str:
-        found = solve(copy.deepcopy(dict(row)))
+        with _their_errors(f"{path}:solution"):
+            found = solve(copy.deepcopy(dict(row)))
         if not isinstance(found, str):
             raise ValueError(f"solution of {path} must return text, got {one_line(repr(found), 60)}")
         return found
@@ -229,8 +231,11 @@ def _line_of(error: Exception, path: Path) -> int | None:
 
 
 @contextmanager
-def _their_errors(where: str) -> Iterator[None]:
+def _their_errors(where: str, remedy: str = "mend it") -> Iterator[None]:
     """Turn what a user's function `where`, "file.py:function", raises into one line with the line of the file.
+
+    Args:
+        remedy: what to do about it.
 
     Raises:
         ValueError: the function raised.
@@ -242,17 +247,28 @@ def _their_errors(where: str) -> Iterator[None]:
         line = _line_of(error, Path(file).expanduser())
         place = f"{file}:{line}" if line else file
         raise ValueError(
-            f"{place}: {function} raised {type(error).__name__}: {one_line(error)}; mend it, or have it give 0 to what "
-            "it cannot grade (ONELAYER_DEBUG=1 shows the traceback)"
+            f"{place}: {function} raised {type(error).__name__}: {one_line(error)}; {remedy} "
+            "(ONELAYER_DEBUG=1 shows the traceback)"
         ) from error
 
 
-def _checked(where: str, reward: Reward) -> Reward:
-    """Return `reward` with its result checked."""
+def _remedy(completions: Sequence[Any], plays: bool) -> str:
+    """What to do about a reward that raised for `completions`; `plays` is whether the task has environments."""
+    remedy = "mend it, or have it give 0 to what it cannot grade"
+    if not completions or isinstance(completions[0], str):
+        return remedy
+    strings = "" if plays else ", and --plain gives strings where a row's prompt is text"
+    messages = 'lists of messages ([{"role": "assistant", "content": ...}])'
+    return f"the model has a chat template, so that completions are {messages}{strings}; {remedy}"
+
+
+def _checked(where: str, reward: Reward, plays: bool = False) -> Reward:
+    """Return `reward` with its result checked and its errors in one line; `plays` as for `_remedy`."""
 
     @functools.wraps(reward)  # trainers name the metric after it
     def checked(prompts: Sequence[Any], completions: Sequence[Any], **kwargs: Any) -> list[float]:
-        scores = reward(prompts=prompts, completions=completions, **kwargs)
+        with _their_errors(where, _remedy(completions, plays)):
+            scores = reward(prompts=prompts, completions=completions, **kwargs)
         expected = len(completions)
         listed = isinstance(scores, Sequence) and not isinstance(scores, str | bytes)
         if not listed or len(scores) != expected:
@@ -270,11 +286,11 @@ def _limited(path: Path, module: ModuleType, reward: Reward) -> Reward:
     """Return `reward` with its result checked and, where its file sets REWARD_SECONDS, within that limit."""
     where = f"{path}:{reward.__name__}"
     if "REWARD_SECONDS" not in vars(module):
-        return _checked(where, _their_errors(where)(reward))
+        return _checked(where, reward, bool(vars(module).get("environment_factory")))
     seconds = vars(module)["REWARD_SECONDS"]
     if not isinstance(seconds, int | float) or not 0 < seconds < math.inf:
         raise ValueError(f"{path}: REWARD_SECONDS must be a number above 0, got {seconds!r}")
-    function = json.dumps([str(path.resolve()), reward.__name__, digest(path)])
+    function, own = json.dumps([str(path.resolve()), reward.__name__, digest(path)]), "ValueError: "
 
     @functools.wraps(reward)  # trainers name the metric after it
     def limited(prompts: Sequence[Any], completions: Sequence[Any], **kwargs: Any) -> list[float]:
@@ -286,7 +302,9 @@ def _limited(path: Path, module: ModuleType, reward: Reward) -> Reward:
         try:
             scored = limits.score(f"{__name__}:scorer", function, calls, seconds=float(seconds))
         except limits.ScorerError as error:
-            raise ValueError(f"{where}: {error}") from error
+            # the file's own errors were put into words, with the place, in the process that scores
+            said = one_line(error, 1000)
+            raise ValueError(said.removeprefix(own) if said.startswith(own) else f"{where}: {said}") from error
         return limits.settle(scored, kwargs)
 
     return limited
@@ -301,11 +319,16 @@ def scorer(function: str) -> Callable[[Any, Any, Row], float]:
     name, attribute, expected = json.loads(function)
     path, module = _import(name)
     if digest(path) != expected:
-        raise ValueError("the file has changed since the task was loaded")
+        raise ValueError(f"{path} has changed since the task was loaded")
     reward = _checked(f"{path}:{attribute}", vars(module)[attribute])
 
     def score(prompt: Any, completion: Any, columns: Row) -> float:
-        (value,) = reward([prompt], [completion], **{name: [value] for name, value in columns.items()})
+        try:
+            (value,) = reward([prompt], [completion], **{name: [value] for name, value in columns.items()})
+        except ValueError as error:
+            if isinstance(error.__cause__, MemoryError):  # past the limit
+                raise error.__cause__ from None
+            raise
         return value
 
     return score

@@ -2,6 +2,7 @@
 
 import json
 import math
+import shutil
 import subprocess
 import sys
 
@@ -13,7 +14,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 import models
-from peft_onelayer import SingleLayerConfig, export_adapter
+from peft_onelayer import SingleLayerConfig, combine_adapters, export_adapter
 from peft_onelayer.adapter.export import FLAT_WEIGHTS
 from peft_onelayer.adapter.forms import low_rank
 from peft_onelayer.adapter.write_sparse import write_sparse
@@ -36,6 +37,26 @@ def make(root, base, layer=1, seed=0, **config):
             parameter.data += 0.01 * torch.randn_like(parameter) * (torch.rand_like(parameter) < 0.1)
     model.save_pretrained(root / "adapter")
     return root
+
+
+@pytest.mark.parametrize("command", ["export", "combine"])
+def test_a_base_that_was_a_folder_elsewhere_is_asked_for(bases, tmp_path, command):
+    """As after a pull of what was pushed from a run on a local model."""
+    adapter = tmp_path / "got"
+    shutil.copytree(bases[torch.float32] / "sparse", adapter)
+    config = json.loads((adapter / "adapter_config.json").read_text())
+    config["base_model_name_or_path"] = "/home/them/base"
+    (adapter / "adapter_config.json").write_text(json.dumps(config))
+    typed = (
+        f"onelayer export {adapter} {tmp_path / 'out'} --format peft" if command == "export" else "onelayer combine ..."
+    )
+    with pytest.raises(ValueError, match="no such folder is here; name the model: ") as raised:
+        if command == "export":
+            export_adapter(adapter, tmp_path / "out", "peft")
+        else:
+            combine_adapters([adapter, adapter], tmp_path / "out", method="average")
+    assert str(raised.value).endswith(f"{typed} --base PATH/TO/base")
+    assert not (tmp_path / "out").exists()
 
 
 def tuned(root, adapter="adapter"):

@@ -62,6 +62,20 @@ def merged_by_peft(files, *names):
     return weights_of(model.merge_and_unload(adapter_names=[str(i) for i in range(len(names))]))
 
 
+def test_inspect_tells_what_it_can_of_an_export_for_plain_peft(onelayer, files, tmp_path):
+    assert onelayer("export", files / "one", tmp_path / "plain", "--format", "peft")[0] == 0
+    code, lines, out = onelayer("inspect", tmp_path / "plain")
+    size = (tmp_path / "plain" / WEIGHTS).stat().st_size
+    assert (code, lines) == (0, [])
+    assert "block 1, model.layers.1.*" in " ".join(out.split()) and "mlp.down_proj.weight" in out and "32 x 48" in out
+    assert out.endswith(f"PEFT's LN_TUNING, {size:,} bytes\nbase: {files / 'base'}\n")
+    own, export = inspect_adapter(files / "one"), inspect_adapter(tmp_path / "plain")
+    assert [(t.name, t.shape) for t in export.tensors] == [(t.name, t.shape) for t in own.tensors]
+    assert (export.layers, export.num_layers, export.base["name"]) == (own.layers, None, own.base["name"])
+    code, lines, _ = onelayer("inspect", tmp_path / "plain", "--base", files / "base")
+    assert code == 1 and "no single-layer adapter: its peft_type is 'LN_TUNING'" in lines[-1]
+
+
 def test_inspect_without_and_with_the_base(onelayer, files):
     code, lines, out = onelayer("inspect", files / "one")
     assert (code, lines) == (0, [])
@@ -235,7 +249,8 @@ def edit(path, **changes):
         (["inspect", "./nowhere"], 1, "no adapter folder at nowhere"),
         (["inspect", "{base}"], 1, "adapter_config.json"),
         (["inspect", "{truncated}"], 1, "damaged"),
-        (["inspect", "{lora}"], 1, "its peft_type is 'LORA'"),
+        (["inspect", "{lora}", "--base", "{base}"], 1, "its peft_type is 'LORA'"),
+        (["merge", "{base}", "{lora}", "{out}"], 1, "its peft_type is 'LORA'"),
         (["inspect", "{one}", "--base", "{other}"], 1, "--allow-other-base"),
         (["inspect", "{one}", "--base", "{one}"], 1, "is an adapter and not a base model"),
         (["export", "{one}", "{out}"], 2, "--format"),

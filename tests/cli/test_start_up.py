@@ -54,6 +54,7 @@ def files(tmp_path_factory):
     (root / "pulled" / "run.json").write_text(json.dumps({"settings": {"model": {"sha256": {"config.json": "0"}}}}))
     (root / "zero.yaml").write_text(f"model: {root}/base\ntask: sort\nlearning_rate: 0\n")
     (root / "task.py").write_text("def my_reward(completions, **kwargs):\n    return [0.0 for _ in completions]\n")
+    (root / "rows.py").write_text("def rows(split, n, seed):\n    return [{'prompt': 'p'}]\n")
     (root / "weightless").mkdir()
     shutil.copy(root / "base" / "config.json", root / "weightless")
     (root / "rows.jsonl").write_text('{"text": "a"}\n')
@@ -208,6 +209,7 @@ LORA = ["--format", "lora"]
         ([*TRAIN, "--task", "sort", "--layer", "4"], 1, "layer='4' is out of range: the model has 4 blocks"),
         ([*TRAIN, "--task", "sort", "--layer", "mid-5"], 1, "layer='mid-5' asks for 5 of 4 blocks"),
         ([*TRAIN, "--task", "{root}/task.py"], 1, "task.py has no function rows(split, n, seed)"),
+        ([*TRAIN, "--task", "{root}/rows.py"], 1, "exactly one function whose name holds 'reward'; found none"),
         ([*TRAIN, "--task", "sort", "--set", "temperature=-1"], 1, "--set temperature must be above 0 in training"),
         ([*TRAIN, "--task", "sort", "--report-to", "dvclive"], 1, "--report-to dvclive: dvclive is not installed"),
         (
@@ -274,6 +276,10 @@ LORA = ["--format", "lora"]
         (["probe", "{root}/base", "--task", "sort", "--set", "temperature=0"], 1, "--set temperature must be above 0"),
         (["eval", "{root}/weightless", "--task", "sort"], 1, "weightless holds no weights"),
         (["eval", "{root}/base", "--adapter", "{root}/base", "--task", "sort"], 1, "so it is not an adapter that can"),
+        (["eval", "{root}/base", "--adapter", "{root}/cut-dense", "--task", "sort"], 1, "is damaged, incomplete or"),
+        (["eval", "{root}/cut-sparse", "--task", "sort"], 1, "is damaged, incomplete or"),
+        ([*VOTE, "{root}/cut-dense"], 1, "is damaged, incomplete or"),
+        ([*TRAIN, "--task", "sort", "--init-adapter", "{root}/cut-dense"], 1, "is damaged, incomplete or"),
         (["eval", "{root}/base", "--adapter", "./nowhere", "--task", "sort"], 1, "no adapter folder at nowhere"),
         (["eval", "{root}/base", "--adapter", "nowhere", "--task", "sort"], 1, "no adapter folder at nowhere"),
         (["entropy", "{root}/base", "--adapter", "{root}/base", "--task", "sort"], 1, "so it is not an adapter that"),

@@ -282,6 +282,7 @@ T = ["--task", "arithmetic"]
         ([*T, "--set", "per_device_train_batch_size=7"], 1, "must be divisible by num_generations"),
         ([*T, "--layer", "12"], 1, "the model has 12 blocks"),
         ([*T, "--layer", "5", "--full"], 1, "give one of them"),
+        ([*T, "--layer", "auto", "--full"], 1, "--layer auto a block; give one of them"),
         ([*T, "--algorithm", "dpo"], 1, "dpo is offline and trains on preference data"),
         ([*T, "--algorithm", "dpo", "--pairs-from-task", "9"], 1, "name one, such as mid-5"),
         ([*T, "--pairs-from-task", "9"], 1, "grpo generates its own"),

@@ -24,6 +24,13 @@ def test_what_is_no_task_is_refused_in_one_line(name, message):
     assert "\n" not in str(raised.value)
 
 
+def test_the_name_of_a_file_without_its_end_names_the_file(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "sums.py").write_text("")
+    with pytest.raises(ValueError, match=re.escape("task 'sums' is not known; did you mean 'sums.py'? ")):
+        load_task("sums")
+
+
 @pytest.mark.parametrize(("name", "library"), [("reasoning_gym:chain_sum", "reasoning_gym")])
 def test_a_missing_extra_is_one_line(monkeypatch, name, library):
     task = name.partition(":")[0]

@@ -185,7 +185,7 @@ def test_the_reward_of_a_data_set_may_have_a_limit(tmp_path):
 def test_a_reward_with_a_limit_that_fails_is_named(tmp_path):
     task = limited(tmp_path)
     call = {"prompts": ["p"], "answer": ["a"]}
-    refused(lambda: task.reward(completions=["fail"], **call), "task.py:my_reward: KeyError: 'no such key'")
+    refused(lambda: task.reward(completions=["fail"], **call), "task.py:10: my_reward raised KeyError: 'no such key'; ")
     refused(lambda: task.reward(completions=["float('nan')"], **call), "must return one finite number per completion")
     changed = limited(tmp_path, ROWS + HANGS + "# another\n")
     assert changed.reward(completions=["1"], **call) == [1.625]
@@ -212,6 +212,40 @@ def test_a_function_that_raises_is_one_line_with_the_line_of_the_file(tmp_path, 
         refused(
             lambda: task.reward(prompts=["p"], completions=["a\nb"]), "task.py:7: my_reward raised KeyError: 'a\\nb'; "
         )
+
+
+MESSAGES = 'the model has a chat template, so that completions are lists of messages ([{"role": "assistant", "content"'
+PLAIN = "--plain gives strings"
+
+
+@pytest.mark.parametrize("limit", ["", "REWARD_SECONDS = 5\n"])
+def test_a_reward_of_strings_that_gets_messages_is_told_so(tmp_path, limit):
+    text = f"{ROWS}{limit}def my_reward(completions, **kwargs): return [float(c.strip()) for c in completions]\n"
+    path = write(tmp_path / "task.py", text)
+    chats = {"prompts": [[{"role": "user", "content": "p"}]], "completions": [[{"role": "assistant", "content": "1"}]]}
+    with pytest.raises(ValueError, match="raised AttributeError: 'list' object has no attribute 'strip'; ") as raised:
+        load_task(path).reward(answer=["a"], **chats)
+    assert MESSAGES in str(raised.value) and PLAIN in str(raised.value) and "\n" not in str(raised.value)
+    with pytest.raises(
+        ValueError, match="raised ValueError: could not convert string to float: 'x'; mend it"
+    ) as raised:
+        load_task(path).reward(prompts=["p"], completions=["x"], answer=["a"])
+    assert MESSAGES not in str(raised.value) and PLAIN not in str(raised.value)
+    if not limit:  # what plays is given messages whatever the options
+        plays = load_task(write(tmp_path / "plays.py", f"{text}environment_factory = dict\n"))
+        with pytest.raises(ValueError, match="raised AttributeError") as raised:
+            plays.reward(answer=["a"], **chats)
+        assert MESSAGES in str(raised.value) and PLAIN not in str(raised.value)
+
+
+def test_what_finds_or_writes_an_answer_and_raises_is_one_line_with_the_line_of_the_file(tmp_path):
+    text = "def extract_answer(text):\n    return text[9]\ndef solution(row):\n    return row['answers']\n"
+    task = load_task(write(tmp_path / "task.py", ROWS + REWARD + text))
+    refused(
+        lambda: task.answer("7"), "task.py:4: extract_answer raised IndexError: string index out of range; mend it, "
+    )
+    (row,) = task.rows("train", 1, 0)
+    refused(lambda: task.shown.solution(row), "task.py:6: solution raised KeyError: 'answers'; mend it (")
 
 
 @pytest.mark.parametrize(
