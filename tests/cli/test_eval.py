@@ -274,7 +274,7 @@ def test_another_base_of_the_same_shape_is_named(onelayer, adapters, tmp_path):
         ("file", "no adapter folder at"),
         ("empty", "holds no adapter_config.json"),
         ("pickled", "holds no adapter_model.safetensors"),
-        ("truncated", "does not load"),
+        ("truncated", "is damaged, incomplete or no safetensors file"),
         ("broken", "is not JSON"),
         ("unknown", "does not load"),
         ("wide", "has shape (32, 32)"),
