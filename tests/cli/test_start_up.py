@@ -54,7 +54,7 @@ def files(tmp_path_factory):
     (root / "pulled" / "run.json").write_text(json.dumps({"settings": {"model": {"sha256": {"config.json": "0"}}}}))
     (root / "zero.yaml").write_text(f"model: {root}/base\ntask: sort\nlearning_rate: 0\n")
     (root / "task.py").write_text("def my_reward(completions, **kwargs):\n    return [0.0 for _ in completions]\n")
-    (root / "without_reward.py").write_text("def rows(split, n, seed):\n    return [{'prompt': 'p'}]\n")
+    (root / "unrewarded.py").write_text("def rows(split, n, seed):\n    return [{'prompt': 'p'}]\n")
     (root / "weightless").mkdir()
     shutil.copy(root / "base" / "config.json", root / "weightless")
     (root / "rows.jsonl").write_text('{"text": "a"}\n')
@@ -209,7 +209,7 @@ LORA = ["--format", "lora"]
         ([*TRAIN, "--task", "sort", "--layer", "4"], 1, "layer='4' is out of range: the model has 4 blocks"),
         ([*TRAIN, "--task", "sort", "--layer", "mid-5"], 1, "layer='mid-5' asks for 5 of 4 blocks"),
         ([*TRAIN, "--task", "{root}/task.py"], 1, "task.py has no function rows(split, n, seed)"),
-        ([*TRAIN, "--task", "{root}/without_reward.py"], 1, "exactly one function whose name holds 'reward'; found none"),
+        ([*TRAIN, "--task", "{root}/unrewarded.py"], 1, "exactly one function whose name holds 'reward'; found none"),
         ([*TRAIN, "--task", "sort", "--set", "temperature=-1"], 1, "--set temperature must be above 0 in training"),
         ([*TRAIN, "--task", "sort", "--report-to", "dvclive"], 1, "--report-to dvclive: dvclive is not installed"),
         (
