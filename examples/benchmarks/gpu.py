@@ -101,23 +101,23 @@ def measure(
         if commands is not None:
             commands.finish(min(120, rows.left() - (60 if tiny else 0.55 * rows.seconds)))
 
-    parts: tuple[Callable[[], None], ...] = (
-        lambda: checks.all(base),
-        grpo_checks,
-        finish_commands,
-        costs.machine,
-        lambda: costs.steps(checkpointing=True),
-        costs.decoding,
-        lambda: grpo_steps(0.0),
-        lambda: costs.steps(checkpointing=False),
-        lambda: grpo_steps(0.04),
-        checks.compiled,
-        costs.growth,
-    )
-    for name, part in zip(PARTS, parts, strict=True):
+    parts: dict[str, Callable[[], None]] = {
+        "checks": lambda: checks.all(base),
+        "GRPO checks": grpo_checks,
+        "commands": finish_commands,
+        "machine": costs.machine,
+        "training steps": lambda: costs.steps(checkpointing=True),
+        "decoding": costs.decoding,
+        "GRPO steps": lambda: grpo_steps(0.0),
+        "training steps without checkpointing": lambda: costs.steps(checkpointing=False),
+        "GRPO steps with a reference": lambda: grpo_steps(0.04),
+        "compiled": checks.compiled,
+        "growth": costs.growth,
+    }
+    for name in PARTS:
         if name in only:
             with rows.failures_as_rows("parts", name):
-                part()
+                parts[name]()
 
 
 if __name__ == "__main__":
