@@ -17,13 +17,13 @@ from typing import TYPE_CHECKING, Any
 from peft_onelayer.records.adapter_config import CombinedRecord, Part
 from peft_onelayer.records.fields import without_missing_parts
 from peft_onelayer.records.files import CONFIG, WEIGHTS, check_folder, file_digest, output, staged_directory, whole_file
-from peft_onelayer.records.locate import adapter_folder, base_folder, check_base_of, hub_identity, last_part
+from peft_onelayer.records.locate import adapter_folder, hub_identity, last_part
 from peft_onelayer.sparse.names import TRAINED
 
 from .checkpoint import Checkpoint
 from .largest import PASSES, Largest, Walk
 from .parts import Parts
-from .reader import AdapterFile, open_adapter
+from .reader import open_adapter
 from .stored import DTYPES, header
 
 if TYPE_CHECKING:
@@ -155,7 +155,12 @@ def combine_adapters(
     with output(Path(out)):
         folders = [adapter_folder(name) for name in names]
         files = [open_adapter(folder) for folder in folders]
-        parts = Parts(files, _base_of(files, base, revision), allow_other_base, on_progress)
+        parts = Parts(
+            files,
+            Checkpoint(files[0].base_folder(base, "onelayer combine ... --base {base}", revision)),
+            allow_other_base,
+            on_progress,
+        )
         if method == "stack":
             parts.refuse_common_tensors()
         parts.expected = _entries_to_read(parts, method, mask_out is not None)
@@ -312,18 +317,6 @@ def _write_mask(parts: Parts, cores: _Cores, path: Path) -> None:
         for name in parts.names:
             for _, _, of_piece in cores.split(walks, name, parts.pieces(name)):
                 file.write((~torch.stack(of_piece).any(0)).numpy().tobytes())
-
-
-def _base_of(files: Sequence[AdapterFile], base: str | Path | None, revision: str | None) -> Checkpoint:
-    """The checkpoint that all adapters are combined on."""
-    config = files[0].config
-    recorded = config.get("base_model_name_or_path")
-    chosen = str(base or recorded or "")
-    if not chosen:
-        raise ValueError(f"{files[0].folder} does not name its base model; give it with --base.")
-    if base is None:
-        check_base_of(files[0].folder, "onelayer combine ... --base {base}")
-    return Checkpoint(base_folder(chosen, revision or (config.get("revision") if chosen == recorded else None)))
 
 
 def _key(name: str) -> str:

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from peft_onelayer.records.files import WEIGHTS, check_folder, output, staged_directory
-from peft_onelayer.records.locate import adapter_folder, base_folder, check_base_of, hub_identity
+from peft_onelayer.records.locate import adapter_folder, hub_identity
 from peft_onelayer.sparse.base import Comparison, not_compared
 
 from .checkpoint import Checkpoint
@@ -134,16 +134,11 @@ def _export(
     file = open_adapter(adapter_folder(adapter))
     checkpoint = None
     if base is not None or file.sparse is not None or format not in ("peft", "dense"):
-        recorded = file.config.get("base_model_name_or_path")
-        chosen = str(base or recorded or "")
-        if not chosen:
-            raise ValueError(f"{file.folder} does not name its base model; give it.")
-        if base is None:
-            check_base_of(file.folder, f"onelayer export {adapter} {out} --format {format} --base {{base}}")
-        checkpoint = Checkpoint(base_folder(chosen, file.config.get("revision") if chosen == recorded else None))
+        instead = f"onelayer export {adapter} {out} --format {format} --base {{base}}"
+        checkpoint = Checkpoint(file.base_folder(base, instead))
         if unchecked := check_base(file, checkpoint, allow_other_base):
             warnings.warn(not_compared(Comparison({}, unchecked)), stacklevel=2)
-        if allow_other_base and chosen != recorded:
+        if allow_other_base and base and str(base) != file.config.get("base_model_name_or_path"):
             hub_id, commit = hub_identity(checkpoint.folder)
             named: dict[str, Any] = {"base_model_name_or_path": hub_id or str(checkpoint.folder), "revision": commit}
             if file.trained_on is not None:

@@ -6,7 +6,6 @@ Without the base only files' headers are read, and torch is not imported; with t
 from __future__ import annotations
 
 import math
-import re
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
@@ -18,6 +17,7 @@ from peft_onelayer.records.ranking import LayerRanking
 from peft_onelayer.records.run import RunRecord
 from peft_onelayer.records.text import printable
 from peft_onelayer.sparse.base import name_stages
+from peft_onelayer.sparse.names import base_name, block_of
 
 from .checkpoint import Checkpoint
 from .merge import check_base, effective_tensor
@@ -158,10 +158,10 @@ def _of_peft(folder: Path) -> Inspection | None:
         return None
     check_plain_file(folder / WEIGHTS)
     stored = read_header(folder / WEIGHTS)
-    names = {key: key.removeprefix("base_model.model.").replace(".ln_tuning_layers.", ".") for key in sorted(stored)}
+    names = {key: base_name(key).replace(".ln_tuning_layers.", ".") for key in sorted(stored)}
     return Inspection(
         folder=folder,
-        layers=sorted({int(found[1]) for name in names.values() if (found := re.search(r"\.([0-9]{1,6})\.", name))}),
+        layers=sorted({index for name in names.values() if (index := block_of(name)[1]) is not None}),
         num_layers=None,
         target_modules=config.get("target_modules"),
         encoding=f"PEFT's {printable(kind, 40)}",

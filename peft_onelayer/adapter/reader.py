@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from peft_onelayer.records.adapter_config import check_adapter_config
 from peft_onelayer.records.files import CONFIG, WEIGHTS, read_fields
+from peft_onelayer.records.locate import base_folder, check_base_of
 from peft_onelayer.records.text import one_line, printable
 from peft_onelayer.sparse.base import BaseRecord
 from peft_onelayer.sparse.encoding import SparseEncoding, TensorRecord
@@ -61,6 +62,24 @@ class AdapterFile:
     def encoding(self) -> str:
         """ "dense" or "sparse"."""
         return "dense" if self.sparse is None else "sparse"
+
+    def base_folder(self, base: str | Path | None, instead: str, revision: str | None = None) -> Path:
+        """The folder of `base`, by default of the base that the adapter names.
+
+        Args:
+            instead: what to type where that was a folder that is not here, with {base} in the place of the base.
+            revision: by default the one that the adapter names, for the base that it names.
+
+        Raises:
+            ValueError: neither a folder here nor found on the Hub.
+        """
+        recorded = self.config.get("base_model_name_or_path")
+        chosen = str(base or recorded or "")
+        if not chosen:
+            raise ValueError(f"{self.folder} does not name its base model; give it with --base.")
+        if base is None:
+            check_base_of(self.folder, instead)
+        return base_folder(chosen, revision or (self.config.get("revision") if chosen == recorded else None))
 
     def is_trained(self, name: str) -> bool:
         """Whether a tensor is one of the block's; the others were saved by `modules_to_save`."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -14,13 +13,13 @@ from peft_onelayer.adapter.reader import AdapterFile
 from peft_onelayer.records.fields import without_missing_parts
 from peft_onelayer.records.locate import check_revision
 from peft_onelayer.records.movement import Movement
+from peft_onelayer.sparse.names import block_of
 
 from .sources import open_base, open_change, open_other
 
 if TYPE_CHECKING:
     from .measure import TensorChange
 
-BLOCK = re.compile(r"^(?:(.*?)\.)?(\d+)\.(.+)$")  # the first whole number in a name counts the blocks
 MEANS = ("unchanged", "unchanged_official")
 
 
@@ -192,22 +191,6 @@ def summarize(base: str, other: str, kind: str, tensors: list[TensorChange], ski
         total=_group("all", tensors),
         skipped=dict(sorted(skipped.items())),
     )
-
-
-def block_of(name: str) -> tuple[str | None, int | None, str]:
-    """The block that a tensor is in, its index, and the tensor's kind; a tensor outside of the blocks is its own kind.
-
-    >>> block_of("model.layers.5.mlp.experts.3.up_proj.weight")
-    ('model.layers.5', 5, 'model.layers.*.mlp.experts.*.up_proj.weight')
-    >>> block_of("lm_head.weight")
-    (None, None, 'lm_head.weight')
-    """
-    found = BLOCK.match(name)
-    if not found:
-        return None, None, name
-    stack, index, inside = found.groups()
-    prefix = f"{stack}." if stack else ""
-    return f"{prefix}{index}", int(index), f"{prefix}*.{re.sub(r'(?<=[.])[0-9]+(?=[.])', '*', inside)}"
 
 
 def recorded_revision(base: str | Path, others: Iterable[Checkpoint | AdapterFile]) -> str | None:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import re
+
 TRAINED = ".single_layer_params."  # in the key of every trained tensor; what lacks it was saved by `modules_to_save`
 POSITIONS = ("indices", "gaps", "bitmap")
 PARTS = (*POSITIONS, "values", "ulps")
 MASK = "_mask"  # behind the key of a dense adapter's tensor: the bits of which entries trained
 
-
+BLOCK = re.compile(r"^(?:(.*?)\.)?(\d+)\.(.+)$")  # the first whole number in a name counts the blocks
 WRAPPERS = ("_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module")  # what torch calls a wrapped module
 
 
@@ -28,6 +30,22 @@ def base_name(key: str) -> str:
     """
     key = unwrapped(key).removeprefix("base_model.model.").replace(".base_layer.", ".")
     return key.replace(TRAINED, ".")
+
+
+def block_of(name: str) -> tuple[str | None, int | None, str]:
+    """The block that a tensor is in, its index, and the tensor's kind; a tensor outside of the blocks is its own kind.
+
+    >>> block_of("model.layers.5.mlp.experts.3.up_proj.weight")
+    ('model.layers.5', 5, 'model.layers.*.mlp.experts.*.up_proj.weight')
+    >>> block_of("lm_head.weight")
+    (None, None, 'lm_head.weight')
+    """
+    found = BLOCK.match(name)
+    if not found:
+        return None, None, name
+    stack, index, inside = found.groups()
+    prefix = f"{stack}." if stack else ""
+    return f"{prefix}{index}", int(index), f"{prefix}*.{re.sub(r'(?<=[.])[0-9]+(?=[.])', '*', inside)}"
 
 
 def split_key(key: str) -> tuple[str, str]:
