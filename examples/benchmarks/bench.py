@@ -24,6 +24,7 @@ SCRIPTS: dict[str, list[str]] = {
     "growth": ["--pairs", "2"],
     "training_prompts": ["--prompts", "64", "256"],
     "prefix_cache": ["--rows", "8"],
+    "step_calls": ["--steps", "2"],
     "shared_sweep": ["--steps", "2", "--problems", "64"],
     "race_prefix": ["--pairs", "1", "--blocks", "6", "18"],
     "threads": [],

@@ -94,8 +94,10 @@ def peers(layer: int) -> dict[str, tuple[Any, dict[str, Any], tuple[Callable, ..
     }
 
 
-def measure(name: str, peer: tuple, model_name: str, layer: int, steps: int, profiled: bool) -> tuple[float, float]:
-    """The median CPU seconds of a step and of its generation."""
+def measure(
+    peer: tuple, model_name: str, layer: int, steps: int, profiled: bool = False, together: int = PROMPTS * GROUP
+) -> tuple[float, float]:
+    """The median CPU seconds of a step, in passes of so many rows together, and of its generation."""
     config, options, calls = peer
     model = AutoModelForCausalLM.from_pretrained(model_name, dtype=torch.bfloat16)
     if config == "freeze":
@@ -109,7 +111,8 @@ def measure(name: str, peer: tuple, model_name: str, layer: int, steps: int, pro
             args=GRPOConfig(
                 scratch,
                 max_steps=1 + steps,
-                per_device_train_batch_size=PROMPTS * GROUP,
+                per_device_train_batch_size=together,
+                gradient_accumulation_steps=PROMPTS * GROUP // together,
                 num_generations=GROUP,
                 max_completion_length=TOKENS,
                 generation_kwargs={"min_new_tokens": TOKENS},
@@ -181,7 +184,7 @@ def main() -> None:
         if given.only is not None and name not in given.only:
             continue
         try:
-            step, generation = measure(name, peer, given.model, given.layer, given.steps, name in given.profile)
+            step, generation = measure(peer, given.model, given.layer, given.steps, name in given.profile)
         except (RuntimeError, ValueError, TypeError, AttributeError) as error:
             print(f"{name:32} fails: {' '.join(str(error).split())[:120]}", flush=True)
             continue

@@ -13,6 +13,7 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from peft.utils.other import AuxiliaryTrainingWrapper
@@ -23,6 +24,7 @@ from transformers import Trainer, TrainerCallback
 
 from peft_onelayer.seams import check
 from peft_onelayer.tuner.graph_cut import installed_graph_cuts
+from peft_onelayer.tuner.instance import all_modules, all_parameters
 from peft_onelayer.tuner.layer import SingleLayerLayer
 from peft_onelayer.tuner.pass_inputs import PassInputs, pass_inputs
 from peft_onelayer.tuner.prefix import HiddenStates, starting_at
@@ -282,13 +284,13 @@ class SharedPrefix(TrainerCallback):
 
     def _depth(self) -> int:
         """How many blocks are frozen and stand below every adapter; 0 where something before the blocks trains."""
-        mine = {id(parameter) for parameter in self.blocks.parameters()}
-        if any(parameter.requires_grad and id(parameter) not in mine for parameter in self.decoder.parameters()):
+        mine = set(map(id, all_parameters(self.blocks)))
+        if any(parameter.requires_grad and id(parameter) not in mine for parameter in all_parameters(self.decoder)):
             return 0
         for index, block in enumerate(self.blocks):
-            if any(isinstance(module, SingleLayerLayer) for module in block.modules()):
+            if any(isinstance(module, SingleLayerLayer) for module in all_modules(block)):
                 return index
-            if any(parameter.requires_grad for parameter in block.parameters()):
+            if any(parameter.requires_grad for parameter in all_parameters(block)):
                 return index
         return 0
 
@@ -297,14 +299,14 @@ class SharedPrefix(TrainerCallback):
         return tuple((id(p), p._version) for p in self._below(depth))
 
     def _below(self, depth: int) -> list[nn.Parameter]:
-        above = {id(parameter) for block in self.blocks[depth:] for parameter in block.parameters()}
-        return [parameter for parameter in self.decoder.parameters() if id(parameter) not in above]
+        above = {id(parameter) for block in self.blocks[depth:] for parameter in all_parameters(block)}
+        return [parameter for parameter in all_parameters(self.decoder) if id(parameter) not in above]
 
     def _problem(self, kwargs: dict[str, Any]) -> str | None:
         """Why no states may be shared in this pass and later ones."""
         if kwargs.get("inputs_embeds") is not None:
             return "the decoder is given embeddings in place of token ids"
-        if any(isinstance(module, AuxiliaryTrainingWrapper) for module in self.decoder.modules()):
+        if any(isinstance(module, AuxiliaryTrainingWrapper) for module in all_modules(self.decoder)):
             return "modules_to_save holds a part of the decoder"
         return not_repeatable(self.decoder)
 
@@ -316,9 +318,9 @@ class SharedPrefix(TrainerCallback):
 
 def not_repeatable(decoder: nn.Module) -> str | None:
     """Why a pass through a decoder cannot be made in another way beside its own, with the same outcome, or None."""
-    if any(isinstance(module, FSDPModule | FullyShardedDataParallel) for module in decoder.modules()):
+    if any(isinstance(module, (FSDPModule, FullyShardedDataParallel)) for module in all_modules(decoder)):
         return "FSDP gathers the weights of every block"
-    if any(map(is_partitioned, decoder.parameters())):
+    if any(map(is_partitioned, all_parameters(decoder))):
         return "DeepSpeed ZeRO-3 gathers the weights of every block"
     return _random_part(decoder) if decoder.training else None
 
@@ -330,12 +332,29 @@ def draws(decoder: nn.Module) -> bool:
 
 def _random_part(decoder: nn.Module, any_mode: bool = False) -> str | None:
     """Why passes of a decoder in its mode, or in training mode, draw random numbers."""
-    for module in decoder.modules():
-        rate = module.p if isinstance(module, _DropoutNd) else max(map(float, _rates(module)), default=0.0)
-        if (module.training or any_mode) and rate > 0:
+    modules = all_modules(decoder)
+    for index, names in _rates(decoder, modules):
+        module, values = modules[index], map(vars(modules[index]).get, names)
+        rates = [module.p] if isinstance(module, _DropoutNd) else [v for v in values if isinstance(v, float)]
+        if (module.training or any_mode) and (rate := max(rates, default=0.0)) > 0:
             return f"a {type(module).__name__} is random in training (by {rate:g})"
     return None
 
 
-def _rates(module: nn.Module) -> list[float]:
-    return [v for name, v in vars(module).items() if isinstance(v, float) and any(part in name for part in RANDOM)]
+_Rates = list[tuple[int, list[str]]]
+_RATES: WeakKeyDictionary[nn.Module, tuple[list[tuple[int, int]], _Rates]] = WeakKeyDictionary()
+
+
+def _rates(decoder: nn.Module, modules: list[nn.Module]) -> _Rates:
+    """Which modules have attributes that may be shares of what they drop, or of their noise, and their names. Asked in
+    every pass, and looked for where modules or the number of their attributes are others than last time."""
+    state = [(id(module), len(vars(module))) for module in modules]
+    if (known := _RATES.get(decoder)) is None or known[0] != state:
+        found = [(i, [name for name in vars(module) if _may_be_rate(name)]) for i, module in enumerate(modules)]
+        kept = [(i, names) for i, names in found if names or isinstance(modules[i], _DropoutNd)]
+        _RATES[decoder] = known = state, kept
+    return known[1]
+
+
+def _may_be_rate(name: str) -> bool:
+    return any(part in name for part in RANDOM)

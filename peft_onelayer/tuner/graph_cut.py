@@ -32,7 +32,7 @@ from torch import nn
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from .head import spare_head_copies
-from .instance import all_parameters
+from .instance import all_modules, all_parameters
 from .layer import SingleLayerLayer
 from .sharding import refuse_unmerging_in_forward
 from .stack import DecoderStack, text_config
@@ -110,7 +110,7 @@ class GraphCut:
 
     def _take_over_checkpointing(self, module: nn.Module) -> None:
         """Have the checkpointed blocks inside `module` call `_checkpoint` in place of what transformers gave them."""
-        blocks: Iterable[Any] = module.modules()
+        blocks: Iterable[Any] = all_modules(module)
         for block in blocks:
             if _checkpoints(block) and self in installed_graph_cuts(block):
                 checkpoint = block._gradient_checkpointing_func  # read once: another thread may be here too
@@ -152,8 +152,8 @@ class GraphCut:
         blocks = model.get_submodule(self.stack_name)
         if any(p.requires_grad for p in _parameters_before(blocks, model)):
             return False
-        tuned = (m for m in blocks.modules() if isinstance(m, SingleLayerLayer))
-        return any(p.requires_grad for m in tuned for p in m.parameters())
+        tuned = (m for m in all_modules(blocks) if isinstance(m, SingleLayerLayer))
+        return any(p.requires_grad for m in tuned for p in all_parameters(m))
 
 
 def _entry(model: nn.Module, stack: DecoderStack) -> nn.Module:
@@ -171,7 +171,7 @@ def _entry(model: nn.Module, stack: DecoderStack) -> nn.Module:
 def _unmerge_what_trains(module: nn.Module) -> None:
     """Undo a merge that an exception left behind: TRL merges for a push to vLLM and does not unmerge when the push
     fails, and training a merged adapter would change nothing."""
-    merged = [m for m in module.modules() if isinstance(m, SingleLayerLayer) and m.merged]
+    merged = [m for m in all_modules(module) if isinstance(m, SingleLayerLayer) and m.merged]
     if any(layer.trains(name) for layer in merged for name in layer.active_adapters):
         warnings.warn("the adapter was merged while it trains; unmerging it first.", stacklevel=2)
         for layer in merged:

@@ -32,11 +32,30 @@ def own_parameters(module: nn.Module) -> dict[str, nn.Parameter]:
     return found
 
 
+def all_modules(module: nn.Module) -> list[nn.Module]:
+    """`module` and all within, each once: `modules()` without names and in another order, in a tenth of the time, for
+    what looks through a model in every pass."""
+    if torch.compiler.is_compiling():
+        return list(module.modules())
+    found, seen = [module], {id(module)}
+    for each in found:  # which grows
+        for child in each._modules.values():
+            if child is not None and id(child) not in seen:
+                seen.add(id(child))
+                found.append(child)
+    return found
+
+
 def all_parameters(module: nn.Module) -> list[nn.Parameter]:
     """The parameters of `module` and of all within, also of a replica, which hides them from `parameters()`."""
-    if "_former_parameters" not in vars(module):
+    if torch.compiler.is_compiling():
         return list(module.parameters())
-    return [parameter for inside in module.modules() for parameter in own_parameters(inside).values()]
+    own = own_parameters if "_former_parameters" in vars(module) else _registered
+    return list({id(p): p for inside in all_modules(module) for p in own(inside).values() if p is not None}.values())
+
+
+def _registered(module: nn.Module) -> dict[str, nn.Parameter | None]:
+    return module._parameters
 
 
 def rebound(value: Any, module: nn.Module, other: nn.Module) -> Any:

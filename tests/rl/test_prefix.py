@@ -16,7 +16,7 @@ from trl import DPOConfig, DPOTrainer, GRPOConfig, GRPOTrainer, KTOConfig, KTOTr
 from models import build, build_architecture, token_batch
 from peft_onelayer import SingleLayerConfig
 from peft_onelayer.rl import shared_prefix
-from peft_onelayer.rl.prefix import SharedPrefix
+from peft_onelayer.rl.prefix import SharedPrefix, draws, not_repeatable
 from peft_onelayer.tuner import find_decoder_stack
 
 FEW = "gpt2 gpt_neox mamba2 mixtral qwen3_next gemma4_text xlnet"
@@ -263,6 +263,22 @@ def test_it_is_off_with_a_word_where_it_would_be_wrong(case):
             for _ in range(3):
                 model(**passed, use_cache=False)
     assert prefix.off is not None and not prefix.started and not prefix.kept
+
+
+@pytest.mark.parametrize("case", ["rate", "attribute", "module", "integer"])
+def test_what_becomes_random_between_passes_is_noticed(case):
+    decoder = build("Llama").model.train()
+    assert not_repeatable(decoder) is None and not draws(decoder)
+    mlp = decoder.layers[2].mlp
+    if case == "rate":
+        decoder.layers[2].self_attn.attention_dropout = 0.5
+    elif case == "attribute":
+        mlp.jitter_noise = 0.5
+    else:
+        mlp.act_fn = nn.Dropout(1 if case == "integer" else 0.5)
+    name = {"rate": "LlamaAttention", "attribute": "LlamaMLP"}.get(case, "Dropout")
+    assert not_repeatable(decoder) == f"a {name} is random in training (by {1 if case == 'integer' else 0.5})"
+    assert not_repeatable(decoder.eval()) is None and draws(decoder)
 
 
 def test_eval_mode_shares_in_a_model_with_dropout():
