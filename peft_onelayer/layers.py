@@ -70,6 +70,8 @@ def resolve_layers(layer: Layers, num_layers: int, kinds: Sequence[str] | None =
         ValueError: malformed, out of range, empty, or naming one block twice; a file that is no ranking of a model of
             this depth or that has too few blocks; a kind that the model has not.
     """
+    if num_layers < 1:
+        raise ValueError("the model has no blocks; its configuration should name at least one.")
     indices = [index for part in parse_layers(layer) for index in _indices(part, layer, num_layers, kinds)]
     for index in indices:
         if not -num_layers <= index < num_layers:

@@ -16,7 +16,7 @@ from typing import Any
 from datasets import Dataset
 
 from peft_onelayer.tasks import completion_text
-from peft_onelayer.tasks.rows import reward_columns
+from peft_onelayer.tasks.rows import checked_scores, own_reward, reward_columns
 
 Row = Mapping[str, Any]
 
@@ -68,13 +68,15 @@ def graded_by_row(
         if answer is not None and "log_metric" in passed:
             none = [answer(completion_text(completion) or "") is None for completion in completions]
             passed["log_metric"](NO_ANSWER, statistics.fmean(none))
-        return reward(prompts=prompts, completions=completions, **{**columns, **passed})
+        scores = reward(prompts=prompts, completions=completions, **{**columns, **passed})
+        return checked_scores(f"the reward {graded.__name__}", scores, len(completions))
 
     return graded
 
 
 def reset_by_row(factory: Callable[[], Any], rows: Sequence[Row]) -> Callable[[], Any]:
-    """`factory` for a trainer that was given `numbered(rows)`: its environments are reset with the whole row."""
+    """`factory` for a trainer that was given `numbered(rows)`: its environments are reset with the whole row, and what
+    they return as a reward of their own is checked."""
 
     def make() -> Any:
         environment = factory()
@@ -84,6 +86,8 @@ def reset_by_row(factory: Callable[[], Any], rows: Sequence[Row]) -> Callable[[]
             return reset(**copy.deepcopy(dict(rows[given[NUMBER]])))
 
         environment.reset = reset_with_row
+        if hasattr(type(environment), "get_reward"):
+            environment.get_reward = functools.partial(own_reward, environment)
         return environment
 
     return make

@@ -8,7 +8,6 @@ tools, which is what a `Task` can hold.
 import copy
 import inspect
 import itertools
-import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -20,7 +19,7 @@ from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerB
 
 from peft_onelayer.seams import check
 from peft_onelayer.tasks import Task, up_to_end
-from peft_onelayer.tasks.rows import reward_columns
+from peft_onelayer.tasks.rows import checked_scores, own_reward, reward_columns
 from peft_onelayer.tuner.head import spare_head_copies
 from peft_onelayer.tuner.prompts import sharing_prompts
 from peft_onelayer.tuner.rounded import keeping_rounded
@@ -413,20 +412,15 @@ class _Player:
             "log_extra": lambda column, values: None,
             "log_metric": self.log_metric,
         }
-        rewards = self.task.reward(prompts=prompts, completions=completions, **columns)
-        missing = sum(reward is None or math.isnan(reward) for reward in rewards)
-        if len(rewards) != len(rows) or missing:
-            raise ValueError(
-                f"the reward of {self.task.name} must return one number per completion, got {len(rewards)} values for "
-                f"{len(rows)} completions, {missing} of them None or NaN"
-            )
+        scores = self.task.reward(prompts=prompts, completions=completions, **columns)
+        rewards = checked_scores(f"the reward of {self.task.name}", scores, len(rows))
         if hasattr(self.task.environment_factory and type(self.environments[0]), "get_reward"):  # TRL adds it
-            rewards = [r + float(e.get_reward()) for r, e in zip(rewards, self.environments, strict=False)]
+            rewards = [r + own_reward(e) for r, e in zip(rewards, self.environments, strict=False)]
         return [
             Rollout(
                 prompt=episode.prompt,
                 completion=self._counted(episode.completion),
-                reward=float(reward),
+                reward=reward,
                 tokens=sum(episode.generated),
                 ended=self._ended(episode),
                 prompt_ids=episode.prompt_ids,

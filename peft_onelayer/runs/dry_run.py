@@ -9,8 +9,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 from trl.trainer import utils as trl_utils
 
 from peft_onelayer.layers import resolve_layers
@@ -21,7 +20,7 @@ from peft_onelayer.tuner.stack import layer_kinds
 
 from .early import check_training
 from .memory import LORA, Batches, MemoryEstimate, estimate_memory, lora
-from .models import load_config, load_tokenizer, quiet_logs
+from .models import build_skeleton, load_config, load_tokenizer
 from .plan import TrainingPlan
 from .settings import TrainingSettings
 from .training import blocks_of_adapter
@@ -81,8 +80,7 @@ def dry_run(settings: TrainingSettings) -> DryRun:
     trusted = {"trust_remote_code": settings.trust_remote_code}
     config = load_config(settings.model, settings.revision, **trusted)
     tokenizer = load_tokenizer(settings.model, settings.revision, **trusted)
-    with quiet_logs(), torch.device("meta"):
-        skeleton = AutoModelForCausalLM.from_config(config, **trusted)
+    skeleton = build_skeleton(settings.model, config, **trusted)
     notes: list[str] = []
     batches = _batches(plan, tokenizer, notes)
     own = _blocks(settings, skeleton, notes)

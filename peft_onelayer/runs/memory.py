@@ -232,10 +232,13 @@ def _training(model: Any, train: Any, batches: Batches, arguments: TrainingArgum
     width = 0  # bytes of a position's hidden states
     decoder = decoder_of(model)
     packing = _packing(decoder, batches) if decoder is not None and batches.outputs is not None else None
-    positions = batches.rows * length if packing is None else packing.rows.size
 
     def enter(decoder: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]] | None:
-        return None if packing is None else ((), {**kwargs, **packed_arguments(decoder, packing, kwargs["input_ids"])})
+        nonlocal packing
+        if packing is None or kwargs.get("input_ids") is None:  # of embeddings the run packs nothing
+            packing = None
+            return None
+        return (), {**kwargs, **packed_arguments(decoder, packing, kwargs["input_ids"])}
 
     def cut(decoder: nn.Module, args: tuple, output: Any) -> None:
         nonlocal width
@@ -277,6 +280,7 @@ def _training(model: Any, train: Any, batches: Batches, arguments: TrainingArgum
     for handle in handles:
         handle.remove()
     kept = batches.kept if _is_block(train) and min(train) > 0 else 0
+    positions = batches.rows * length if packing is None else packing.rows.size
     return max(held, 0), round(kept / batches.rows * positions * width)
 
 

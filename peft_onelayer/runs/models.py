@@ -33,6 +33,9 @@ from peft_onelayer.seams import check
 
 SMALL = 10_000_000  # parameters; below, a second thread gains nothing and on a busy machine costs a factor of ten
 
+# Errors of the libraries whose text says what is wrong; of others the name says more. RuntimeError: of hf_xet.
+SPOKEN = (OSError, ValueError, RuntimeError, HTTPError, ImportError)
+
 
 @contextmanager
 def without_progress_bars() -> Iterator[None]:
@@ -114,9 +117,18 @@ def load_skeleton(
         config = _checked_config(source, trusted)
         if is_local(name) and not any(Path(source).glob("*.safetensors")) and not any(Path(source).glob("*.bin")):
             raise NotCausalError(f"{source} holds no weights; expected *.safetensors beside its config.json.")
-        with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
-        return model, AutoTokenizer.from_pretrained(source, **trusted)
+        tokenizer = AutoTokenizer.from_pretrained(source, **trusted)
+    return build_skeleton(name, config, trust_remote_code=trust_remote_code), tokenizer
+
+
+def build_skeleton(name: str, config: PretrainedConfig, *, trust_remote_code: bool = False) -> PreTrainedModel:
+    """The model of a configuration without weights, on the meta device.
+
+    Raises:
+        ValueError: in one line: the configuration's values make no model.
+    """
+    with _errors_in_one_line(name), quiet_logs(), torch.device("meta"):
+        return AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
 
 
 def load_config(name: str, revision: str | None = None, *, trust_remote_code: bool = False) -> PretrainedConfig:
@@ -139,7 +151,7 @@ def load_tokenizer(
             found = AutoTokenizer.from_pretrained(_source(name), revision=revision, trust_remote_code=trust_remote_code)
         except (OSError, ValueError, KeyError, TypeError, ImportError):
             return None
-    return found if found("1 + 2 = a")["input_ids"] else None
+    return found if set(found.get_vocab()) - set(found.all_special_tokens) else None
 
 
 def _source(name: str) -> str:
@@ -158,6 +170,7 @@ def _checked_config(source: str, trusted: dict[str, Any]) -> PretrainedConfig:
     causal = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(config.model_type)
     accepted = (causal,) if isinstance(causal, str) else tuple(causal or ())
     architectures = config.architectures or accepted
+    architectures = [architectures] if isinstance(architectures, str) else architectures
     if not set(architectures) & set(accepted):
         raise NotCausalError(
             f"{source} is a {', '.join(architectures) or config.model_type}, not a causal language model "
@@ -173,8 +186,7 @@ def _errors_in_one_line(name: str) -> Iterator[None]:
             yield
     except NotCausalError:
         raise
-    # RuntimeError: of hf_xet
-    except (OSError, ValueError, KeyError, RuntimeError, HTTPError, ImportError) as error:
+    except Exception as error:  # a configuration may hold any value, and a division by zero ends in its model's code
         if "trust_remote_code" in str(error):
             raise ValueError(
                 f"{name} comes with Python code of its own, which runs with all your rights; read it, and if you trust "
@@ -184,7 +196,8 @@ def _errors_in_one_line(name: str) -> Iterator[None]:
         why = None if is_local(name) else hub_reason(error, name)
         what = f"the model in {source}" if is_local(name) else f"the model {name}"
         what = f"{name}, neither a folder here nor found on the Hub" if why else what
-        raise ValueError(f"cannot load {what}: {why or one_line(error)}") from error
+        said = one_line(error) if isinstance(error, SPOKEN) else f"{type(error).__name__}: {one_line(error)}"
+        raise ValueError(f"cannot load {what}: {why or said}") from error
 
 
 class NotCausalError(ValueError):

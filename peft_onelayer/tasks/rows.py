@@ -6,8 +6,12 @@ the same keys and all numbers of a list one type; so trainers are given prompts 
 """
 
 import copy
+import math
+import numbers
 from collections.abc import Mapping, Sequence
 from typing import Any
+
+LARGEST = 1e18  # of a reward: trainers compute in float32, where the squares of larger ones are infinite
 
 # What TRL passes to every reward beside the columns.
 PASSED = ("prompts", "completions", "completion_ids", "trainer_state", "log_extra", "log_metric", "environments")
@@ -22,6 +26,45 @@ def reward_columns(rows: Sequence[Mapping[str, Any]]) -> dict[str, list[Any]]:
     {'answer': [2, 0.5]}
     """
     return {name: [copy.deepcopy(row[name]) for row in rows] for name in rows[0] if name != "prompt"}
+
+
+def checked_scores(where: str, scores: Any, expected: int) -> list[float]:
+    """What a reward returned, as one float for each of the `expected` completions.
+
+    A trainer gives what is None, NaN or infinite no weight or makes NaN of it, and says little or nothing.
+
+    Args:
+        where: the reward, for the message.
+
+    Raises:
+        ValueError: no such list.
+    """
+    listed = isinstance(scores, Sequence) and not isinstance(scores, str | bytes)
+    if not listed or len(scores) != expected:
+        got = len(scores) if listed else f"a {type(scores).__name__}"
+        raise ValueError(f"{where} must return a list of {expected} numbers, one per completion; got {got}")
+    return [_checked_score(where, score, " per completion") for score in scores]
+
+
+def own_reward(environment: Any) -> float:
+    """What an environment's `get_reward` returns, which TRL adds to the reward.
+
+    Raises:
+        ValueError: no finite number.
+    """
+    kind = type(environment)
+    return _checked_score(f"{kind.__name__}.get_reward", kind.get_reward(environment), "")
+
+
+def _checked_score(where: str, score: Any, of: str) -> float:
+    size: Any = abs(score) if isinstance(score, numbers.Real) else math.inf
+    if not size < math.inf:  # which NaN is not, either
+        raise ValueError(f"{where} must return one finite number{of}, got {score!r}")
+    if size > LARGEST:
+        raise ValueError(
+            f"{where} must return numbers of at most {LARGEST:g} in size, for trainers' float32, got {score:g}"
+        )
+    return float(score)
 
 
 def check_columns(where: str, row: Mapping[str, Any]) -> None:

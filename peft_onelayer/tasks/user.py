@@ -25,7 +25,6 @@ import importlib.util
 import inspect
 import json
 import math
-import numbers
 import sys
 import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -37,7 +36,7 @@ from typing import Any
 from peft_onelayer.records.text import one_line
 from peft_onelayer.tasks import Shown, Task, behind_thinking, limits
 from peft_onelayer.tasks.files import digest, load_problems
-from peft_onelayer.tasks.rows import check_columns, check_values
+from peft_onelayer.tasks.rows import check_columns, check_values, checked_scores
 
 MAX_COMPLETION_TOKENS = 512
 
@@ -269,15 +268,7 @@ def _checked(where: str, reward: Reward, plays: bool = False) -> Reward:
     def checked(prompts: Sequence[Any], completions: Sequence[Any], **kwargs: Any) -> list[float]:
         with _their_errors(where, _remedy(completions, plays)):
             scores = reward(prompts=prompts, completions=completions, **kwargs)
-        expected = len(completions)
-        listed = isinstance(scores, Sequence) and not isinstance(scores, str | bytes)
-        if not listed or len(scores) != expected:
-            got = len(scores) if listed else f"a {type(scores).__name__}"
-            raise ValueError(f"{where} must return a list of {expected} numbers, one per completion; got {got}")
-        for score in scores:
-            if not isinstance(score, numbers.Real) or not math.isfinite(score):
-                raise ValueError(f"{where} must return one finite number per completion, got {score!r}")
-        return [float(score) for score in scores]
+        return checked_scores(where, scores, len(completions))
 
     return checked
 

@@ -176,3 +176,45 @@ def test_an_environment_is_reset_with_the_row_as_it_is():
         assert any(same(given, row) for row in rows)
     # TRL adds what an environment's own get_reward says, and so does every other route
     assert [group[0].reward for group in groups] == [10.0, 11.0]
+
+
+@pytest.mark.parametrize(
+    ("score", "says"),
+    [
+        (None, "must return one finite number per completion, got None"),
+        (float("nan"), "must return one finite number per completion, got nan"),
+        (float("-inf"), "must return one finite number per completion, got -inf"),
+        (1e30, r"must return numbers of at most 1e\+18 in size, for trainers' float32, got 1e\+30"),
+    ],
+    ids=str,
+)
+def test_a_reward_that_a_trainer_would_drop_ends_the_run(score, says):
+    """TRL takes None and NaN for no reward, and an infinite one, or one too large to square, for no advantage."""
+
+    def odd_reward(completions, **columns):
+        return [0.0] * (len(completions) - 1) + [score]
+
+    odd = Task("odd", lambda split, n, seed: copy.deepcopy(ROWS), odd_reward, 3)
+    with pytest.raises(ValueError, match=rf"^the reward odd_reward {says}$"):
+        train_layer(
+            *demo_model.load(), odd, 5, steps=1, seed=0, recipe=make_recipe("grpo", odd, SMALL | CONFIGS["grpo"])
+        )
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("score", [None, float("nan")], ids=str)
+def test_so_does_a_reward_of_an_environments_own(monkeypatch, score):
+    monkeypatch.setattr(Environment, "get_reward", lambda self: score)
+    rows = [{**row, "prompt": [{"role": "user", "content": "1"}]} for row in ROWS]
+    seen = Seen(copy.deepcopy(rows), environment_factory=Environment)
+
+    def base():
+        model, tokenizer = tool_policy.load()
+        tokenizer.chat_template = qwen2_5_chat_template
+        return model, tokenizer
+
+    says = rf"^Environment\.get_reward must return one finite number, got {score}$"
+    with pytest.raises(ValueError, match=says):
+        run(seen, "grpo", base)
+    with pytest.raises(ValueError, match=says):
+        sample_rollouts(*base(), seen.task, copy.deepcopy(rows), Sampling(samples=1, max_completion_tokens=3))

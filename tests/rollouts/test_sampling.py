@@ -2,6 +2,7 @@
 
 import copy
 import dataclasses
+from math import inf
 
 import demo_model
 import pytest
@@ -277,8 +278,14 @@ def test_a_score_of_a_problem_is_paired_by_its_whole_row(with_tools):
         (TEXT, [{"prompt": "a" * 2048, "target": 1}], None, "a prompt of 2048 tokens .* context of 2048 tokens"),
         (TEXT, [{"prompt": "a" * 1649, "target": 1}], None, "completion of up to 400 do not fit"),
         (COUNTER, as_chat([{"prompt": "a" * 2048, "target": 1}]), qwen3_chat_template, "do not fit"),
-        (dataclasses.replace(TEXT, reward=lambda **kwargs: [1.0]), PLAIN_ROWS, None, "got 1 values for 3 completions"),
-        (dataclasses.replace(TEXT, reward=lambda **kwargs: [1.0, None, 0]), PLAIN_ROWS, None, "1 of them None or NaN"),
+        (
+            dataclasses.replace(TEXT, reward=lambda **kwargs: [1.0]),
+            PLAIN_ROWS,
+            None,
+            "a list of 3 numbers, one per .*; got 1",
+        ),
+        (dataclasses.replace(TEXT, reward=lambda **kwargs: [1.0, None, 0]), PLAIN_ROWS, None, "finite .*, got None"),
+        (dataclasses.replace(TEXT, reward=lambda **kwargs: [1.0, inf, 0]), PLAIN_ROWS, None, "finite .*, got inf"),
         (TEXT, [], None, "at least one row"),
     ],
 )

@@ -1,6 +1,7 @@
 """What is estimated of a run's memory, from shapes alone, is what the run takes."""
 
 import json
+import re
 from importlib.resources import files
 
 import demo_model
@@ -15,6 +16,7 @@ from models import build, build_architecture
 from peft_onelayer.runs import TrainingSettings, memory
 from peft_onelayer.runs.dry_run import dry_run
 from peft_onelayer.runs.memory import LORA, Batches, estimate_memory, lora
+from peft_onelayer.runs.models import load_tokenizer
 from peft_onelayer.runs.shapes import LiveBytes
 
 DEMO = str(files("peft_onelayer") / "demo_model")
@@ -274,6 +276,33 @@ def test_the_command_counts_the_run_that_it_is_asked_for(onelayer, tmp_path):
 def test_what_cannot_be_is_one_line(onelayer, only_a_configuration, given, says):
     code, err, out = onelayer("train", only_a_configuration, "--task", "arithmetic", "--dry-run", *given)
     assert code != 0 and len([line for line in err if says in line]) == 1 and out == ""
+
+
+@pytest.mark.parametrize(
+    ("fields", "says"),
+    [
+        ({"num_key_value_heads": 0}, "ZeroDivisionError: integer division or modulo by zero"),
+        ({"num_hidden_layers": None}, "Field 'num_hidden_layers' expected int, got NoneType"),
+        ({"pad_token_id": 10**6}, "AssertionError: Padding_idx must be within num_embeddings"),
+        ({"vocab_size": 0}, "IndexError: index 0 is out of bounds"),
+        ({"architectures": [3]}, "TypeError: "),
+        ({"num_hidden_layers": 0, "layer_types": None}, "the model has no blocks"),
+    ],
+    ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
+)
+def test_a_configuration_that_makes_no_model_is_one_line(only_a_configuration, fields, says):
+    path = only_a_configuration / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | fields))
+    with pytest.raises(ValueError, match=re.escape(says)) as error:
+        dry_run(TrainingSettings(model=str(only_a_configuration), task="arithmetic", layer="middle", out="unused"))
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("model_type", ["gemma2", "bert"])  # without files a tokenizer of special tokens is made
+def test_an_empty_tokenizer_made_from_the_configuration_is_none(tmp_path, model_type):
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": model_type}))
+    assert load_tokenizer(str(tmp_path)) is None
+    assert load_tokenizer(DEMO) is not None
 
 
 @pytest.mark.more
