@@ -9,7 +9,9 @@ import copy
 import math
 import numbers
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
+
+from peft_onelayer.records.text import one_line
 
 LARGEST = 1e18  # of a reward: trainers compute in float32, where the squares of larger ones are infinite
 
@@ -29,7 +31,8 @@ def reward_columns(rows: Sequence[Mapping[str, Any]]) -> dict[str, list[Any]]:
 
 
 def checked_scores(where: str, scores: Any, expected: int) -> list[float]:
-    """What a reward returned, as one float for each of the `expected` completions.
+    """What a reward returned, as one float for each of the `expected` completions: of a list, or of an array or a tensor
+    of one dimension, as TRL takes them.
 
     A trainer gives what is None, NaN or infinite no weight or makes NaN of it, and says little or nothing.
 
@@ -39,6 +42,7 @@ def checked_scores(where: str, scores: Any, expected: int) -> list[float]:
     Raises:
         ValueError: no such list.
     """
+    scores = _plain(scores)
     listed = isinstance(scores, Sequence) and not isinstance(scores, str | bytes)
     if not listed or len(scores) != expected:
         got = len(scores) if listed else f"a {type(scores).__name__}"
@@ -57,14 +61,27 @@ def own_reward(environment: Any) -> float:
 
 
 def _checked_score(where: str, score: Any, of: str) -> float:
+    score = _plain(score)
     size: Any = abs(score) if isinstance(score, numbers.Real) else math.inf
     if not size < math.inf:  # which NaN is not, either
-        raise ValueError(f"{where} must return one finite number{of}, got {score!r}")
+        raise ValueError(f"{where} must return one finite number{of}, got {one_line(repr(score), 60)}")
     if size > LARGEST:
         raise ValueError(
             f"{where} must return numbers of at most {LARGEST:g} in size, for trainers' float32, got {score:g}"
         )
     return float(score)
+
+
+@runtime_checkable
+class _HasList(Protocol):
+    """Arrays and scalars of numpy, and tensors."""
+
+    def tolist(self) -> Any: ...
+
+
+def _plain(value: Any) -> Any:
+    """A result of numpy or torch as Python's lists and numbers; others as they are."""
+    return value.tolist() if isinstance(value, _HasList) else value
 
 
 def check_columns(where: str, row: Mapping[str, Any]) -> None:
