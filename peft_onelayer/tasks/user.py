@@ -32,7 +32,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 from peft_onelayer.records.text import one_line
 from peft_onelayer.tasks import Shown, Task, behind_thinking, limits
@@ -42,6 +42,14 @@ from peft_onelayer.tasks.rows import check_columns, check_values
 MAX_COMPLETION_TOKENS = 512
 
 _NOT_COLUMNS = {"trainer_state", "log_extra", "log_metric"}  # of what the trainer passes
+
+
+@runtime_checkable
+class _HasList(Protocol):
+    """Arrays and scalars of numpy, and tensors."""
+
+    def tolist(self) -> Any: ...
+
 
 Row = dict[str, Any]
 Reward = Callable[..., list[float]]
@@ -268,18 +276,26 @@ def _checked(where: str, reward: Reward, plays: bool = False) -> Reward:
     @functools.wraps(reward)  # trainers name the metric after it
     def checked(prompts: Sequence[Any], completions: Sequence[Any], **kwargs: Any) -> list[float]:
         with _their_errors(where, _remedy(completions, plays)):
-            scores = reward(prompts=prompts, completions=completions, **kwargs)
+            scores = _plain(reward(prompts=prompts, completions=completions, **kwargs))
         expected = len(completions)
         listed = isinstance(scores, Sequence) and not isinstance(scores, str | bytes)
         if not listed or len(scores) != expected:
             got = len(scores) if listed else f"a {type(scores).__name__}"
             raise ValueError(f"{where} must return a list of {expected} numbers, one per completion; got {got}")
+        scores = [_plain(score) for score in scores]
         for score in scores:
             if not isinstance(score, numbers.Real) or not math.isfinite(score):
-                raise ValueError(f"{where} must return one finite number per completion, got {score!r}")
+                raise ValueError(
+                    f"{where} must return one finite number per completion, got {one_line(repr(score), 60)}"
+                )
         return [float(score) for score in scores]
 
     return checked
+
+
+def _plain(value: Any) -> Any:
+    """A result of numpy or torch, such as TRL takes it, as Python's lists and numbers; others as they are."""
+    return value.tolist() if isinstance(value, _HasList) else value
 
 
 def _limited(path: Path, module: ModuleType, reward: Reward) -> Reward:
