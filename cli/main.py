@@ -130,6 +130,8 @@ def program() -> Any:
 
 def main() -> None:
     signal.signal(signal.SIGTERM, _terminate)
+    if sys.platform != "win32" and signal.getsignal(signal.SIGHUP) == signal.SIG_DFL:  # not under nohup
+        signal.signal(signal.SIGHUP, _terminate)  # of a terminal that was closed
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):  # a terminal or a pipe of another encoding than UTF-8
             stream.reconfigure(errors="backslashreplace")

@@ -19,7 +19,7 @@ from peft_onelayer.layers import check_layers
 from peft_onelayer.records.claim import check_parent, claimed
 from peft_onelayer.records.evaluation import EvaluationRecord
 from peft_onelayer.records.files import CONFIG, TargetError, check_file, check_folder, read_fields
-from peft_onelayer.records.locate import check_base_of, check_model_name, check_order, holds_adapter, is_local
+from peft_onelayer.records.locate import check_base_of, check_model_name, check_order, holds_adapter, is_local, path_to
 from peft_onelayer.records.privacy import holds_secrets
 from peft_onelayer.records.run import RunRecord
 from peft_onelayer.records.text import meant
@@ -99,6 +99,12 @@ def check_training(settings: TrainingSettings, *, resume: bool = False, writes: 
     if writes and os.environ.get("RANK", "0") == "0":
         with claimed(Path(settings.out)):  # a run that goes on is named before what its folder lacks yet
             folder = RunFolder(Path(settings.out), resume)
+        if folder.previous and folder.previous.settings.model.sha256 and not Path(settings.model).expanduser().is_dir():
+            again = f"onelayer train {path_to(settings.model)} --resume --out {settings.out}"
+            raise ValueError(
+                f"the run in {settings.out} trains the model in a folder {settings.model}, and no such folder is here; "
+                f"name the model: {again}"
+            )
         if folder.previous and folder.previous.status == "finished":
             _check_more_steps(settings, folder.previous)
 
