@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import difflib
 import re
+import shlex
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import typer
+
+from peft_onelayer.records.files import CONFIG
 
 # Hyphens, dashes and the minus sign that are not "-", before or behind it.
 DASHES = "-*[\u2010-\u2015\u2212\ufe58\ufe63\uff0d][-\u2010-\u2015\u2212\ufe58\ufe63\uff0d]*"
@@ -93,6 +97,21 @@ def arguments_of(context: typer.Context) -> str:
         for parameter in parameters
         if parameter.param_type_name == "argument"
     )
+
+
+def for_an_extra_argument(context: typer.Context, extra: str) -> str:
+    """What to type in place of a command with one argument too many: an adapter there is given by an option."""
+    given = [str(context.params[str(p.name)]) for p in context.command.params if p.param_type_name == "argument"]
+    names = [*given, extra]
+    adapters = [name for name in names if (Path(name).expanduser() / CONFIG).is_file()]
+    options = {option for parameter in context.command.params for option in parameter.opts}
+    option = next((option for option in ("--adapter", "--init-adapter") if option in options), None)
+    if option and len(names) == 2 and len(adapters) == 1:
+        (base,) = set(names) - set(adapters)
+        return (
+            f"an adapter goes behind {option}: {shlex.join([*context.command_path.split(), base, option, *adapters])}"
+        )
+    return f"it takes {arguments_of(context)}, and all else by options"
 
 
 def as_typed(option: str, arguments: Sequence[str]) -> str:

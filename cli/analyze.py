@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from peft_onelayer.records.locate import check_order
+
 from ._errors import user_error
 from ._hub import quiet_hub
 from ._options import AllowOtherBase, Json, Revision
@@ -75,6 +77,8 @@ def analyze(
     as_json: Json = False,
 ) -> None:
     """Show what training changed from BASE to OTHER: sparsity, rank and norm of every tensor's change."""
+    with user_error(ValueError):
+        check_order(base, others[0], "onelayer analyze {base} {adapter}")
     with status("loading ..."), quiet_hub():
         from peft_onelayer.analysis.change import analyze_change
         from peft_onelayer.analysis.mask import make_mask

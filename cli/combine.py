@@ -5,10 +5,13 @@
 
 from __future__ import annotations
 
+import shlex
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+
+from peft_onelayer.records.locate import check_output_last
 
 from ._errors import user_error
 from ._hub import quiet_hub
@@ -61,6 +64,8 @@ def combine(
     as_json: Json = False,
 ) -> None:
     """Make one adapter of several of one base: of different blocks, or of one block by a formula."""
+    with user_error(ValueError):
+        check_output_last(adapters[0], out, shlex.join(["onelayer", "combine", *adapters[1:], str(out), adapters[0]]))
     with status("loading ..."), quiet_hub():
         from peft_onelayer.adapter.combine import combine_adapters
         from peft_onelayer.records.text import name_blocks

@@ -56,6 +56,7 @@ def entropy(
     as_json: Json = False,
 ) -> None:
     """Show which tokens the learning signal of a block comes from: those of high entropy, or the rest."""
+    from peft_onelayer.rl.sampling import OWN_OPTIONS, sampling_from_text
     from peft_onelayer.runs.early import check_entropy
     from peft_onelayer.runs.settings import EntropySettings
 
@@ -81,10 +82,9 @@ def entropy(
             allow_other_base=allow_other_base,
         )
         check_entropy(asked)
-        with status("loading ..."):
-            from peft_onelayer.rl.sampling import OWN_OPTIONS, sampling_from_text
-            from peft_onelayer.runs.forking import entropy as measure
         given = sampling_from_text(sampling or [], OWN_OPTIONS)
+        with status("loading ..."):
+            from peft_onelayer.runs.forking import entropy as measure
         found = measure(
             replace(asked, sampling=given),
             progress=TerminalProgress(),

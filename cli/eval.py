@@ -104,6 +104,7 @@ def evaluate(
     as_json: Json = False,
 ) -> None:
     """Measure MODEL on a task, sampled as its run was and greedy, and an adapter against its base."""
+    from peft_onelayer.rl.sampling import sampling_from_text
     from peft_onelayer.runs.early import check_evaluation
     from peft_onelayer.runs.recipes import decoding_of, recipe_or_config
     from peft_onelayer.runs.settings import EvaluationSettings
@@ -147,15 +148,15 @@ def evaluate(
             completions=save_completions,
         )
         check_evaluation(asked)
-        with status("loading ..."):
-            from peft_onelayer.rl.sampling import sampling_from_text
-            from peft_onelayer.runs.evaluation import evaluate as run_evaluation
+        given = sampling_from_text(sampling or [])
         decoding = decoding_of(source) if source else {}
+        with status("loading ..."):
+            from peft_onelayer.runs.evaluation import evaluate as run_evaluation
         for name, value in (("temperature", temperature), ("max_completion_tokens", max_tokens)):
             if value is not None:
                 decoding.pop(name, None)
         run_evaluation(
-            replace(asked, sampling=decoding | sampling_from_text(sampling or [])),
+            replace(asked, sampling=decoding | given),
             command=command_line(),
             progress=TerminalProgress(),
             on_measured=show_result,

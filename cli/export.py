@@ -5,10 +5,13 @@
 
 from __future__ import annotations
 
+import shlex
 from pathlib import Path
 from typing import Annotated, Literal
 
 import typer
+
+from peft_onelayer.records.locate import check_output_last
 
 from ._errors import user_error
 from ._hub import quiet_hub
@@ -47,6 +50,8 @@ def export(
     as_json: Json = False,
 ) -> None:
     """Write ADAPTER in another form to OUT."""
+    with user_error(ValueError):
+        check_output_last(adapter, out, shlex.join(["onelayer", "export", str(out), adapter]))
     with status("loading ..."), quiet_hub():
         from peft_onelayer.adapter.export import export_adapter
 

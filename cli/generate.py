@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -39,14 +38,11 @@ def generate(
     as_json: Json = False,
 ) -> None:
     """Show what the base and its adapters answer to the same prompts, from one model in memory."""
-    from peft_onelayer.records.locate import check_base_of, check_model_name, holds_adapter, is_local
+    from peft_onelayer.runs.early import check_generation
 
     first = ""
     with user_error(ValueError, OSError):
-        if is_local(model) and holds_adapter(model):
-            check_base_of(Path(model).expanduser(), f"onelayer generate {{base}} {model}")
-        else:
-            check_model_name(model)
+        check_generation(model, adapters or (), revision, allow_other_base=allow_other_base)
         if prompt and not all(text.strip() for text in prompt):
             raise ValueError("--prompt holds no text; give some")
         if not prompt and not sys.stdin.isatty():

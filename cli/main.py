@@ -10,6 +10,7 @@ import functools
 import io
 import logging
 import os
+import re
 import signal
 import sys
 import warnings
@@ -50,6 +51,7 @@ from ._other_names import (
     arguments_of,
     as_typed,
     command_among,
+    for_an_extra_argument,
     other_names,
     refuse_pasted_dashes,
     with_our_command,
@@ -128,6 +130,8 @@ def program() -> Any:
 
 def main() -> None:
     signal.signal(signal.SIGTERM, _terminate)
+    if sys.platform != "win32" and signal.getsignal(signal.SIGHUP) == signal.SIG_DFL:  # not under nohup
+        signal.signal(signal.SIGHUP, _terminate)  # of a terminal that was closed
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):  # a terminal or a pipe of another encoding than UTF-8
             stream.reconfigure(errors="backslashreplace")
@@ -155,6 +159,10 @@ def main() -> None:
         said = error.format_message()  # a missing choice is listed over several lines
         if context and said.startswith("Missing argument"):  # the one that is named may be another than was left out
             said = f"{said.rstrip('.')}; it takes {arguments_of(context)}"
+        if context and (
+            extra := re.fullmatch(r"Got unexpected extra arguments? \((\S+)\)\.?", said.replace("(s)", ""))
+        ):
+            said = f"{said.rstrip('.')}; {for_an_extra_argument(context, extra[1])}"
         message = one_line(without_secrets(said), LIMIT)
         print(f"{where}: {message.rstrip('.')}; see '{where} --help'.", file=sys.stderr)
         code = 2

@@ -11,6 +11,7 @@ from typing import Annotated
 
 import typer
 
+from peft_onelayer.records.locate import check_output_last
 from peft_onelayer.records.text import name_blocks
 from peft_onelayer.sparse.base import in_words
 
@@ -31,6 +32,8 @@ def merge(
     as_json: Json = False,
 ) -> None:
     """Write BASE with the weights of every ADAPTER to OUT, one file at a time; it loads without this package."""
+    with user_error(ValueError):
+        check_output_last(base, out, "onelayer merge BASE ADAPTER... OUT")
     with status("loading ..."), quiet_hub():
         from peft_onelayer.adapter.merge import merge_into_checkpoint
 

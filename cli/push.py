@@ -5,11 +5,13 @@
 
 from __future__ import annotations
 
+import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from ._errors import UserError
 from ._hub import hub_session
 from ._options import Json, License
 from ._output import note, print_card, print_json, print_line, print_table, status
@@ -52,6 +54,9 @@ def push(
     as_json: Json = False,
 ) -> None:
     """Publish ADAPTER on the Hub, with a card made from its run.json, layer_profile.json and evaluation."""
+    if Path(repo_id).is_dir() and not adapter.is_dir():
+        right = shlex.join(["onelayer", "push", repo_id, str(adapter)])
+        raise UserError(f"{repo_id} is a folder here and {adapter} is none; the adapter comes first: {right}")
     with hub_session(), status("loading ..."):
         from peft_onelayer.hub.push import push_adapter
 

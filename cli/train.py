@@ -189,6 +189,8 @@ def train(
         for name in context.params
         if name not in NOT_SETTINGS and getattr(context.get_parameter_source(name), "name", "") == "COMMANDLINE"
     }
+    from peft_onelayer.rl.algorithms import load_algorithm
+    from peft_onelayer.rl.config_fields import check_names
     from peft_onelayer.rl.recipe import config_from_text, refuse_fields
     from peft_onelayer.rl.settings import parse_settings
     from peft_onelayer.runs.early import check_effect, check_training
@@ -228,6 +230,10 @@ def train(
         flat = {
             name: value for name, value in fields.items() if name not in OPTIONS
         }  # others TRL's fields are asked for
+        if flat:
+            check_names(
+                load_algorithm(given.get("algorithm") or kept.get("algorithm") or "grpo"), flat, TRAINING_OPTIONS
+            )
         early = options_from(merged(kept, flat | given), str(source or "this command"))
         if early.full and given.get("layer") == "auto":  # which no settings tell from the default
             raise ValueError("--full trains every parameter and --layer auto a block; give one of them")

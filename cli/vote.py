@@ -60,6 +60,7 @@ def vote(
     as_json: Json = False,
 ) -> None:
     """Let adapters vote on the answers to a task's problems, with one base model in memory."""
+    from peft_onelayer.rl.sampling import OWN_OPTIONS, sampling_from_text
     from peft_onelayer.runs.early import check_vote
     from peft_onelayer.runs.settings import VoteSettings
 
@@ -86,10 +87,9 @@ def vote(
             unsafe=unsafe,
         )
         check_vote(asked)
-        with status("loading ..."):
-            from peft_onelayer.rl.sampling import OWN_OPTIONS, sampling_from_text
-            from peft_onelayer.runs.voting import vote as take_vote
         given = sampling_from_text(sampling or [], OWN_OPTIONS)
+        with status("loading ..."):
+            from peft_onelayer.runs.voting import vote as take_vote
         found = take_vote(
             replace(asked, sampling=given),
             command=command_line(),

@@ -14,8 +14,8 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from peft_onelayer.records.files import CARD, CONFIG, TargetError, check_folder, output, staged_directory
-from peft_onelayer.records.locate import adapter_folder, base_folder, check_revision, hub_identity
+from peft_onelayer.records.files import CARD, TargetError, check_folder, output, staged_directory
+from peft_onelayer.records.locate import adapter_folder, base_folder, check_order, check_revision, hub_identity
 from peft_onelayer.records.text import name_blocks
 from peft_onelayer.sparse.base import OTHER_WEIGHTS, Entries, other_base, positions, what_differs
 
@@ -110,9 +110,7 @@ def _merge(
     allow_other_base: bool,
     on_progress: Callable[[int, int], None],
 ) -> Merged:
-    given, first = Path(base).expanduser(), Path(names[0]).expanduser()
-    if (given / CONFIG).is_file() and (first / "config.json").is_file() and not (first / CONFIG).exists():
-        raise ValueError(f"{base} is an adapter and {names[0]} a model; the base comes first: {names[0]} {base} {out}")
+    check_order(base, names[0], f"{{base}} {{adapter}} {out}")
     files = [open_adapter(adapter_folder(name)) for name in names]
     if revision is None and str(base) == files[0].config.get("base_model_name_or_path"):
         revision = files[0].config.get("revision")

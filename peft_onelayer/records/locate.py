@@ -60,8 +60,34 @@ def check_model_name(name: str, revision: str | None = None) -> None:
     if not folder.is_dir():
         raise ValueError(f"no model folder at {folder}; give a folder with config.json, or a model id on the Hub.")
     if not (folder / "config.json").is_file():
+        if holds_adapter(name):
+            base = printable(read_fields(folder / CONFIG).get("base_model_name_or_path"))
+            raise ValueError(f"{folder} is an adapter of {base} and no model; give the base model here.")
         raise ValueError(f"{folder} holds no config.json, so it is not a model folder.")
     check_revision(name, revision)
+
+
+def check_order(base: str | Path, adapter: str | Path, command: str) -> None:
+    """Raise ValueError for an adapter in the place of the base and a model in the place of the adapter.
+
+    Args:
+        command: with {base} and {adapter} in their right places.
+    """
+    first, second = Path(base).expanduser(), Path(adapter).expanduser()
+    if (first / CONFIG).is_file() and (second / "config.json").is_file() and not (second / CONFIG).exists():
+        right = command.replace("{base}", str(adapter)).replace("{adapter}", str(base))
+        raise ValueError(f"{base} is an adapter and {adapter} a model; the base comes first: {right}")
+
+
+def check_output_last(first: str, out: Path, command: str) -> None:
+    """Raise ValueError for an output that holds an adapter or a model, and a first name that is nothing yet.
+
+    Args:
+        command: in its right order.
+    """
+    kind = "an adapter" if (out / CONFIG).is_file() else "a model" if (out / "config.json").is_file() else ""
+    if kind and (is_local(first) or "/" not in first) and not Path(first).expanduser().exists():
+        raise ValueError(f"{out} is {kind} and {first} is not there; the output comes last: {command}")
 
 
 def base_elsewhere(folder: Path) -> str | None:
@@ -156,6 +182,11 @@ def cached_base(config: dict[str, Any]) -> Path | None:
     name, revision = config.get("base_model_name_or_path"), config.get("revision")
     if not isinstance(name, str) or not name or is_local(name) or not isinstance(revision, str | None):
         return None
+    return cached_model(name, revision)
+
+
+def cached_model(name: str, revision: str | None = None) -> Path | None:
+    """The folder of a model on the Hub, where the Hub's cache on this machine has it."""
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import LocalEntryNotFoundError
 

@@ -171,7 +171,11 @@ def _command(command: str, clean: Callable[[str], str], publishing: bool) -> str
 def _secrets_of(text: str) -> str:
     from huggingface_hub import get_token
 
-    if token := get_token():
+    try:
+        token = get_token()
+    except OSError:  # HF_HOME or HF_TOKEN_PATH lies below a file, or may not be read: so no token can be in the text
+        token = None
+    if token:
         text = text.replace(token, REMOVED)
     text = _SECRET.sub(REMOVED, text)
     text = _HEADER.sub(lambda found: (found[1] or found[2]) + REMOVED, text)

@@ -14,6 +14,8 @@ from .plots import BLUE, GREY, INTERVALS, ORANGE
 
 INK, GRID = "#010203", "#020304"  # stand for the page's colours, as do those of the plots
 COLOURS = {INK: "ink", GRID: "grid", BLUE: "blue", ORANGE: "orange", GREY: "grey"}
+WIDTH = 4.8  # inches: on a telephone its texts can be read without scrolling
+COLUMNS = 12  # of a heat map that are named, at most
 MARKED = 80  # points of a curve that have a text of their own, at most
 _numbers = itertools.count(1)
 
@@ -89,7 +91,7 @@ def bars(panels: Mapping[str, tuple[Sequence[float | None], Sequence[float | Non
         rows[-1].xaxis.get_major_locator().set_params(integer=True)
         return tips
 
-    return _svg(draw, 7.5, 0.6 + 1.7 * len(panels), "bars over the blocks: " + ", ".join(panels))
+    return _svg(draw, WIDTH, 0.6 + 1.7 * len(panels), "bars over the blocks: " + ", ".join(panels))
 
 
 def curves(panels: Mapping[str, Mapping[str, Sequence[tuple[float, float]]]], x: str = "step") -> str:
@@ -110,9 +112,10 @@ def curves(panels: Mapping[str, Mapping[str, Sequence[tuple[float, float]]]], x:
             if len(lines) > 1:
                 axes.legend(frameon=False, fontsize=8)
         rows[-1].set_xlabel(x)
+        rows[-1].xaxis.get_major_locator().set_params(integer=True)
         return tips
 
-    return _svg(draw, 7.5, 0.6 + 1.6 * len(panels), "curves over the steps: " + ", ".join(panels))
+    return _svg(draw, WIDTH, 0.6 + 1.6 * len(panels), "curves over the steps: " + ", ".join(panels))
 
 
 def heat_map(
@@ -130,7 +133,9 @@ def heat_map(
 
         tips = {}
         axes = figure.subplots()
-        _plain(axes, what if largest else f"{what} (darkest: {top:.2%})")
+        _plain(axes, "")
+        title = what if largest else f"{what} (full colour: {top:.2%})"  # the darkest on white, the brightest on black
+        figure.suptitle(title, fontsize=9, x=0.01, ha="left")
         axes.grid(False)
         for (row, column), value in values.items():
             at = columns.index(column), rows.index(row)
@@ -141,11 +146,12 @@ def heat_map(
             axes.add_patch(cell)
             tips[mark] = f"block {column}, {row}: {value:.2%}"
         axes.set(xlim=(-0.5, len(columns) - 0.5), ylim=(len(rows) - 0.5, -0.5), xlabel="block")
-        axes.set_xticks(range(len(columns)), columns)
+        every = -(-len(columns) // COLUMNS)
+        axes.set_xticks(range(0, len(columns), every), columns[::every])
         axes.set_yticks(range(len(rows)), rows)
         return tips
 
-    return _svg(draw, 7.5, 1.0 + 0.25 * len(rows), what)
+    return _svg(draw, WIDTH, 1.0 + 0.25 * len(rows), what)
 
 
 def terminal_bars(values: Sequence[float | None], errors: Sequence[float | None], width: int = 40) -> list[str]:

@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from html import escape
 from importlib.resources import files
+from typing import Any
 
 from peft_onelayer.records.evaluation import EvaluationRecord
 from peft_onelayer.records.figures import Figures, Measured
@@ -294,7 +295,7 @@ def _provenance(subject: Subject) -> str:
         rows += [["blocks", _blocks(subject)], ["why", run.why], ["algorithm", settings.algorithm]]
         rows += [["trainer", settings.trainer], ["data", settings.source.name], ["seed", str(settings.seed)]]
         rows += [[name, digest] for name, digest in settings.source.data.items()]
-        rows += [[name, json.dumps(value)] for name, value in run.machine.items()]
+        rows += [[name, _in_words(value)] for name, value in run.machine.items()]
     elif ranking:
         rows += [
             ["base", ranking.model],
@@ -308,3 +309,10 @@ def _provenance(subject: Subject) -> str:
     if run and run.command:
         text += f"<h3>Repeat it</h3>\n<pre>{escape(run.command)}</pre>\n"
     return text
+
+
+def _in_words(value: Any) -> str:
+    """A value of run.json's `machine`."""
+    if isinstance(value, Mapping):
+        return ", ".join(f"{name} {_in_words(inner)}" for name, inner in value.items())
+    return value if isinstance(value, str) else json.dumps(value)

@@ -63,9 +63,14 @@ class Algorithm:
         return self.data == "task"
 
     @property
+    def config_name(self) -> str:
+        """The name of the configuration's class."""
+        return self.trainer.rpartition(".")[2].removesuffix("Trainer") + "Config"
+
+    @property
     def config_class(self) -> type[Any]:
         """The configuration, a subclass of transformers' `TrainingArguments`."""
-        return _load(self.trainer.removesuffix("Trainer") + "Config")
+        return _load(self.trainer.rpartition(".")[0] + "." + self.config_name)
 
     def trainer_class(self, *, adapter: bool = True) -> type[Any]:
         """The trainer; for an adapter with `adapter_mixin` in front of it."""

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping, Sequence
-from typing import Any
-
-from transformers import TrainingArguments
+from typing import TYPE_CHECKING, Any
 
 from peft_onelayer.records.fields import read
 from peft_onelayer.rollouts.settings import HOW_MANY, Sampling, check_generation
@@ -14,6 +12,9 @@ from peft_onelayer.rollouts.settings import HOW_MANY, Sampling, check_generation
 from .algorithms import Algorithm
 from .recipe import refuse_fields
 from .settings import check_fields, convert_settings, parse_settings
+
+if TYPE_CHECKING:
+    from transformers import TrainingArguments
 
 # Fields with the same name and meaning in TRL's configurations; a trainer whose configuration lacks one leaves it to
 # the model's own generation_config.json.

@@ -9,7 +9,8 @@ import json
 import os
 import types
 import typing
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from types import MappingProxyType
 from typing import Any, Literal, Union
 
 NEAR = 5  # names of near fields in an error
@@ -84,10 +85,22 @@ def check_fields(config_class: type, names: Iterable[str]) -> None:
     fields = {field.name for field in dataclasses.fields(config_class)}
     for name in names:
         if name not in fields:
-            containing = sorted(field for field in fields if name in field)
-            near = difflib.get_close_matches(name, sorted(fields), NEAR) or containing[:NEAR]
-            meant = f"; did you mean {', '.join(near)}?" if near else "; its fields are those in TRL's documentation"
-            raise ValueError(f"{config_class.__name__} has no field {name!r}{meant}")
+            raise unknown_field(config_class.__name__, fields, name)
+
+
+def unknown_field(
+    config: str, fields: Collection[str], name: str, options: Mapping[str, str] = MappingProxyType({})
+) -> ValueError:
+    """The error for a name that is none of the `fields` of the class `config`, with the near ones.
+
+    Args:
+        options: fields that an option of the command sets, and the option.
+    """
+    containing = sorted(field for field in fields if name in field)
+    near = difflib.get_close_matches(name, sorted(fields), NEAR) or containing[:NEAR]
+    near = [f"{field} ({options[field]})" if options.get(field, "").startswith("--") else field for field in near]
+    meant = f"; did you mean {', '.join(near)}?" if near else "; its fields are those in TRL's documentation"
+    return ValueError(f"{config} has no field {name!r}{meant}")
 
 
 def _options(hint: Any) -> tuple[Any, ...]:

@@ -9,14 +9,10 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field, fields
 from typing import Any
 
-from transformers import GenerationConfig, PreTrainedTokenizerBase
-
 HOW_MANY = ("samples", "greedy", "seed", "batch_size")  # fields that say how much is sampled, not from what
 # Fields of GenerationConfig that play no part in greedy decoding.
 OF_SAMPLING = ("temperature", "top_k", "top_p", "min_p", "top_h", "typical_p", "epsilon_cutoff", "eta_cutoff")
 ONE_COMPLETION = ("num_return_sequences", "return_dict_in_generate")
-_TEMPLATE_ARGUMENTS = frozenset(inspect.signature(PreTrainedTokenizerBase.apply_chat_template).parameters)
-_TAKEN = _TEMPLATE_ARGUMENTS - {"self", "documents", "kwargs"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -103,6 +99,8 @@ class Sampling:
 
 def check_generation(names: Iterable[str]) -> None:
     """Raise ValueError for a name in `generation_kwargs` that has no effect or that makes several completions."""
+    from transformers import GenerationConfig
+
     known = set(GenerationConfig().to_dict()) | set(vars(GenerationConfig()))
     for name in names:
         if name in ONE_COMPLETION:
@@ -115,5 +113,8 @@ def check_generation(names: Iterable[str]) -> None:
 
 def check_template_arguments(names: Iterable[str]) -> None:
     """Raise ValueError for a name in `chat_template_kwargs` that the caller of the template sets itself."""
-    if taken := sorted(_TAKEN & set(names)):
+    from transformers import PreTrainedTokenizerBase
+
+    arguments = inspect.signature(PreTrainedTokenizerBase.apply_chat_template).parameters
+    if taken := sorted((arguments.keys() - {"self", "documents", "kwargs"}) & set(names)):
         raise ValueError(f"chat_template_kwargs may not set {taken[0]}: it is for what the template itself reads")

@@ -10,7 +10,7 @@ import ast
 import importlib.util
 import json
 import os
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -19,20 +19,22 @@ from peft_onelayer.layers import check_layers
 from peft_onelayer.records.claim import check_parent, claimed
 from peft_onelayer.records.evaluation import EvaluationRecord
 from peft_onelayer.records.files import CONFIG, TargetError, check_file, check_folder, read_fields
-from peft_onelayer.records.locate import check_base_of, check_model_name
+from peft_onelayer.records.locate import check_base_of, check_model_name, check_order, holds_adapter, is_local, path_to
 from peft_onelayer.records.privacy import holds_secrets
 from peft_onelayer.records.run import RunRecord
 from peft_onelayer.records.text import meant
 from peft_onelayer.records.vote import VoteRecord
 from peft_onelayer.rl.algorithms import Algorithm, load_algorithm
+from peft_onelayer.rl.config_fields import check_names
 from peft_onelayer.tasks import EXTRA, TASKS, Task, load_task
 
 from .folder import RunFolder
-from .inputs import check_adapter, check_blocks, check_data, check_mask, check_weights
+from .inputs import check_adapter, check_blocks, check_data, check_fit, check_mask, check_weights
 from .reporting import check_reporters
 from .settings import (
     BUDGET,
     KEEP,
+    PROBE_OPTIONS,
     EntropySettings,
     EvaluationSettings,
     ProbeSettings,
@@ -97,6 +99,12 @@ def check_training(settings: TrainingSettings, *, resume: bool = False, writes: 
     if writes and os.environ.get("RANK", "0") == "0":
         with claimed(Path(settings.out)):  # a run that goes on is named before what its folder lacks yet
             folder = RunFolder(Path(settings.out), resume)
+        if folder.previous and folder.previous.settings.model.sha256 and not Path(settings.model).expanduser().is_dir():
+            again = f"onelayer train {path_to(settings.model)} --resume --out {settings.out}"
+            raise ValueError(
+                f"the run in {settings.out} trains the model in a folder {settings.model}, and no such folder is here; "
+                f"name the model: {again}"
+            )
         if folder.previous and folder.previous.status == "finished":
             _check_more_steps(settings, folder.previous)
 
@@ -133,7 +141,7 @@ def _check_inputs(settings: TrainingSettings) -> None:
     """Look at the model and at what trains of it, by their files."""
     check_model_name(settings.model, settings.revision)
     if settings.init_adapter is not None:
-        check_adapter(settings.init_adapter)
+        check_fit(settings.init_adapter, settings.model, settings.revision, way_out=False)
     elif settings.layer != "auto":
         check_blocks(settings.model, settings.layer)
     if settings.mask is not None:
@@ -260,6 +268,7 @@ def check_probe(settings: ProbeSettings) -> None:
         raise ValueError(f"--budget is of a race, and --method {settings.method} runs nothing; leave it out")
     if settings.runs or settings.task or settings.dataset or settings.reward:
         check_source(settings.task, settings.dataset, settings.reward)
+    check_names(algorithm, settings.config, PROBE_OPTIONS)
     _check_temperature(settings.config)
     if settings.layers != "all":
         check_layers(settings.layers)
@@ -308,14 +317,15 @@ def check_evaluation(settings: EvaluationSettings) -> None:
         check_task_name(name)
     if (Path(settings.model).expanduser() / CONFIG).is_file():
         if settings.adapter is not None:
+            check_order(settings.model, settings.adapter, "onelayer eval {base} --adapter {adapter}")
             raise ValueError(f"{settings.model} is an adapter itself; give its base model, or leave --adapter out.")
         check_base_of(Path(settings.model).expanduser(), f"onelayer eval {{base}} --adapter {settings.model}")
-        check_adapter(settings.model)
+        check_fit(settings.model, "", allow_other_base=settings.allow_other_base)
     else:
         check_model_name(settings.model, settings.revision)
         check_weights(settings.model)
         if settings.adapter is not None:
-            check_adapter(settings.adapter)
+            check_fit(settings.adapter, settings.model, settings.revision, allow_other_base=settings.allow_other_base)
 
 
 def check_vote(settings: VoteSettings) -> None:
@@ -331,10 +341,10 @@ def check_vote(settings: VoteSettings) -> None:
     if settings.out is not None:
         check_file(Path(settings.out), partial(_is_of, format=VoteRecord.FORMAT))
     check_source(settings.task, settings.dataset, settings.reward)
-    for name in names:
-        check_adapter(name)
     if settings.model:
         check_model_name(settings.model, settings.revision)
+    for name in names:
+        check_fit(name, settings.model, settings.revision, allow_other_base=settings.allow_other_base)
 
 
 def check_entropy(settings: EntropySettings) -> None:
@@ -352,6 +362,24 @@ def check_entropy(settings: EntropySettings) -> None:
     check_weights(settings.model)
     if settings.adapter is None:
         check_blocks(settings.model, settings.layer)
+    else:
+        check_fit(settings.adapter, settings.model, settings.revision, allow_other_base=settings.allow_other_base)
+
+
+def check_generation(
+    model: str, adapters: Sequence[str], revision: str | None = None, *, allow_other_base: bool = False
+) -> None:
+    """Raise ValueError, in one line, for models that cannot answer together."""
+    names, base = list(adapters), model
+    for name in names[:1]:
+        check_order(model, name, "onelayer generate {base} {adapter}")
+    if is_local(model) and holds_adapter(model):
+        check_base_of(Path(model).expanduser(), f"onelayer generate {{base}} {model}")
+        names, base = [model, *names], str(read_fields(Path(model).expanduser() / CONFIG)["base_model_name_or_path"])
+    else:
+        check_model_name(model, revision)
+    for name in names:
+        check_fit(name, base, revision, allow_other_base=allow_other_base)
 
 
 def _check_split(split: str) -> None:

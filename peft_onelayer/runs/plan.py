@@ -47,6 +47,8 @@ class TrainingPlan:
     def __init__(self, settings: TrainingSettings, checkpoints: Path) -> None:
         self.settings, self.checkpoints = settings, checkpoints
         self.task = _open_task(settings)
+        if self.task is not None:
+            self.task.rows("train", 1, settings.seed)  # what raises there is said once, and before the model is loaded
         self.recipe = self._recipe(self.task)
         self.algorithm: Algorithm = self.recipe.algorithm
         _check_task(self.algorithm, self.task)

@@ -11,7 +11,7 @@ import dataclasses
 import difflib
 import enum
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from importlib.resources import files
 from pathlib import Path
@@ -22,7 +22,8 @@ import yaml
 from peft_onelayer.records.files import read_text
 from peft_onelayer.records.privacy import holds_secrets
 from peft_onelayer.records.text import one_line
-from peft_onelayer.rl.algorithms import load_algorithm
+from peft_onelayer.rl.algorithms import Algorithm, load_algorithm
+from peft_onelayer.rl.config_fields import config_fields
 from peft_onelayer.rl.recipe import BATCH_FIELDS, refuse_fields
 from peft_onelayer.rl.settings import NEAR, convert_settings
 
@@ -157,15 +158,31 @@ def options_from(flat: Mapping[str, Any], where: str) -> TrainingSettings:
     """`settings_from` without a look at TRL, whose import takes seconds: the values of `config` are as they stand.
 
     Raises:
-        ValueError: an option of another type, no model or no `out`, an algorithm that there is not.
+        ValueError: an option of another type, no model or no `out`, an algorithm that there is not, a name that is no
+            option and no field of its TRL configuration.
     """
     own = {name: _option(name, value, where) for name, value in flat.items() if name in OPTIONS and value is not None}
     for name, example in (("model", "onelayer train MODEL"), ("out", "--out run")):
         if name not in own:
             raise ValueError(f"{where} has no {name}; give one, such as {example}")
     fields = {name: value for name, value in flat.items() if name not in (*OPTIONS, ABOUT, EVALUATION, FULL_RATE)}
-    load_algorithm(own.get("algorithm", "grpo"))
+    algorithm = load_algorithm(own.get("algorithm", "grpo"))
+    if fields and (known := config_fields(algorithm)) is not None:
+        _check_names(fields, algorithm, known, where)
+    if sampling := own.get("sampling"):
+        own["sampling"] = _sampling(sampling, where)
     return TrainingSettings(**own, config=fields)
+
+
+def _check_names(fields: Iterable[str], algorithm: Algorithm, known: set[str], where: str) -> None:
+    """Raise ValueError for a name that is no option and, by `known`, no field of the algorithm's configuration."""
+    for name in fields:
+        if name not in known:
+            near = difflib.get_close_matches(name, sorted(known | OPTIONS.keys()), NEAR)
+            meant = f"; did you mean {', '.join(near)}?" if near else ""
+            raise ValueError(
+                f"{where}: {name!r} is no option of onelayer train and no field of {algorithm.config_name}{meant}"
+            )
 
 
 def settings_from(flat: Mapping[str, Any], where: str) -> TrainingSettings:
@@ -176,17 +193,10 @@ def settings_from(flat: Mapping[str, Any], where: str) -> TrainingSettings:
     """
     options = options_from(flat, where)
     algorithm, fields = load_algorithm(options.algorithm), options.config
-    sampling = options.sampling and _sampling(options.sampling, where)
-    known = {field.name for field in dataclasses.fields(algorithm.config_class)}
-    for name in fields:
-        if name not in known:
-            near = difflib.get_close_matches(name, sorted(known | OPTIONS.keys()), NEAR)
-            meant = f"; did you mean {', '.join(near)}?" if near else ""
-            config = algorithm.config_class.__name__
-            raise ValueError(f"{where}: {name!r} is no option of onelayer train and no field of {config}{meant}")
+    _check_names(fields, algorithm, {field.name for field in dataclasses.fields(algorithm.config_class)}, where)
     refuse_fields(fields, TRAINING_OPTIONS, where)
     texts = {name: _text(name, value, where) for name, value in fields.items()}
-    return replace(options, sampling=sampling, config=convert_settings(algorithm.config_class, texts, where))
+    return replace(options, config=convert_settings(algorithm.config_class, texts, where))
 
 
 def _sampling(fields: Mapping[str, Any], where: str) -> dict[str, Any]:

@@ -169,6 +169,8 @@ class _Training:
     def _resumed(self, record: RunRecord, previous: RunRecord) -> RunRecord:
         """The run that goes on from `previous`, whose settings must be the same; only more steps may be asked for."""
         asked, raised, config = self._asked(previous), 0, self.plan.config
+        if asked.model.sha256 and asked.model.sha256 == record.settings.model.sha256:  # its folder may have moved
+            asked = replace(asked, model=record.settings.model)
         if config.max_steps > previous.settings.config.get("max_steps", -1) > 0 and self.settings.steps:
             asked = replace(asked, config={**asked.config, "max_steps": config.max_steps})
             raised = previous.settings.config["max_steps"]

@@ -11,6 +11,7 @@ from peft_onelayer.records.files import check_folder
 from peft_onelayer.records.locate import check_model_name
 from peft_onelayer.records.text import meant
 from peft_onelayer.rl.algorithms import load_algorithm
+from peft_onelayer.rl.config_fields import check_names
 from peft_onelayer.rl.recipe import refuse_fields
 from peft_onelayer.runs.early import check_source
 from peft_onelayer.runs.inputs import check_blocks, check_weights
@@ -27,11 +28,13 @@ def check_sweep(settings: SweepSettings) -> None:
     """Raise ValueError, in one line, for a sweep that cannot be; values in `config` may be texts."""
     _check_regimes(settings)
     _check_rates(settings)
-    if not load_algorithm(settings.algorithm).online:
+    algorithm = load_algorithm(settings.algorithm)
+    if not algorithm.online:
         raise ValueError(
             f"a sweep compares runs by their reward; {settings.algorithm} is offline, choose one such as grpo"
         )
     refuse_fields(settings.config, SWEEP_OPTIONS)
+    check_names(algorithm, settings.config, SWEEP_OPTIONS)
     seeds = list(settings.seeds)
     if not seeds or len(set(seeds)) < len(seeds) or min(seeds) < 0:
         raise ValueError(f"seeds must be one or more different numbers from 0, got {seeds}")

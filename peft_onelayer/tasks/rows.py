@@ -31,8 +31,8 @@ def reward_columns(rows: Sequence[Mapping[str, Any]]) -> dict[str, list[Any]]:
 
 
 def checked_scores(where: str, scores: Any, expected: int) -> list[float]:
-    """What a reward returned, as one float for each of the `expected` completions: of a list, or of an array or a tensor
-    of one dimension, as TRL takes them.
+    """What a reward returned, as one float for each of the `expected` completions: of a list, or of an array or
+    a tensor of one dimension, as TRL takes them.
 
     A trainer gives what is None, NaN or infinite no weight or makes NaN of it, and says little or nothing.
 

@@ -115,7 +115,7 @@ def test_profiles(onelayer, tmp_path):
         (["analyze", "{root}/base"], 2, "Missing argument"),
         (["analyze", "{root}/nowhere", "{root}/one"], 1, "no model folder at"),
         (["analyze", "{root}/base", "{root}/nowhere"], 1, "no folder at"),
-        (["analyze", "{root}/one", "{root}/base"], 1, "is an adapter and not a base model"),
+        (["analyze", "{root}/one", "{root}/base"], 1, "a model; the base comes first: onelayer analyze"),
         (["analyze", "{root}/base", "{root}/deep", "{root}/one"], 1, "one checkpoint alone"),
         (["analyze", "{root}/deep", "{root}/one"], 1, "was made for a model of 4 blocks"),
         (["analyze", "{root}/base", "{root}/cut"], 1, "damaged"),

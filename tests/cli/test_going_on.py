@@ -1,6 +1,7 @@
 """A run that was interrupted, was too short, or is to start from another: what is said, and how it goes on."""
 
 import json
+import shutil
 from importlib.resources import files
 
 import demo_model
@@ -245,3 +246,19 @@ def test_a_boosted_run_goes_on_bit_for_bit(onelayer, tmp_path, monkeypatch):
     assert record(tmp_path / "run")["settings"]["boost"] == {"layers": [2, 5], "factor": 2.0}
     code, lines, _ = onelayer("train", BASE, "--task", "arithmetic", "--boost", "5:2", "--layer", "5", "--out", "x")
     assert code == 1 and "add --full" in lines[-1]
+
+
+def test_a_run_goes_on_where_its_base_has_moved(onelayer, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(BASE, "first")
+    steps = ["--task", "sort", "--layer", "2", "--learning-rate", "1e-3", "--eval-problems", "0", "--prompts", "1"]
+    code, lines, _ = onelayer("train", "first", *steps, "--steps", "1", "--set", "save_steps=1", "--out", "run")
+    assert code == 0, lines
+    shutil.move("first", "second")
+    shutil.move("run", "moved")
+    code, lines, _ = onelayer("train", "--resume", "--out", "moved", "--steps", "2")
+    assert code == 1 and "name the model: onelayer train PATH/TO/first --resume --out moved" in lines[-1], lines
+    code, lines, _ = onelayer("train", "second", "--resume", "--out", "moved", "--steps", "2")
+    assert code == 0, lines
+    run = json.loads((tmp_path / "moved" / "run.json").read_text())
+    assert run["settings"]["model"]["name"] == "second" and run["results"]["steps"] == 2

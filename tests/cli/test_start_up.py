@@ -34,6 +34,8 @@ def files(tmp_path_factory):
     """A base, a dense and a sparse adapter of it, and damaged ones of either kind."""
     root = tmp_path_factory.mktemp("files")
     models.build(dtype=torch.bfloat16).save_pretrained(root / "base")
+    for name, other in (("other", {"seed": 1}), ("narrow", {"intermediate_size": 40}), ("shallow", {"num_layers": 3})):
+        models.build(dtype=torch.bfloat16, **other).save_pretrained(root / name)
     base = models.build(dtype=torch.bfloat16)
     base.name_or_path = base.config._name_or_path = str(root / "base")
     model = get_peft_model(base, SingleLayerConfig(layer=1))
@@ -53,6 +55,8 @@ def files(tmp_path_factory):
         (root / name / "adapter_config.json").write_text(json.dumps(config))
     (root / "pulled" / "run.json").write_text(json.dumps({"settings": {"model": {"sha256": {"config.json": "0"}}}}))
     (root / "zero.yaml").write_text(f"model: {root}/base\ntask: sort\nlearning_rate: 0\n")
+    (root / "misspelt.yaml").write_text("task: sort\nstpes: 3\n")
+    (root / "sampled.yaml").write_text("sampling: {tpo_p: 1}\n")
     (root / "task.py").write_text("def my_reward(completions, **kwargs):\n    return [0.0 for _ in completions]\n")
     (root / "unrewarded.py").write_text("def rows(split, n, seed):\n    return [{'prompt': 'p'}]\n")
     (root / "weightless").mkdir()
@@ -102,6 +106,22 @@ LORA = ["--format", "lora"]
         (["push", "{root}/base", "me/x"], 1, "base holds no adapter_config.json, so it is a model and no adapter."),
         (["merge", "{root}/dense", "{root}/base", "{root}/out"], 1, "first: {root}/base {root}/dense {root}/out"),
         (["merge", "{root}/base", "{root}/base", "{root}/out"], 1, "adapter_config.json, so it is a model and no"),
+        (
+            ["export", "{root}/out", "{root}/dense", "--format", "peft"],
+            1,
+            "the output comes last: onelayer export {root}/d",
+        ),
+        (["export", "out", "{root}/dense", "--format", "peft"], 1, "last: onelayer export {root}/dense out"),
+        (["combine", "out", "{root}/dense", "{root}/sparse"], 1, "combine {root}/dense {root}/sparse out"),
+        (["merge", "out", "{root}/base", "{root}/dense"], 1, "output comes last: onelayer merge BASE ADAPTER... OUT"),
+        (["generate", "{root}/dense", "{root}/base", "--prompt", "a"], 1, "generate {root}/base {root}/dense"),
+        (["push", "me/x", "{root}/dense"], 1, "the adapter comes first: onelayer push {root}/dense me/x"),
+        (["eval", "{root}/dense", "{root}/base"], 2, "onelayer eval {root}/base --adapter {root}/dense; see"),
+        (["eval", "{root}/base", "{root}/dense"], 2, "onelayer eval {root}/base --adapter {root}/dense; see"),
+        (["eval", "{root}/dense", "--adapter", "{root}/base", "--task", "sort"], 1, "{root}/base --adapter {root}/de"),
+        (["train", "{root}/dense", "{root}/base"], 2, "train {root}/base --init-adapter {root}/dense; see"),
+        (["train", "{root}/base", "{root}/new"], 2, "({root}/new); it takes MODEL, and all else by options; see"),
+        (["train", "{root}/dense", "--task", "sort", "--out", "{root}/new"], 1, "is an adapter of {root}/base and no"),
         (["inspect", "./nowhere"], 1, "no adapter folder at nowhere"),
         (["inspect", "{root}/dense", "--base", "./nowhere"], 1, "no model folder at nowhere"),
         (["inspect", "{root}/dense", "--base", "{root}/sparse"], 1, "is an adapter and not a base model"),
@@ -116,7 +136,7 @@ LORA = ["--format", "lora"]
         (["analyze", "{root}/base"], 2, "Missing argument"),
         (["analyze", "./nowhere", "{root}/base"], 1, "no model folder at nowhere"),
         (["analyze", "{root}/base", "{root}/cut-sparse"], 1, "damaged"),
-        (["analyze", "{root}/dense", "{root}/base"], 1, "is an adapter and not a base model"),
+        (["analyze", "{root}/dense", "{root}/base"], 1, "comes first: onelayer analyze {root}/base {root}/dense"),
         (["analyze", "{root}/base", "{root}/dense", "--plot", "change.txt"], 1, "is no image"),
         (["analyze", "{root}/base", "{root}/dense", "--revision", "v1"], 1, "base is a folder here; leave it out"),
         (["compare", "{root}/dense", "{root}/sparse", "--revision", "v1"], 1, "base is a folder here; leave it out"),
@@ -280,6 +300,55 @@ LORA = ["--format", "lora"]
         (["eval", "{root}/cut-sparse", "--task", "sort"], 1, "is damaged, incomplete or"),
         ([*VOTE, "{root}/cut-dense"], 1, "is damaged, incomplete or"),
         ([*TRAIN, "--task", "sort", "--init-adapter", "{root}/cut-dense"], 1, "is damaged, incomplete or"),
+        (
+            ["train", "{root}/other", "--init-adapter", "{root}/dense", "--task", "sort", "--out", "{root}/new"],
+            1,
+            "this is not the base that the adapter was trained on ({root}/base): its lm_head.weight holds other",
+        ),
+        (["eval", "{root}/other", "--adapter", "{root}/dense", "--task", "sort"], 1, "or --allow-other-base"),
+        (["eval", "{root}/other", "--adapter", "{root}/sparse", "--task", "sort"], 1, "or --allow-other-base"),
+        (
+            ["eval", "{root}/narrow", "--adapter", "{root}/dense", "--task", "sort", "--allow-other-base"],
+            1,
+            "mlp.down_proj.weight has shape [32, 48] in the adapter in {root}/dense and [32, 40] in {root}/narrow",
+        ),
+        (
+            ["eval", "{root}/shallow", "--adapter", "{root}/dense", "--task", "sort"],
+            1,
+            "of 4 blocks and {root}/shallow",
+        ),
+        (["entropy", "{root}/other", "--adapter", "{root}/dense", "--task", "sort"], 1, "or --allow-other-base"),
+        (["generate", "{root}/other", "{root}/dense", "--prompt", "a"], 1, "or --allow-other-base"),
+        ([*VOTE[:-1], "{root}/other"], 1, "or --allow-other-base"),
+        (
+            [*TRAIN, "--task", "sort", "--set", "max_step=5"],
+            1,
+            "has no field 'max_step'; did you mean max_steps (--steps)",
+        ),
+        (
+            [*TRAIN, "--task", "sort", "--algorithm", "gigpo", "--set", "gama=1"],
+            1,
+            "GiGPOConfig has no field 'gama'; did",
+        ),
+        (
+            [*TRAIN, "--config", "{root}/misspelt.yaml"],
+            1,
+            "'stpes' is no option of onelayer train and no field of GRPO",
+        ),
+        (
+            [*TRAIN, "--task", "sort", "--config", "{root}/sampled.yaml"],
+            1,
+            "Sampling has no field 'tpo_p'; did you mean",
+        ),
+        (
+            ["probe", "{root}/base", "--task", "sort", "--set", "bta=5"],
+            1,
+            "GRPOConfig has no field 'bta'; did you mean",
+        ),
+        ([*SWEEP, "--set", "bta=5"], 1, "GRPOConfig has no field 'bta'; did you mean beta"),
+        (["eval", "{root}/base", "--task", "sort", "--sampling", "tpo_p=.5"], 1, "Sampling has no field 'tpo_p'; did"),
+        ([*VOTE, "--sampling", "tpo_p=.5"], 1, "Sampling has no field 'tpo_p'; did"),
+        (["entropy", "{root}/base", "--task", "sort", "--sampling", "tpo_p=.5"], 1, "Sampling has no field 'tpo_p'"),
         (["eval", "{root}/base", "--adapter", "./nowhere", "--task", "sort"], 1, "no adapter folder at nowhere"),
         (["eval", "{root}/base", "--adapter", "nowhere", "--task", "sort"], 1, "no adapter folder at nowhere"),
         (["entropy", "{root}/base", "--adapter", "{root}/base", "--task", "sort"], 1, "so it is not an adapter that"),

@@ -419,3 +419,11 @@ def test_a_found_learning_rate_is_that_of_the_resumed_run(train):
     (folder / "run.json").write_text(json.dumps(written))
     resumed, _ = train(*arguments, "--resume")
     assert resumed["settings"] == run["settings"] and resumed["learning_rate"] == run["learning_rate"]
+
+
+def test_rows_that_raise_are_told_once_and_before_the_model_is_loaded(onelayer, tmp_path, monkeypatch):
+    task = tmp_path / "task.py"
+    task.write_text("def rows(split, n, seed):\n    raise KeyError('question')\ndef my_reward(**kwargs): return []\n")
+    monkeypatch.setattr("peft_onelayer.runs.training.load_causal_lm", None)
+    code, lines, _ = onelayer("train", BASE, "--layer", "2", "--task", task, "--steps", "20", "--out", tmp_path / "run")
+    assert (code, len(lines)) == (1, 1) and "task.py:2: rows raised KeyError: 'question'" in lines[0], lines

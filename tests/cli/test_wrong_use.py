@@ -199,3 +199,38 @@ def test_every_command_that_loads_a_model_may_trust_its_code(onelayer, tmp_path,
     out = [] if command == "eval" else ["--out", tmp_path / "out.json"]
     code, lines, _ = onelayer(command, *model, "--trust-remote-code", *out)
     assert code == 1 and "no model folder at" in lines[-1], lines  # sweep has a line of progress before
+
+
+HOLD = """
+import sys, time
+from pathlib import Path
+from onelayer_cli import main
+from peft_onelayer.records.files import staged_directory
+
+def hold(**options):
+    with staged_directory(Path(sys.argv[1])):
+        print("now", flush=True)
+        time.sleep(60)
+
+main.refuse_pasted_dashes = lambda arguments, program: None
+main.program = lambda: hold
+main.main()
+"""
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="Windows has no such signals")
+@pytest.mark.parametrize(("signum", "code"), [("SIGINT", 130), ("SIGTERM", 143), ("SIGHUP", 129)])
+def test_a_folder_that_was_made_for_the_output_goes_with_the_command(tmp_path, signum, code):
+    running = subprocess.Popen(
+        [sys.executable, "-c", HOLD, tmp_path / "new" / "folder" / "out"],
+        stdout=subprocess.PIPE,
+        preexec_fn=lambda: [signal.signal(getattr(signal, name), signal.SIG_DFL) for name in ("SIGINT", "SIGHUP")],
+    )
+    try:
+        assert running.stdout.readline() == b"now\n" and any((tmp_path / "new" / "folder").iterdir())
+        running.send_signal(getattr(signal, signum))
+        assert running.wait(timeout=60) == code
+    finally:
+        running.kill()
+        running.stdout.close()
+    assert list(tmp_path.iterdir()) == []

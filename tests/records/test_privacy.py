@@ -207,3 +207,10 @@ def test_a_long_text_is_read_in_one_pass(part):
     """A pattern that goes back over the text would take hours."""
     text = part * (50_000 // len(part))
     assert len(without_private(text)) <= len(text)
+
+
+def test_a_token_file_that_cannot_be_read_hides_no_message(tmp_path, monkeypatch):
+    (tmp_path / "file").touch()
+    monkeypatch.delenv("HF_TOKEN", raising=False)
+    monkeypatch.setattr("huggingface_hub.constants.HF_TOKEN_PATH", str(tmp_path / "file" / "token"))
+    assert without_secrets(f"no folder; hf_{RANDOM}") == f"no folder; {REMOVED}"

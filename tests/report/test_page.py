@@ -16,6 +16,7 @@ from peft_onelayer.records.files import read_fields
 from peft_onelayer.records.movement import Movement, TensorMovement
 from peft_onelayer.records.ranking import LayerRanking
 from peft_onelayer.records.run import RunRecord
+from peft_onelayer.report import drawing
 from peft_onelayer.report.page import Subject, report_page
 from peft_onelayer.runs.report import read_subject
 
@@ -194,3 +195,12 @@ def test_a_browser_shows_it(page, tmp_path, size):
     assert said["hidden"] and said["wide"] <= 0 and said["title"] == "onelayer: my <run>"
     tables = Page(done.stdout).tables
     assert tables["Layer profile"] == Page(page).tables["Layer profile"]
+
+
+def test_a_drawing_fits_a_telephone_and_its_steps_are_whole():
+    drawn = drawing.curves({"reward": {"reward": [(step, step / 4) for step in (1, 2, 3, 4)]}})
+    width = float(re.search(r'viewBox="0 0 ([\d.]+)', drawn)[1])
+    assert width < 360 and ">2.5<" not in drawn and ">3<" in drawn
+    columns = [str(block) for block in range(48)]
+    drawn = drawing.heat_map(["q"], columns, {("q", column): 0.5 for column in columns}, "change")
+    assert ">4<" in drawn and ">5<" not in drawn and "full colour: 50.00%" in drawn

@@ -13,6 +13,7 @@ from trl.experimental.sdft import SDFTConfig
 
 from peft_onelayer.rl import GiGPOConfig
 from peft_onelayer.rl.algorithms import ALGORITHMS
+from peft_onelayer.rl.config_fields import check_names, config_fields
 from peft_onelayer.rl.settings import convert_settings, parse_settings
 
 CONFIGS = sorted({algorithm.config_class for algorithm in ALGORITHMS.values()}, key=lambda config: config.__name__)
@@ -151,3 +152,16 @@ def test_settings_are_split_at_the_first_equals_sign():
 def test_a_setting_that_is_none_is_refused(settings):
     with pytest.raises(ValueError, match=r"^--set (takes field=value|beta is given twice)"):
         parse_settings(settings)
+
+
+@pytest.mark.parametrize("algorithm", ALGORITHMS.values(), ids=ALGORITHMS)
+def test_the_sources_tell_the_fields_of_every_configuration(algorithm):
+    fields = {field.name for field in dataclasses.fields(algorithm.config_class)}
+    assert algorithm.config_class.__name__ == algorithm.config_name
+    assert config_fields(algorithm) == fields
+
+
+def test_a_configuration_whose_sources_lie_elsewhere_is_left_to_its_class(tmp_path, monkeypatch):
+    monkeypatch.setattr("peft_onelayer.rl.config_fields.CONFIGS", ())
+    assert config_fields(ALGORITHMS["grpo"]) is None
+    check_names(ALGORITHMS["grpo"], ["no_such_field"], {})

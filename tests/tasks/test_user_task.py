@@ -114,8 +114,36 @@ def test_rows_may_be_chats_and_reach_the_file_with_their_arguments(tmp_path):
 
 
 @pytest.mark.parametrize(
+    "result",
+    [
+        "numpy.array([0.5, 2])",
+        "numpy.array([0.5, 2], 'float16')",
+        "torch.tensor([0.5, 2.0])",
+        "torch.tensor([0.5, 2.0], dtype=torch.bfloat16, requires_grad=True)",
+        "[numpy.float32(0.5), numpy.int64(2)]",
+        "[torch.tensor(0.5), 2]",
+        "(numpy.array(0.5), 2.0)",
+    ],
+)
+@pytest.mark.parametrize("limit", ["", "REWARD_SECONDS = 20\n"])
+def test_a_reward_may_return_what_trl_takes(tmp_path, result, limit):
+    rows = "def rows(split, n, seed): return [{'prompt': 'p'}]\n"
+    result = result if not limit else f"{result}[:1]"
+    path = write(
+        tmp_path / "t.py",
+        f"import numpy\nimport torch\n{limit}{rows}def my_reward(completions, **kwargs):\n    return {result}\n",
+    )
+    scores = load_task(path).reward(prompts=["p"] * 2, completions=["a", "b"])
+    assert scores == ([0.5, 0.5] if limit else [0.5, 2.0]) and [type(score) for score in scores] == [float, float]
+
+
+@pytest.mark.parametrize(
     ("result", "message"),
     [
+        ("__import__('numpy').zeros((2, 1))", "must return one finite number per completion, got [0.0]"),
+        ("__import__('numpy').zeros(3)", "must return a list of 2 numbers, one per completion; got 3"),
+        ("__import__('torch').tensor(1.0)", "must return a list of 2 numbers, one per completion; got a float"),
+        ("__import__('numpy').array([1, float('nan')])", "must return one finite number per completion, got nan"),
         ("1.0", "must return a list of 2 numbers, one per completion; got a float"),
         (repr("go"), "must return a list of 2 numbers, one per completion; got a str"),
         ("[1.0]", "must return a list of 2 numbers, one per completion; got 1"),
