@@ -135,11 +135,13 @@ def main() -> None:
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):  # a terminal or a pipe of another encoding than UTF-8
             stream.reconfigure(errors="backslashreplace")
-    # Nothing that a user of this command could change: peft and trl use names that transformers 5 renamed, and torchao
-    # and bitsandbytes, which peft imports where they are installed, report the kernels that they cannot load.
+    # Nothing that a user of this command could change: peft and trl use names that transformers 5 renamed, torchao and
+    # bitsandbytes, which peft imports where they are installed, report the kernels that they cannot load, and Python
+    # remarks on installed sources that it compiles for the first time.
     for name in ("torchao", "torch.utils._pytree", "bitsandbytes"):
         logging.getLogger(name).setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", message=".*is deprecated and will be removed in v6", category=FutureWarning)
+    warnings.filterwarnings("ignore", module=r".*[/\\]site-packages[/\\]", category=SyntaxWarning)
     warnings.formatwarning = _one_line_of_a_warning
     try:
         refuse_pasted_dashes(sys.argv[1:], program())

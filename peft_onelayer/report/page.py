@@ -137,13 +137,15 @@ def _section(number: int, subject: Subject) -> str:
 def _results(subject: Subject) -> str:
     rows: list[list[Cell]] = []
     for name, measured in _all_measured(subject).items():
-        row: list[Cell] = [name, measured.n]
-        for figures in (measured.base, measured.adapter, measured.difference):
-            row += [None, None] if figures is None else [figures.mean, figures.standard_error]
-        rows.append(row)
+        three = {"base": measured.base, "trained": measured.adapter, "difference": measured.difference}
+        rows += [
+            [f"{name}: {what}", measured.n, figures.mean, figures.standard_error]
+            for what, figures in three.items()
+            if figures is not None
+        ]
     if not rows:
         return ""
-    header = ["", "n", "base", "s.e.", "trained", "s.e.", "difference", "s.e."]
+    header = ["", "n", "mean reward", "standard error"]
     return "<h3>Results</h3>\n" + table("Mean reward, with standard errors", header, rows, ".4f")
 
 

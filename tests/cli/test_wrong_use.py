@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from importlib.resources import files
 
 import pytest
 import transformers
@@ -234,3 +235,16 @@ def test_a_folder_that_was_made_for_the_output_goes_with_the_command(tmp_path, s
         running.kill()
         running.stdout.close()
     assert list(tmp_path.iterdir()) == []
+
+
+def test_python_remarks_on_the_users_sources_and_not_on_installed_ones(onelayer, tmp_path, monkeypatch, recwarn):
+    (installed := tmp_path / "site-packages").mkdir()
+    (installed / "theirs_of_this_test.py").write_text('THEIRS = 1 is "a"\n', encoding="utf-8")
+    monkeypatch.syspath_prepend(installed)
+    monkeypatch.setattr(sys, "dont_write_bytecode", True)
+    source = 'import theirs_of_this_test\nOWN = 2 == (3 is "b")\ndef rows(split, n, seed): raise ValueError\n'
+    (task := tmp_path / "own.py").write_text(source + "def my_reward(completions, **kwargs): ...\n", encoding="utf-8")
+    code, errors, _ = onelayer("train", files("peft_onelayer") / "demo_model", "--task", task, "--out", "out")
+    assert code == 1 and "own.py:3: rows raised ValueError" in errors[-1]
+    remarks = [warning for warning in recwarn if warning.category is SyntaxWarning]
+    assert [warning.filename for warning in remarks] == [str(task)]
