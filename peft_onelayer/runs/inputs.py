@@ -99,6 +99,7 @@ def check_fit(
         return
     adapter = open_adapter(folder)
     recorded = adapter.config.get("base_model_name_or_path")
+    another = "another base model" + (f" ({recorded})" if recorded else "")
     if not model:
         model, revision = recorded or "", revision or adapter.config.get("revision")
     base = Path(model).expanduser() if is_local(model) else cached_model(model, revision)
@@ -108,7 +109,7 @@ def check_fit(
     if depth is not None and depth != adapter.config["num_layers"]:
         raise ValueError(
             f"the adapter in {folder} was made for a model of {adapter.config['num_layers']} blocks and {model} has "
-            f"{depth}: it belongs to another base model ({recorded})."
+            f"{depth}: it belongs to {another}."
         )
     try:
         stored = Checkpoint(base).places
@@ -121,7 +122,7 @@ def check_fit(
         if tensor in stored and _sizes(stored[tensor].shape) != _sizes(sample.shape):
             raise ValueError(
                 f"{tensor} has shape {list(sample.shape)} in the adapter in {folder} and "
-                f"{list(stored[tensor].shape)} in {model}: the adapter was made for another base model ({recorded})."
+                f"{list(stored[tensor].shape)} in {model}: the adapter was made for {another}."
             )
     if allow_other_base:
         return
