@@ -12,8 +12,9 @@ torch.set_num_threads(1)
 os.environ["OMP_NUM_THREADS"] = "1"  # for the processes that tests start
 
 
-def pytest_collection_finish():
-    """Takes what the tests import out of the collector's sight: transformers' Trainer collects after every run."""
+@pytest.fixture(scope="module", autouse=True)
+def what_was_there_before():
+    """Takes what is imported and kept by now out of the collector's sight: Trainer collects after every run."""
     gc.collect()
     gc.freeze()
 

@@ -187,7 +187,11 @@ def test_auto_without_room_for_a_race_goes_by_depth(train):
 
 @pytest.mark.parametrize(
     ("reward", "layer", "reason"),
-    [(0.0, "auto", "too hard for this model"), (1.0, "5", "masters the task already"), (0.0, "6", "too hard")],
+    [
+        (0.0, "auto", "too hard for this model"),
+        (1.0, "5", "masters the task already"),
+        pytest.param(0.0, "6", "too hard", marks=pytest.mark.more),
+    ],
 )
 def test_where_every_reward_is_equal_the_run_stops_and_shows_three_completions(
     onelayer, tmp_path, reward, layer, reason

@@ -55,7 +55,7 @@ def default():
         tokenizer,
         ARITHMETIC,
         recipe=demo_recipe(ARITHMETIC, 150),
-        budget=0.1,
+        budget=0.06,
         on_candidate=lambda number, layer, spent: turns.append((number, layer, spent)),
     )
     return ranking, turns, model, before
@@ -79,7 +79,10 @@ def test_it_ranks_every_block_and_leaves_the_model_as_it_was(default):
     assert [spent for *_, spent in turns] == sorted(spent for *_, spent in turns)
 
 
-@pytest.mark.parametrize(("budget", "steps"), [(0.05, 12), (0.22, 12), (0.25, 5)])
+@pytest.mark.parametrize(
+    ("budget", "steps"),
+    [(0.05, 12), *(pytest.param(*case, marks=pytest.mark.more) for case in ((0.22, 12), (0.25, 5)))],
+)
 def test_the_budget_that_it_asks_for_is_enough(monkeypatch, budget, steps):
     with pytest.raises(BudgetError, match="no room for a round with 3 blocks; allow about ") as refused:
         demo_race(budget=budget, training_steps=steps)
@@ -97,7 +100,7 @@ def test_the_budget_that_it_asks_for_is_enough(monkeypatch, budget, steps):
     assert len(starters) >= 3
 
 
-@pytest.mark.parametrize("budget", [0.08, 0.25])
+@pytest.mark.parametrize("budget", [pytest.param(0.08, marks=pytest.mark.more), 0.25])
 def test_the_base_passes_no_completion_that_no_update_uses(monkeypatch, budget):
     passed, own, new_round = [], _Race._with_old_policy, _Race._new_round
 
@@ -115,7 +118,7 @@ def test_the_base_passes_no_completion_that_no_update_uses(monkeypatch, budget):
 @pytest.mark.more
 def test_the_same_seed_gives_the_same_ranking(default):
     ranking, *_ = default
-    again = demo_race(rank=probe_layers, budget=0.1)
+    again = demo_race(rank=probe_layers, budget=0.06)
     assert again.scores == ranking.scores and again.rounds == ranking.rounds and again.pick == ranking.pick
     assert {k: v for k, v in again.cost.items() if k != "seconds"} == {
         k: v for k, v in ranking.cost.items() if k != "seconds"

@@ -12,7 +12,7 @@ from peft_onelayer.rl.recipe import make_recipe
 from peft_onelayer.tasks import Task, load_task
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, pytest.param(torch.bfloat16, marks=pytest.mark.more)], ids=str)
 @pytest.mark.parametrize(
     "layers",
     [6, pytest.param([3, 4, 5, 6, 7], marks=pytest.mark.more), pytest.param(None, marks=pytest.mark.more)],

@@ -218,7 +218,7 @@ def train(base, rows, tmp_path, name: str, layers: int | None = BLOCK, **setting
     return dict(trained.named_parameters())
 
 
-SHOWN = ("grpo", "online_dpo", "dpo", "sft")
+SHOWN = ("grpo", "dpo")
 SETTINGS = {"sdft": {"distillation_topk": "8"}}  # of the 18 tokens that the demo model knows
 
 

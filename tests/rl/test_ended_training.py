@@ -23,7 +23,7 @@ def hooks(model):
     return [(name, len(m._forward_pre_hooks), len(m._forward_hooks)) for name, m in model.named_modules()]
 
 
-@pytest.mark.parametrize("algorithm", ["dpo", "grpo"])
+@pytest.mark.parametrize("algorithm", [pytest.param("dpo", marks=pytest.mark.more), "grpo"])
 def test_after_an_interrupted_run_another_trainer_trains_the_model_as_ever(algorithm, tokenizer, tmp_path):
     def run(interrupted_before):
         model = get_peft_model(model_of("Qwen3"), SingleLayerConfig(layer=2, task_type="CAUSAL_LM"))

@@ -113,7 +113,7 @@ def generate(trainer, times=1):
     return trainer
 
 
-@pytest.mark.parametrize("normalize", ["std", "none"])
+@pytest.mark.parametrize("normalize", ["std", pytest.param("none", marks=pytest.mark.more)])
 def test_each_steps_tokens_carry_its_advantage(tmp_path, normalize):
     options = {"gamma": 0.8, "omega": 0.5, "normalize": normalize}
     trainer = generate(make(tmp_path, **options, max_completion_length=120), times=4)
@@ -313,7 +313,7 @@ TRAININGS = {
 @pytest.mark.parametrize(
     "options",
     [
-        pytest.param(options, id=name, marks=[pytest.mark.slow] if i >= 4 else [pytest.mark.more] if i >= 2 else [])
+        pytest.param(options, id=name, marks=[pytest.mark.slow] if i >= 4 else [pytest.mark.more] if i else [])
         for i, (name, options) in enumerate(TRAININGS.items())
     ],
 )

@@ -100,7 +100,7 @@ def same(a, b):
         ("dpo", "Qwen3", {}),
         pytest.param("dpo", "Gemma3Text", {"gradient_accumulation_steps": 2}, marks=pytest.mark.more),
         pytest.param("dpo", "GPT2", {}, marks=pytest.mark.more),
-        ("kto", "Llama", {}),
+        pytest.param("kto", "Llama", {}, marks=pytest.mark.more),
         pytest.param("grpo", "Qwen3", {}, marks=pytest.mark.more),
         ("grpo", "Qwen2", {"num_iterations": 2, "max_steps": 4}),
         ("grpo", "Gemma3Text", {"gradient_accumulation_steps": 2}),

@@ -19,7 +19,7 @@ CONFIGS = {
 }
 
 
-@pytest.mark.parametrize("kind", CONFIGS)
+@pytest.mark.parametrize("kind", ["block", pytest.param("lora", marks=pytest.mark.more)])
 def test_it_holds_one_model(tmp_path, monkeypatch, kind):
     torch.manual_seed(0)
     adapted = get_peft_model(demo_model.load()[0], CONFIGS[kind])

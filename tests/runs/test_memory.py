@@ -188,7 +188,9 @@ def test_a_model_whose_memory_shapes_do_not_tell_is_said_in_one_line(config, out
     assert "Traceback" not in caplog.text
 
 
-@pytest.mark.parametrize("error", [RuntimeError, TypeError, AttributeError])
+@pytest.mark.parametrize(
+    "error", [RuntimeError, *(pytest.param(error, marks=pytest.mark.more) for error in (TypeError, AttributeError))]
+)
 def test_a_fault_of_the_count_itself_is_not_told_as_one_of_the_model(monkeypatch, error):
     def broken(*args):
         raise error("ours")

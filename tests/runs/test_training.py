@@ -53,7 +53,7 @@ def test_the_call_writes_the_run_json_of_the_command(tmp_path, onelayer):
     assert run.model.peft_config["default"].layer_indices == [5]
 
 
-@pytest.mark.parametrize("layers", ["3,5", [5, 3]])
+@pytest.mark.parametrize("layers", [pytest.param("3,5", marks=pytest.mark.more), [5, 3]])
 def test_two_blocks_that_are_no_range(tmp_path, layers):
     run = train(settings(tmp_path, layer=layers))
     assert run.record.layers == [3, 5]

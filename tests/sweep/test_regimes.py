@@ -38,7 +38,7 @@ def sweep(out, notes=None, calls=None, **changes):
     return sweep_layers(
         settings(**changes),
         out=out,
-        workers=2,
+        workers=1,
         run_row=fake_runs.run,
         on_note=(notes if notes is not None else []).append,
         on_row=lambda done, total, spec, row: (calls if calls is not None else []).append((done, total)),

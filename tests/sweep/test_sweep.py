@@ -45,7 +45,7 @@ def settings(**changes):
     return SweepSettings(**{"model": DEMO, "task": "arithmetic", "problems": 200, **given, **changes})
 
 
-def sweep(out, fate=None, workers=2, on_row=lambda done, total, spec, row: None, engine="local", **changes):
+def sweep(out, fate=None, workers=1, on_row=lambda done, total, spec, row: None, engine="local", **changes):
     """A sweep of runs that compute nothing, on the real demo model's description.
 
     `fate` is what `fake_runs` takes from FAKE_RUNS_FATE.
@@ -67,7 +67,7 @@ def without_timings(path):
 
 def test_the_profile_follows_from_the_rows(tmp_path):
     calls = []
-    profile = sweep(tmp_path / "out", on_row=lambda done, total, spec, row: calls.append((done, total)))
+    profile = sweep(tmp_path / "out", workers=2, on_row=lambda done, total, spec, row: calls.append((done, total)))
     assert calls == [(i, ROWS) for i in range(1, ROWS + 1)]
     rows = fake_runs.stored(tmp_path / "out").values()
     assert len(rows) == ROWS == len(started(tmp_path))
@@ -125,7 +125,7 @@ def test_what_is_finished_never_runs_again(tmp_path):
 @pytest.mark.parametrize(
     ("changes", "what"),
     [
-        ({"steps": 9}, "--steps 4, and 9 is asked for"),
+        pytest.param({"steps": 9}, "--steps 4, and 9 is asked for", marks=pytest.mark.more),
         pytest.param({"algorithm": "dr_grpo"}, "--algorithm grpo, and dr_grpo is asked for", marks=pytest.mark.more),
         pytest.param({"task": "sort"}, "--task arithmetic, and sort is asked for", marks=pytest.mark.more),
         pytest.param(
@@ -308,7 +308,7 @@ def test_killed_at_random_moments_it_ends_with_the_same_rows(tmp_path):
     rng = random.Random(os.getpid())
     out, finished_before, kills = tmp_path / "killed", Counter(), 0
     while True:
-        process = in_a_process_to_kill(sweep, out)
+        process = in_a_process_to_kill(sweep, out, workers=2)
         target = len(finished_before) + rng.randint(0, 4)
         while process.is_alive() and len(list((out / "rows").glob("*.json"))) < target:
             time.sleep(0.01)
@@ -337,7 +337,7 @@ def test_killed_at_random_moments_it_ends_with_the_same_rows(tmp_path):
 @pytest.mark.more
 def test_workers_that_die_leave_the_same_rows(tmp_path):
     kill = {"kill": {"3": 1, "full": 2}}
-    sweep(tmp_path / "dying", fate=kill)
+    sweep(tmp_path / "dying", fate=kill, workers=2)
     assert sorted(started(tmp_path).values())[-4:] == [2, 2, 3, 3]
     assert len(fake_runs.stored(tmp_path / "dying")) == ROWS
     # As if every run had been started three times: now none dies any more.

@@ -23,7 +23,7 @@ def sweep(monkeypatch, capfd, tmp_path):
 
     def run(*arguments, model=DEMO, task="arithmetic"):
         named = ["--task", task] if task else []
-        command = ["onelayer", "sweep", model, *named, "--out", str(tmp_path / "out"), *arguments]
+        command = ["onelayer", "sweep", model, *named, "--out", str(tmp_path / "out"), "--workers", "1", *arguments]
         monkeypatch.setattr(sys, "argv", command)
         capfd.readouterr()
         with pytest.raises(SystemExit) as ended:

@@ -43,7 +43,7 @@ def dpo(tmp_path, tokenizer, model, callback, **options):
     return DPOTrainer(model, args=arguments, train_dataset=data, processing_class=tokenizer, callbacks=[callback])
 
 
-@pytest.mark.parametrize(("every", "updates"), [(1, [1, 2, 3]), (2, [2])])
+@pytest.mark.parametrize(("every", "updates"), [pytest.param(1, [1, 2, 3], marks=pytest.mark.more), (2, [2])])
 def test_the_reference_moves_by_trls_formula(tmp_path, chat_tokenizer, every, updates):
     model = wrap(build(num_layers=3), layer=1, task_type="CAUSAL_LM")
     start = move(model)
@@ -66,7 +66,7 @@ def test_a_reference_that_is_the_base_does_not_move(tmp_path, chat_tokenizer):
         trainer.train()
 
 
-@pytest.mark.parametrize("cell", [sdpo, sdft], ids=["SDPO", "SDFT"])
+@pytest.mark.parametrize("cell", [sdpo, pytest.param(sdft, marks=pytest.mark.more)], ids=["SDPO", "SDFT"])
 def test_an_ema_teacher_starts_as_the_student(tmp_path, chat_tokenizer, cell):
     """At the first step the student is its own teacher: the loss is that of `teacher_model_kind="live"`, then not."""
     losses = {}

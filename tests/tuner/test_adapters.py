@@ -337,8 +337,15 @@ TARGET_PAIRS = [
 ]
 
 
-@pytest.mark.parametrize(("first", "second"), TARGET_PAIRS, ids=str)
-@pytest.mark.parametrize("method", ["unload", "merge_and_unload"])
+@pytest.mark.parametrize(
+    ("first", "second", "method"),
+    [
+        *((*pair, "merge_and_unload") for pair in TARGET_PAIRS),
+        (*TARGET_PAIRS[0], "unload"),
+        *(pytest.param(*pair, "unload", marks=pytest.mark.more) for pair in TARGET_PAIRS[1:]),
+    ],
+    ids=str,
+)
 def test_composite_modules_with_two_adapters(tmp_path, first, second, method):
     x, base = inputs().bfloat16(), Stack(CompositeBlock, torch.bfloat16)
     alone = {}

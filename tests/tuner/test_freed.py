@@ -17,6 +17,7 @@ CONFIGS = {
     "lora": lambda: LoraConfig(target_modules=["q_proj"], task_type="CAUSAL_LM"),  # what PEFT and transformers leave
     "single_layer": lambda: SingleLayerConfig(layer=2, task_type="CAUSAL_LM"),
 }
+METHODS = [pytest.param("lora", marks=pytest.mark.more), "single_layer"]
 
 
 @pytest.fixture
@@ -86,7 +87,7 @@ USES += [duplicate]
 
 
 @pytest.mark.parametrize("use", USES, ids=lambda use: use.__name__)
-@pytest.mark.parametrize("method", CONFIGS)
+@pytest.mark.parametrize("method", METHODS)
 def test_after_any_use(no_collector, method, use):
     model = get_peft_model(build(), CONFIGS[method]())
     use(model)
@@ -95,7 +96,7 @@ def test_after_any_use(no_collector, method, use):
     assert [reference() for reference in references] == [None, None, None]
 
 
-@pytest.mark.parametrize("method", CONFIGS)
+@pytest.mark.parametrize("method", METHODS)
 def test_after_saving_and_loading(no_collector, tmp_path, method):
     model = get_peft_model(build(), CONFIGS[method]())
     model.save_pretrained(tmp_path)
@@ -112,7 +113,7 @@ def test_after_saving_and_loading(no_collector, tmp_path, method):
 
 
 @pytest.mark.parametrize("how", ["unload", "merge_and_unload"])
-@pytest.mark.parametrize("method", CONFIGS)
+@pytest.mark.parametrize("method", METHODS)
 def test_after_unloading(no_collector, method, how):
     wrapped = get_peft_model(build(), CONFIGS[method]())
     step(wrapped)

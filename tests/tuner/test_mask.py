@@ -137,8 +137,15 @@ def test_a_full_mask_trains_as_the_block_does(tmp_path):
     assert torch.equal(logits(model.eval()), logits(block.eval()))
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("low", [False, True])
+@pytest.mark.parametrize(
+    ("low", "dtype"),
+    [
+        pytest.param(False, torch.float32, marks=pytest.mark.more),
+        (False, torch.bfloat16),
+        (True, torch.float32),
+        pytest.param(True, torch.bfloat16, marks=pytest.mark.more),
+    ],
+)
 def test_an_adapter_needs_no_mask_file(mask, tmp_path, dtype, low):
     model = masked(mask, [1, 2], dtype)
     train(model)

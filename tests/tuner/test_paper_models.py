@@ -21,7 +21,7 @@ PAPER = {
 }
 
 
-@pytest.mark.parametrize("layer", ["middle", 0])
+@pytest.mark.parametrize("layer", ["middle", pytest.param(0, marks=pytest.mark.more)])
 @pytest.mark.parametrize("name", PAPER)
 def test_the_trained_share(name, layer):
     hidden, intermediate, layers, heads, kv_heads, vocabulary, tied, block_millions, billions = PAPER[name]

@@ -123,6 +123,10 @@ def test_training_moves_the_block_only(load):
     assert {p.dtype for p in masters(model).values()} == {torch.float32}
 
 
+ONE_KIND = [kind if kind == "nf4" else pytest.param(kind, marks=pytest.mark.more) for kind in KINDS]
+
+
+@pytest.mark.parametrize("kind", ONE_KIND, indirect=True)
 def test_trainer_and_checkpointing(load, tmp_path):
     model = wrap(prepare_model_for_kbit_training(load()))
     start = {n: p.detach().clone() for n, p in masters(model).items()}
@@ -134,6 +138,7 @@ def test_trainer_and_checkpointing(load, tmp_path):
     assert not any(torch.equal(p, start[n]) for n, p in masters(model).items())
 
 
+@pytest.mark.parametrize("kind", ONE_KIND, indirect=True)
 @pytest.mark.parametrize(
     ("trainer", "trained_before"),
     [

@@ -97,7 +97,11 @@ def assert_resumes(run, folder, make=fresh, adapter="default", master=torch.floa
     return whole, resumed
 
 
-@pytest.mark.parametrize("use_reentrant", [None, False, True], ids=["plain", "non_reentrant", "reentrant"])
+@pytest.mark.parametrize(
+    "use_reentrant",
+    [None, *(pytest.param(way, marks=pytest.mark.more) for way in (False, True))],
+    ids=["plain", "non_reentrant", "reentrant"],
+)
 def test_trainer(tmp_path, use_reentrant):
     options = {"gradient_checkpointing": use_reentrant is not None}
     if use_reentrant is not None:
@@ -105,7 +109,14 @@ def test_trainer(tmp_path, use_reentrant):
     assert_resumes(lambda *given: supervised(*given, **options), tmp_path)
 
 
-@pytest.mark.parametrize(("adapter", "master"), [("policy", "float32"), ("default", "base"), ("policy", "base")])
+@pytest.mark.parametrize(
+    ("adapter", "master"),
+    [
+        pytest.param("policy", "float32", marks=pytest.mark.more),
+        pytest.param("default", "base", marks=pytest.mark.more),
+        ("policy", "base"),
+    ],
+)
 def test_another_adapter_name_and_masters_in_the_base_dtype(tmp_path, adapter, master):
     dtype = torch.bfloat16 if master == "base" else torch.float32
     assert_resumes(supervised, tmp_path, lambda: fresh(adapter, master), adapter, dtype)
@@ -134,7 +145,7 @@ SECOND_ADAPTER = pytest.mark.skipif(
 
 
 @pytest.mark.parametrize("beta", [0.0, pytest.param(0.05, marks=[SECOND_ADAPTER, pytest.mark.more])])
-@pytest.mark.parametrize("trained_before", [False, True])
+@pytest.mark.parametrize("trained_before", [pytest.param(False, marks=pytest.mark.more), True])
 def test_grpo(tmp_path, tokenizer, beta, trained_before):
     from trl import GRPOConfig, GRPOTrainer
 
@@ -164,7 +175,9 @@ def test_grpo(tmp_path, tokenizer, beta, trained_before):
         assert same(*({n: p.detach() for n, p in masters(t.model, "ref").items()} for t in (resumed, whole)))
 
 
-@pytest.mark.parametrize("name", ["SFT", pytest.param("DPO", marks=SECOND_ADAPTER)])
+@pytest.mark.parametrize(
+    "name", [pytest.param("SFT", marks=pytest.mark.more), pytest.param("DPO", marks=SECOND_ADAPTER)]
+)
 def test_sft_and_dpo(tmp_path, tokenizer, name):
     import trl
 

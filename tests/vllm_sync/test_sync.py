@@ -192,15 +192,18 @@ def run(tmp_path, tokenizer, serve):
 
 BF16 = torch.bfloat16
 CASES = [
-    *({"family": family, "mode": "server", "dtype": BF16} for family in ("qwen3", "gemma3_text", "gpt_oss", "gpt2")),
+    *({"family": family, "mode": "server", "dtype": BF16} for family in ("gpt_oss", "gpt2")),
     {"family": "qwen3_moe"},
-    {"layer": 0, "entrance": "peft_config"},
-    {"layer": "middle", "mode": "server", "entrance": "peft_config"},
     {"layer": [0, 3], "dtype": BF16},
     {"name": "RLOO", "mode": "server", "entrance": "peft_config"},
     {"name": "OnlineDPO"},
 ]
 MORE_CASES = [
+    *({"family": family, "mode": "server", "dtype": BF16} for family in ("qwen3", "gemma3_text")),
+    {"layer": 0, "entrance": "peft_config"},
+    {"layer": "middle", "mode": "server", "entrance": "peft_config"},
+]
+SLOW_CASES = [
     *({"family": family, "max_steps": 3, "syncs": 3} for family in FAMILIES),
     *({"family": family, "dtype": BF16, "entrance": "peft_config"} for family in FAMILIES),
     *({"family": family, "layer": [1, 2], "mode": "server", "beta": 0.05} for family in FAMILIES),
@@ -217,7 +220,11 @@ MORE_CASES = [
 
 @pytest.mark.parametrize(
     "case",
-    [*CASES, *(pytest.param(case, marks=pytest.mark.slow) for case in MORE_CASES)],
+    [
+        *CASES,
+        *(pytest.param(case, marks=pytest.mark.more) for case in MORE_CASES),
+        *(pytest.param(case, marks=pytest.mark.slow) for case in SLOW_CASES),
+    ],
     ids=lambda case: "-".join(str(value) for value in case.values()),
 )
 def test_every_sync_pushes_the_merged_model(run, case):
