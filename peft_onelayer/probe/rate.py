@@ -89,28 +89,32 @@ def informative_completions(
     *,
     seed: int = 0,
     batch_size: int = 64,
+    prompts: int = MOST_PROMPTS,
+    enough: int = ENOUGH,
 ) -> tuple[list[Rollout], Batch]:
     """Completions of the model for some prompts of the task, and those of them that a first step can learn from.
 
     Args:
         recipe: how the run samples.
         batch_size: completions generated at a time.
+        prompts: to take at most.
+        enough: completions to learn from, behind which no further prompts are taken.
 
     Raises:
-        NothingToLearnError: rewards that are equal within every group of completions of `MOST_PROMPTS` prompts.
+        NothingToLearnError: rewards that are equal within every group of completions of so many prompts.
     """
     sampling = replace(
         sampling_of_run(recipe.algorithm, recipe.config(output_dir="unused")), samples=SAMPLES, batch_size=batch_size
     )
     pad = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
-    rows = task.rows("train", MOST_PROMPTS, stream_seed(seed, "prompts, learning rate"))
+    rows = task.rows("train", prompts, stream_seed(seed, "prompts, learning rate"))
     groups: list[list[Rollout]] = []
     batch = None
     for first in range(0, len(rows), PROMPTS):
         sampling = replace(sampling, seed=stream_seed(seed, f"sampling, learning rate {first}"))
         groups += sample_rollouts(model, tokenizer, task, rows[first : first + PROMPTS], sampling)
         batch = graded_batch(groups, pad, model.device)
-        if batch is not None and len(batch) >= ENOUGH:
+        if batch is not None and len(batch) >= enough:
             break
     rollouts = [rollout for group in groups for rollout in group]
     if batch is None:

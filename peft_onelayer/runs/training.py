@@ -22,7 +22,7 @@ from peft_onelayer.analysis.movement import movement_of_files, movement_of_model
 from peft_onelayer.hub.card import model_card
 from peft_onelayer.layers import names_a_file, ranking_without_gain, resolve_layers
 from peft_onelayer.probe.race import NothingToLearnError
-from peft_onelayer.probe.rate import informative_completions
+from peft_onelayer.probe.rate import MOST_PROMPTS, PROMPTS, SAMPLES, informative_completions
 from peft_onelayer.records.disk import disk_errors
 from peft_onelayer.records.files import CARD, CONFIG, WEIGHTS, file_digest, output, read_fields
 from peft_onelayer.records.locate import adapter_folder
@@ -359,13 +359,23 @@ class _Training:
 
     def _first_rewards(self, base: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[TrainerCallback]:
         """What looks at the first rewards of a run whose learning rate was given: nothing else sampled its task."""
-        plan = self.plan
+        plan, task = self.plan, self.plan.task
         group = plan.algorithm.group_size
-        if plan.task is None or group is None or "learning_rate" not in plan.recipe.given:
+        if task is None or group is None or "learning_rate" not in plan.recipe.given:
             return []
-        prompts = completions_per_step(plan.config) / plan.config.to_dict()[group]
-        look = partial(informative_completions, base, tokenizer, plan.task, plan.recipe, batch_size=plan.generate)
-        return [FirstRewards(prompts, look)]
+        step, most = completions_per_step(plan.config), MOST_PROMPTS
+        if plan.config.max_steps > 0:  # as many completions as the run has, or those of a few prompts
+            most = max(PROMPTS, min(most, step * plan.config.max_steps // SAMPLES))
+
+        def look() -> None:
+            self.progress.note(
+                f"no two completions of a prompt differ in reward so far: up to {most * SAMPLES} more of the base show "
+                "whether this task can teach it anything"
+            )
+            more = {"prompts": most, "enough": 1, "batch_size": plan.generate}
+            informative_completions(base, tokenizer, task, plan.recipe, **more)
+
+        return [FirstRewards(step / plan.config.to_dict()[group], look)]
 
     def _movement(self, model: PeftModel | PreTrainedModel, published: Path) -> Movement | None:
         """How far the trained tensors moved, and a word where some did not; None where that cannot be measured."""

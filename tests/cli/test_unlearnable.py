@@ -63,6 +63,13 @@ def test_every_reward_is_equal(onelayer, task, tmp_path, command, kind):
     assert not left  # not a checkpoint: the first batch was enough
 
 
+def test_a_short_run_looks_at_no_more_than_it_has_itself(onelayer, task, tmp_path):
+    arguments = [part.format(out=tmp_path / "out") for part in COMMANDS["train a step"]]
+    code, lines, _ = onelayer(*arguments, "--prompts", "16", "--task", task("zero"))
+    assert code == 1 and any("up to 128 more of the base" in line for line in lines), lines
+    assert "are equal for each of 16 prompts of " in lines[-1]
+
+
 @pytest.mark.more
 @pytest.mark.parametrize("kind", SAID)
 def test_pairs_of_which_none_differ(onelayer, task, tmp_path, kind):
