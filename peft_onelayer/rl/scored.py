@@ -40,6 +40,8 @@ class ScoredPositions(HooksWhileTraining):
         self.start = 0  # the first position that is scored in the pass under way
 
     def hooks(self, args: Any) -> list[Any]:
+        if self.decoder is self.model:
+            return []
         return [
             self.model.register_forward_pre_hook(self._begin, with_kwargs=True),
             self.decoder.register_forward_hook(self._cut),
