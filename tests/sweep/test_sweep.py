@@ -485,6 +485,7 @@ def test_a_row_is_written_whole_or_not_at_all(tmp_path, monkeypatch):
         ({"seeds": []}, "seeds must be one or more different numbers"),
         ({"seeds": [1, 1]}, "seeds must be one or more different numbers"),
         ({"algorithm": "dpo"}, "dpo is offline"),
+        ({"algorithm": "gigpo"}, "gigpo needs a task with an environment, such as textworld"),
         ({"engine": "slurp"}, "engine 'slurp' is not known"),
         ({"steps": 0}, "steps must be at least 1, got 0"),
         ({"samples": 0}, "samples must be at least 1, got 0"),
