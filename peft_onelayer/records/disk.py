@@ -1,4 +1,4 @@
-"""A disk without room: one line in place of what the libraries make of it."""
+"""A disk without room, and a folder that is not there any more: one line in place of what the libraries make of it."""
 
 from __future__ import annotations
 
@@ -30,9 +30,14 @@ class DiskFullError(OSError):
         self.place, self.errno = place, number
 
 
+class OutputLostError(OSError):
+    """The folder of the output, or one in it, takes no files any more; the message says which, and what was kept."""
+
+
 @contextmanager
 def disk_errors(target: Path, kept: str) -> Iterator[None]:
-    """Turn what a full disk, a quota or a limit on the size of files leads to into a `DiskFullError`.
+    """Turn what a full disk, a quota or a limit on the size of files leads to into a `DiskFullError`, and what a folder
+    in the output leads to that was removed, replaced by a file or made read-only meanwhile into an `OutputLostError`.
 
     Args:
         target: the output.
@@ -41,10 +46,12 @@ def disk_errors(target: Path, kept: str) -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        found = _find(error, target)
-        if found is None:
-            raise
-        raise DiskFullError(*found, kept) from error
+        if found := _find(error, target):
+            raise DiskFullError(*found, kept) from error
+        if lost := _lost(error, target):
+            said = f"{lost} takes no files any more ({os.strerror(error.errno)})"  # type: ignore[attr-defined]
+            raise OutputLostError(f"{said}: {kept}; make it a writable folder again and try again.") from error
+        raise
 
 
 def _find(error: BaseException | None, target: Path) -> tuple[Path, int] | None:
@@ -63,6 +70,20 @@ def _find(error: BaseException | None, target: Path) -> tuple[Path, int] | None:
             return _full_one(target), errno.ENOSPC
         error = error.__cause__ or error.__context__
     return None
+
+
+def _lost(error: Exception, target: Path) -> Path | None:
+    """The folder in the output that takes no files; None where the error is another one."""
+    if not isinstance(error, OSError) or not isinstance(error.filename, str | bytes):
+        return None
+    path = Path(os.fsdecode(error.filename)).resolve()
+    if not path.is_relative_to(top := target.resolve()):
+        return None
+    if error.errno == errno.ENOTDIR:
+        return next(folder for folder in reversed([path, *path.parents]) if not folder.is_dir())
+    folder = path if path == top else path.parent
+    gone = error.errno == errno.ENOENT and not folder.is_dir()
+    return folder if gone or error.errno in (errno.EACCES, errno.EROFS, errno.ESTALE) else None
 
 
 def _full_one(target: Path) -> Path:

@@ -6,6 +6,7 @@ import functools
 from typing import Any, Protocol, Self
 
 from peft import PeftModel
+from torch import nn
 from transformers import Trainer, TrainerCallback
 
 from peft_onelayer.tuner.prompts import decoder_of
@@ -20,7 +21,8 @@ class Removable(Protocol):
 def while_training(trainer: Trainer, callback: Removable) -> None:
     """Add a callback to a trainer that removes itself when training ends, be it by an exception or Ctrl-C.
 
-    transformers tells its callbacks of the end of training only where no exception ends it.
+    transformers tells its callbacks of the end of training only where no exception ends it. What another trainer has
+    put on the model, inside whose training this one trains, is away meanwhile.
 
     Raises:
         ValueError: the trainer has a callback of this class.
@@ -31,10 +33,15 @@ def while_training(trainer: Trainer, callback: Removable) -> None:
 
     @functools.wraps(train)
     def train_and_remove(*args: Any, **kwargs: Any) -> Any:
+        others = _on(trainer.accelerator.unwrap_model(trainer.model))
+        for other in others:
+            other.remove()
         try:
             return train(*args, **kwargs)
         finally:
             callback.remove()
+            for other in others:
+                other.put_back()
 
     trainer.train = train_and_remove
     trainer.add_callback(callback)
@@ -54,6 +61,7 @@ class HooksWhileTraining(TrainerCallback):
         self.decoder: Any = decoder_of(model)
         self.reference: Self | None = None
         self._handles: list[Any] = []
+        self._args: Any = None  # the trainer's, once it trains
 
     @classmethod
     def of_trainer(cls, trainer: Trainer) -> Self:
@@ -77,14 +85,19 @@ class HooksWhileTraining(TrainerCallback):
         return {**vars(self), "_handles": []}
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self.remove()
-        if self.decoder is not None and self.decoder is not self.model:
-            self._handles = self.hooks(args)
-        if self.reference is not None:
-            self.reference.on_train_begin(args, state, control)
+        self._args = args
+        self.put_back()
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.remove()
+
+    def put_back(self) -> None:
+        """Put the hooks in place again, while a trainer trains."""
+        self.remove()
+        if self.decoder is not None:
+            self._handles = self.hooks(self._args)
+        if self.reference is not None:
+            self.reference.on_train_begin(self._args, None, None)
 
     def remove(self) -> None:
         """Take the hooks away."""
@@ -93,3 +106,10 @@ class HooksWhileTraining(TrainerCallback):
         self._handles = []
         if self.reference is not None:
             self.reference.remove()
+
+
+def _on(model: nn.Module) -> list[HooksWhileTraining]:
+    """Those that have hooks on a model."""
+    hooks = [h for m in model.modules() for h in (*m._forward_pre_hooks.values(), *m._forward_hooks.values())]
+    owners = [getattr(hook, "__self__", None) for hook in hooks]
+    return list(dict.fromkeys(owner for owner in owners if isinstance(owner, HooksWhileTraining)))

@@ -214,7 +214,7 @@ class PackedPrompts(HooksWhileTraining):
         return {**super().__getstate__(), "_labels": None, "_places": None}
 
     def hooks(self, args: Any) -> list[Any]:
-        if not isinstance(self.decoder, PreTrainedModel):
+        if not isinstance(self.decoder, PreTrainedModel) or self.decoder is self.model:
             return []
         if args.torch_compile:
             self._switch_off("the model is compiled")

@@ -20,7 +20,7 @@ from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
 from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
 from torch.nn.modules.dropout import _DropoutNd
-from transformers import Trainer, TrainerCallback
+from transformers import Trainer
 
 from peft_onelayer.seams import check
 from peft_onelayer.tuner.graph_cut import installed_graph_cuts
@@ -30,7 +30,7 @@ from peft_onelayer.tuner.pass_inputs import PassInputs, pass_inputs
 from peft_onelayer.tuner.prefix import HiddenStates, starting_at
 from peft_onelayer.tuner.sharding import is_partitioned
 
-from .hooks import while_training
+from .hooks import HooksWhileTraining, while_training
 from .state_cache import GIGABYTE, StateCache
 
 CACHE_BYTES = 50 * GIGABYTE
@@ -134,7 +134,7 @@ class _Pass:
         return HiddenStates(blocks, self.depth, self.values, tuple(self.returns_tuple))
 
 
-class SharedPrefix(TrainerCallback):
+class SharedPrefix(HooksWhileTraining):
     """Keeps what leaves the frozen blocks, and gives it to later passes over the same rows, while a trainer trains.
 
     Attributes:
@@ -151,6 +151,7 @@ class SharedPrefix(TrainerCallback):
             stack_name: of the ModuleList that holds its blocks.
             steps: optimizer steps for which a row's states are kept; 0: until the next batch.
         """
+        super().__init__(model)
         self.blocks: Any = model.get_submodule(stack_name)
         self.decoder = model.get_submodule(stack_name.rpartition(".")[0])
         self.steps = steps
@@ -161,17 +162,15 @@ class SharedPrefix(TrainerCallback):
         self._proven = False
         self._pass: _Pass | None = None
         self._open = ExitStack()  # what is in place during a pass
-        self._handles: list[Any] = []
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**vars(self), "kept": {}, "_pass": None, "_open": ExitStack(), "_handles": []}
+        return {**super().__getstate__(), "kept": {}, "_pass": None, "_open": ExitStack()}
 
-    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self.remove()
+    def hooks(self, args: Any) -> list[Any]:
         if args.torch_compile:
             self._switch_off("the model is compiled")
-            return
-        self._handles = [
+            return []
+        return [
             self.decoder.register_forward_pre_hook(self._enter, with_kwargs=True),
             self.decoder.register_forward_hook(self._leave, with_kwargs=True, always_call=True),
         ]
@@ -187,17 +186,12 @@ class SharedPrefix(TrainerCallback):
     def on_prediction_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.kept.clear()
 
-    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self.remove()
-
     def remove(self) -> None:
         """End sharing, and free what was kept."""
         self._open.close()
         self._pass = None
         self.kept.clear()
-        for handle in self._handles:
-            handle.remove()
-        self._handles = []
+        super().remove()
 
     def _enter(self, decoder: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
         """Before a pass: start it above the frozen blocks, or note what leaves them."""

@@ -10,10 +10,18 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import Trainer
+from transformers import PreTrainedModel, Trainer
 
 from .hooks import HooksWhileTraining
 
+# What TRL's LM head gives for each token, by trainer; others take all logits.
+FUSED = {
+    "GRPOTrainer": ("log_probs", "entropy"),
+    "RLOOTrainer": ("log_probs", "entropy"),
+    "DPOTrainer": ("log_probs", "entropy", "mean_logits", "is_top1"),
+    "KTOTrainer": ("log_probs", "entropy", "mean_logits"),
+    "SFTTrainer": ("log_probs", "entropy", "is_top1"),
+}
 BY_TOKEN = ("log_probs", "entropy", "log_sum_sq_probs", "mean_logits", "is_top1", "label_mask")  # of TRL's output
 
 
@@ -32,6 +40,28 @@ def scored_positions(trainer: Trainer) -> ScoredPositions:
     return ScoredPositions.of_trainer(trainer)
 
 
+def fused_outputs(trainer_class: type) -> tuple[str, ...] | None:
+    """What a trainer has TRL's LM head give for each token; None where it takes all logits."""
+    from trl.trainer import utils
+
+    if not hasattr(utils, "add_fused_lm_head"):
+        return None
+    return next((FUSED[kind.__name__] for kind in trainer_class.__mro__ if kind.__name__ in FUSED), None)
+
+
+def check_backbone(model: PreTrainedModel, trainer_class: type) -> None:
+    """Raise ValueError for a model whose `base_model`, the part below TRL's LM head, is the whole model.
+
+    Its class names a part that it does not have, as Llama4ForCausalLM and MllamaForCausalLM do.
+    """
+    if model.base_model is model and fused_outputs(trainer_class) is not None:
+        raise ValueError(
+            f"TRL's LM head takes the part of a model below its head, which a {type(model).__name__} does not name in "
+            f"its base_model_prefix ({model.base_model_prefix!r}), so a {trainer_class.__name__} cannot train it; "
+            "choose another model."
+        )
+
+
 class ScoredPositions(HooksWhileTraining):
     """Leaves out what comes before the first label, between the blocks and the LM head, while a trainer trains."""
 
@@ -40,6 +70,8 @@ class ScoredPositions(HooksWhileTraining):
         self.start = 0  # the first position that is scored in the pass under way
 
     def hooks(self, args: Any) -> list[Any]:
+        if self.decoder is self.model:
+            return []
         return [
             self.model.register_forward_pre_hook(self._begin, with_kwargs=True),
             self.decoder.register_forward_hook(self._cut),

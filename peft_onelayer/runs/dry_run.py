@@ -10,10 +10,10 @@ from pathlib import Path
 from typing import Any
 
 from transformers import PreTrainedTokenizerBase
-from trl.trainer import utils as trl_utils
 
 from peft_onelayer.layers import resolve_layers
 from peft_onelayer.rl.recipe import of_full_training
+from peft_onelayer.rl.scored import check_backbone, fused_outputs
 from peft_onelayer.rollouts.prompts import shaped
 from peft_onelayer.tuner import find_decoder_stack
 from peft_onelayer.tuner.stack import layer_kinds
@@ -27,15 +27,6 @@ from .training import blocks_of_adapter
 
 PROMPTS = 1024  # of a run's, whose longest counts
 CHARACTERS = 3  # of a token, where there is no tokenizer
-# What TRL's LM head gives for each token, by trainer; others take all logits.
-FUSED = {
-    "GRPOTrainer": ("log_probs", "entropy"),
-    "RLOOTrainer": ("log_probs", "entropy"),
-    "DPOTrainer": ("log_probs", "entropy", "mean_logits", "is_top1"),
-    "KTOTrainer": ("log_probs", "entropy", "mean_logits"),
-    "SFTTrainer": ("log_probs", "entropy", "is_top1"),
-}
-
 TEXTS = (
     "chosen",
     "rejected",
@@ -81,6 +72,7 @@ def dry_run(settings: TrainingSettings) -> DryRun:
     config = load_config(settings.model, settings.revision, **trusted)
     tokenizer = load_tokenizer(settings.model, settings.revision, **trusted)
     skeleton = build_skeleton(settings.model, config, **trusted)
+    check_backbone(skeleton, plan.algorithm.trainer_class())
     notes: list[str] = []
     batches = _batches(plan, tokenizer, notes)
     own = _blocks(settings, skeleton, notes)
@@ -125,8 +117,7 @@ def _batches(plan: TrainingPlan, tokenizer: PreTrainedTokenizerBase | None, note
     if tokenizer is None:
         notes.append(f"no tokenizer is there, so {CHARACTERS} characters were taken for a token")
     kinds = [kind.__name__ for kind in algorithm.trainer_class().__mro__]
-    fused = next((FUSED[name] for name in kinds if name in FUSED), None)
-    outputs = fused if hasattr(trl_utils, "add_fused_lm_head") else None
+    outputs = fused_outputs(algorithm.trainer_class())
     rows, passes = config.per_device_train_batch_size, config.gradient_accumulation_steps
     if not algorithm.online:
         return _offline(plan, tokenizer, rows, passes, outputs, kinds, notes)

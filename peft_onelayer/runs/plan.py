@@ -51,7 +51,7 @@ class TrainingPlan:
             self.task.rows("train", 1, settings.seed)  # what raises there is said once, and before the model is loaded
         self.recipe = self._recipe(self.task)
         self.algorithm: Algorithm = self.recipe.algorithm
-        _check_task(self.algorithm, self.task)
+        check_task(self.algorithm, self.task)
         if self.task is not None:
             shown_rows(self.task, settings.shots)
         elif settings.system or settings.shots:
@@ -174,7 +174,7 @@ def _open_task(settings: TrainingSettings) -> Task | None:
     return None
 
 
-def _check_task(algorithm: Algorithm, task: Task | None) -> None:
+def check_task(algorithm: Algorithm, task: Task | None) -> None:
     """Refuse a task that the algorithm cannot train on."""
     if task is not None and task.environment_factory is not None and not algorithm.environments:
         raise ValueError(

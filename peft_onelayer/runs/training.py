@@ -31,6 +31,7 @@ from peft_onelayer.records.run import Boost, DataSource, RunRecord, RunResults, 
 from peft_onelayer.records.text import name_blocks
 from peft_onelayer.rl.prefix import shared_prefix
 from peft_onelayer.rl.recipe import of_full_training
+from peft_onelayer.rl.scored import check_backbone
 from peft_onelayer.rl.state_cache import GIGABYTE
 from peft_onelayer.rl.training import completions_per_step, prompts_needed, steps_of_epochs, train_rows
 from peft_onelayer.rollouts.prompts import shaped
@@ -129,6 +130,7 @@ class _Training:
             base, tokenizer = load_causal_lm(
                 settings.model, settings.revision, trust_remote_code=settings.trust_remote_code
             )
+        check_backbone(base, plan.algorithm.trainer_class())
         to_device(base)
         num_layers, chat = len(find_decoder_stack(base).blocks), None
         layers = None

@@ -11,8 +11,10 @@ from peft_onelayer.records.files import model_digests
 from peft_onelayer.rl.algorithms import load_algorithm
 from peft_onelayer.rl.recipe import make_recipe, refuse_without_effect, step_fields
 from peft_onelayer.rl.sampling import sampling_of_run
+from peft_onelayer.rl.scored import check_backbone
 from peft_onelayer.rollouts.prompts import Shape, check_prompt, shaped
 from peft_onelayer.runs.models import load_skeleton
+from peft_onelayer.runs.plan import check_task
 from peft_onelayer.tasks import open_task
 from peft_onelayer.tuner import find_decoder_stack
 from peft_onelayer.tuner.model import commit_hash
@@ -125,11 +127,13 @@ def plan_sweep(settings: SweepSettings) -> Plan:
     refuse_without_effect(settings.config, algorithm)
     seeds = list(settings.seeds)
     task = open_task(settings.task, settings.dataset, settings.reward, unsafe=settings.unsafe)
+    check_task(algorithm, task)
     recipe = make_recipe(algorithm, task, settings.config, prompts=settings.prompts, completions=settings.completions)
     config = recipe.config(output_dir="unused", max_steps=settings.steps)
     given = dict(settings.config) | (step_fields(recipe) if settings.prompts or settings.completions else {})
     sampling = sampling_of_run(algorithm, config)
     model, tokenizer = load_skeleton(settings.model, settings.revision, trust_remote_code=settings.trust_remote_code)
+    check_backbone(model, algorithm.trainer_class())
     num_layers = len(find_decoder_stack(model).blocks)
     layers = resolve_layers(settings.layers, num_layers, layer_kinds(model))
     rates, full_rate = _learning_rates(settings, layers)

@@ -10,7 +10,7 @@ import torch
 from outputs import on_a_disk_of
 from safetensors.torch import save_file
 
-from peft_onelayer.records.disk import DiskFullError, disk_errors
+from peft_onelayer.records.disk import DiskFullError, OutputLostError, disk_errors
 from peft_onelayer.records.files import scratch_directory, staged_directory, whole_file, write_whole
 
 
@@ -93,3 +93,18 @@ def test_a_file_is_whole_or_not_there(tmp_path, kept):
         partial.write_text("half", encoding="utf-8")
         raise KeyboardInterrupt
     assert [(path.name, path.read_text(encoding="utf-8")) for path in tmp_path.iterdir()] == [("a", "before")] * kept
+
+
+def test_a_folder_that_is_not_there_any_more_is_named_and_what_is_outside_of_it_stays(tmp_path):
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / "rows").touch()
+    for path, lost in ((out / "rows" / "a", out / "rows"), (out / "gone" / "a", out / "gone")):
+        with pytest.raises(OutputLostError) as raised, disk_errors(out, "rows are kept"):
+            write_whole(path, "x")
+        assert str(raised.value).startswith(f"{lost} takes no files any more (")
+        assert str(raised.value).endswith("): rows are kept; make it a writable folder again and try again.")
+    with pytest.raises(FileNotFoundError), disk_errors(out, "rows are kept"):
+        (out / "missing").read_text(encoding="utf-8")  # whose folder is there
+    with pytest.raises(NotADirectoryError), disk_errors(tmp_path / "other", "rows are kept"):
+        write_whole(out / "rows" / "a", "x")

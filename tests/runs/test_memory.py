@@ -13,11 +13,13 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 from trl.trainer import utils
 
 from models import build, build_architecture
-from peft_onelayer.runs import TrainingSettings, memory
+from peft_onelayer.runs import TrainingSettings, memory, train
 from peft_onelayer.runs.dry_run import dry_run
 from peft_onelayer.runs.memory import LORA, Batches, estimate_memory, lora
 from peft_onelayer.runs.models import load_tokenizer
 from peft_onelayer.runs.shapes import LiveBytes
+from peft_onelayer.sweep.plan import plan_sweep
+from peft_onelayer.sweep.settings import SweepSettings
 
 DEMO = str(files("peft_onelayer") / "demo_model")
 
@@ -298,6 +300,21 @@ def test_a_configuration_that_makes_no_model_is_one_line(only_a_configuration, f
     with pytest.raises(ValueError, match=re.escape(says)) as error:
         dry_run(TrainingSettings(model=str(only_a_configuration), task="arithmetic", layer="middle", out="unused"))
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.skipif(not hasattr(utils, "add_fused_lm_head"), reason="this TRL has no fused LM head")
+@pytest.mark.parametrize("command", ["train", "dry run", "sweep"])
+def test_a_model_that_names_no_part_below_its_head_is_one_line(tmp_path, command):
+    build_architecture("llama4_text").save_pretrained(tmp_path)
+    load_tokenizer(DEMO).save_pretrained(tmp_path)
+    given = {"model": str(tmp_path), "task": "arithmetic"}
+    run = {
+        "train": lambda: train(TrainingSettings(**given, layer=2, learning_rate=1e-3, out=str(tmp_path / "run"))),
+        "dry run": lambda: dry_run(TrainingSettings(**given, layer=2, out="unused")),
+        "sweep": lambda: plan_sweep(SweepSettings(**given, layers=[2], learning_rate=1e-3)),
+    }[command]
+    with pytest.raises(ValueError, match=r"^TRL's LM head takes .* a Llama4ForCausalLM does not name in .*$"):
+        run()
 
 
 @pytest.mark.parametrize("model_type", ["gemma2", "bert"])  # without files a tokenizer of special tokens is made

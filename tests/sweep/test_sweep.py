@@ -19,7 +19,7 @@ import pytest
 from specs import DEMO
 
 from peft_onelayer.records.claim import TargetError, claimed
-from peft_onelayer.records.disk import DiskFullError
+from peft_onelayer.records.disk import DiskFullError, OutputLostError
 from peft_onelayer.records.files import write_whole
 from peft_onelayer.records.privacy import without_private
 from peft_onelayer.records.ranking import LayerRanking
@@ -411,6 +411,25 @@ def _sweep_while_another_runs(tmp_path):
         sweep(tmp_path / "out")
 
 
+def test_rows_that_cannot_be_written_any_more_stop_it_in_one_line_and_it_goes_on(tmp_path):
+    out = tmp_path / "out"
+
+    def replace_by_a_file(*_):
+        (out / "rows").rename(tmp_path / "kept")
+        (out / "rows").touch()
+
+    with pytest.raises(
+        OutputLostError, match=r"rows takes no files any more \(Not a directory\): finished rows are kept"
+    ):
+        sweep(out, on_row=replace_by_a_file, workers=1)
+    (out / "rows").unlink()
+    (tmp_path / "kept").rename(out / "rows")
+    first = fake_runs.stored(out)
+    assert len(first) == 1
+    sweep(out)
+    assert len(fake_runs.stored(out)) == ROWS and started(tmp_path)[next(iter(first))] == 1
+
+
 def test_two_sweeps_do_not_share_a_folder(tmp_path):
     with claimed(tmp_path / "out"):
         refused = in_a_process_to_kill(_sweep_while_another_runs, tmp_path)
@@ -466,6 +485,7 @@ def test_a_row_is_written_whole_or_not_at_all(tmp_path, monkeypatch):
         ({"seeds": []}, "seeds must be one or more different numbers"),
         ({"seeds": [1, 1]}, "seeds must be one or more different numbers"),
         ({"algorithm": "dpo"}, "dpo is offline"),
+        ({"algorithm": "gigpo"}, "gigpo needs a task with an environment, such as textworld"),
         ({"engine": "slurp"}, "engine 'slurp' is not known"),
         ({"steps": 0}, "steps must be at least 1, got 0"),
         ({"samples": 0}, "samples must be at least 1, got 0"),

@@ -13,7 +13,7 @@ import functools
 import gc
 import warnings
 from collections.abc import Callable, Generator, Hashable, Iterator, Sequence
-from contextlib import AbstractContextManager, ExitStack, closing, nullcontext
+from contextlib import AbstractContextManager, ExitStack, closing, nullcontext, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
@@ -114,7 +114,8 @@ def _run(run_row: Callable[..., Row], spec: RunSpec, on_step: OnStep, place: Alo
     """The answer of a run, whose warnings go to the log until the process's state is exchanged."""
 
     def note(message: Any, category: Any, filename: str, lineno: int, file: Any = None, line: Any = None) -> None:
-        log.write(warnings.formatwarning(message, category, filename, lineno))
+        with suppress(OSError):  # the log's disk is full
+            log.write(warnings.formatwarning(message, category, filename, lineno))
 
     warnings.showwarning = note
     return attempt(run_row, spec, on_step, place, log=log)
