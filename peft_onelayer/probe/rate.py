@@ -17,7 +17,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from peft_onelayer.layers import resolve_layers
 from peft_onelayer.rl.recipe import Recipe
 from peft_onelayer.rl.sampling import sampling_of_run
-from peft_onelayer.rollouts.sampling import Rollout, sample_rollouts
+from peft_onelayer.rollouts.sampling import Rollout, Sampling, sample_rollouts
 from peft_onelayer.tasks import Task
 from peft_onelayer.tuner.stack import find_decoder_stack, layer_kinds
 
@@ -85,33 +85,29 @@ def informative_completions(
     model: PreTrainedModel | PeftModel,
     tokenizer: PreTrainedTokenizerBase,
     task: Task,
-    recipe: Recipe,
+    sampling: Sampling,
     *,
     seed: int = 0,
-    batch_size: int = 64,
     prompts: int = MOST_PROMPTS,
     enough: int = ENOUGH,
 ) -> tuple[list[Rollout], Batch]:
     """Completions of the model for some prompts of the task, and those of them that a first step can learn from.
 
     Args:
-        recipe: how the run samples.
-        batch_size: completions generated at a time.
+        sampling: as the run does, but for the number of samples and the seed. Not its configuration: making one while
+            a trainer trains takes accelerate's state away from it.
         prompts: to take at most.
         enough: completions to learn from, behind which no further prompts are taken.
 
     Raises:
         NothingToLearnError: rewards that are equal within every group of completions of so many prompts.
     """
-    sampling = replace(
-        sampling_of_run(recipe.algorithm, recipe.config(output_dir="unused")), samples=SAMPLES, batch_size=batch_size
-    )
     pad = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
     rows = task.rows("train", prompts, stream_seed(seed, "prompts, learning rate"))
     groups: list[list[Rollout]] = []
     batch = None
     for first in range(0, len(rows), PROMPTS):
-        sampling = replace(sampling, seed=stream_seed(seed, f"sampling, learning rate {first}"))
+        sampling = replace(sampling, samples=SAMPLES, seed=stream_seed(seed, f"sampling, learning rate {first}"))
         groups += sample_rollouts(model, tokenizer, task, rows[first : first + PROMPTS], sampling)
         batch = graded_batch(groups, pad, model.device)
         if batch is not None and len(batch) >= enough:
@@ -164,7 +160,8 @@ def find_learning_rate(
         if init_adapter is not None:
             policy = opened.enter_context(trained_candidate(model, candidate))
             set_peft_model_state_dict(policy, load_peft_weights(str(init_adapter), device="cpu"))
-        rollouts, batch = informative_completions(policy, tokenizer, task, recipe, seed=seed, batch_size=batch_size)
+        sampling = replace(sampling_of_run(recipe.algorithm, config), batch_size=batch_size)
+        rollouts, batch = informative_completions(policy, tokenizer, task, sampling, seed=seed)
         with torch.no_grad():
             logps = [log_probabilities(policy, part, temperature) for part in batch.minibatches(micro_batch)]
         batch = replace(batch, old_logps=torch.cat(logps))

@@ -31,6 +31,7 @@ from peft_onelayer.records.run import Boost, DataSource, RunRecord, RunResults, 
 from peft_onelayer.records.text import name_blocks
 from peft_onelayer.rl.prefix import shared_prefix
 from peft_onelayer.rl.recipe import of_full_training
+from peft_onelayer.rl.sampling import sampling_of_run
 from peft_onelayer.rl.scored import check_backbone
 from peft_onelayer.rl.state_cache import GIGABYTE
 from peft_onelayer.rl.training import completions_per_step, prompts_needed, steps_of_epochs, train_rows
@@ -368,14 +369,14 @@ class _Training:
         step, most = completions_per_step(plan.config), MOST_PROMPTS
         if plan.config.max_steps > 0:  # as many completions as the run has, or those of a few prompts
             most = max(PROMPTS, min(most, step * plan.config.max_steps // SAMPLES))
+        sampling = replace(sampling_of_run(plan.algorithm, plan.config), batch_size=plan.generate)
 
         def look() -> None:
             self.progress.note(
                 f"no two completions of a prompt differ in reward so far: up to {most * SAMPLES} more of the base show "
                 "whether this task can teach it anything"
             )
-            more = {"prompts": most, "enough": 1, "batch_size": plan.generate}
-            informative_completions(base, tokenizer, task, plan.recipe, **more)
+            informative_completions(base, tokenizer, task, sampling, prompts=most, enough=1)
 
         return [FirstRewards(step / plan.config.to_dict()[group], look)]
 

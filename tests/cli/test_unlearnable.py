@@ -6,6 +6,8 @@ from importlib.resources import files
 
 import pytest
 
+from peft_onelayer.runs.first_rewards import FirstRewards
+
 BASE = str(files("peft_onelayer") / "demo_model")
 LIMIT = {"zero": 5, "one": 5, "cut": 2}  # an answer of the demo model has four digits and an end
 
@@ -68,6 +70,23 @@ def test_a_short_run_looks_at_no_more_than_it_has_itself(onelayer, task, tmp_pat
     code, lines, _ = onelayer(*arguments, "--prompts", "16", "--task", task("zero"))
     assert code == 1 and any("up to 128 more of the base" in line for line in lines), lines
     assert "are equal for each of 16 prompts of " in lines[-1]
+
+
+def test_a_run_whose_first_step_teaches_nothing_goes_on_as_if_nobody_had_looked(onelayer, tmp_path, monkeypatch):
+    source = (
+        "MAX_COMPLETION_TOKENS = 5\n\n\n"
+        "def rows(split, n, seed):\n    return [{'prompt': f'A{i:03d}+001='} for i in range(100, 100 + n)]\n\n\n"
+        "calls = []\n\n\ndef reward(completions, **kwargs):\n    calls.append(1)\n"
+        "    return [float(text.count('1')) if len(calls) > 1 else 0.0 for text in completions]\n"
+    )
+    (task := tmp_path / "late.py").write_text(source)
+    options = ["--layer", "5", "--steps", "3", "--learning-rate", "1e-3", "--task", task, "--eval-problems", "0"]
+    code, lines, _ = onelayer("train", BASE, *options, "--out", tmp_path / "looked")
+    assert code == 0 and any("more of the base" in line for line in lines), lines
+    monkeypatch.setattr(FirstRewards, "on_log", lambda *args, **kwargs: None)
+    assert onelayer("train", BASE, *options, "--out", tmp_path / "plain")[0] == 0
+    looked, plain = ((tmp_path / name / "adapter_model.safetensors").read_bytes() for name in ("looked", "plain"))
+    assert looked == plain
 
 
 @pytest.mark.more
