@@ -312,21 +312,21 @@ class SharedPrefix(HooksWhileTraining):
 
 def not_repeatable(decoder: nn.Module) -> str | None:
     """Why a pass through a decoder cannot be made in another way beside its own, with the same outcome, or None."""
-    if any(isinstance(module, (FSDPModule, FullyShardedDataParallel)) for module in all_modules(decoder)):
+    modules = all_modules(decoder)
+    if any(isinstance(module, (FSDPModule, FullyShardedDataParallel)) for module in modules):
         return "FSDP gathers the weights of every block"
-    if any(map(is_partitioned, all_parameters(decoder))):
+    if any(is_partitioned(parameter) for module in modules for parameter in module._parameters.values()):
         return "DeepSpeed ZeRO-3 gathers the weights of every block"
-    return _random_part(decoder) if decoder.training else None
+    return _random_part(decoder, modules) if decoder.training else None
 
 
 def draws(decoder: nn.Module) -> bool:
     """Whether passes in training mode draw random numbers, as dropout does."""
-    return _random_part(decoder, any_mode=True) is not None
+    return _random_part(decoder, all_modules(decoder), any_mode=True) is not None
 
 
-def _random_part(decoder: nn.Module, any_mode: bool = False) -> str | None:
+def _random_part(decoder: nn.Module, modules: list[nn.Module], any_mode: bool = False) -> str | None:
     """Why passes of a decoder in its mode, or in training mode, draw random numbers."""
-    modules = all_modules(decoder)
     for index, names in _rates(decoder, modules):
         module, values = modules[index], map(vars(modules[index]).get, names)
         rates = [module.p] if isinstance(module, _DropoutNd) else [v for v in values if isinstance(v, float)]

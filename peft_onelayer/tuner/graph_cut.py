@@ -100,18 +100,18 @@ class GraphCut:
 
     def _enter(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
         if module.training and torch.is_grad_enabled():
-            _unmerge_what_trains(module)
+            inside = all_modules(module)
+            _unmerge_what_trains(inside)
             if self.model is not None:
                 note_training_pass(self.model, self.stack_name)
-            self._take_over_checkpointing(module)
+            self._take_over_checkpointing(inside)
         # A plain module embeds nothing: whatever it is given may be what the caller wants gradients for.
         given = [kwargs.get("inputs_embeds")] if self.embeds else [*args, *kwargs.values()]
         self.passes[_thread()] = _Pass(any(map(_needs_gradient, given)))
 
-    def _take_over_checkpointing(self, module: nn.Module) -> None:
-        """Have the checkpointed blocks inside `module` call `_checkpoint` in place of what transformers gave them."""
-        blocks: Iterable[Any] = all_modules(module)
-        for block in blocks:
+    def _take_over_checkpointing(self, modules: Iterable[Any]) -> None:
+        """Have the checkpointed blocks among `modules` call `_checkpoint` in place of what transformers gave them."""
+        for block in modules:
             if _checkpoints(block) and self in installed_graph_cuts(block):
                 checkpoint = block._gradient_checkpointing_func  # read once: another thread may be here too
                 if not _is_taken_over(checkpoint):
@@ -168,10 +168,10 @@ def _entry(model: nn.Module, stack: DecoderStack) -> nn.Module:
     return model.get_submodule(name)
 
 
-def _unmerge_what_trains(module: nn.Module) -> None:
+def _unmerge_what_trains(modules: Iterable[nn.Module]) -> None:
     """Undo a merge that an exception left behind: TRL merges for a push to vLLM and does not unmerge when the push
     fails, and training a merged adapter would change nothing."""
-    merged = [m for m in all_modules(module) if isinstance(m, SingleLayerLayer) and m.merged]
+    merged = [m for m in modules if isinstance(m, SingleLayerLayer) and m.merged]
     if any(layer.trains(name) for layer in merged for name in layer.active_adapters):
         warnings.warn("the adapter was merged while it trains; unmerging it first.", stacklevel=2)
         for layer in merged:

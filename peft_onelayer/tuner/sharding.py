@@ -87,7 +87,7 @@ def to_shards(modules: Iterable[nn.Module]) -> None:
             module.state_dict()
 
 
-def is_partitioned(parameter: torch.Tensor) -> bool:
+def is_partitioned(parameter: torch.Tensor | None) -> bool:
     """Whether DeepSpeed ZeRO-3 manages the parameter, at present gathered or not."""
     return hasattr(parameter, "ds_status")
 
