@@ -336,13 +336,13 @@ def _random_part(decoder: nn.Module, modules: list[nn.Module], any_mode: bool = 
 
 
 _Rates = list[tuple[int, list[str]]]
-_RATES: WeakKeyDictionary[nn.Module, tuple[list[tuple[int, int]], _Rates]] = WeakKeyDictionary()
+_RATES: WeakKeyDictionary[nn.Module, tuple[list[tuple[int, type, int]], _Rates]] = WeakKeyDictionary()
 
 
 def _rates(decoder: nn.Module, modules: list[nn.Module]) -> _Rates:
     """Which modules have attributes that may be shares of what they drop, or of their noise, and their names. Asked in
     every pass, and looked for where modules or the number of their attributes are others than last time."""
-    state = [(id(module), len(vars(module))) for module in modules]
+    state = [(id(module), type(module), len(vars(module))) for module in modules]  # an identity may come back
     if (known := _RATES.get(decoder)) is None or known[0] != state:
         found = [(i, [name for name in vars(module) if _may_be_rate(name)]) for i, module in enumerate(modules)]
         kept = [(i, names) for i, names in found if names or isinstance(modules[i], _DropoutNd)]
