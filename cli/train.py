@@ -230,10 +230,9 @@ def train(
         flat = {
             name: value for name, value in fields.items() if name not in OPTIONS
         }  # others TRL's fields are asked for
+        chosen = given.get("algorithm") or kept.get("algorithm") or "grpo"
         if flat:
-            check_names(
-                load_algorithm(given.get("algorithm") or kept.get("algorithm") or "grpo"), flat, TRAINING_OPTIONS
-            )
+            check_names(load_algorithm(chosen), flat, TRAINING_OPTIONS)
         early = options_from(merged(kept, flat | given), str(source or "this command"))
         if early.full and given.get("layer") == "auto":  # which no settings tell from the default
             raise ValueError("--full trains every parameter and --layer auto a block; give one of them")
@@ -243,7 +242,7 @@ def train(
             from peft_onelayer.runs.dry_run import dry_run as run_dry
             from peft_onelayer.runs.training import train as run_training
         # for its messages; the texts are read with those of the file
-        config_from_text(given.get("algorithm") or kept.get("algorithm") or "grpo", settings or [], TRAINING_OPTIONS)
+        config_from_text(chosen, settings or [], TRAINING_OPTIONS)
         asked = settings_from(merged(kept, fields | given), str(source or "this command"))
         if dry_run:
             with status("counting ..."):

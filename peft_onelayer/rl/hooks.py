@@ -79,7 +79,7 @@ class HooksWhileTraining(TrainerCallback):
         Args:
             args: the trainer's.
         """
-        raise NotImplementedError
+        raise NotImplementedError  # every kind has its own
 
     def __getstate__(self) -> dict[str, Any]:
         return {**vars(self), "_handles": []}

@@ -29,7 +29,7 @@ from peft_onelayer.rl.config_fields import check_names
 from peft_onelayer.tasks import EXTRA, TASKS, Task, load_task
 
 from .folder import RunFolder
-from .inputs import check_adapter, check_blocks, check_data, check_fit, check_mask, check_weights
+from .inputs import check_blocks, check_data, check_fit, check_mask, check_weights
 from .reporting import check_reporters
 from .settings import (
     BUDGET,
@@ -355,8 +355,6 @@ def check_entropy(settings: EntropySettings) -> None:
         raise ValueError(f"--samples must be at least 2, got {settings.samples}: advantages compare completions.")
     if settings.adapter is None:
         check_layers(settings.layer)
-    else:
-        check_adapter(settings.adapter)
     check_source(settings.task, settings.dataset, settings.reward)
     check_model_name(settings.model, settings.revision)
     check_weights(settings.model)
