@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from models import build
-from peft_onelayer.tuner.instance import all_modules, all_parameters
+from peft_onelayer.tuner.instance import all_modules, all_parameters, own_parameters
 
 
 def repeated():
@@ -26,6 +26,15 @@ def repeated():
 def test_every_module_and_parameter_once(model):
     assert sorted(map(id, all_modules(model))) == sorted(map(id, model.modules()))
     assert sorted(map(id, all_parameters(model))) == sorted(map(id, model.parameters()))
+
+
+def test_own_parameters_are_those_of_torch():
+    module = nn.LSTM(2, 2)
+    module.register_parameter("none", None)
+    assert list(own_parameters(module).items()) == list(module.named_parameters(recurse=False))
+    module.again, module.bias_hh_l0 = module.weight_ih_l0, module.bias_ih_l0
+    own = list(own_parameters(module).items())
+    assert own == list(module.named_parameters(recurse=False)) and len(own) == 3
 
 
 def test_a_replica_of_data_parallel_has_its_parameters():
