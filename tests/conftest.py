@@ -1,5 +1,8 @@
 import gc
+import logging
 import os
+
+gc.disable()  # nothing of what a session imports is garbage
 
 import pytest
 import torch
@@ -12,11 +15,26 @@ torch.set_num_threads(1)
 os.environ["OMP_NUM_THREADS"] = "1"  # for the processes that tests start
 
 
+def pytest_collection_finish():
+    gc.enable()
+
+
 @pytest.fixture(scope="module", autouse=True)
 def what_was_there_before():
     """Takes what is imported and kept by now out of the collector's sight: Trainer collects after every run."""
     gc.collect()
     gc.freeze()
+
+
+@pytest.fixture
+def logged():
+    """What reaches the root logger at the level of warnings, as it comes."""
+    found: list[logging.LogRecord] = []
+    handler = logging.Handler(logging.WARNING)
+    handler.emit = found.append
+    logging.getLogger().addHandler(handler)
+    yield found
+    logging.getLogger().removeHandler(handler)
 
 
 @pytest.fixture

@@ -1,7 +1,6 @@
 """The demo model that the package carries: it loads like any other, and its card says what it measures."""
 
 import json
-import logging
 import re
 import warnings
 from pathlib import Path
@@ -50,16 +49,16 @@ def test_the_folder_is_complete_and_small():
     assert sum(path.stat().st_size for path in FOLDER.iterdir() if path.is_file()) < 4_000_000
 
 
-def test_it_loads_strictly_and_without_a_warning(caplog):
-    transformers.logging.enable_propagation()  # to the root logger, where caplog listens
+def test_it_loads_strictly_and_without_a_warning(logged):
+    transformers.logging.enable_propagation()  # to the root logger
     try:
-        with warnings.catch_warnings(), caplog.at_level(logging.WARNING):
+        with warnings.catch_warnings():
             warnings.simplefilter("error")
             model, info = AutoModelForCausalLM.from_pretrained(FOLDER, output_loading_info=True)
             AutoTokenizer.from_pretrained(FOLDER)
     finally:
         transformers.logging.disable_propagation()
-    assert caplog.records == []
+    assert logged == []
     assert not any(info.values()), info
     assert type(model).__name__ == "Qwen3ForCausalLM" and not model.training
     assert {parameter.dtype for parameter in model.parameters()} == {torch.float32}

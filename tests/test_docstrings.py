@@ -9,6 +9,8 @@ import pytest
 import onelayer_cli
 import peft_onelayer
 
+SECONDS = ["textworld"]  # of which making a game takes seconds
+
 
 def modules_with_examples():
     for package in (peft_onelayer, onelayer_cli):
@@ -16,7 +18,8 @@ def modules_with_examples():
         for path in sorted(root.rglob("*.py")):
             if ">>> " in path.read_text(encoding="utf-8"):
                 parts = path.relative_to(root).with_suffix("").parts
-                yield ".".join((package.__name__, *parts)).removesuffix(".__init__")
+                name = ".".join((package.__name__, *parts)).removesuffix(".__init__")
+                yield pytest.param(name, marks=pytest.mark.more) if parts[-1] in SECONDS else name
 
 
 @pytest.mark.parametrize("name", list(modules_with_examples()))

@@ -13,12 +13,15 @@ import pytest
 ROOT = Path(__file__).parents[1]
 HEAVY = ["torch", "peft", "transformers", "trl", "datasets", "numpy", "huggingface_hub", "matplotlib", "typer"]
 HEAVY += ["peft_onelayer.tasks", "peft_onelayer.rollouts.evaluation"]
-IMPORTS = {  # in this order in one process: what each loads in addition, of HEAVY
+LIGHT = {  # in this order in one process: what each loads in addition, of HEAVY
     "import peft_onelayer": [],
     "assert {n for n in sys.modules if n.startswith('peft_onelayer.')} == {'peft_onelayer.registration'}": [],
     "peft_onelayer.LayerRanking": [],
     "import peft_onelayer.tasks.arithmetic, peft_onelayer.tasks.sort": ["peft_onelayer.tasks"],
     "import peft_onelayer.rl; peft_onelayer.rl.gigpo_advantages": [],
+}
+IMPORTS = {  # which take ten seconds
+    **LIGHT,
     "peft_onelayer.rl.EMATeacherMixin": ["torch", "peft", "transformers", "numpy", "huggingface_hub"],
     "import peft_onelayer.rollouts.evaluation": ["peft_onelayer.rollouts.evaluation"],
     "import peft; assert peft.PEFT_TYPE_TO_TUNER_MAPPING['SINGLE_LAYER'].__name__ == 'SingleLayerModel'": [],
@@ -39,18 +42,21 @@ def python(code, **environment):
     return done.stdout.strip()
 
 
-def test_an_import_registers_the_method_and_loads_no_more_than_it_needs():
+@pytest.mark.parametrize(
+    "imports", [LIGHT, pytest.param(IMPORTS, marks=pytest.mark.more)], ids=["light", "those that load torch too"]
+)
+def test_an_import_registers_the_method_and_loads_no_more_than_it_needs(imports):
     code = f"""
 import json, sys
 found, before = {{}}, set()
-for statement in {list(IMPORTS)}:
+for statement in {list(imports)}:
     exec(statement)
     loaded = [name for name in {HEAVY} if name in sys.modules and name not in before]
     found[statement] = loaded
     before.update(loaded)
 print(json.dumps(found))
 """
-    assert json.loads(python(code)) == IMPORTS
+    assert json.loads(python(code)) == imports
 
 
 @pytest.fixture(scope="module")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import functools
 from collections.abc import Iterable, Iterator, Mapping
 from importlib.machinery import PathFinder
 from pathlib import Path
@@ -44,9 +45,13 @@ def _classes() -> Iterator[tuple[str, ast.ClassDef]]:
         for folder in (spec.submodule_search_locations or []) if spec else []:
             found += Path(folder).glob(rest)
     for path in found:
-        for node in ast.parse(path.read_text(encoding="utf-8")).body:
-            if isinstance(node, ast.ClassDef):
-                yield node.name, node
+        yield from _classes_of(path)
+
+
+@functools.cache
+def _classes_of(path: Path) -> list[tuple[str, ast.ClassDef]]:
+    body = ast.parse(path.read_text(encoding="utf-8")).body
+    return [(node.name, node) for node in body if isinstance(node, ast.ClassDef)]
 
 
 def _fields(name: str, classes: Mapping[str, ast.ClassDef]) -> set[str] | None:

@@ -122,13 +122,14 @@ def test_the_table_and_what_may_be_left_out(onelayer, adapters):
 
 def test_what_the_completions_look_like_is_said_shown_and_kept(onelayer, adapters, tmp_path):
     kept, out = tmp_path / "kept.jsonl", tmp_path / "e.json"
-    arguments = ["eval", adapters / "block", "--task", "arithmetic", *SMALL, "--also", "sort", "--show", 2]
+    arguments = ["eval", adapters / "block", "--task", "arithmetic", "--problems", 16, "--samples", 2]
+    arguments += ["--seed", 3, "--also", "sort", "--show", 2]
     arguments += ["--save-completions", kept, "--out", out]
     code, stderr, stdout = onelayer(*arguments)
     assert code == 0, stderr
     record = json.loads(out.read_text())
     lines = [json.loads(line) for line in kept.read_text().splitlines()]
-    assert len(lines) == 2 * 40 * (2 + 1)  # both models, sampled and greedy
+    assert len(lines) == 2 * 16 * (2 + 1)  # both models, sampled and greedy
     for model in ("base", "adapter"):
         for decoding in ("sampled", "greedy"):
             mine = [line for line in lines if (line["model"], line["decoding"]) == (model, decoding)]
@@ -144,12 +145,12 @@ def test_what_the_completions_look_like_is_said_shown_and_kept(onelayer, adapter
     assert f"  adapter:  {first['completion']}" in stderr and sum(line.startswith("prompt:") for line in stderr) == 2
     assert sum(line.strip().startswith("reward: ") for line in stderr) == 4
     assert record["also"]["sort"]["sampled"].keys() == {"n", "samples", "base", "adapter", "difference"}
-    assert "sort, test split" in stdout and record["also"]["sort"]["greedy"]["n"] == 40
+    assert "sort, test split" in stdout and record["also"]["sort"]["greedy"]["n"] == 16
     alone = evaluate(
         demo_model.load()[0],
         demo_model.load()[1],
         load_task("sort"),
-        load_task("sort").rows("test", 40, 3),
+        load_task("sort").rows("test", 16, 3),
         Sampling(samples=2, seed=3, batch_size=64),
     )
     assert record["also"]["sort"]["sampled"]["base"]["mean"] == alone.mean

@@ -81,6 +81,7 @@ def test_a_run_whose_first_step_teaches_nothing_goes_on_as_if_nobody_had_looked(
     )
     (task := tmp_path / "late.py").write_text(source)
     options = ["--layer", "5", "--steps", "3", "--learning-rate", "1e-3", "--task", task, "--eval-problems", "0"]
+    options += ["--completions", "2"]
     code, lines, _ = onelayer("train", BASE, *options, "--out", tmp_path / "looked")
     assert code == 0 and any("more of the base" in line for line in lines), lines
     monkeypatch.setattr(FirstRewards, "on_log", lambda *args, **kwargs: None)

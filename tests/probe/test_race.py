@@ -54,7 +54,8 @@ def default():
         model,
         tokenizer,
         ARITHMETIC,
-        recipe=demo_recipe(ARITHMETIC, 150),
+        training_steps=100,
+        recipe=demo_recipe(ARITHMETIC, 100),
         budget=0.06,
         on_candidate=lambda number, layer, spent: turns.append((number, layer, spent)),
     )

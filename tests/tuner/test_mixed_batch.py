@@ -37,7 +37,7 @@ def with_adapter(model, name, run):
 
 def batches():
     """By default families of each kind in one dtype, the model without a task's class, and one family in each dtype."""
-    shown = {(family, torch.float32, "CAUSAL_LM") for family in ("Gemma3Text", "GptOss", "Mixtral")}
+    shown = {(family, torch.float32, "CAUSAL_LM") for family in ("Gemma3Text", "GptOss")}
     shown |= {("Qwen3", torch.float32, None)}
     shown |= {("Qwen3", dtype, "CAUSAL_LM") for dtype in (torch.bfloat16, torch.float16)}
     for case in product((*FAMILIES, *SPARSE), DTYPES, ("CAUSAL_LM", None)):
