@@ -199,9 +199,11 @@ class SharedPrefix(HooksWhileTraining):
             return  # a replica of the model, or nothing to share
         self._open.close()
         self._pass = None
+        if kwargs.get("use_cache") is not False or kwargs.get("past_key_values") is not None:
+            return  # what is not False makes a cache, which every block adds to: a pass for every token of a generation
         depth = self._depth()
-        if not depth or kwargs.get("use_cache") is not False or kwargs.get("past_key_values") is not None:
-            return  # what is not False makes a cache, which every block adds to
+        if not depth:
+            return
         if problem := self._problem(kwargs):
             self._switch_off(problem)
             return

@@ -315,6 +315,16 @@ def test_nothing_below_the_block_nothing_shared():
     assert prefix.started == prefix.whole == 0 and prefix.off is None
 
 
+def test_a_token_of_a_generation_costs_no_look_through_the_model(monkeypatch):
+    model, prefix = sharing(build("Llama").requires_grad_(False))
+    looks = []
+    monkeypatch.setattr(SharedPrefix, "_depth", lambda self: looks.append(self) or 2)
+    logits(model, token_batch())
+    assert len(looks) == 1
+    tokens = model.generate(input_ids=token_batch(), max_new_tokens=4, do_sample=False, eos_token_id=None)
+    assert tokens.shape[1] == token_batch().shape[1] + 4 and len(looks) == 1 and prefix.whole == 1
+
+
 def test_nothing_is_left_behind_and_copies_hold_nothing(tokenizer, tmp_path):
     base = build()
     prefix, *_ = run("dpo", tokenizer, tmp_path, share=True, base=base)
