@@ -14,6 +14,7 @@ import re
 import signal
 import sys
 import warnings
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -122,6 +123,15 @@ def _one_line_of_a_warning(message: Any, category: Any, filename: str, lineno: i
     return f"warning: {one_line(str(message), LIMIT)}\n"  # no path, and no line of somebody's code
 
 
+def _of_the_hubs_folder(error: Exception) -> str:
+    """What to do about an error that comes from an HF_HOME that is no folder."""
+    home = os.environ.get("HF_HOME", "")
+    if not home or home not in str(error):
+        return ""
+    there = next(path for path in (Path(home), *Path(home).parents) if path.exists())
+    return "" if there.is_dir() else f"; HF_HOME is {home}: set it to a folder"
+
+
 @functools.cache
 def program() -> Any:
     """The group of the commands; making it takes a tenth of a second."""
@@ -171,7 +181,7 @@ def main() -> None:
     except (UserError, OSError, ImportError) as error:
         if os.environ.get("ONELAYER_DEBUG"):
             raise
-        print(f"onelayer: {without_secrets(one_line(error, LIMIT))}", file=sys.stderr)
+        print(f"onelayer: {without_secrets(one_line(error, LIMIT))}{_of_the_hubs_folder(error)}", file=sys.stderr)
         code = 1
     except KeyboardInterrupt:
         print("onelayer: interrupted.", file=sys.stderr)

@@ -149,16 +149,21 @@ def _optional() -> Iterator[Finding]:
 def _hub() -> Iterator[Finding]:
     from huggingface_hub import constants, get_token
 
-    if get_token():
-        yield Finding("Hub", "ok", f"a token for {constants.ENDPOINT}")
+    try:
+        token = get_token()
+    except OSError as error:  # where the client would look for one
+        yield Finding("Hub", "bad", f"no token can be read: {one_line(error)}", "set HF_HOME to a folder")
     else:
-        yield Finding("Hub", "missing", "no token: onelayer push needs one", "hf auth login, or set HF_TOKEN")
+        if token:
+            yield Finding("Hub", "ok", f"a token for {constants.ENDPOINT}")
+        else:
+            yield Finding("Hub", "missing", "no token: onelayer push needs one", "hf auth login, or set HF_TOKEN")
     if constants.HF_HUB_OFFLINE:
         yield Finding("network", "missing", "HF_HUB_OFFLINE is set: only what is in the cache is found", "unset it")
     cache = Path(constants.HF_HUB_CACHE)
     there = next(folder for folder in (cache, *cache.parents) if folder.exists())
     free = shutil.disk_usage(there).free
-    if not os.access(there, os.W_OK):
+    if not (there.is_dir() and os.access(there, os.W_OK)):
         yield Finding("cache", "bad", f"{cache} cannot be written", "set HF_HOME to a folder that can")
     elif free < ROOM:
         yield Finding("cache", "bad", f"{cache}: {free / GIB:.1f} GiB free", "free some space, or set HF_HOME")

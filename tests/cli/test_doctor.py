@@ -79,6 +79,16 @@ def test_what_is_amiss_has_a_cure(folder, monkeypatch):
     assert "no user namespaces" in findings["sandbox"].found and "--unsafe" in findings["sandbox"].cure
 
 
+def test_a_folder_of_the_hub_that_is_none(folder, tmp_path, monkeypatch):
+    (file := tmp_path / "file").write_text("")
+    monkeypatch.delenv("HF_TOKEN", raising=False)
+    for name in ("HF_TOKEN_PATH", "HF_HUB_CACHE"):
+        monkeypatch.setattr(f"huggingface_hub.constants.{name}", str(file / name))
+    findings = found(folder)
+    assert findings["Hub"].state == findings["cache"].state == "bad"
+    assert findings["Hub"].cure == "set HF_HOME to a folder"
+
+
 def test_the_command_exits_with_1_where_something_will_not_work(onelayer, folder):
     code, _lines, out = onelayer("doctor", folder, "--json")
     shown = json.loads(out)
