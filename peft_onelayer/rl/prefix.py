@@ -24,7 +24,7 @@ from transformers import Trainer
 
 from peft_onelayer.seams import check
 from peft_onelayer.tuner.graph_cut import installed_graph_cuts
-from peft_onelayer.tuner.instance import all_modules, all_parameters
+from peft_onelayer.tuner.instance import all_modules, parameters_of
 from peft_onelayer.tuner.layer import SingleLayerLayer
 from peft_onelayer.tuner.pass_inputs import PassInputs, pass_inputs
 from peft_onelayer.tuner.prefix import HiddenStates, starting_at
@@ -201,7 +201,7 @@ class SharedPrefix(HooksWhileTraining):
         self._pass = None
         if kwargs.get("use_cache") is not False or kwargs.get("past_key_values") is not None:
             return  # what is not False makes a cache, which every block adds to: a pass for every token of a generation
-        depth = self._depth()
+        depth, below = self._frozen()
         if not depth:
             return
         if problem := self._problem(kwargs):
@@ -210,10 +210,10 @@ class SharedPrefix(HooksWhileTraining):
         inputs = pass_inputs(decoder, args, kwargs)
         if inputs is None:
             return
-        self._pass = _Pass(inputs, (inputs.rest, depth, decoder.training, self._versions(depth)), depth)
+        self._pass = _Pass(inputs, (inputs.rest, depth, decoder.training, _versions(below)), depth)
         found = self._find(self._pass)
         if found is None and self.cache is not None:
-            self._pass.folder = self.cache.folder_of(decoder, self._below(depth), self._pass.stamp[-1], inputs)
+            self._pass.folder = self.cache.folder_of(decoder, below, self._pass.stamp[-1], inputs)
             found = self.cache.read(inputs, self.blocks, self._pass.folder)
             if found is not None:
                 self._keep(self._pass, found)
@@ -278,33 +278,32 @@ class SharedPrefix(HooksWhileTraining):
             return "blocks above the frozen ones need more of them than the hidden states"
         return None
 
-    def _depth(self) -> int:
-        """How many blocks are frozen and stand below every adapter; 0 where something before the blocks trains."""
-        mine = set(map(id, all_parameters(self.blocks)))
-        if any(parameter.requires_grad and id(parameter) not in mine for parameter in all_parameters(self.decoder)):
-            return 0
-        for index, block in enumerate(self.blocks):
-            if any(isinstance(module, SingleLayerLayer) for module in all_modules(block)):
-                return index
-            if any(parameter.requires_grad for parameter in all_parameters(block)):
-                return index
-        return 0
-
-    def _versions(self, depth: int) -> tuple[tuple[int, int], ...]:
-        """What tells that a weight below the trained block was changed or replaced."""
-        return tuple((id(p), p._version) for p in self._below(depth))
-
-    def _below(self, depth: int) -> list[nn.Parameter]:
-        above = {id(parameter) for block in self.blocks[depth:] for parameter in all_parameters(block)}
-        return [parameter for parameter in all_parameters(self.decoder) if id(parameter) not in above]
+    def _frozen(self) -> tuple[int, list[nn.Parameter]]:
+        """How many blocks are frozen and stand below every adapter, and the decoder's parameters without those of the
+        blocks above; 0 where something before the blocks trains."""
+        inside = [all_modules(block) for block in self.blocks]
+        own = [parameters_of(modules) for modules in inside]
+        around = parameters_of(all_modules(self.decoder, but=self.blocks))
+        of_blocks = {id(parameter) for parameters in own for parameter in parameters}
+        if any(parameter.requires_grad and id(parameter) not in of_blocks for parameter in around):
+            return 0, []
+        depth = 0
+        for index, (modules, parameters) in enumerate(zip(inside, own, strict=True)):
+            if _any_is(modules, SingleLayerLayer) or any(parameter.requires_grad for parameter in parameters):
+                depth = index
+                break
+        above = {id(parameter) for parameters in own[depth:] for parameter in parameters}
+        below = {id(parameter): parameter for parameters in (around, *own[:depth]) for parameter in parameters}
+        return depth, [parameter for key, parameter in below.items() if key not in above]
 
     def _problem(self, kwargs: dict[str, Any]) -> str | None:
         """Why no states may be shared in this pass and later ones."""
         if kwargs.get("inputs_embeds") is not None:
             return "the decoder is given embeddings in place of token ids"
-        if any(isinstance(module, AuxiliaryTrainingWrapper) for module in all_modules(self.decoder)):
+        modules = all_modules(self.decoder)
+        if _any_is(modules, AuxiliaryTrainingWrapper):
             return "modules_to_save holds a part of the decoder"
-        return not_repeatable(self.decoder)
+        return not_repeatable(self.decoder, modules)
 
     def _switch_off(self, problem: str) -> None:
         self.off = problem
@@ -312,10 +311,23 @@ class SharedPrefix(HooksWhileTraining):
         warnings.warn(f"the frozen blocks are run in every pass: {problem}.", stacklevel=2)
 
 
-def not_repeatable(decoder: nn.Module) -> str | None:
-    """Why a pass through a decoder cannot be made in another way beside its own, with the same outcome, or None."""
-    modules = all_modules(decoder)
-    if any(isinstance(module, (FSDPModule, FullyShardedDataParallel)) for module in modules):
+def _versions(parameters: list[nn.Parameter]) -> tuple[tuple[int, int], ...]:
+    """What tells that a weight was changed or replaced."""
+    return tuple((id(p), p._version) for p in parameters)
+
+
+def _any_is(modules: list[nn.Module], *kinds: type) -> bool:
+    return any(issubclass(kind, kinds) for kind in {*map(type, modules)})  # of which a model has few
+
+
+def not_repeatable(decoder: nn.Module, modules: list[nn.Module] | None = None) -> str | None:
+    """Why a pass through a decoder cannot be made in another way beside its own, with the same outcome, or None.
+
+    Args:
+        modules: all of it, where they are known.
+    """
+    modules = modules or all_modules(decoder)
+    if _any_is(modules, FSDPModule, FullyShardedDataParallel):
         return "FSDP gathers the weights of every block"
     if any(is_partitioned(parameter) for module in modules for parameter in module._parameters.values()):
         return "DeepSpeed ZeRO-3 gathers the weights of every block"

@@ -33,12 +33,12 @@ def own_parameters(module: nn.Module) -> dict[str, nn.Parameter]:
     return found
 
 
-def all_modules(module: nn.Module) -> list[nn.Module]:
+def all_modules(module: nn.Module, but: nn.Module | None = None) -> list[nn.Module]:
     """`module` and all within, each once: `modules()` without names and in another order, in a tenth of the time, for
-    what looks through a model in every pass."""
-    if torch.compiler.is_compiling():
+    what looks through a model in every pass. Without what is in `but` alone."""
+    if torch.compiler.is_compiling() and but is None:
         return list(module.modules())
-    found, seen = [module], {id(module)}
+    found, seen = [module], {id(module), id(but)}
     for each in found:  # which grows
         for child in each._modules.values():
             if child is not None and id(child) not in seen:
@@ -49,10 +49,13 @@ def all_modules(module: nn.Module) -> list[nn.Module]:
 
 def all_parameters(module: nn.Module) -> list[nn.Parameter]:
     """The parameters of `module` and of all within, also of a replica, which hides them from `parameters()`."""
-    if torch.compiler.is_compiling():
-        return list(module.parameters())
-    own = own_parameters if "_former_parameters" in vars(module) else _registered
-    return list({id(p): p for inside in all_modules(module) for p in own(inside).values() if p is not None}.values())
+    return list(module.parameters()) if torch.compiler.is_compiling() else parameters_of(all_modules(module))
+
+
+def parameters_of(modules: list[nn.Module]) -> list[nn.Parameter]:
+    """The parameters registered on the modules themselves, each once; also those of replicas."""
+    own = own_parameters if "_former_parameters" in vars(modules[0]) else _registered
+    return list({id(p): p for module in modules for p in own(module).values() if p is not None}.values())
 
 
 def _registered(module: nn.Module) -> dict[str, nn.Parameter | None]:

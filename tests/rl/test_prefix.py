@@ -318,7 +318,7 @@ def test_nothing_below_the_block_nothing_shared():
 def test_a_token_of_a_generation_costs_no_look_through_the_model(monkeypatch):
     model, prefix = sharing(build("Llama").requires_grad_(False))
     looks = []
-    monkeypatch.setattr(SharedPrefix, "_depth", lambda self: looks.append(self) or 2)
+    monkeypatch.setattr(SharedPrefix, "_frozen", lambda self: (looks.append(self) or 2, []))
     logits(model, token_batch())
     assert len(looks) == 1
     tokens = model.generate(input_ids=token_batch(), max_new_tokens=4, do_sample=False, eos_token_id=None)

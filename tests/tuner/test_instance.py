@@ -28,6 +28,14 @@ def test_every_module_and_parameter_once(model):
     assert sorted(map(id, all_parameters(model))) == sorted(map(id, model.parameters()))
 
 
+def test_all_but_a_part():
+    model = repeated()
+    part = model[1]
+    outside = [model, *(module for module in model.children() if module is not part)]
+    assert model[0] in part.children() and all_modules(model, but=part) == outside
+    assert all_modules(model, but=nn.ReLU()) == all_modules(model)
+
+
 def test_own_parameters_are_those_of_torch():
     module = nn.LSTM(2, 2)
     module.register_parameter("none", None)
