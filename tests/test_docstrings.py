@@ -9,7 +9,7 @@ import pytest
 import onelayer_cli
 import peft_onelayer
 
-SECONDS = ["textworld"]  # of which making a game takes seconds
+SECONDS = ["textworld", "reasoning_gym"]  # whose libraries take seconds
 
 
 def modules_with_examples():

@@ -56,7 +56,7 @@ def published(tmp_path):
     ("family", "dtype", "share"),
     [
         *(pytest.param(*case.values, 0.1, id=case.id, marks=case.marks) for case in CASES),
-        *(pytest.param(*case.values, 1.0, id=f"{case.id}-every-entry", marks=case.marks) for case in CASES[:3]),
+        *(pytest.param(*case.values, 1.0, id=f"{case.id}-every-entry", marks=pytest.mark.more) for case in CASES[:3]),
     ],
 )
 def test_every_way_to_load_gives_the_same_bits(tmp_path, family, dtype, share):

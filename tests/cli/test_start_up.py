@@ -408,6 +408,7 @@ def test_a_push_without_a_token(onelayer, files, tmp_path):
 
 def test_a_folder_of_the_hub_that_is_none(onelayer, tmp_path):
     (file := tmp_path / "file").write_text("")
-    answer = onelayer("pull", "me/x", tmp_path / "here", environment={"HF_TOKEN": "", "HF_HOME": str(file / "below")})
+    home = {"HF_TOKEN": "", "HF_HUB_OFFLINE": "0", "HF_HOME": str(file / "below")}
+    answer = onelayer("pull", "me/x", tmp_path / "here", environment=home)
     assert (answer.code, answer.out, len(answer.err)) == (1, "", 1), answer
     assert answer.err[0].endswith(f"; HF_HOME is {file / 'below'}: set it to a folder"), answer

@@ -54,9 +54,9 @@ def default():
         model,
         tokenizer,
         ARITHMETIC,
-        training_steps=100,
-        recipe=demo_recipe(ARITHMETIC, 100),
-        budget=0.06,
+        training_steps=50,
+        recipe=demo_recipe(ARITHMETIC, 50),
+        budget=0.1,
         on_candidate=lambda number, layer, spent: turns.append((number, layer, spent)),
     )
     return ranking, turns, model, before

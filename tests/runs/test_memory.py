@@ -24,14 +24,23 @@ from peft_onelayer.sweep.settings import SweepSettings
 DEMO = str(files("peft_onelayer") / "demo_model")
 
 
+def test_a_small_model():
+    torch.manual_seed(0)
+    shape = {"vocab_size": 1000, "hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 4}
+    config = LlamaConfig(num_attention_heads=4, pad_token_id=0, eos_token_id=16, **shape)
+    estimate, measured = estimated_and_measured(LlamaForCausalLM(config), "block", 2, DEMO, 2, 4)
+    assert estimate.peak == pytest.approx(measured, rel=0.1)
+
+
+@pytest.mark.more
 @pytest.mark.parametrize(
     ("method", "fields"),
     [
         ("block", {}),
-        pytest.param("full", {}, marks=pytest.mark.more),
-        pytest.param("LoRA", {"beta": 0.0}, marks=pytest.mark.more),
-        pytest.param("block", {"gradient_checkpointing": False, "optim": "sgd"}, marks=pytest.mark.more),
-        pytest.param("full", {"beta": 0.0}, marks=pytest.mark.more),
+        ("full", {}),
+        ("LoRA", {"beta": 0.0}),
+        ("block", {"gradient_checkpointing": False, "optim": "sgd"}),
+        ("full", {"beta": 0.0}),
     ],
     ids=str,
 )

@@ -29,7 +29,7 @@ LINEAR_ATTENTION = "falcon_h1 falcon_mamba jamba mamba mamba2 qwen3_5_text qwen3
 ODD = "bart bert ctrl deepseek_v32 inkling2_text xlnet"
 FAMILIES = f"{DENSE} {EXPERTS} {LINEAR_ATTENTION} {ODD}".split()
 # One of each kind of block: fused and transposed weights, parallel branches, shared inputs, experts, states, others.
-SHOWN = "bloom ctrl falcon gemma3_text gemma4_text gpt2 gpt_oss llama mamba2 mixtral qwen3 qwen3_next"
+SHOWN = "ctrl falcon gemma3_text gemma4_text gpt2 gpt_oss llama mamba2 mixtral qwen3 qwen3_next"
 SHOWN_TWICE = ["qwen3"]  # with several blocks too
 LAYERS = {"middle": "middle", "first and last": [0, -1]}
 
