@@ -36,10 +36,11 @@ from .instance import all_modules, all_parameters
 from .layer import SingleLayerLayer
 from .sharding import refuse_unmerging_in_forward
 from .stack import DecoderStack, text_config
-from .steps import note_training_pass, refuse_frozen_adapter, watch
+from .steps import Watched, note_training_pass, refuse_frozen_adapter, watch
 from .threads import RunningPasses
 
 HEAD_NAMES = {*SEQ_CLS_HEAD_NAMES, "lm_head", "embed_out", "qa_outputs", "v_head"}  # modules that run after the blocks
+COMPILED = 0  # in place of a thread; there from the beginning, since a key that comes would have a graph traced anew
 
 
 @dataclass
@@ -61,9 +62,9 @@ class GraphCut:
         self._model = weakref.ref(model)
         self.stack_name = stack.name
         self.origin = uuid.uuid4().hex  # a copy of the model has the same
-        watch(model, self.origin)
+        self.known: Watched | None = watch(model, self.origin, self.stack_name)
         self.embeds = text_config(model) is not None  # a plain module is given what enters the blocks
-        self.passes: dict[int, _Pass] = {}  # the latest one of each thread
+        self.passes = {COMPILED: _Pass(False)}  # the latest one of each thread
         self.running = RunningPasses()
         self.handles = [
             model.register_forward_pre_hook(refuse_frozen_adapter, with_kwargs=True),
@@ -82,13 +83,18 @@ class GraphCut:
 
     def __getstate__(self) -> dict[str, Any]:
         living = [handle for handle in self.handles if handle.hooks_dict_ref() is not None]  # others cannot be copied
-        return {**vars(self), "_model": self.model, "handles": living, "passes": {}}
+        return {
+            **vars(self),
+            "_model": self.model,
+            "known": None,
+            "handles": living,
+            "passes": {COMPILED: _Pass(False)},
+        }
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         model = state["_model"]
         vars(self).update(state, _model=(lambda: None) if model is None else weakref.ref(model))
-        if model is not None:
-            watch(model, self.origin)
+        self.known = None if model is None else watch(model, self.origin, self.stack_name)
 
     def remove(self) -> None:
         for handle in self.handles:
@@ -102,8 +108,8 @@ class GraphCut:
         if module.training and torch.is_grad_enabled():
             inside = all_modules(module)
             _unmerge_what_trains(inside)
-            if self.model is not None:
-                note_training_pass(self.model, self.stack_name)
+            if self.model is not None and self.known is not None:
+                note_training_pass(self.known, self.model)
             self._take_over_checkpointing(inside)
         # A plain module embeds nothing: whatever it is given may be what the caller wants gradients for.
         given = [kwargs.get("inputs_embeds")] if self.embeds else [*args, *kwargs.values()]
@@ -198,7 +204,7 @@ def _is_taken_over(checkpoint: Any) -> bool:
 
 def _thread() -> int:
     """The thread's identity; a compiled graph has no use for it."""
-    return 0 if torch.compiler.is_compiling() else threading.get_ident()
+    return COMPILED if torch.compiler.is_compiling() else threading.get_ident()
 
 
 def _needs_gradient(value: Any) -> bool:

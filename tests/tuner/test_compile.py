@@ -1,9 +1,11 @@
 """torch.compile: one graph for a training step and for inference, with the eager run's results."""
 
 import copy
+import gc
 
 import pytest
 import torch
+import torch._dynamo.testing
 from torch import nn
 
 from models import build, build_architecture, token_batch
@@ -104,3 +106,27 @@ def test_inference_follows_what_is_in_effect(in_short):
     check()
     assert torch.equal(seen[0], seen[4]) and torch.equal(seen[0], seen[5])
     assert len({tuple(logits.flatten().tolist()) for logits in seen}) == 4
+
+
+def test_one_trace_serves_every_step_while_other_models_come_and_go():
+    counter = torch._dynamo.testing.CompileCounter()
+    model = wrap(build(num_layers=2), layer=1).train()
+    run, optimizer = (
+        torch.compile(model, fullgraph=True, backend=counter),
+        torch.optim.SGD(masters(model).values(), 0.1),
+    )
+    others = []
+    for seed in range(10):  # torch gives up after 8 traces
+        run(input_ids=token_batch(seed=seed), use_cache=False).logits.mean().backward()
+        optimizer.step()
+        if seed == 3:
+            others.append(wrap(build(num_layers=2), layer=1).train())
+            others[0](input_ids=token_batch(), use_cache=False)
+        if seed == 6:
+            others.clear()
+            gc.collect()
+    assert counter.frame_count == 1
+    with torch.no_grad():
+        for _ in range(2):
+            run(input_ids=token_batch(), use_cache=False)
+    assert counter.frame_count == 2
