@@ -404,11 +404,3 @@ def test_a_push_without_a_token(onelayer, files, tmp_path):
     answer = onelayer("push", files / "dense", "me/x", environment=nobody)
     assert (answer.code, answer.out) == (1, ""), answer
     assert "cannot push to me/x: no token was found; log in with `hf auth login`" in answer.err[0], answer
-
-
-def test_a_folder_of_the_hub_that_is_none(onelayer, tmp_path):
-    (file := tmp_path / "file").write_text("")
-    home = {"HF_TOKEN": "", "HF_HUB_OFFLINE": "0", "HF_HOME": str(file / "below")}
-    answer = onelayer("pull", "me/x", tmp_path / "here", environment=home)
-    assert (answer.code, answer.out, len(answer.err)) == (1, "", 1), answer
-    assert answer.err[0].endswith(f"; HF_HOME is {file / 'below'}: set it to a folder"), answer

@@ -248,3 +248,18 @@ def test_python_remarks_on_the_users_sources_and_not_on_installed_ones(onelayer,
     assert code == 1 and "own.py:3: rows raised ValueError" in errors[-1]
     remarks = [warning for warning in recwarn if warning.category is SyntaxWarning]
     assert [warning.filename for warning in remarks] == [str(task)]
+
+
+@pytest.mark.parametrize("below", ["", "below"])
+def test_an_error_from_a_folder_of_the_hub_that_is_none_says_what_to_set(onelayer, tmp_path, monkeypatch, below):
+    (file := tmp_path / "file").write_text("")
+    monkeypatch.setenv("HF_HOME", str(home := file / below))
+
+    def without_token():
+        raise NotADirectoryError(20, "Not a directory", str(home / "token"))
+
+    monkeypatch.setattr("huggingface_hub.utils._headers.get_token", without_token)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+    code, lines, out = onelayer("pull", "me/x", tmp_path / "here")
+    assert (code, out) == (1, ""), lines
+    assert lines[-1].endswith(f"[Errno 20] Not a directory: '{home / 'token'}'; HF_HOME is {home}: set it to a folder")
