@@ -62,7 +62,7 @@ class GraphCut:
         self._model = weakref.ref(model)
         self.stack_name = stack.name
         self.origin = uuid.uuid4().hex  # a copy of the model has the same
-        self.known: Watched | None = watch(model, self.origin, self.stack_name)
+        self.known: Watched | None = watch(model, self.origin)
         self.embeds = text_config(model) is not None  # a plain module is given what enters the blocks
         self.passes = {COMPILED: _Pass(False)}  # the latest one of each thread
         self.running = RunningPasses()
@@ -94,7 +94,7 @@ class GraphCut:
     def __setstate__(self, state: dict[str, Any]) -> None:
         model = state["_model"]
         vars(self).update(state, _model=(lambda: None) if model is None else weakref.ref(model))
-        self.known = None if model is None else watch(model, self.origin, self.stack_name)
+        self.known = None if model is None else watch(model, self.origin)
 
     def remove(self) -> None:
         for handle in self.handles:
@@ -109,7 +109,7 @@ class GraphCut:
             inside = all_modules(module)
             _unmerge_what_trains(inside)
             if self.model is not None and self.known is not None:
-                note_training_pass(self.known, self.model)
+                note_training_pass(self.known, self.model, self.stack_name)
             self._take_over_checkpointing(inside)
         # A plain module embeds nothing: whatever it is given may be what the caller wants gradients for.
         given = [kwargs.get("inputs_embeds")] if self.embeds else [*args, *kwargs.values()]

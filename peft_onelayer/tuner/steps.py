@@ -35,21 +35,23 @@ class Watched:
 
     Attributes:
         origin: the same for a model and its copies.
-        stack_name: of the ModuleList that holds its blocks.
         passes: training passes with an adapter in effect, that were not compiled.
-        compiled: there were compiled ones. They are not counted: a number that every pass changes would have every
-            pass traced anew.
+        compiled: the ModuleList that holds the blocks of compiled ones, where there were any. They are not counted: a
+            number that every pass changes would have every pass traced anew.
         is_trained: an optimizer that has been checked holds what it trains.
         buffers: of the trained blocks, as they were at the first training pass, or if that was compiled at the
             optimizer's first step.
     """
 
     origin: str
-    stack_name: str
     passes: int = 0
-    compiled: bool = False
+    compiled: str | None = None
     is_trained: bool = False
     buffers: Buffers | None = None
+
+    @property
+    def has_passes(self) -> bool:
+        return self.passes > 0 or self.compiled is not None
 
 
 @dataclass
@@ -79,19 +81,18 @@ _held = weakref.WeakKeyDictionary()
 _empty: weakref.WeakSet[Optimizer] = weakref.WeakSet()  # have stepped without parameters
 
 
-def watch(model: nn.Module, origin: str, stack_name: str) -> Watched:
+def watch(model: nn.Module, origin: str) -> Watched:
     """Check every optimizer that holds parameters of `model` at each of its steps.
 
     Args:
         origin: a name that the model shares with its copies.
-        stack_name: of the ModuleList that holds its blocks.
 
     Returns:
         What is known of it, for `note_training_pass`: a compiled pass that looked for it here would be traced anew when
         another model comes or goes, and could not be traced while one goes.
     """
     _register_hook()
-    return _models.setdefault(model, Watched(origin, stack_name))
+    return _models.setdefault(model, Watched(origin))
 
 
 @functools.cache
@@ -99,19 +100,20 @@ def _register_hook() -> None:
     register_optimizer_step_pre_hook(_before_step)
 
 
-def note_training_pass(known: Watched, model: nn.Module) -> None:
+def note_training_pass(known: Watched, model: nn.Module, stack_name: str) -> None:
     """Count a training pass of a model, if it is one with an adapter in effect.
 
     Args:
         known: what `watch` returned.
+        stack_name: of the ModuleList that holds its blocks.
     """
     if not _in_effect(model):
         return
     if torch.compiler.is_compiling():
-        known.compiled = True
+        known.compiled = stack_name
         return
     known.passes += 1
-    known.buffers = known.buffers or Buffers(model, known.stack_name)
+    known.buffers = known.buffers or Buffers(model, stack_name)
 
 
 def _in_effect(model: nn.Module) -> list[SingleLayerLayer]:
@@ -171,8 +173,8 @@ def _before_step(optimizer: Optimizer, args: tuple, kwargs: dict[str, Any]) -> N
             else:
                 _refuse_training_a_copy(model, known, holding)
                 _refuse_training_another_adapter(model, holding)
-        if known.compiled and known.buffers is None:
-            known.buffers = Buffers(model, known.stack_name)
+        if known.compiled is not None and known.buffers is None:
+            known.buffers = Buffers(model, known.compiled)
         if known.buffers is not None:
             known.buffers.refuse_changes(model)
         known.is_trained = True
@@ -184,7 +186,7 @@ def _before_step(optimizer: Optimizer, args: tuple, kwargs: dict[str, Any]) -> N
 
 def _check_empty(optimizer: Optimizer) -> None:
     for model, known in list(_models.items()):
-        if (known.passes or known.compiled) and not known.is_trained and (optimizer in _empty or not _trains(model)):
+        if known.has_passes and not known.is_trained and (optimizer in _empty or not _trains(model)):
             raise RuntimeError(
                 "the optimizer holds no parameters, and no other trains the model that makes training passes with its "
                 "adapter: the adapter was frozen when the optimizer was made. To train it, load it with "
@@ -235,15 +237,10 @@ def _refuse_no_gradient(holding: _Holding) -> None:
 
 def _refuse_training_a_copy(model: nn.Module, known: Watched, holding: _Holding) -> None:
     """A copy made passes, the model none, and no gradient has come: not even from the copy, by hand."""
-    if known.compiled or known.passes != holding.passes or not _stale(holding):
+    if known.compiled is not None or known.passes != holding.passes or not _stale(holding):
         return
     for other, copy in list(_models.items()):
-        if (
-            other is not model
-            and copy.origin == known.origin
-            and (copy.passes or copy.compiled)
-            and not copy.is_trained
-        ):
+        if other is not model and copy.origin == known.origin and copy.has_passes and not copy.is_trained:
             raise RuntimeError(
                 "training passes are made with a copy of the model, and the optimizer holds the parameters of the "
                 "original; make the optimizer of the copy's parameters."
