@@ -153,6 +153,7 @@ def sweep(
         with ExitStack() as stack:  # the bar appears when all checks are done
             shown: list[Bar] = []
             unlearnable: list[str] = []  # completions that teach nothing
+            there = {path.stem for path in out.glob("rows/*.json")}  # digests of runs that are not run again
 
             def start(total: int) -> None:
                 note(f"{total} runs go to {out}")
@@ -161,7 +162,7 @@ def sweep(
             def show(done: int, total: int, spec: Any, row: dict[str, Any]) -> None:
                 unlearnable[:] = row.get("shown", unlearnable)
                 result = _result(row)
-                shown[0].update(done, f"{spec}: {result}", typical=bool(row["steps"]))
+                shown[0].update(done, f"{spec}: {result}", typical=bool(row["steps"]) and row["digest"] not in there)
                 if shown[0].progress.disable or "found" in row:
                     note(f"{done}/{total} {spec}: {result}")
 

@@ -9,6 +9,7 @@ import fake_runs
 import pytest
 from specs import DEMO
 
+from onelayer_cli._output import Bar
 from onelayer_cli.main import main
 from peft_onelayer.records.ranking import LayerRanking
 from peft_onelayer.sweep import sweep as module
@@ -34,7 +35,11 @@ def sweep(monkeypatch, capfd, tmp_path):
     return run
 
 
-def test_it_prints_the_contributions_and_writes_the_profile(sweep, tmp_path):
+def test_it_prints_the_contributions_and_writes_the_profile(sweep, tmp_path, monkeypatch):
+    paced, update = [], Bar.update
+    monkeypatch.setattr(
+        Bar, "update", lambda bar, *args, typical: paced.append(typical) or update(bar, *args, typical=typical)
+    )
     arguments = ["--layers", "0,5", "--seeds", "0,1", "--steps", "3", "--problems", "50", "--set", "temperature=0.9"]
     code, lines, out = sweep(*arguments)
     assert code == 0 and any("block 5, seed 1, learning rate 0.003: score" in line for line in lines)
@@ -49,7 +54,10 @@ def test_it_prints_the_contributions_and_writes_the_profile(sweep, tmp_path):
         assert f"{profile.sweep.contribution[k]:.4f} ± {profile.sweep.contribution_errors[k]:.4f}" in out
     assert "Block 5 is the best, ahead of every other." in out and "tokens generated" in out
     assert (tmp_path / "out" / "layer_profile.png").stat().st_size > 10_000
+    assert paced == 3 * [False] + 6 * [True]  # the base and two rates are found sooner than a run is done
+    paced.clear()
     code, lines, out = sweep(*arguments, "--json")
+    assert paced == 9 * [False]  # and what is read tells nothing of what a run takes
     assert code == 0 and json.loads(out) == json.loads(profile.to_json())
     assert sum(fake_runs.started(tmp_path).values()) == 9  # nothing ran again
     assert f"7 of 7 runs are in {tmp_path / 'out' / 'rows'} already and are not run again" in lines
