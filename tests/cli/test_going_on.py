@@ -248,6 +248,7 @@ def test_a_boosted_run_goes_on_bit_for_bit(onelayer, tmp_path, monkeypatch):
     assert code == 1 and "add --full" in lines[-1]
 
 
+@pytest.mark.more
 def test_a_run_goes_on_where_its_base_has_moved(onelayer, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     shutil.copytree(BASE, "first")

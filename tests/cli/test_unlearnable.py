@@ -72,6 +72,7 @@ def test_a_short_run_looks_at_no_more_than_it_has_itself(onelayer, task, tmp_pat
     assert "are equal for each of 16 prompts of " in lines[-1]
 
 
+@pytest.mark.more
 def test_a_run_whose_first_step_teaches_nothing_goes_on_as_if_nobody_had_looked(onelayer, tmp_path, monkeypatch):
     source = (
         "MAX_COMPLETION_TOKENS = 5\n\n\n"

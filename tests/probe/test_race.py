@@ -101,7 +101,8 @@ def test_the_budget_that_it_asks_for_is_enough(monkeypatch, budget, steps):
     assert len(starters) >= 3
 
 
-@pytest.mark.parametrize("budget", [pytest.param(0.08, marks=pytest.mark.more), 0.25])
+@pytest.mark.more
+@pytest.mark.parametrize("budget", [0.08, 0.25])
 def test_the_base_passes_no_completion_that_no_update_uses(monkeypatch, budget):
     passed, own, new_round = [], _Race._with_old_policy, _Race._new_round
 

@@ -107,8 +107,12 @@ def trl_rollouts(model, tokenizer, task, rows, tmp_path, *, greedy, samples, see
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize(
     ("task", "rows", "limit"),
-    [(COUNTER, ROWS, 300), (COUNTER, ROWS, 130), (TEXT, ROWS, 40), (TEXT, PLAIN_ROWS, 40)],
-    ids=["environment", "environment, short of room", "chat", "plain"],
+    [
+        pytest.param(COUNTER, ROWS, 300, id="environment", marks=pytest.mark.more),
+        pytest.param(COUNTER, ROWS, 130, id="environment, short of room"),
+        pytest.param(TEXT, ROWS, 40, id="chat"),
+        pytest.param(TEXT, PLAIN_ROWS, 40, id="plain"),
+    ],
 )
 @pytest.mark.parametrize(
     ("greedy", "template"),

@@ -341,6 +341,7 @@ def test_the_answer_is_found_as_the_library_finds_it(text):
     assert task_module.extract_answer(text) == library.utils.extract_answer(text)
 
 
+@pytest.mark.more
 def test_finding_the_answer_takes_time_in_proportion_to_the_text():
     """The library's way takes hours for these."""
     row = first("chain_sum")
