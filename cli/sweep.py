@@ -6,7 +6,7 @@ import sys
 from contextlib import ExitStack, redirect_stdout
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
 
@@ -27,10 +27,8 @@ from ._options import (
     TrustRemoteCode,
     Unsafe,
 )
-from ._output import Bar, note, print_line, print_table, progress_bar, status
-
-if TYPE_CHECKING:
-    from peft_onelayer.records.ranking import LayerRanking
+from ._output import Bar, note, progress_bar, status
+from ._profile import print_profile
 
 
 def sweep(
@@ -187,7 +185,7 @@ def sweep(
     if as_json:
         print(profile.to_json(), end="")
     else:
-        _print_profile(profile, out)
+        print_profile(profile, out)
 
 
 def _result(row: dict[str, Any]) -> str:
@@ -221,64 +219,3 @@ def _numbers(option: str, text: str, kind: type) -> list[Any]:
     except ValueError:
         numbers = "whole numbers" if kind is int else "numbers"
         raise ValueError(f"{option} takes {numbers} separated by commas, got {text!r}") from None
-
-
-def _print_profile(profile: LayerRanking, out: Path) -> None:
-    def cell(value: float | None, error: float | None, sign: str = "") -> str:
-        return "" if value is None else f"{value:{sign}.4f} ± " + ("?" if error is None else f"{error:.4f}")
-
-    sweep = profile.sweep
-    assert sweep is not None and sweep.means and sweep.full_gain and sweep.contribution_errors and sweep.seeds
-    rows = [["base", cell(sweep.base, sweep.base_error), "", ""]]
-    rows.append(["full", f"{sweep.full:.4f}", cell(sweep.full_gain[0], sweep.full_gain[1], "+"), ""])
-    for k, mean in enumerate(sweep.means):
-        if mean is not None:
-            gained = cell(profile.scores[k], profile.errors[k], "+")
-            c = "undefined" if sweep.undefined else cell(sweep.contribution[k], sweep.contribution_errors[k])
-            rows.append([str(k), f"{mean:.4f}", gained, c])
-        elif str(k) in sweep.stopped:
-            rows.append([str(k), f"stopped after {', '.join(map(str, sweep.stopped[str(k)]))} steps", "", ""])
-    print_table(
-        f"{sweep.algorithm} on {profile.task}: {sweep.steps} steps, seeds {', '.join(map(str, sweep.seeds))}, "
-        f"{sweep.problems} problems x {sweep.samples}",
-        ["block", "score", "gain", "C"],
-        rows,
-    )
-    print_line("± one standard error: over the problems, paired, and over the seeds where there are several.")
-    if sweep.undefined:
-        print_line(f"C is undefined: {sweep.undefined}.")
-    if sweep.regimes:
-        from peft_onelayer.sweep.regimes import regime_lines, regime_table
-
-        print_table("C under three regimes of learning rates", *regime_table(sweep.regimes))
-        for line in regime_lines(sweep.regimes, sweep.seeds):
-            print_line(line)
-    print_line(_verdict(profile))
-    still = [str(k) for k in profile.order if profile.scores[k] == 0 == profile.errors[k]]
-    if still and (len(still) < len(profile.order) or sweep.full_gain != [0, 0]):
-        print_line(
-            f"Scored as the base on every problem: block {', '.join(sorted(still, key=int))}; a higher --learning-rate "
-            "or more --steps may move it."
-        )
-    if sweep.learning_rate_search or sweep.learning_rates_found:
-        print_line(f"Learning rates found: {profile.learning_rate:g} for a block, {sweep.full_learning_rate:g} full.")
-    cost = profile.cost
-    print_line(
-        f"Cost: {cost['tokens_generated']:,.0f} tokens generated, {cost['tokens_trained']:,.0f} trained on, "
-        f"{cost['seconds']:.0f} s of runs; {cost['share']:.1f} times one run of a block."
-    )
-    print_line(f"Written to {out}: rows/, layer_profile.json, layer_profile.csv, layer_profile.png")
-
-
-def _verdict(profile: LayerRanking) -> str:
-    if not profile.order:
-        return "No block was measured to the end."
-    best = profile.order[0]
-    if len(profile.order) == 1:
-        gained = "it did not gain beyond noise" if profile.pick is None else "it gained"
-        return f"Block {best} is the only one that was measured; {gained}."
-    others = [str(k) for k in sorted(profile.tied) if k != best]
-    tie = f"indistinguishable from {', '.join(others)}" if others else "ahead of every other"
-    if profile.pick is None:
-        return f"No block gained beyond noise; the most, block {best}, is {tie}."
-    return f"Block {best} is the best, {tie}."

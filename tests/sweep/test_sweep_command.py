@@ -92,6 +92,19 @@ def test_what_scored_as_the_base_is_named(sweep, monkeypatch, tmp_path):
     assert "Scored as the base" not in out
 
 
+def test_what_fell_below_the_base_is_named(sweep, monkeypatch, tmp_path):
+    few = ["--layers", "0,3,5", "--steps", "3", "--problems", "50", "--learning-rate", "1e-3"]
+    monkeypatch.setenv("FAKE_RUNS_FATE", json.dumps({"levels": {"0 0.001": 0.01, "3 0.001": 0.02, "5 0.001": 0.9}}))
+    code, _, out = sweep(*few, "--out", str(tmp_path / "some"))
+    assert code == 0 and "Below the base, beyond noise: block 0, 3; the learning rate may be too high there" in out
+    assert "To try another: --layers 0,3 --learning-rate RATE, with another --out." in " ".join(out.split())
+    assert "All parameters ended below" not in out
+    monkeypatch.setenv("FAKE_RUNS_FATE", json.dumps({"levels": {"full 0.001": 0.01, "5 0.001": 0.9}}))
+    code, _, out = sweep(*few, "--layers", "5", "--out", str(tmp_path / "full"))
+    assert code == 0 and "Below the base" not in out
+    assert "All parameters ended below the base, beyond noise; a lower --full-learning-rate may mend it." in out
+
+
 def test_nothing_to_learn_shows_completions_and_one_line(sweep, monkeypatch, tmp_path):
     monkeypatch.setenv("FAKE_RUNS_FATE", json.dumps({"nothing": True}))
     code, lines, out = sweep("--layers", "0,5", "--workers", "1")
