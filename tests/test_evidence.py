@@ -334,6 +334,26 @@ def test_a_whole_study_has_every_figure_from_its_rows(evidence, written):
     assert "| block 15 | 0 |" in section and "+0.5125 ± 0.0125 |" in section  # 2.5 of 2, 2.625 of 2.1
 
 
+def test_a_block_that_a_ranking_chose_is_measured_and_is_not_the_best_of_a_sweep(evidence, written):
+    setting = evidence.SETTINGS[1]
+    rows = whole(evidence, setting)
+    probes = [probe_row(setting, probe, 13) for probe in evidence.measures.probe_runs(setting)[:3]]
+    chosen = [run for run in dict.fromkeys(evidence.runs(setting, rows, probes)) if run.block == 13]
+    assert [(run.kind, run.seed) for run in chosen] == [("block", 0), ("block", 1)]
+    page, _ = written(setting, rows, probes=probes)
+    assert "| each other block that a ranking chose | 0 of 2 | block 13, seed 0; block 13, seed 1 |" in page
+    assert "| prior | 0% | 24 steps | 1 | 13 | not measured yet |" in page
+    rows += [full_row(setting, run, 0.58) for run in chosen]
+    page, _ = written(setting, rows, probes=probes)
+    assert "| each other block that a ranking chose | 2 of 2 |  |" in page
+    assert "| prior | 0% | 24 steps | 1 | 13 | 1.00 | 1.00 | 1.00 |" in page
+    assert evidence.planned.best_block(rows, setting) == 12
+    assert list(dict.fromkeys(evidence.runs(setting, rows, probes[:1]))) == list(
+        dict.fromkeys(evidence.runs(setting, rows, probes))
+    )
+    assert "block 12 of seed 0 has C" in page and "block 13 of seed" not in page
+
+
 def test_what_is_written_by_hand_is_kept(evidence, tmp_path):
     page = tmp_path / "evidence.md"
     (first,) = evidence.page.pages(tmp_path, page).values()

@@ -170,9 +170,14 @@ def main() -> None:
     options = parser.parse_args()
     setting = study_of(parser, options, SETTINGS)
     folder, path = options.models / setting.model, RESULTS / f"{setting.name}.jsonl"
+    rankings = RESULTS / f"{setting.name}-probes.jsonl"
+
+    def wanted() -> list[Run]:
+        return list(dict.fromkeys(runs(setting, read_records(path), read_records(rankings))))
+
     if options.list:
         rows = read_records(path)
-        missing = [run for run in dict.fromkeys(runs(setting, rows)) if not any(same(run, r) for r in rows)]
+        missing = [run for run in wanted() if not any(same(run, r) for r in rows)]
         print(f"{len(rows)} runs are there; next of {len(missing)}: " + "; ".join(map(str, missing[:5])))
         return
     check_model(parser, folder)
@@ -184,7 +189,7 @@ def main() -> None:
     limits = options.minutes, options.jobs
     if options.probes:
         failed = collect(
-            RESULTS / f"{setting.name}-probes.jsonl",
+            rankings,
             lambda: probe_runs(setting),
             lambda probe, row: row["probe"] == probe,
             partial(execute_probe, setting, folder=folder),
@@ -201,7 +206,7 @@ def main() -> None:
     else:
         failed = collect(
             path,
-            lambda: list(dict.fromkeys(runs(setting, read_records(path)))),
+            wanted,
             same,
             partial(execute, setting, folder=folder),
             *limits,

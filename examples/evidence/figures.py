@@ -10,7 +10,7 @@ from typing import Any
 
 from measures import probe_runs, retention_runs
 from one_run import Setting
-from planned import COMPARED, DEPTH, RESULTS, SEEDS, SETTINGS, aimed, best_block, best_rate, grid
+from planned import COMPARED, DEPTH, RESULTS, SEEDS, SETTINGS, aimed, best_block, best_rate, grid, picked
 
 from peft_onelayer.records.jsonl import read_records
 from peft_onelayer.records.ranking import LayerRanking
@@ -19,6 +19,7 @@ from peft_onelayer.sweep.metric import LayerContribution, gain, layer_contributi
 
 KINDS = ("block", "full", "lora-all", *COMPARED)
 BLOCKS = "each block that is aimed at"
+PICKED = "each other block that a ranking chose"
 SEARCH = "the search for the rate of "  # begins the name of a part
 Row = dict[str, Any]
 
@@ -121,8 +122,8 @@ class Study:
         """Of each whole sweep its seed, its best block, and the C of this block in the seeds that did not choose it."""
         found = []
         for seed in SEEDS:
-            chosen = self.blocks(seed)
-            if not chosen.keys() >= set(self.aimed):
+            chosen = {k: rows for k, rows in self.blocks(seed).items() if k in self.aimed}
+            if len(chosen) < len(self.aimed):
                 continue
             block = max(chosen, key=lambda k: chosen[k][0]["mean"])
             others = [row for row in self.of("block", block) if row["run"]["seed"] != seed]
@@ -152,10 +153,13 @@ class Study:
             missing = [f"{rate:g}" for rate in rates if rate not in done]
             found.append(_part(f"{SEARCH}{name_of(kind)}", len(rates), missing))
         for seed in SEEDS:
-            blocks = self.blocks(seed)
-            left = [k for k in self.aimed if k not in blocks]
+            there = self.blocks(seed)
+            left = [k for k in self.aimed if k not in there]
             said = f"blocks {ranges(left)}" if left else ""
             found.append(Part(f"{BLOCKS}, seed {seed}", len(self.aimed) - len(left), len(self.aimed), said))
+        if chosen := [(k, seed) for k in picked(self.setting, self.probes) for seed in SEEDS]:
+            unmeasured = [f"block {k}, seed {seed}" for k, seed in chosen if k not in self.blocks(seed)]
+            found.append(_part(PICKED, len(chosen), unmeasured, "; ".join(unmeasured)))
         found += [
             self._repeated("all parameters", self.full),
             self._repeated("all at the blocks' rate", self.full_at_equal),
@@ -189,7 +193,7 @@ class Study:
         return _part(name, len(SEEDS), [f"seed {seed}" for seed in SEEDS if seed not in there])
 
     def recovery(self, ranking: LayerRanking) -> tuple[float, float] | None:
-        """C(pick) / C(best of those aimed at), and whether the pick is the best or tied with it; of several blocks,
+        """C(pick) / C(best of those measured), and whether the pick is the best or tied with it; of several blocks,
         their means. None before these blocks were measured, and where a pick was not."""
         shares, picks, tied = self._shares_of_best(), ranking.choice, self.tied()
         if not shares.keys() >= {*picks}:
@@ -197,13 +201,13 @@ class Study:
         return statistics.fmean(shares[k] for k in picks), statistics.fmean(k in tied for k in picks)
 
     def best_that_ran(self, ranking: LayerRanking) -> float | None:
-        """C(best of the blocks to which a race gave a turn) / C(best of those aimed at): what its pick could reach."""
+        """C(best of the blocks to which a race gave a turn) / C(best of those measured): what its pick could reach."""
         shares, ran = self._shares_of_best(), {int(block) for block in ranking.rounds or {}}
         return max(shares[k] for k in ran) if ran and shares.keys() >= ran else None
 
     def picked_by_other_seeds(self) -> list[float]:
         """C(pick) / C(best) in each seed, the pick being the best block of another seed's whole sweep."""
-        gains = {seed: self.gains(seed) for seed in SEEDS}
+        gains = {seed: {k: v for k, v in self.gains(seed).items() if k in self.aimed} for seed in SEEDS}
         if not all(gains.values()):
             return []
         pairs = [(gains[chosen], gains[seen]) for chosen in SEEDS for seen in SEEDS if chosen != seen]

@@ -142,7 +142,7 @@ def _missing(study: Study) -> str:
             listed.append(f"{part.name} ({part.missing})")
         elif part.there < part.wanted and not part.name.startswith(SEARCH):
             others.append(part.name)
-    return ", ".join([*listed, *(others if len(others) < 4 else [f"{len(others)} other parts"])])
+    return ", ".join([*listed, *(others if len(others) < 5 else [f"{len(others)} other parts"])])
 
 
 def _against(c: LayerContribution) -> str:

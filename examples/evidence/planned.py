@@ -8,6 +8,8 @@ from typing import Any
 
 from one_run import HERE, Run, Setting
 
+from peft_onelayer.records.ranking import LayerRanking
+
 RESULTS = HERE / "results"
 SEEDS = (0, 1)
 RATES, LORA_RATES = (1e-5, 3e-5, 1e-4, 3e-4, 1e-3), (1e-4, 3e-4, 1e-3, 3e-3, 1e-2)
@@ -38,6 +40,16 @@ def aimed(setting: Setting) -> list[int]:
     return [k for k in range(depth) if k % stride == 0 or k in (depth // 2, depth - 1)]
 
 
+def picked(setting: Setting, probes: Sequence[dict[str, Any]]) -> list[int]:
+    """The blocks that rankings chose and that are not among those aimed at, ascending.
+
+    What they gain is measured too, so that every choice can be held against the best block. The best block of a sweep
+    stays one of those aimed at.
+    """
+    rankings = [LayerRanking.from_dict(row["ranking"], "a probe") for row in probes if row["ranking"]]
+    return sorted({k for ranking in rankings for k in ranking.choice} - {*aimed(setting)})
+
+
 def grid(kind: str) -> str:
     """The field of `Setting` with the rates that are tried for a kind.
 
@@ -55,15 +67,21 @@ def best_rate(rows: Sequence[dict[str, Any]], kind: str) -> float | None:
 
 def best_block(rows: Sequence[dict[str, Any]], setting: Setting) -> int | None:
     """The block of the highest score in the sweep of the first seed; None before all of it is there."""
-    rate = best_rate(rows, "block")
+    rate, asked = best_rate(rows, "block"), aimed(setting)
     found = [r for r in rows if (r["run"]["kind"], r["run"]["rate"], r["run"]["seed"]) == ("block", rate, SEEDS[0])]
-    if rate is None or not {r["run"]["block"] for r in found}.issuperset(aimed(setting)):
+    of_sweep = [r for r in found if r["run"]["block"] in asked]
+    if rate is None or not {r["run"]["block"] for r in of_sweep}.issuperset(asked):
         return None
-    return int(max(found, key=lambda r: r["mean"])["run"]["block"])
+    return int(max(of_sweep, key=lambda r: r["mean"])["run"]["block"])
 
 
-def runs(setting: Setting, rows: Sequence[dict[str, Any]]) -> Iterator[Run]:
-    """The runs that can be named yet, in their order: those at a tuned rate only when its search is done."""
+def runs(setting: Setting, rows: Sequence[dict[str, Any]], probes: Sequence[dict[str, Any]] = ()) -> Iterator[Run]:
+    """The runs that can be named yet, in their order: those at a tuned rate only when its search is done.
+
+    Args:
+        rows: of the runs that are there.
+        probes: rankings of the blocks, whose choices are run too.
+    """
     num_layers = DEPTH[setting.model]
     middle = num_layers // 2
     yield Run("base", searched=True)
@@ -78,6 +96,8 @@ def runs(setting: Setting, rows: Sequence[dict[str, Any]]) -> Iterator[Run]:
     if block is None or full is None:
         return
     yield from measured
+    chosen = picked(setting, probes)
+    yield from (Run("block", k, block) for k in chosen)
     best = best_block(rows, setting)
     for kind in COMPARED:
         at = middle if kind == "lora-block" else None
@@ -85,7 +105,7 @@ def runs(setting: Setting, rows: Sequence[dict[str, Any]]) -> Iterator[Run]:
         yield from repetitions(kind, SEEDS[0], rows, middle, best)
     for seed in SEEDS[1:]:
         yield from (Run("full", None, rate, seed) for rate in sorted({full, block}))
-        yield from (Run("block", k, block, seed) for k in blocks)
+        yield from (Run("block", k, block, seed) for k in [*blocks, *chosen])
         for kind in ("lora-all", *COMPARED):
             yield from repetitions(kind, seed, rows, middle, best)
 

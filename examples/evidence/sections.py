@@ -162,6 +162,7 @@ def _probes(study: Study) -> list[str]:
         "ran | C(best of these) / C(best) | share | seconds |"
     )
     lines.append("|---|---|---|---|---|---|---|---|---|---|---|---|")
+    missing = "not measured yet" if study.gains() else "no whole profile yet"
     groups: dict[tuple[str, float, int], list[Row]] = {}
     asked = probe_runs(study.setting)
     for row in sorted(study.probes, key=lambda row: asked.index(row["probe"])):
@@ -181,9 +182,7 @@ def _probes(study: Study) -> list[str]:
             else []
         )
         cells += (
-            [f"{statistics.fmean(o[1] for o in outcomes):.2f}"]
-            if outcomes
-            else ["no whole profile yet" if rankings else "", "", ""]
+            [f"{statistics.fmean(o[1] for o in outcomes):.2f}"] if outcomes else [missing if rankings else "", "", ""]
         )
         raced = [(len(r.rounds or {}), best) for r in rankings if (best := study.best_that_ran(r)) is not None]
         cells += (
