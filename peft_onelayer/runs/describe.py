@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import platform
@@ -38,12 +39,17 @@ def describe_machine() -> dict[str, Any]:
     """Versions and hardware: on others the same run may round differently."""
     cuda = torch.cuda.is_available()
     return {
-        "versions": {"python": platform.python_version()} | {package: version(package) for package in PACKAGES},
+        "versions": {"python": platform.python_version()} | _versions(),
         "device": torch.cuda.get_device_name() if cuda else "cpu",
         "machine": f"{platform.system()} {platform.machine()}",
         "processes": int(os.environ.get("WORLD_SIZE", "1")),
         "threads": torch.get_num_threads(),
     }
+
+
+@functools.cache  # reading a package's metadata takes milliseconds, and a sweep in one process asks for every run
+def _versions() -> dict[str, str]:
+    return {package: version(package) for package in PACKAGES}
 
 
 def describe_config(config: TrainingArguments) -> dict[str, Any]:

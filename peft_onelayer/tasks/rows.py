@@ -9,7 +9,7 @@ import copy
 import math
 import numbers
 from collections.abc import Mapping, Sequence
-from typing import Any, Protocol, runtime_checkable
+from typing import Any
 
 from peft_onelayer.records.text import one_line
 
@@ -72,16 +72,9 @@ def _checked_score(where: str, score: Any, of: str) -> float:
     return float(score)
 
 
-@runtime_checkable
-class _HasList(Protocol):
-    """Arrays and scalars of numpy, and tensors."""
-
-    def tolist(self) -> Any: ...
-
-
 def _plain(value: Any) -> Any:
     """A result of numpy or torch as Python's lists and numbers; others as they are."""
-    return value.tolist() if isinstance(value, _HasList) else value
+    return value.tolist() if hasattr(value, "tolist") else value
 
 
 def check_columns(where: str, row: Mapping[str, Any]) -> None:
