@@ -132,6 +132,12 @@ def _of_the_hubs_folder(error: Exception) -> str:
     return "" if there.is_dir() else f"; HF_HOME is {home}: set it to a folder"
 
 
+def _given(error: typer.TyperException) -> str:
+    """What was given where pydantic, to which Typer leaves values since 0.29, says only what it wants."""
+    cause: Any = error.__cause__
+    return f", got {cause.errors()[0]['input']!r}" if type(cause).__name__ == "ValidationError" else ""
+
+
 @functools.cache
 def program() -> Any:
     """The group of the commands; making it takes a tenth of a second."""
@@ -167,7 +173,7 @@ def main() -> None:
             typed = as_typed(option, sys.argv[1:])
             error.message = error.message.replace(option, typed)
             error.possibilities = other_names(typed, context) or error.possibilities
-        error.message = with_our_command(error.message)
+        error.message = with_our_command(error.message) + _given(error)
         said = error.format_message()  # a missing choice is listed over several lines
         if context and said.startswith("Missing argument"):  # the one that is named may be another than was left out
             said = f"{said.rstrip('.')}; it takes {arguments_of(context)}"
