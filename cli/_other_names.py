@@ -111,7 +111,8 @@ def for_an_extra_argument(context: typer.Context, extra: str) -> str:
         return (
             f"an adapter goes behind {option}: {shlex.join([*context.command_path.split(), base, option, *adapters])}"
         )
-    return f"it takes {arguments_of(context)}, and all else by options"
+    taken = arguments_of(context)
+    return f"it takes {taken}, and all else by options" if taken else "it takes none"
 
 
 def as_typed(option: str, arguments: Sequence[str]) -> str:

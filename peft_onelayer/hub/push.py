@@ -41,7 +41,7 @@ from peft_onelayer.records.files import (
     scratch_directory,
 )
 from peft_onelayer.records.hub_errors import LOG_IN, HubError, hub_errors
-from peft_onelayer.records.locate import adapter_folder, cached_base, is_local, last_part
+from peft_onelayer.records.locate import adapter_folder, cached_base, check_adapter_folder, is_local, last_part
 from peft_onelayer.records.privacy import holds_secrets, without_private
 from peft_onelayer.records.text import name_blocks, printable
 from peft_onelayer.sparse.base import OtherBaseError
@@ -142,6 +142,7 @@ def push_adapter(
     if not folder.is_dir():
         raise ValueError(f"no adapter folder at {folder}; give the one that onelayer train wrote.")
     folder, branch = adapter_folder(folder), revision or constants.DEFAULT_REVISION
+    check_adapter_folder(folder, str(folder))
     if not dry_run:
         given, repo_id = repo_id, _with_owner(repo_id)
         if note is not None and repo_id != given:

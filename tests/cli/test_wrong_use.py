@@ -35,6 +35,12 @@ from onelayer_cli.main import app
         (["demo", "--sede", "1"], 2, "No such option: --sede"),
         (["demo", "extra"], 2, "extra"),
         (["dmeo"], 2, "No such command 'dmeo'"),
+        (["tasks", "extra"], 2, "it takes none; see 'onelayer tasks --help'"),
+        (
+            ["push", str(files("peft_onelayer") / "demo_model"), "me/x"],
+            1,
+            "is not an adapter",
+        ),  # before a token is missed
         (["doctor", "nowhere"], 1, "no folder nowhere"),
         (["search", "--base"], 2, "'--base' requires an argument; see 'onelayer search --help'"),
         (["merge", "base", "adapter"], 2, "ADAPTER...'; it takes BASE ADAPTER... OUT"),
