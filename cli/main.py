@@ -132,10 +132,13 @@ def _of_the_hubs_folder(error: Exception) -> str:
     return "" if there.is_dir() else f"; HF_HOME is {home}: set it to a folder"
 
 
-def _given(error: typer.TyperException) -> str:
-    """What was given where pydantic, to which Typer leaves values since 0.29, says only what it wants."""
+def _with_what_was_given(error: typer.TyperException) -> str:
+    """The message. Typer leaves values to pydantic since 0.29, which says only what it wants of them."""
     cause: Any = error.__cause__
-    return f", got {cause.errors()[0]['input']!r}" if type(cause).__name__ == "ValidationError" else ""
+    if type(cause).__name__ != "ValidationError":
+        return str(error.message)
+    message, given = error.message.removeprefix("Value error, "), repr(cause.errors()[0]["input"])
+    return message if given in message else f"{message}, got {given}"
 
 
 @functools.cache
@@ -173,7 +176,7 @@ def main() -> None:
             typed = as_typed(option, sys.argv[1:])
             error.message = error.message.replace(option, typed)
             error.possibilities = other_names(typed, context) or error.possibilities
-        error.message = with_our_command(error.message) + _given(error)
+        error.message = with_our_command(_with_what_was_given(error))
         said = error.format_message()  # a missing choice is listed over several lines
         if context and said.startswith("Missing argument"):  # the one that is named may be another than was left out
             said = f"{said.rstrip('.')}; it takes {arguments_of(context)}"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+import shlex
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -11,7 +12,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from peft_onelayer.adapter.checkpoint import Checkpoint
 from peft_onelayer.adapter.reader import AdapterFile
-from peft_onelayer.records.locate import check_revision
+from peft_onelayer.records.locate import check_base_of, check_revision
 
 from .change import recorded_revision
 from .sources import Change, open_base, open_change, open_other
@@ -197,11 +198,13 @@ def _recorded_base(names: Sequence[str], opened: Sequence[Checkpoint | AdapterFi
         recorded = other.config.get("base_model_name_or_path")
         if not recorded:
             raise ValueError(f"{name} does not record its base: give the base.")
-        found[recorded] = name
+        found[recorded] = name, other.folder
     if len(found) > 1:
-        listed = ", ".join(f"{name} on {base}" for base, name in found.items())
+        listed = ", ".join(f"{name} on {base}" for base, (name, _) in found.items())
         raise ValueError(f"the runs record several bases: {listed}. If they are the same, give it as the base.")
-    return next(iter(found))
+    ((base, (_, folder)),) = found.items()
+    check_base_of(folder, f"onelayer compare {shlex.join(names)} --base {{base}}")
+    return base
 
 
 def _measure(name: str, changes: Sequence[Change]) -> tuple[int, list[_Own], dict[tuple[int, int], _Sums]]:

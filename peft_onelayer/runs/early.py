@@ -93,9 +93,6 @@ def check_training(settings: TrainingSettings, *, resume: bool = False, writes: 
     check_reporters(settings.report_to)
     if not algorithm.online and settings.dataset:
         check_data(settings.dataset)
-    _check_inputs(settings)
-    if writes:
-        check_weights(settings.model)
     if writes and os.environ.get("RANK", "0") == "0":
         with claimed(Path(settings.out)):  # a run that goes on is named before what its folder lacks yet
             folder = RunFolder(Path(settings.out), resume)
@@ -107,6 +104,9 @@ def check_training(settings: TrainingSettings, *, resume: bool = False, writes: 
             )
         if folder.previous and folder.previous.status == "finished":
             _check_more_steps(settings, folder.previous)
+    _check_inputs(settings)
+    if writes:
+        check_weights(settings.model)
 
 
 def _check_more_steps(settings: TrainingSettings, finished: RunRecord) -> None:

@@ -249,11 +249,14 @@ def test_a_boosted_run_goes_on_bit_for_bit(onelayer, tmp_path, monkeypatch):
 
 
 @pytest.mark.more
-def test_a_run_goes_on_where_its_base_has_moved(onelayer, tmp_path, monkeypatch):
+@pytest.mark.parametrize("first", ["first", "./first", "{folder}/first"])
+def test_a_run_goes_on_where_its_base_has_moved(onelayer, tmp_path, monkeypatch, first):
     monkeypatch.chdir(tmp_path)
     shutil.copytree(BASE, "first")
     steps = ["--task", "sort", "--layer", "2", "--learning-rate", "1e-3", "--eval-problems", "0", "--prompts", "1"]
-    code, lines, _ = onelayer("train", "first", *steps, "--steps", "1", "--set", "save_steps=1", "--out", "run")
+    code, lines, _ = onelayer(
+        "train", first.format(folder=tmp_path), *steps, "--steps", "1", "--set", "save_steps=1", "--out", "run"
+    )
     assert code == 0, lines
     shutil.move("first", "second")
     shutil.move("run", "moved")

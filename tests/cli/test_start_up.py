@@ -360,6 +360,11 @@ LORA = ["--format", "lora"]
         (["generate", "{root}/base", "--prompt", "a", "--prompt", " "], 1, "--prompt holds no text"),
         (["eval", "{root}/moved", "--task", "sort"], 1, "onelayer eval PATH/TO/base --adapter {root}/moved"),
         (["eval", "{root}/pulled", "--task", "sort"], 1, "an adapter of the model in a folder my_model, and no such"),
+        (
+            ["compare", "{root}/moved", "{root}/moved"],
+            1,
+            "onelayer compare {root}/moved {root}/moved --base PATH/TO/base",
+        ),
         (["generate", "{root}/pulled", "--prompt", "x"], 1, "onelayer generate PATH/TO/my_model {root}/pulled"),
         (["eval", "{root}/base", "--task", "sort", "--split", "tset"], 1, "did you mean test?"),
         (["eval", "{root}/dense", "--adapter", "{root}/sparse", "--task", "sort"], 1, "is an adapter itself"),
