@@ -148,7 +148,9 @@ def check_adapter_folder(folder: Path, name: str) -> None:
         if not (folder / file).is_file():
             inside = folder / "adapter"  # where `onelayer demo` puts it
             hint = f"; did you mean {inside}?" if (inside / file).is_file() else "."
-            raise ValueError(f"{name} holds no {file}, so it is not an adapter that can be loaded{hint}")
+            model = file == CONFIG and (folder / "config.json").is_file()
+            what = "a model and no adapter" if model else "not an adapter that can be loaded"
+            raise ValueError(f"{name} holds no {file}, so it is {what}{hint}")
 
 
 def holds_adapter(name: str) -> bool:

@@ -39,7 +39,7 @@ from onelayer_cli.main import app
         (
             ["push", str(files("peft_onelayer") / "demo_model"), "me/x"],
             1,
-            "is not an adapter",
+            "it is a model and no adapter",
         ),  # before a token is missed
         (["doctor", "nowhere"], 1, "no folder nowhere"),
         (["search", "--base"], 2, "'--base' requires an argument; see 'onelayer search --help'"),

@@ -135,7 +135,10 @@ def test_what_cannot_vote_is_refused_in_one_line(tmp_path):
         ({"adapters": [five, five], "samples": 0}, "at least 1"),
         ({"adapters": [five, one]}, "made for a model of 4 blocks|belongs to another"),
         ({"adapters": [five, str(tmp_path / "nothing")]}, "no .*folder"),
-        ({"adapters": [five, str(tmp_path / "base")]}, "base holds no adapter_config.json, so it is not an adapter"),
+        (
+            {"adapters": [five, str(tmp_path / "base")]},
+            "base holds no adapter_config.json, so it is a model and no adapter",
+        ),
     ):
         with pytest.raises(ValueError, match=match) as error:
             vote(VoteSettings(task="arithmetic", problems=4, **settings))
