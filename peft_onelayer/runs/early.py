@@ -56,6 +56,8 @@ def check_training(settings: TrainingSettings, *, resume: bool = False, writes: 
         settings: values in their `config` may be texts.
         writes: whether the folder is looked at, for which a lock stands beside it for a moment.
     """
+    if writes and resume:
+        _check_folder(settings, resume=True)
     algorithm = load_algorithm(settings.algorithm)
     check_ranking(settings.method, settings.budget)
     _check_rate(settings)
@@ -93,20 +95,49 @@ def check_training(settings: TrainingSettings, *, resume: bool = False, writes: 
     check_reporters(settings.report_to)
     if not algorithm.online and settings.dataset:
         check_data(settings.dataset)
-    if writes and os.environ.get("RANK", "0") == "0":
-        with claimed(Path(settings.out)):  # a run that goes on is named before what its folder lacks yet
-            folder = RunFolder(Path(settings.out), resume)
-        if folder.previous and folder.previous.settings.model.sha256 and not Path(settings.model).expanduser().is_dir():
-            again = f"onelayer train {path_to(settings.model)} --resume --out {settings.out}"
-            raise ValueError(
-                f"the run in {settings.out} trains the model in a folder {settings.model}, and no such folder is here; "
-                f"name the model: {again}"
-            )
-        if folder.previous and folder.previous.status == "finished":
-            _check_more_steps(settings, folder.previous)
+    if writes and not resume:
+        _check_folder(settings)
     _check_inputs(settings)
     if writes:
         check_weights(settings.model)
+
+
+def _check_folder(settings: TrainingSettings, *, resume: bool = False) -> None:
+    """Refuse a folder that the run may not be written to, and a run that cannot go on from here."""
+    if os.environ.get("RANK", "0") != "0":
+        return
+    with claimed(Path(settings.out)):
+        folder = RunFolder(Path(settings.out), resume)
+    if folder.previous:
+        _check_files(settings, folder.previous)
+    if folder.previous and folder.previous.status == "finished":
+        _check_more_steps(settings, folder.previous)
+
+
+def _check_files(settings: TrainingSettings, previous: RunRecord) -> None:
+    """Refuse to go on with a run of which files were named by paths that lead nowhere from here."""
+    task = settings.task if isinstance(settings.task, str) else ""
+    name, _, argument = task.partition(":")
+    reward, _, function = (settings.reward or "").rpartition(":")
+    kept = any(digest.startswith("sha256:") for digest in previous.settings.source.data.values())
+    named = {
+        "{}": settings.model if previous.settings.model.sha256 else None,
+        "--task {}": task if task.endswith(".py") else None,
+        f"--task {name}:{{}}": argument if kept else None,
+        "--dataset {}": settings.dataset if kept and not task else None,
+        f"--reward {{}}:{function}": reward,
+        "--mask {}": settings.mask,
+        "--init-adapter {}": settings.init_adapter if is_local(settings.init_adapter or "") else None,
+    }
+    paths = {option: str(path) for option, path in named.items() if path}
+    away = [path for path in paths.values() if not Path(path).expanduser().exists()]
+    if away:
+        typed = [option.format(path_to(path) if path in away else path) for option, path in paths.items()]
+        raise ValueError(
+            f"the run in {settings.out} was begun where {' and '.join(away)} could be found, which "
+            f"{'is' if len(away) == 1 else 'are'} not here; name {'it' if len(away) == 1 else 'them'}: onelayer train "
+            f"{' '.join(typed)} --resume --out {settings.out}"
+        )
 
 
 def _check_more_steps(settings: TrainingSettings, finished: RunRecord) -> None:

@@ -171,9 +171,7 @@ class _Training:
 
     def _resumed(self, record: RunRecord, previous: RunRecord) -> RunRecord:
         """The run that goes on from `previous`, whose settings must be the same; only more steps may be asked for."""
-        asked, raised, config = self._asked(previous), 0, self.plan.config
-        if asked.model.sha256 and asked.model.sha256 == record.settings.model.sha256:  # its folder may have moved
-            asked = replace(asked, model=record.settings.model)
+        asked, raised, config = _moved(self._asked(previous), record.settings), 0, self.plan.config
         if config.max_steps > previous.settings.config.get("max_steps", -1) > 0 and self.settings.steps:
             asked = replace(asked, config={**asked.config, "max_steps": config.max_steps})
             raised = previous.settings.config["max_steps"]
@@ -417,6 +415,26 @@ def _why_full(boost: Boost | None) -> str:
     if boost is None:
         return "the full-parameter baseline"
     return f"full-parameter training, {name_blocks(boost.layers)} at {boost.factor:g} times the learning rate"
+
+
+def _moved(before: RunSettings, now: RunSettings) -> RunSettings:
+    """The settings `before` with the names that files have `now`, where their digests are the same: they may have
+    moved."""
+    if before.model.sha256 and before.model.sha256 == now.model.sha256:
+        before = replace(before, model=now.model)
+    for name in ("task", "dataset"):
+        old, new = getattr(before, name), getattr(now, name)
+        if (
+            old
+            and new
+            and old.data == new.data
+            and old.data
+            and all(v.startswith("sha256:") for v in old.data.values())
+        ):
+            before = replace(before, **{name: replace(old, name=new.name)})
+    if before.init_adapter and now.init_adapter and before.init_adapter[WEIGHTS] == now.init_adapter[WEIGHTS]:
+        before = replace(before, init_adapter=now.init_adapter)
+    return before
 
 
 def _describe_adapter(name: str, folder: Path) -> dict[str, str]:

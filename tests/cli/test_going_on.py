@@ -3,6 +3,7 @@
 import json
 import shutil
 from importlib.resources import files
+from pathlib import Path
 
 import demo_model
 import pytest
@@ -261,8 +262,39 @@ def test_a_run_goes_on_where_its_base_has_moved(onelayer, tmp_path, monkeypatch,
     shutil.move("first", "second")
     shutil.move("run", "moved")
     code, lines, _ = onelayer("train", "--resume", "--out", "moved", "--steps", "2")
-    assert code == 1 and "name the model: onelayer train PATH/TO/first --resume --out moved" in lines[-1], lines
+    assert code == 1 and "name it: onelayer train PATH/TO/first --resume --out moved" in lines[-1], lines
     code, lines, _ = onelayer("train", "second", "--resume", "--out", "moved", "--steps", "2")
     assert code == 0, lines
     run = json.loads((tmp_path / "moved" / "run.json").read_text())
     assert run["settings"]["model"]["name"] == "second" and run["results"]["steps"] == 2
+
+
+def test_a_run_goes_on_from_another_folder_than_it_was_begun_in(onelayer, tmp_path, monkeypatch):
+    (tmp_path / "begun").mkdir()
+    monkeypatch.chdir(tmp_path / "begun")
+    shutil.copytree(BASE, "base")
+    Path("own.py").write_text(
+        "MAX_COMPLETION_TOKENS = 5\n\n\ndef rows(split, n, seed):\n    return [{'prompt': f'A{i:03d}+001='} for i in range(100, 100 + n)]\n\n\n"
+        "def reward(completions, **kwargs):\n    return [float(text.count('1')) for text in completions]\n"
+    )
+    steps = ["--task", "own.py", "--layer", "2", "--learning-rate", "1e-3", "--eval-problems", "0", "--prompts", "4"]
+    code, lines, _ = onelayer("train", "./base", *steps, "--steps", "1", "--set", "save_steps=1", "--out", "run")
+    assert code == 0, lines
+    monkeypatch.chdir(tmp_path)
+    code, lines, _ = onelayer("train", "--resume", "--out", "begun/run", "--steps", "2")
+    typed = "onelayer train PATH/TO/base --task PATH/TO/own.py --resume --out begun/run"
+    assert code == 1 and lines[-1].endswith(f"./base and own.py could be found, which are not here; name them: {typed}")
+    code, lines, _ = onelayer("train", "begun/base", "--resume", "--out", "begun/run", "--steps", "2")
+    assert code == 1 and lines[-1].endswith(
+        "name it: onelayer train begun/base --task PATH/TO/own.py --resume --out begun/run"
+    )
+    named = ["train", "begun/base", "--task", "begun/own.py", "--resume", "--out", "begun/run", "--steps", "2"]
+    before = Path("begun/own.py").read_text()
+    Path("begun/own.py").write_text(f"{before}\n# another reward\n")
+    code, lines, _ = onelayer(*named)
+    assert code == 1 and "has other settings, so it cannot go on with these: task." in lines[-1]
+    Path("begun/own.py").write_text(before)
+    code, lines, _ = onelayer(*named)
+    assert code == 0, lines
+    run = json.loads(Path("begun/run/run.json").read_text())
+    assert run["settings"]["task"]["name"] == "begun/own.py" and run["results"]["steps"] == 2
