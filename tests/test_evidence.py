@@ -343,6 +343,9 @@ def test_a_block_that_a_ranking_chose_is_measured_and_is_not_the_best_of_a_sweep
     page, _ = written(setting, rows, probes=probes)
     assert "| each other block that a ranking chose | 0 of 2 | block 13, seed 0; block 13, seed 1 |" in page
     assert "| prior | 0% | 24 steps | 1 | 13 | not measured yet |" in page
+    some = [probe_row(setting, probe, 12) for probe in evidence.measures.probe_runs(setting)[3:4]]
+    page, _ = written(setting, rows, probes=[probes[1], *some])
+    assert "| auto | 25% | 24 steps | 2 | 13, 12 | not measured yet |" in page  # no mean of those that were
     rows += [full_row(setting, run, 0.58) for run in chosen]
     page, _ = written(setting, rows, probes=probes)
     assert "| each other block that a ranking chose | 2 of 2 |  |" in page

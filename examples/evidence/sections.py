@@ -175,7 +175,8 @@ def _probes(study: Study) -> list[str]:
             picks = ", ".join(filter(None, [picks, f"{failed} refused"]))
         if fallen := sum(r.fallback is not None for r in rankings):
             picks += f" ({fallen} by depth: no room for a race)"
-        outcomes = [outcome for ranking in rankings if (outcome := study.recovery(ranking)) is not None]
+        found = [study.recovery(ranking) for ranking in rankings]
+        outcomes = [] if None in found else [outcome for outcome in found if outcome is not None]  # all of them or none
         cells = (
             [f"{statistics.fmean(o[0] for o in outcomes):.2f}", f"{min(o[0] for o in outcomes):.2f}"]
             if outcomes

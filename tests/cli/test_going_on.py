@@ -274,7 +274,8 @@ def test_a_run_goes_on_from_another_folder_than_it_was_begun_in(onelayer, tmp_pa
     monkeypatch.chdir(tmp_path / "begun")
     shutil.copytree(BASE, "base")
     Path("own.py").write_text(
-        "MAX_COMPLETION_TOKENS = 5\n\n\ndef rows(split, n, seed):\n    return [{'prompt': f'A{i:03d}+001='} for i in range(100, 100 + n)]\n\n\n"
+        "MAX_COMPLETION_TOKENS = 5\n\n\ndef rows(split, n, seed):\n"
+        "    return [{'prompt': f'A{i:03d}+001='} for i in range(100, 100 + n)]\n\n\n"
         "def reward(completions, **kwargs):\n    return [float(text.count('1')) for text in completions]\n"
     )
     steps = ["--task", "own.py", "--layer", "2", "--learning-rate", "1e-3", "--eval-problems", "0", "--prompts", "4"]
