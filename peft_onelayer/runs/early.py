@@ -10,6 +10,7 @@ import ast
 import importlib.util
 import json
 import os
+import shlex
 from collections.abc import Collection, Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -56,7 +57,7 @@ def check_training(settings: TrainingSettings, *, resume: bool = False, writes: 
         settings: values in their `config` may be texts.
         writes: whether the folder is looked at, for which a lock stands beside it for a moment.
     """
-    if writes and resume:
+    if writes and resume:  # what is not here is named as what the run was begun with
         _check_folder(settings, resume=True)
     algorithm = load_algorithm(settings.algorithm)
     check_ranking(settings.method, settings.budget)
@@ -95,11 +96,11 @@ def check_training(settings: TrainingSettings, *, resume: bool = False, writes: 
     check_reporters(settings.report_to)
     if not algorithm.online and settings.dataset:
         check_data(settings.dataset)
-    if writes and not resume:
-        _check_folder(settings)
     _check_inputs(settings)
     if writes:
         check_weights(settings.model)
+    if writes and not resume:
+        _check_folder(settings)
 
 
 def _check_folder(settings: TrainingSettings, *, resume: bool = False) -> None:
@@ -132,11 +133,13 @@ def _check_files(settings: TrainingSettings, previous: RunRecord) -> None:
     paths = {option: str(path) for option, path in named.items() if path}
     away = [path for path in paths.values() if not Path(path).expanduser().exists()]
     if away:
-        typed = [option.format(path_to(path) if path in away else path) for option, path in paths.items()]
+        typed = [
+            option.replace("{}", shlex.quote(path_to(path) if path in away else path)) for option, path in paths.items()
+        ]
         raise ValueError(
             f"the run in {settings.out} was begun where {' and '.join(away)} could be found, which "
             f"{'is' if len(away) == 1 else 'are'} not here; name {'it' if len(away) == 1 else 'them'}: onelayer train "
-            f"{' '.join(typed)} --resume --out {settings.out}"
+            f"{' '.join(typed)} --resume --out {shlex.quote(str(settings.out))}"
         )
 
 
