@@ -65,6 +65,7 @@ def test_every_reward_is_equal(onelayer, task, tmp_path, command, kind):
     assert not left  # not a checkpoint: the first batch was enough
 
 
+@pytest.mark.more
 def test_a_short_run_looks_at_no_more_than_it_has_itself(onelayer, task, tmp_path):
     arguments = [part.format(out=tmp_path / "out") for part in COMMANDS["train a step"]]
     code, lines, _ = onelayer(*arguments, "--prompts", "16", "--task", task("zero"))

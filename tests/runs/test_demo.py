@@ -17,6 +17,7 @@ def untrained(tmp_path):
     return str(tmp_path / "untrained")
 
 
+@pytest.mark.more
 def test_a_base_that_never_earns_a_reward(tmp_path, untrained):
     with pytest.raises(ValueError, match=r"nothing to learn from.* The likely reason: .*"):
         demo.run_demo(tmp_path / "demo", model=untrained, steps=2)

@@ -24,6 +24,7 @@ from peft_onelayer.sweep.settings import SweepSettings
 DEMO = str(files("peft_onelayer") / "demo_model")
 
 
+@pytest.mark.more
 def test_a_small_model():
     torch.manual_seed(0)
     shape = {"vocab_size": 1000, "hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 4}
@@ -207,9 +208,8 @@ def test_a_model_whose_memory_shapes_do_not_tell_is_said_in_one_line(config, out
     assert logged == []
 
 
-@pytest.mark.parametrize(
-    "error", [RuntimeError, *(pytest.param(error, marks=pytest.mark.more) for error in (TypeError, AttributeError))]
-)
+@pytest.mark.more
+@pytest.mark.parametrize("error", [RuntimeError, TypeError, AttributeError])
 def test_a_fault_of_the_count_itself_is_not_told_as_one_of_the_model(monkeypatch, error):
     def broken(*args):
         raise error("ours")

@@ -81,6 +81,7 @@ def measure(tmp_path, **asked):
     return prompts(file), record, told.notes
 
 
+@pytest.mark.more
 def test_a_run_records_its_prompts_and_its_evaluation_takes_them(run, tmp_path):
     source = json.loads((run.folder / "run.json").read_text())["settings"]["task"]
     assert source["shots"] == 2 and "system" not in source

@@ -74,6 +74,7 @@ def test_what_is_given_goes_before_the_run(run):
     assert not any("sampled as in the run" in note for note in told.notes)
 
 
+@pytest.mark.more
 def test_prompts_are_chat_messages_as_in_the_run(model, tmp_path):
     settings = TrainingSettings(
         model=model, out=tmp_path / "run", task="arithmetic", layer=5, steps=1, chat=False, config=SMALL

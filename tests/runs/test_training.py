@@ -74,6 +74,7 @@ def ranking_of(base, tokenizer, task, progress, *, recipe, seed, **others):
     )
 
 
+@pytest.mark.more
 def test_the_choice_is_trained_at_the_rate_that_goes_with_it(tmp_path, monkeypatch):
     monkeypatch.setattr(preparation, "rank_blocks", ranking_of)
     told = Told()

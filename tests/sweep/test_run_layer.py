@@ -26,6 +26,7 @@ def rows():
     return {str(layer): run_layer(demo_spec(layer, greedy=layer == "base")) for layer in layers}
 
 
+@pytest.mark.more
 def test_the_base_is_what_evaluate_says(rows):
     import demo_model
 
