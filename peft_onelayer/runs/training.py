@@ -424,17 +424,16 @@ def _moved(before: RunSettings, now: RunSettings) -> RunSettings:
         before = replace(before, model=now.model)
     for name in ("task", "dataset"):
         old, new = getattr(before, name), getattr(now, name)
-        if (
-            old
-            and new
-            and old.data == new.data
-            and old.data
-            and all(v.startswith("sha256:") for v in old.data.values())
-        ):
+        if old and new and old.data == new.data and _is_of_files(old):
             before = replace(before, **{name: replace(old, name=new.name)})
     if before.init_adapter and now.init_adapter and before.init_adapter[WEIGHTS] == now.init_adapter[WEIGHTS]:
         before = replace(before, init_adapter=now.init_adapter)
     return before
+
+
+def _is_of_files(source: DataSource) -> bool:
+    """Whether all that is known of the data are digests of files: versions and revisions go with a name."""
+    return bool(source.data) and all(value.startswith("sha256:") for value in source.data.values())
 
 
 def _describe_adapter(name: str, folder: Path) -> dict[str, str]:

@@ -29,18 +29,15 @@ from onelayer_cli.main import app
         (["demo", "--task", "poetry"], 1, "the demo knows the tasks arithmetic and sort, not 'poetry'"),
         (["demo", "--model", "./nowhere"], 1, "no model folder at nowhere"),
         (["demo", "--out", "/dev/null/out"], 1, "/dev/null is not a folder"),
-        (["demo", "--seed", "abc"], 2, "abc"),  # what was given, in the words of any version of Typer
-        (["demo", "--seed", "-1"], 2, "-1"),
-        (["demo", "--steps", "0"], 2, "0"),
+        (["demo", "--seed", "abc"], 2, "--seed"),
+        (["demo", "--seed", "-1"], 2, "--seed"),
+        (["demo", "--steps", "0"], 2, "--steps"),
         (["demo", "--sede", "1"], 2, "No such option: --sede"),
         (["demo", "extra"], 2, "extra"),
         (["dmeo"], 2, "No such command 'dmeo'"),
         (["tasks", "extra"], 2, "it takes none; see 'onelayer tasks --help'"),
-        (
-            ["push", str(files("peft_onelayer") / "demo_model"), "me/x"],
-            1,
-            "it is a model and no adapter",
-        ),  # before a token is missed
+        # before a token is missed
+        (["push", str(files("peft_onelayer") / "demo_model"), "me/x"], 1, "it is a model and no adapter"),
         (["doctor", "nowhere"], 1, "no folder nowhere"),
         (["search", "--base"], 2, "'--base' requires an argument; see 'onelayer search --help'"),
         (["merge", "base", "adapter"], 2, "ADAPTER...'; it takes BASE ADAPTER... OUT"),
@@ -64,6 +61,13 @@ def test_one_line_and_an_exit_code(onelayer, arguments, code, message):
     assert message.lower() in lines[0].lower()
     assert lines[0].startswith("onelayer")
     assert out == ""
+
+
+@pytest.mark.parametrize("given", [("--seed", "abc"), ("--seed", "-1"), ("--steps", "0")], ids=" ".join)
+def test_a_value_that_an_option_cannot_take_is_told_with_the_option(onelayer, given):
+    """In the words of any version of Typer."""
+    ended, lines, _ = onelayer("demo", *given)
+    assert ended == 2 and len(lines) == 1 and all(part in lines[0] for part in given)
 
 
 def _model_folders(folder):
