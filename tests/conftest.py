@@ -2,17 +2,26 @@ import gc
 import logging
 import os
 
+import pytest
+
 gc.disable()  # nothing of what a session imports is garbage
 
-import pytest
-import torch
-from tokenizers import Regex, Tokenizer, pre_tokenizers
-from tokenizers.models import WordLevel
-from transformers import PreTrainedTokenizerFast
+# Matrices this small gain nothing from a second thread, and on a busy machine lose a factor of ten to it. Torch reads
+# this when it is imported, here and in the processes that tests start; the process that only hands out the tests to
+# others reads this file too, and they wait for it.
+os.environ["OMP_NUM_THREADS"] = "1"
 
-# Matrices this small gain nothing from a second thread, and on a busy machine lose a factor of ten to it.
-torch.set_num_threads(1)
-os.environ["OMP_NUM_THREADS"] = "1"  # for the processes that tests start
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config, log):
+    """With --dist loadfile all tests of the Hub are as one file: they share a process whose imports take seconds."""
+    from xdist.scheduler import LoadFileScheduling
+
+    class ByFile(LoadFileScheduling):
+        def _split_scope(self, nodeid):
+            return "tests/hub" if nodeid.startswith("tests/hub/") else super()._split_scope(nodeid)
+
+    return ByFile(config, log) if config.getvalue("dist") == "loadfile" else None
 
 
 def pytest_collection_finish():
@@ -40,6 +49,10 @@ def logged():
 @pytest.fixture
 def tokenizer():
     """One token per character, for the 64 ids of the tiny models."""
+    from tokenizers import Regex, Tokenizer, pre_tokenizers
+    from tokenizers.models import WordLevel
+    from transformers import PreTrainedTokenizerFast
+
     characters = "abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456 "
     vocabulary = {token: i for i, token in enumerate(["<pad>", "<bos>", "<eos>", "<unk>", *characters])}
     backend = Tokenizer(WordLevel(vocabulary, unk_token="<unk>"))

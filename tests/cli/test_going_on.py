@@ -269,6 +269,7 @@ def test_a_run_goes_on_where_its_base_has_moved(onelayer, tmp_path, monkeypatch,
     assert run["settings"]["model"]["name"] == "second" and run["results"]["steps"] == 2
 
 
+@pytest.mark.more
 def test_a_run_goes_on_from_another_folder_than_it_was_begun_in(onelayer, tmp_path, monkeypatch):
     (tmp_path / "begun").mkdir()
     monkeypatch.chdir(tmp_path / "begun")

@@ -58,6 +58,7 @@ def test_a_number_that_is_none_is_found_by_its_bits(onelayer, quick, dtype, numb
     assert (code, out, len(err)) == (1, "", 1) and "holds NaN or Inf" in err[0], err
 
 
+@pytest.mark.more
 def test_pull_and_search(hub, onelayer, ask, quick, tmp_path):
     assert ask("push", quick, "me/gsm", "--base-model", "org/tiny").code == 0
     code, out, err = onelayer("pull", "me/gsm", tmp_path / "here", "--json")

@@ -38,6 +38,7 @@ def test_they_come_as_they_are_done(tmp_path):
         assert next(rows)["digest"] == fast.digest()
 
 
+@pytest.mark.more
 def test_a_run_whose_process_dies_is_tried_again_twice(tmp_path):
     todo = specs(kill={"1": 2, "3": 99})
     rows = []
