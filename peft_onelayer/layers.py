@@ -85,6 +85,24 @@ def resolve_layers(layer: Layers, num_layers: int, kinds: Sequence[str] | None =
     return sorted(indices)
 
 
+def may_name(layer: Layers, indices: list[int], num_layers: int) -> bool:
+    """Whether a specification can have been resolved to these ascending block indices.
+
+    A kind can, whatever the blocks: models of one depth may call them otherwise. A ranking's file cannot, since what
+    it was resolved to takes its place (`names_a_file`); it is not read.
+
+    >>> may_name("middle", [2], 4), may_name(3, [1], 4)
+    (True, False)
+
+    Raises:
+        ValueError: as `resolve_layers`.
+    """
+    parts = [part for part in parse_layers(layer) if not isinstance(part, int)]
+    if any(kind in ("kind", "top", "worst") for kind, _, _ in parts):
+        return not names_a_file(layer)
+    return resolve_layers(layer, num_layers) == indices
+
+
 def _parse_part(text: str, layer: str) -> Part:
     if re.fullmatch(r"-?\d+", text):
         return int(text)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import enum
 import os
 from dataclasses import dataclass, field
@@ -59,7 +60,8 @@ class SingleLayerConfig(PeftConfig):
             Of an adapter that [`combine_adapters`] made, its "method" and "parts". Read from the file, and kept.
         layer_indices (`list[int]`, *optional*):
             The resolved `layer`, ascending, which takes its place. Set in the model's own copy of the configuration,
-            saved in adapter_config.json and read back from there.
+            saved in adapter_config.json and read back from there. A `layer` that names other blocks is an error when
+            a model is wrapped.
         num_layers (`int`, *optional*):
             Number of blocks of the base model, set and saved like `layer_indices`; a model of another depth is an
             error.
@@ -72,8 +74,8 @@ class SingleLayerConfig(PeftConfig):
             (peft_onelayer/sparse/base.py). Set by wrapping, saved, and read back.
         saved_embeddings (`list[str]`, *optional*):
             Names of the embeddings' tensors that the adapter's file also holds, as `save_pretrained` writes them where
-            the vocabulary was resized or `save_embedding_layers=True`. Set by saving and read back; a file that holds
-            other tensors is refused.
+            the vocabulary was resized or `save_embedding_layers=True`. Written by saving and read with the file; a
+            file that holds other tensors is refused. None again once the file is loaded.
 
     Wrapping a model copies the configuration, so one object serves several models; the model's own, with what was
     resolved, is `model.peft_config["default"]`.
@@ -119,10 +121,13 @@ class SingleLayerConfig(PeftConfig):
         default=None, repr=False, metadata={"help": "What the base is known by; set by wrapping."}
     )
     saved_embeddings: list[str] | None = field(
-        default=None, metadata={"help": "Embeddings that the file also holds; set by saving."}
+        default=None, metadata={"help": "Embeddings that the file also holds; written by saving."}
     )
     allow_other_base: bool = field(default=False, init=False, repr=False)  # no argument: a file must not set it
     base_is_recorded: bool = field(default=False, init=False, repr=False)  # `trained_on` is of the model at hand
+    embeddings_seen: set[str] = field(
+        default_factory=set, init=False, repr=False, compare=False
+    )  # saved or loaded here
     entries: Mask | None = field(default=None, init=False, repr=False, compare=False)  # the mask itself, where known
 
     def __post_init__(self) -> None:
@@ -168,7 +173,8 @@ class SingleLayerConfig(PeftConfig):
         """The fields as they are saved beside dense weights. A base into which blocks were merged in memory has no
         name: that of the model before would name another base."""
         fields = super().to_dict() | {"encoding": None}
-        del fields["allow_other_base"], fields["base_is_recorded"], fields["entries"]
+        for of_this_process in ("allow_other_base", "base_is_recorded", "embeddings_seen", "entries"):
+            del fields[of_this_process]
         stages = (self.trained_on or {}).get("stages")
         if stages and stages[-1].get("base") == fields["base_model_name_or_path"]:
             fields |= {"base_model_name_or_path": None, "revision": None}
@@ -177,12 +183,13 @@ class SingleLayerConfig(PeftConfig):
     def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
         """See `PeftConfig.save_pretrained`, which PEFT calls when the weights are in `save_directory`: notes which
         embeddings are among them."""
-        weights = Path(save_directory) / WEIGHTS
+        weights, written = Path(save_directory) / WEIGHTS, copy.copy(self)
         if weights.is_file():
             with safe_open(weights, framework="np") as file:
                 beside = [base_name(key) for key in file.keys() if TRAINED not in key]  # noqa: SIM118  it is no dict
-            self.saved_embeddings = sorted(n for n in beside if not saved_whole(n, self.modules_to_save)) or None
-        super().save_pretrained(save_directory, **kwargs)
+            written.saved_embeddings = sorted(n for n in beside if not saved_whole(n, self.modules_to_save)) or None
+            self.embeddings_seen |= set(written.saved_embeddings or [])
+        super(SingleLayerConfig, written).save_pretrained(save_directory, **kwargs)
 
 
 def saved_whole(name: str, modules_to_save: list[str] | None) -> bool:

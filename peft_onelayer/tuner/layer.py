@@ -90,8 +90,15 @@ class SingleLayerLayer(MergeableWeights):
     def bias(self) -> torch.Tensor | None:
         return self._read("bias")
 
+    @property
+    def _qkv_same_embed_dim(self) -> bool:
+        """Asked of `nn.MultiheadAttention` by `nn.TransformerEncoderLayer`, whose fused path in eval mode would read
+        tensors from inside the modules in place of calling them: told no, it calls them."""
+        return False
+
     def _read(self, name: str) -> Any:
         """An own parameter of the base layer, or the weight in effect for it, which can be written."""
+        self._unmerge_if_off()
         if not self._in_effect() or name not in dict(self._own()):
             return getattr(self.base_layer, name)
         return self._writable(self._weights_of(self._adapters_in_effect()))[name]
@@ -115,6 +122,7 @@ class SingleLayerLayer(MergeableWeights):
         Raises:
             RuntimeError: several adapters are in effect.
         """
+        self._unmerge_if_off()
         if not self._in_effect():
             return self.base_layer
         names = self._names_on_module()
@@ -171,6 +179,12 @@ class SingleLayerLayer(MergeableWeights):
         there = self.single_layer_params
         return [name for name in self._adapters_in_effect() if name in there]
 
+    def _unmerge_if_off(self) -> None:
+        """Give the base its own weights back if an adapter is merged while all are switched off."""
+        if self.disable_adapters and self.merged:
+            refuse_unmerging_in_forward(self.base_layer)
+            self.unmerge()
+
     def _in_effect(self) -> bool:
         """Whether an adapter is: none is while they are switched off or merged."""
         return not self.disable_adapters and not self.merged and bool(self._names_on_module())
@@ -199,9 +213,7 @@ class SingleLayerLayer(MergeableWeights):
         if self.row_adapters is not None and len(mixed_batch.rows_by_adapter(self)) > 1:
             return mixed_batch.run_by_adapter(self, method, args, kwargs)
         base = self.base_layer
-        if self.disable_adapters and self.merged:
-            refuse_unmerging_in_forward(base)
-            self.unmerge()
+        self._unmerge_if_off()
         if not self._in_effect():
             return getattr(base, method)(*args, **kwargs)
         own = own_parameters(base)

@@ -101,6 +101,8 @@ def loadable_state_dict(
         remapped[name] = _trained_entries(config, module, key, remapped[name], entries)
         if key not in module.positions(adapter_name):
             module.flatten_master(adapter_name, key, entries)
+    config.embeddings_seen |= set(config.saved_embeddings or [])
+    config.saved_embeddings = None  # another file may come under this name
     # a head of `modules_to_save` that is an embedding too was written once more, under a name that no parameter has
     return {name: tensor for name, tensor in remapped.items() if ".modules_to_save." not in name or name in known}
 
@@ -189,7 +191,8 @@ def _saved_beside(
     model: Any, config: SingleLayerConfig, adapter_name: str, keys: Iterable[str]
 ) -> dict[str, torch.Tensor]:
     """The model's tensors beside the masters that an adapter's file may hold, by its keys: those of `modules_to_save`,
-    and the embeddings that PEFT saves: as the configuration says, or because the vocabulary was resized.
+    and the embeddings that PEFT saves: as the configuration says, because the vocabulary was resized, or those saved or
+    loaded before under this name, for which PEFT reads no configuration again.
 
     Raises:
         ValueError: an embedding that the configuration names is not in the file.
@@ -216,6 +219,7 @@ def _saved_beside(
             f"the adapter lacks {printable(missing[0])}, which its configuration names in saved_embeddings: it is "
             "incomplete."
         )
+    saved |= config.embeddings_seen
     if named.keys() & given.keys() - saved - allowed.keys() and _vocabulary_was_resized(model):
         saved |= named.keys()
     allowed |= {name: tensor for name, tensor in named.items() if name in saved and name not in allowed}

@@ -43,7 +43,9 @@ class MergeableWeights(AdapterWeights):
             if not self.merged:
                 self._unmerged = {n: p.detach().clone() if isinstance(p, DTensor) else p.data for n, p in own.items()}
             for name, parameter in own.items():
-                _set_data(parameter, torch.empty_like(parameter).copy_(weights[name]))
+                with torch.inference_mode(False), torch.no_grad():  # a tensor made in that mode could never train
+                    merged = torch.empty_like(parameter).copy_(weights[name])
+                _set_data(parameter, merged)
         self.merged_adapters = together
 
     def unmerge(self) -> None:

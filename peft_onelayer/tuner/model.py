@@ -22,7 +22,7 @@ from torch.nn.parallel import DistributedDataParallel
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from peft_onelayer.layers import names_a_file, resolve_layers
+from peft_onelayer.layers import may_name, names_a_file, resolve_layers
 from peft_onelayer.records.text import printable
 from peft_onelayer.sparse.base import BaseRecord
 from peft_onelayer.sparse.names import base_name, unwrapped
@@ -138,8 +138,14 @@ class SingleLayerModel(MergingTuner):
                 f"this adapter was made for a model of {printable(peft_config.num_layers)} blocks and this one has "
                 f"{num_layers}: it belongs to another base model ({printable(peft_config.base_model_name_or_path)})."
             )
-        asked: Any = peft_config.layer_indices or peft_config.layer
+        layer: Any = peft_config.layer
+        asked = peft_config.layer_indices or layer
         indices = resolve_layers(asked, num_layers, layer_kinds(model))
+        if peft_config.layer_indices and not may_name(layer, indices, num_layers):
+            raise ValueError(
+                f"the configuration has layer={printable(layer)} and layer_indices={indices}, to which its "
+                "layer was resolved before; for another block set layer_indices=None too, or write a new configuration."
+            )
         if names_a_file(asked):
             peft_config.layer = indices
         check_blocks(model, stack, indices, peft_config)
@@ -155,6 +161,10 @@ class SingleLayerModel(MergingTuner):
         parameters = self._restrict(stack, peft_config)
         if isinstance(peft_config.target_modules, str) and not is_name(peft_config.target_modules):
             peft_config.target_modules = sorted(self._targets)  # what is saved holds names, no expression to be matched
+        if (
+            peft_config.trained_on is not None and not peft_config.base_is_recorded
+        ):  # a file's, which is about to be loaded
+            peft_config.saved_embeddings = peft_config.saved_embeddings or []
         identify_base(model, peft_config, self._targets, parameters)
         if is_renamed(model):
             peft_config.base_model_name_or_path = peft_config.revision = None
@@ -361,6 +371,7 @@ class SingleLayerModel(MergingTuner):
             names = {*merged, *(self.active_adapters if adapter_names is None else adapter_names)}
             record_stage(model, (index for name in names for index in self.peft_config[name].layer_indices))
         AdapterWeights.made += 1  # there are fewer now
+        stop_intercepting(model)
         for cut in installed_graph_cuts(model):
             cut.remove()
         return model

@@ -210,6 +210,22 @@ def test_what_it_says_is_loaded(tmp_path, form):
             enter(tmp_path / form)
 
 
+def test_a_name_that_the_model_has_takes_files_with_embeddings_and_without(tmp_path):
+    """PEFT reads only the weights then, whatever was saved or loaded under this name before."""
+    model = wrap(build())
+    for name, embeddings in (("with", True), ("without", False)):
+        move(model)
+        model.save_pretrained(tmp_path / name, save_embedding_layers=embeddings)
+        assert model.peft_config["default"].saved_embeddings is None
+    expected = logits(model)
+    for name in ("with", "without", "with", "without"):
+        model.load_adapter(tmp_path / name, "default")
+    assert torch.equal(logits(model), expected)
+    loaded = PeftModel.from_pretrained(build(), tmp_path / "with")
+    loaded.load_adapter(tmp_path / "without", "default")
+    assert torch.equal(logits(loaded), expected)
+
+
 def test_a_resized_vocabulary_is_saved_loaded_and_resumed(tmp_path):
     """PEFT saves the embeddings by itself then."""
     build(dtype=BF16).save_pretrained(tmp_path / "base")

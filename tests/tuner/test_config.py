@@ -11,7 +11,7 @@ import transformers
 from peft import LoraConfig, PeftConfig, PeftModel, get_peft_config, get_peft_model
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_PREFIX_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING
 
-from models import build
+from models import build, build_architecture
 from peft_onelayer import SingleLayerConfig, SingleLayerModel
 from peft_onelayer.tuner import SingleLayerPeftType
 from tuner.helpers import masters, wrap
@@ -132,7 +132,26 @@ def test_a_saved_config_binds_to_its_depth_and_blocks(tmp_path):
         with pytest.raises(ValueError, match="made for a model of 4 blocks and this one has 5"):
             attempt()
     assert get_peft_model(build(num_layers=4), config).peft_config["default"].layer_indices == [2]
-    assert masters(wrap(layer="middle", layer_indices=[1])).keys() == masters(wrap(layer=1)).keys()
+
+
+@pytest.mark.parametrize("layer", [3, [0, 1], "middle", "top-1@ranking.json", "all"])
+def test_a_resolved_config_that_is_given_another_layer_is_refused(tmp_path, layer):
+    wrap(layer=1).save_pretrained(tmp_path)
+    config = SingleLayerConfig.from_pretrained(tmp_path)
+    config.layer = layer
+    with pytest.raises(ValueError, match=r"and layer_indices=\[1\], to which its layer was resolved before") as error:
+        get_peft_model(build(), config)
+    assert "\n" not in str(error.value)
+    if layer == 3:
+        config.layer_indices = None
+        assert {name.split(".")[2] for name in masters(get_peft_model(build(), config))} == {"3"}
+
+
+@pytest.mark.parametrize("layer", [1, -3, "0-1,3", "middle", "full_attention"])
+def test_a_resolved_config_wraps_the_same_blocks_again(layer):
+    config = wrap(build_architecture("qwen3_next"), layer=layer).peft_config["default"]
+    again = get_peft_model(build_architecture("qwen3_next"), config).peft_config["default"]
+    assert (again.layer, again.layer_indices) == (config.layer, config.layer_indices)
 
 
 def through_transformers(model, config):

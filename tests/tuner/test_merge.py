@@ -5,8 +5,9 @@ from itertools import product
 
 import pytest
 import torch
+from peft import LoraConfig, PeftModel, get_peft_model
 
-from models import build, token_batch
+from models import build, build_architecture, token_batch
 from peft_onelayer import SingleLayerConfig
 from tuner.helpers import CASES, DTYPES, base_weights, logits, masters, move, same, tuner_layers, wrap
 
@@ -175,6 +176,44 @@ def test_disabling_while_merged_gives_the_base():
         assert torch.equal(logits(model), untouched)
     assert torch.equal(logits(model), expected)
     assert same({n: w for n, w in base_weights(model).items() if n in base}, dict(base))
+
+
+@pytest.mark.parametrize(
+    ("family", "block"),
+    [
+        ("mamba2", 1),
+        *(pytest.param(*c, marks=pytest.mark.more) for c in (("qwen3_5_text", 0), ("jamba", 0), ("lfm2", 0))),
+    ],
+)
+def test_disabling_while_merged_gives_the_base_where_a_weight_is_read_and_not_called(family, block):
+    """In generation, whose later steps take `conv1d.weight` from the module."""
+    base, options = build_architecture(family).eval(), {"max_new_tokens": 4, "min_new_tokens": 4, "do_sample": False}
+    options |= {"output_logits": True, "return_dict_in_generate": True}
+    expected = torch.stack(base.generate(token_batch(1, 6), **options).logits)
+    model = wrap(base, layer=block).eval()
+    move(model, scale=0.5)
+    model.merge_adapter()
+    with model.disable_adapter():
+        assert torch.equal(torch.stack(model.generate(input_ids=token_batch(1, 6), **options).logits), expected)
+
+
+@pytest.mark.parametrize("method", ["merge_adapter", "merge_and_unload"])
+def test_what_is_merged_in_inference_mode_can_be_trained(method):
+    model = wrap(build())
+    move(model)
+    with torch.inference_mode():
+        merged = getattr(model, method)() or model.get_base_model()
+    assert not any(parameter.is_inference() for parameter in merged.parameters())
+    if method == "merge_and_unload":
+        merged.requires_grad_(True)(input_ids=token_batch())[0].sum().backward()
+
+
+def test_an_unloaded_model_loads_adapters_by_transformers_own_means(tmp_path):
+    get_peft_model(build(), LoraConfig(target_modules=["q_proj"], init_lora_weights=False)).save_pretrained(tmp_path)
+    expected = PeftModel.from_pretrained(build(), tmp_path)
+    plain = wrap(build()).merge_and_unload()
+    plain.load_adapter(str(tmp_path), adapter_name="x")
+    assert torch.equal(logits(plain), logits(expected))
 
 
 def test_an_adapter_added_while_another_is_merged_starts_from_the_base():

@@ -236,3 +236,20 @@ def test_dynamic_quantization_of_a_wrapped_model_says_what_to_do(how):
     merged = model.merge_and_unload()
     right = logits(torch.ao.quantization.quantize_dynamic(merged, {nn.Linear}, dtype=torch.qint8))
     assert torch.allclose(right, logits(merged), atol=0.1) and not torch.equal(right, logits(merged))
+
+
+@pytest.mark.parametrize("targets", [None, ["linear1"], ["self_attn"]])
+def test_torchs_own_encoder_gives_in_eval_mode_what_it_gives_in_training(targets):
+    """Its fused path, for eval mode, reads tensors from inside its modules."""
+    torch.manual_seed(0)
+    layer = nn.TransformerEncoderLayer(16, 2, 32, dropout=0.0, batch_first=True)
+    model = wrap(nn.TransformerEncoder(layer, 3, enable_nested_tensor=False), layer=1, target_modules=targets)
+    move(model, scale=0.5)
+    x = torch.randn(2, 5, 16)
+    trained = model.train()(x)
+    model.eval()
+    with torch.no_grad(), model.disable_adapter():
+        base = model(x)
+    with torch.no_grad():
+        assert torch.allclose(model(x), trained, atol=1e-5)  # the other layers are fused
+        assert not torch.allclose(base, trained, atol=0.1)
