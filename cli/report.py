@@ -53,13 +53,14 @@ def _is_report(file: Path) -> bool:
 
 def _print(subject: Subject) -> None:
     from peft_onelayer.report.drawing import terminal_bars
+    from peft_onelayer.report.plots import shown
 
     print_line(subject.name)
     if subject.ranking:
         ranking = subject.ranking
-        print_line(f"  {ranking.method} on {ranking.task}: what each block {'gains' if ranking.measured else 'scores'}")
-        errors = (ranking.sweep and ranking.sweep.contribution_errors) or ranking.errors
-        for line in terminal_bars(ranking.worth, errors):
+        what, values, errors = shown(ranking)
+        print_line(f"  {ranking.method} on {ranking.task}: {what}")
+        for line in terminal_bars(values, errors):
             print_line(f"  {line}")
     results = subject.run.results if subject.run else None
     if subject.run and results:

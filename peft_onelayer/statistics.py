@@ -39,6 +39,28 @@ def rank_correlation(a: Sequence[float | None], b: Sequence[float | None]) -> fl
     return float(x @ y) / math.sqrt(spread) if spread else None
 
 
+def why_no_share(gain: float, error: float | None) -> str | None:
+    """Return why there is no share of a gain of all parameters to take; None where it is above 0 beyond noise.
+
+    Args:
+        gain: S_full - S_base.
+        error: its standard error; None where it is not known.
+
+    >>> why_no_share(-0.167, 0.02)
+    'all parameters ended below the base (-0.1670 ± 0.0200), so there is no gain to take a share of'
+    >>> why_no_share(0.167, 0.02) is None
+    True
+    """
+    noise = Z_95 * (error or 0.0)
+    if gain > noise:
+        return None
+    if gain < -noise:
+        within = "" if error is None else f" ± {error:.4f}"
+        return f"all parameters ended below the base ({gain:+.4f}{within}), so there is no gain to take a share of"
+    known = "" if error is None else f", its standard error {error:.4f}"
+    return f"full equals base within noise: the difference is {gain:+.4f}{known}"
+
+
 def gain_of_rounds(rounds: Sequence[Sequence[float]]) -> tuple[float, float]:
     """The gain after the last round's updates, from all rounds, and its standard error: a gain that grows with the
     updates, fitted by least squares with the inverse variances as weights.

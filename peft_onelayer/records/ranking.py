@@ -6,10 +6,11 @@ import csv
 import io
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from typing import Any, ClassVar, Self
 
 from peft_onelayer.layers import resolve_layers
+from peft_onelayer.statistics import why_no_share
 
 from .fields import Record, read
 from .text import printable
@@ -181,6 +182,8 @@ class LayerRanking(Record):
     def from_dict(cls, fields_: Mapping[str, Any], where: str) -> Self:
         """Take the fields of a layer_profile.json, of a probe or a sweep, or of a published profile.
 
+        Files were written with C where all parameters had ended below the base; it is undefined there.
+
         Raises:
             ValueError: another format, or a field that is missing, unknown or of another type, by its name.
         """
@@ -195,7 +198,7 @@ class LayerRanking(Record):
         if kind == FORMATS[1]:
             names = {f.name for f in fields(Sweep)}
             given["sweep"] = {name: given.pop(name) for name in names & given.keys()}
-        return read(cls, given, where)._checked(where)
+        return read(cls, given, where)._checked(where)._without_shares_of_no_gain()
 
     @classmethod
     def _published(cls, given: dict[str, Any], where: str) -> Self:
@@ -239,7 +242,21 @@ class LayerRanking(Record):
         for name, blocks in (("order", self.order), ("tied", self.tied), ("pick", [self.pick or 0])):
             if not all(0 <= block < self.num_layers for block in blocks):
                 raise ValueError(f"{where}: {name} names a block that is not one of 0 to {self.num_layers - 1}")
+        if self.sweep and self.sweep.full_gain and len(self.sweep.full_gain) != 2:
+            raise ValueError(
+                f"{where}: full_gain has {len(self.sweep.full_gain)} entries, expected a gain and its error"
+            )
         return self
+
+    def _without_shares_of_no_gain(self) -> Self:
+        sweep = self.sweep
+        if sweep is None or sweep.undefined or not sweep.full_gain:
+            return self
+        gain, error = sweep.full_gain
+        if gain is None or (reason := why_no_share(gain, error)) is None:
+            return self
+        nothing: list[float | None] = [None] * self.num_layers
+        return replace(self, sweep=replace(sweep, contribution=nothing, contribution_errors=nothing, undefined=reason))
 
     def to_csv(self) -> str:
         """Of a sweep, one line for the base, for full, and for each block that was to be measured."""

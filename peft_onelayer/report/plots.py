@@ -62,14 +62,21 @@ def plot_ranking(ranking: LayerRanking, path: Path, title: str) -> None:
     _save(figure, path)
 
 
+def shown(ranking: LayerRanking) -> tuple[str, Sequence[float | None], Sequence[float | None]]:
+    """What ranks the blocks: what it is, its values (`LayerRanking.worth`) and their standard errors."""
+    sweep = ranking.sweep
+    if sweep and not sweep.undefined:
+        nothing: list[float | None] = [None] * ranking.num_layers
+        return "layer contribution C of each block", sweep.contribution, sweep.contribution_errors or nothing
+    return f"what each block {'gains' if sweep or ranking.measured else 'scores'}", ranking.scores, ranking.errors
+
+
 def plot_profile(profile: LayerRanking, path: Path, title: str) -> None:
     """Draw each layer's contribution with 95 % intervals against full (1) and base (0); gains where C is undefined."""
     figure, axes = new_figure()
     sweep = profile.sweep
     assert sweep is not None
-    defined = sweep.undefined is None
-    values = profile.worth
-    errors = (sweep.contribution_errors if defined else profile.errors) or [None] * len(values)
+    what, values, errors = shown(profile)
     axes.errorbar(
         range(len(values)),
         [nan if value is None else value for value in values],  # a line joins no blocks across one not measured
@@ -83,9 +90,9 @@ def plot_profile(profile: LayerRanking, path: Path, title: str) -> None:
         label=f"one block trained; {INTERVALS}" if any(errors) else "one block trained",
     )
     axes.axhline(0, color=GREY, linewidth=1, label="base")
-    full = 1.0 if defined or not sweep.full_gain else sweep.full_gain[0]
+    full = sweep.full_gain[0] if sweep.undefined and sweep.full_gain else 1.0
     axes.axhline(full, color=ORANGE, linewidth=1, label="every parameter trained")
-    axes.set(title=title, xlabel="block", ylabel="layer contribution C" if defined else "gain over the base")
+    axes.set(title=title, xlabel="block", ylabel=what)
     axes.set_xticks([k for k, value in enumerate(values) if value is not None])
     axes.legend(frameon=False)
     _save(figure, path)

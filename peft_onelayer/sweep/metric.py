@@ -8,7 +8,7 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import ArrayLike
 
-from peft_onelayer.statistics import Z_95
+from peft_onelayer.statistics import why_no_share
 
 
 class LayerContribution(NamedTuple):
@@ -29,7 +29,8 @@ def layer_contribution(layer: ArrayLike, base: ArrayLike, full: ArrayLike) -> La
     """Return C = (S_layer - S_base) / (S_full - S_base) of arXiv 2607.01232 and its standard error.
 
     S is the mean over problems and, where there are several, over training seeds. C is undefined, never divided
-    through, where full equals base within noise: where the 95 % interval of S_full - S_base holds 0.
+    through, unless the 95 % interval of S_full - S_base lies above 0: where full equals base within noise there is no
+    gain to take a share of, and where full ended below it, the block that lost most would have the highest C.
 
     The standard error is that of the linearized ratio. With D = S_full - S_base, a_p and b_p the gains of layer and
     full on problem p (means over seeds), and r_p = (a_p - C b_p) / D,
@@ -65,17 +66,14 @@ def layer_contribution(layer: ArrayLike, base: ArrayLike, full: ArrayLike) -> La
             f"{layer.shape[1]}, {base.shape[1]} and {full.shape[1]} scores"
         )
     difference, error = gain(full, base)
-    if abs(difference) <= Z_95 * (error or 0.0):
-        noise = "" if error is None else f", its standard error {error:.4f}"
-        return LayerContribution(
-            None, None, f"full equals base within noise: the difference is {difference:+.4f}{noise}"
-        )
+    if reason := why_no_share(difference, error):
+        return LayerContribution(None, None, reason)
     a, b = layer.mean(0) - base.mean(0), full.mean(0) - base.mean(0)  # (P,)
     c = float(a.mean() / difference)
     if error is None:
         return LayerContribution(c, None)
     variance = _mean_variance(a - c * b) + _seed_variance(layer) + c**2 * _seed_variance(full)
-    return LayerContribution(c, math.sqrt(variance) / abs(difference))
+    return LayerContribution(c, math.sqrt(variance) / difference)
 
 
 def gain(after: ArrayLike, before: ArrayLike) -> tuple[float, float | None]:

@@ -57,6 +57,21 @@ def test_what_ranks_the_blocks():
     assert replace(SWEEP, sweep=replace(SWEEP.sweep, undefined="full equals base")).worth == RANKING.scores
 
 
+def test_a_file_with_c_of_a_full_run_that_lost_goes_by_the_gains():
+    written = replace(SWEEP.sweep, contribution=[0.34, None, -0.34], contribution_errors=[0.1, None, 0.1])
+    read_with = lambda *gain: LayerRanking.from_json(  # noqa: E731
+        replace(SWEEP, sweep=replace(written, full_gain=list(gain))).to_json()
+    )
+    lost = read_with(-0.167, 0.02)
+    assert lost.worth == RANKING.scores and lost.sweep.contribution == [None] * 3 == lost.sweep.contribution_errors
+    assert lost.sweep.undefined == (
+        "all parameters ended below the base (-0.1670 ± 0.0200), so there is no gain to take a share of"
+    )
+    assert read_with(0.03, 0.02).sweep.undefined.startswith("full equals base within noise")
+    assert read_with(-0.167, None).worth == RANKING.scores
+    assert read_with(0.167, 0.02).worth == read_with(None, None).worth == [0.34, None, -0.34]
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -75,6 +90,11 @@ def test_a_wrong_field_is_named(change, message):
     with pytest.raises(ValueError) as error:
         LayerRanking.from_json(json.dumps(json.loads(RANKING.to_json()) | change), "p.json")
     assert message in str(error.value) and "\n" not in str(error.value)
+
+
+def test_a_gain_of_full_training_without_its_error_is_named():
+    with pytest.raises(ValueError, match=r"p\.json: full_gain has 1 entries, expected a gain and its error"):
+        LayerRanking.from_dict(replace(SWEEP, sweep=replace(SWEEP.sweep, full_gain=[0.4])).to_dict(), "p.json")
 
 
 def test_a_missing_field_is_named():

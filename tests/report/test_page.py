@@ -160,6 +160,21 @@ def test_the_command(onelayer, tmp_path):
         assert code == 1 and len(lines) == 1 and message in lines[0], lines
 
 
+def test_the_bars_are_what_their_title_says(onelayer, tmp_path):
+    fields = read_fields(OLD / "sweep.json")
+    file = tmp_path / "profile.json"
+    for full_gain, what, values, errors in (
+        (fields["full_gain"], "layer contribution C of each block", "contribution", "contribution_errors"),
+        ([-0.4, 0.01], "what each block gains", "scores", "errors"),  # all parameters lost: C is undefined
+    ):
+        file.write_text(json.dumps(fields | {"full_gain": full_gain}))
+        code, _, out = onelayer("report", file)
+        title, *bars = out.splitlines()[1:-1]
+        assert code == 0 and title == f"  sweep on {fields['task']}: {what}"
+        pairs = zip(fields[values], fields[errors], strict=True)
+        assert [bar.split("  ")[-1] for bar in bars] == [f"{value:+.3g} ± {error:.2g}" for value, error in pairs]
+
+
 def test_what_is_known_without_a_measurement_stands_beside():
     subject = read_subject(str(OLD / "race.json"))
     assert list(subject.beside) == ["depth prior"]

@@ -55,6 +55,23 @@ def test_a_profile_joins_no_blocks_across_one_that_was_not_measured(tmp_path, mo
     assert any("95 % intervals" in text.get_text() for text in drawn[1].legends[0].get_texts())
 
 
+def test_where_c_is_undefined_gains_are_drawn_against_that_of_all_parameters(tmp_path, monkeypatch):
+    drawn = []
+    monkeypatch.setattr(plots, "_save", lambda figure, path: drawn.append(figure.axes[0]))
+    nothing = [None] * 4
+    defined = Sweep([0.4, None, 0.9, 1.1], 0.2, 0.6, full_gain=[0.4, 0.1])
+    lost = Sweep(nothing, 0.2, 0.1, contribution_errors=nothing, undefined="it lost", full_gain=[-0.1, 0.02])
+    for sweep, what, values, full in (
+        (defined, "layer contribution C of each block", defined.contribution, 1.0),
+        (lost, "what each block gains", RANKING.scores, -0.1),
+    ):
+        plot_profile(dataclasses.replace(RANKING, method="sweep", sweep=sweep), tmp_path / "p.png", "title")
+        line, *lines = drawn[-1].get_lines()
+        assert [None if y != y else y for y in line.get_ydata()] == values and drawn[-1].get_ylabel() == what
+        (every,) = [line for line in lines if line.get_label() == "every parameter trained"]
+        assert list(every.get_ydata()) == [full, full]
+
+
 def test_rewards_beyond_0_and_1_are_drawn_whole(tmp_path, monkeypatch):
     drawn = []
     monkeypatch.setattr(plots, "_save", lambda figure, path: drawn.append(figure))

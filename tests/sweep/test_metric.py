@@ -15,7 +15,17 @@ def test_contribution_of_means():
     assert layer_contribution(3.0, base=1.0, full=5.0) == LayerContribution(0.5, None)
     assert layer_contribution(1.0, base=1.0, full=5.0).value == 0
     assert layer_contribution(0.0, base=1.0, full=5.0).value == -0.25  # worse than the base
-    assert layer_contribution(0.0, base=1.0, full=0.5).value == 2.0  # full hurt, and the layer twice as much
+
+
+def test_undefined_where_full_ended_below_the_base():
+    """The block that lost most would have the highest C."""
+    base, full = [1, 0, 1, 0, 1, 0, 0, 0], [0] * 8
+    for layer in ([0] * 8, [1] * 8):
+        said = "all parameters ended below the base (-0.3750 ± 0.1830), so there is no gain to take a share of"
+        assert layer_contribution(layer, base, full) == LayerContribution(None, None, said)
+    assert layer_contribution(0.0, base=1.0, full=0.5).reason == (
+        "all parameters ended below the base (-0.5000), so there is no gain to take a share of"
+    )
 
 
 def test_contribution_by_hand():
