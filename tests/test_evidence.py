@@ -331,7 +331,42 @@ def test_a_whole_study_has_every_figure_from_its_rows(evidence, written):
         said = f"{c.value:.2f} [{c.value - half:.2f}, {c.value + half:.2f}]"
         assert re.search(rf"^\| {k} \| 0, 1 \| .*\| {re.escape(said)} \|$", section, re.MULTILINE), k
     assert re.search(r"^\| auto \| 25% \| 24 steps \| 5 \| 15, 12, 12, 12, 12 \| ", section, re.MULTILINE)
+    assert re.search(r"^\| all parameters \| 1,000 \| .*\| 1 \|$", section, re.MULTILINE)
+    assert "it takes the blocks for independent, which neighbours are not, and holds no noise of problems" in page
     assert "| block 15 | 0 |" in section and "+0.5125 ± 0.0125 |" in section  # 2.5 of 2, 2.625 of 2.1
+
+
+def test_the_answer_says_whose_seeds_and_judges_nothing_at_the_ceiling(evidence, written):
+    first, second = evidence.SETTINGS[:2]
+    written(first, whole(evidence, first))
+    rows = [r for r in whole(evidence, second) if r["run"]["seed"] == 0]
+    for reached, said in (
+        (0.96, "(one seed): at the ceiling (full training scores 0.960)."),
+        (0.94, "(one seed): less than full training."),
+    ):
+        full = [r for r in rows if r["run"]["kind"] == "full"]
+        for r in full:
+            r["mean"] = reached
+        page, _ = written(second, rows)
+        (elsewhere,) = [s for s in sentences(page) if s.startswith("Elsewhere: on SmolLM2-135M-Instruct, the repeated")]
+        assert elsewhere.endswith(said)
+    assert "(seeds 0, 1): less than full training." in sentences(page)[0]
+
+
+def test_the_blocks_that_are_not_told_apart_go_by_the_seeds_of_all(evidence, written):
+    setting = evidence.SETTINGS[0]
+    rows = whole(evidence, setting)
+    rate = evidence.planned.best_rate(rows, "block")
+    level = {(12, 0): 0.9, (12, 1): 0.9, (3, 0): 0.8, (3, 1): 0.9, (4, 0): 0.45, (4, 1): 0.95}
+    for r in rows:
+        if r["run"]["kind"] == "block" and r["run"]["rate"] == rate:
+            r["mean"] = level.get((r["run"]["block"], r["run"]["seed"]), 0.3)
+            r["scores"] = [r["mean"]] * setting.problems
+    # (.1**2 + .5**2) / 2 / 30 = .0043 for a run and as much for a difference of two means of two: the bound is .129
+    assert evidence.figures.Study(setting, rows).tied() == [12, 3]
+    page, _ = written(setting, rows)
+    assert "Not told apart from the best of those that were measured: 3, 12 (95 %, paired" in page
+    assert "of 30 blocks, 2 are not told apart from the best (3, 12)." in sentences(page)[1]
 
 
 def test_a_block_that_a_ranking_chose_is_measured_and_is_not_the_best_of_a_sweep(evidence, written):

@@ -14,8 +14,7 @@ from planned import COMPARED, DEPTH, RESULTS, SEEDS, SETTINGS, aimed, best_block
 
 from peft_onelayer.records.jsonl import read_records
 from peft_onelayer.records.ranking import LayerRanking
-from peft_onelayer.statistics import Z_95
-from peft_onelayer.sweep.metric import LayerContribution, gain, layer_contribution
+from peft_onelayer.sweep.metric import LayerContribution, gain, layer_contribution, not_told_apart
 
 KINDS = ("block", "full", "lora-all", *COMPARED)
 BLOCKS = "each block that is aimed at"
@@ -132,16 +131,10 @@ class Study:
         return found
 
     def tied(self) -> list[int]:
-        """The measured blocks whose difference from the best of them has 0 in its paired 95 % interval, best first."""
+        """The measured blocks that are not told apart from the best of them, best first."""
         blocks = self.blocks()
-        scores = {k: [row["scores"] for row in rows] for k, rows in blocks.items()}
-        order = sorted(scores, key=lambda k: -statistics.fmean(row["mean"] for row in blocks[k]))
-        found = []
-        for k in order:
-            difference, error = gain(scores[order[0]], scores[k])
-            if k == order[0] or difference <= Z_95 * (error or 0.0):
-                found.append(k)
-        return found
+        order = sorted(blocks, key=lambda k: -statistics.fmean(row["mean"] for row in blocks[k]))
+        return not_told_apart(order, {k: [row["scores"] for row in rows] for k, rows in blocks.items()})
 
     def parts(self) -> list[Part]:
         """What a whole study has, in the order of its runs."""
@@ -193,7 +186,7 @@ class Study:
         return _part(name, len(SEEDS), [f"seed {seed}" for seed in SEEDS if seed not in there])
 
     def recovery(self, ranking: LayerRanking) -> tuple[float, float] | None:
-        """C(pick) / C(best of those measured), and whether the pick is the best or tied with it; of several blocks,
+        """C(pick) / C(best of those measured), and whether the pick is not told apart from the best; of several blocks,
         their means. None before these blocks were measured, and where a pick was not."""
         shares, picks, tied = self._shares_of_best(), ranking.choice, self.tied()
         if not shares.keys() >= {*picks}:

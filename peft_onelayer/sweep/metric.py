@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable, Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import ArrayLike
 
-from peft_onelayer.statistics import why_no_share
+from peft_onelayer.statistics import Z_95, why_no_share
 
 
 class LayerContribution(NamedTuple):
@@ -99,6 +100,37 @@ def gain(after: ArrayLike, before: ArrayLike) -> tuple[float, float | None]:
     return float(differences.mean()), math.sqrt(variance)
 
 
+def not_told_apart(order: Sequence[int], scores: Mapping[int, ArrayLike]) -> list[int]:
+    """The blocks whose paired difference from the best has 0 in its 95 % interval, the best included.
+
+    Two seeds hardly know their own spread: a block whose two happen to agree would seem free of noise, and one whose
+    two happen to differ could not be told from anything. So the seeds' variance is pooled over all blocks that were
+    measured with several seeds, each weighted by its seeds less one: of a mean over K seeds it is
+    max(0, mean of (MS_seeds - MS_residual) / P) / K, with the mean squares of `layer_contribution`.
+
+    Args:
+        order: the blocks, best first.
+        scores: of each block, as `layer` of `layer_contribution`.
+
+    Returns:
+        Blocks in the given order.
+
+    >>> of_two_seeds = {3: [[0.9, 0.9], [0.9, 0.9]], 5: [[0.85, 0.85], [0.85, 0.85]], 0: [[0.5, 0.5], [0.7, 0.7]]}
+    >>> not_told_apart([3, 5, 0], of_two_seeds)
+    [3, 5]
+    """
+    found = {k: _scores(f"block {k}", scores[k]) for k in order}
+    spread = _pooled_spread(found.values())
+
+    def behind(k: int) -> bool:
+        differences = found[order[0]].mean(0) - found[k].mean(0)
+        variance = spread / len(found[order[0]]) + spread / len(found[k])
+        variance += _mean_variance(differences) if differences.size > 1 else 0.0
+        return float(differences.mean()) > Z_95 * math.sqrt(variance)
+
+    return [k for k in order if k == order[0] or not behind(k)]
+
+
 def _scores(name: str, values: ArrayLike) -> np.ndarray:
     """(K, P) float64."""
     scores = np.atleast_2d(np.asarray(values, dtype=float))
@@ -116,11 +148,21 @@ def _mean_variance(values: np.ndarray) -> float:
 
 def _seed_variance(scores: np.ndarray) -> float:
     """V of `layer_contribution` for scores (K, P)."""
+    return _pooled_spread([scores]) / len(scores)
+
+
+def _pooled_spread(blocks: Iterable[np.ndarray]) -> float:
+    """Variance of one run's mean that comes from its seed, of the (K, P) scores of several blocks; 0 without seeds."""
+    several = [scores for scores in blocks if min(scores.shape) > 1]
+    freedom = sum(len(scores) - 1 for scores in several)
+    return max(0.0, sum((len(scores) - 1) * _spread(scores) for scores in several) / freedom) if several else 0.0
+
+
+def _spread(scores: np.ndarray) -> float:
+    """(MS_seeds - MS_residual) / P for scores (K, P), below 0 by chance."""
     seeds, problems = scores.shape
-    if seeds < 2 or problems < 2:
-        return 0.0
     of_seed, of_problem = scores.mean(1, keepdims=True), scores.mean(0, keepdims=True)
     residual = scores - of_seed - of_problem + scores.mean()
     between = problems * float(of_seed.var(ddof=1))
     within = float((residual**2).sum()) / ((seeds - 1) * (problems - 1))
-    return max(0.0, between - within) / (problems * seeds)
+    return (between - within) / problems

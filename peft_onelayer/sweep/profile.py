@@ -10,7 +10,7 @@ import numpy as np
 from peft_onelayer.records.ranking import LayerRanking, Sweep
 from peft_onelayer.statistics import Z_95
 
-from .metric import gain, layer_contribution
+from .metric import gain, layer_contribution, not_told_apart
 from .plan import Plan
 from .regimes import added_runs, make_regimes
 from .run_layer import Row
@@ -46,7 +46,6 @@ def make_profile(settings: SweepSettings, plan: Plan, rows: Mapping[str, Row]) -
     gains = {k: gain(values, base["scores"]) for k, values in scores.items()}
     contributions = {k: layer_contribution(v, base["scores"], full_scores) for k, v in scores.items()}
     order = sorted(gains, key=lambda k: -gains[k][0])
-    tied = [k for k in order if k == order[0] or _tied(scores[order[0]], scores[k])]
     pick = order[0] if order and gains[order[0]][0] > Z_95 * (gains[order[0]][1] or 0.0) else None
     rates = {k: specs[0].settings["learning_rate"] for k, specs in plan.blocks.items()}
 
@@ -91,7 +90,7 @@ def make_profile(settings: SweepSettings, plan: Plan, rows: Mapping[str, Row]) -
         scores=each({k: value for k, (value, _) in gains.items()}),
         errors=each({k: error for k, (_, error) in gains.items()}),
         order=order,
-        tied=tied,
+        tied=not_told_apart(order, scores),
         pick=pick,
         learning_rate=rates[order[0]] if order else None,
         learning_rates=each(rates) if len(set(rates.values())) > 1 else None,
@@ -103,12 +102,6 @@ def make_profile(settings: SweepSettings, plan: Plan, rows: Mapping[str, Row]) -
         seed=settings.seeds[0],
         sweep=sweep,
     )
-
-
-def _tied(best: list[list[float]], other: list[list[float]]) -> bool:
-    """Whether the 95 % interval of the paired difference holds 0; `other` is no better in the mean."""
-    difference, error = gain(best, other)
-    return difference <= Z_95 * (error or 0.0)
 
 
 def _unmoved(base: Row, rows: Sequence[Row], rates: Collection[float], found: bool) -> str | None:

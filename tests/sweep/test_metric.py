@@ -8,7 +8,7 @@ import pytest
 
 import peft_onelayer
 from peft_onelayer.statistics import rank_correlation
-from peft_onelayer.sweep.metric import LayerContribution, gain, layer_contribution
+from peft_onelayer.sweep.metric import LayerContribution, gain, layer_contribution, not_told_apart
 
 
 def test_contribution_of_means():
@@ -92,6 +92,28 @@ def test_undefined_by_the_seeds_alone():
     assert layer_contribution(base, base, full).reason  # one seed says .9, the other .1
     assert layer_contribution(base, base, full[0]).value == 0
     assert layer_contribution(1.0, base=0.5, full=0.5).value is None
+
+
+def test_the_variance_of_seeds_is_that_of_all_blocks():
+    """Alone, the noisiest block would be told from none, and those whose two seeds agree from each other."""
+    flat = lambda *levels: [[level, level + 0.1] for level in levels]  # noqa: E731  # the problems pair exactly
+    scores = {0: flat(0.5, 0.9), 1: flat(0.9, 0.9), 2: flat(0.85, 0.85), 3: flat(0.6, 0.6)}
+    difference, error = gain(scores[1], scores[0])
+    assert difference == pytest.approx(0.2) and error == pytest.approx(0.2)  # not beyond noise
+    assert gain(scores[1], scores[2])[1] == pytest.approx(0)  # beyond it
+    # pooled over four blocks: .08 / 4 = .02 for a run, .01 for a mean of two, .02 for a difference: the bound is .277
+    assert not_told_apart([1, 2, 0, 3], scores) == [1, 2, 0]
+    more = {**scores, **{k: flat(0.3, 0.3) for k in range(4, 12)}}  # .08 / 12: the bound is .160
+    assert not_told_apart([1, 2, 0, 3, *range(4, 12)], more) == [1, 2]
+
+
+def test_blocks_of_one_seed_are_compared_by_their_problems_alone():
+    best, near, far = [1, 1, 1, 0, 1], [1, 1, 0, 1, 1], [0, 0, 0, 0, 1]
+    assert not_told_apart([7, 2, 5], {7: best, 2: near, 5: far}) == [7, 2]
+    assert not_told_apart([7], {7: best}) == [7] and not_told_apart([], {}) == []
+    # A block of one seed has the variance of the others' seeds too: sqrt(.02 / 2 + .02) * 1.96 = .339
+    several = {0: [[0.7, 0.7], [0.9, 0.9]], 1: [0.55, 0.55], 2: [0.45, 0.45]}
+    assert not_told_apart([0, 1, 2], several) == [0, 1]
 
 
 @pytest.mark.parametrize(
