@@ -23,7 +23,7 @@ from transformers import PreTrainedModel
 from transformers.cache_utils import DynamicCache
 
 from .layer import SingleLayerLayer
-from .mixed_batch import take_rows
+from .mixed_batch import entries_of_a_row, take_rows
 from .pass_inputs import PassInputs
 from .prompts import decoder_of, is_fresh
 from .stack import find_decoder_stack
@@ -161,6 +161,7 @@ class JointDecoder:
         self._states: list[torch.Tensor | None] = []  # of each pass, what was kept
         self.segments: list[tuple[str, int, int]] = []  # of the call of a block under way
         self.rows = 0  # of that call
+        self.states: Sequence[int] = ()  # the shape of what it was given
         self.size = 0  # rows that the decoder was given
         self._last: tuple[DynamicCache, list[tuple[DynamicCache, torch.Tensor]]] | None = None
 
@@ -291,7 +292,7 @@ class JointDecoder:
     def _call(
         self, whole: Callable[..., Any], states: torch.Tensor, args: Any, kwargs: Any, segments: list
     ) -> torch.Tensor:
-        self.segments, self.rows = segments, len(states)
+        self.segments, self.rows, self.states = segments, len(states), states.shape
         output = whole(states, *args, **kwargs)
         if not isinstance(output, torch.Tensor):
             raise TypeError("a block returns something else than hidden states")
@@ -368,8 +369,8 @@ class _ByModel(nn.Module):
         ]
         if not segments:
             return base(states, *args, **kwargs)
-        repeats, rest = divmod(total, joint.rows)  # experts see tokens in place of rows
-        if rest:
+        repeats = entries_of_a_row(states.shape, joint.rows, joint.states)
+        if repeats is None:
             raise RuntimeError(f"a {type(base).__name__} is not given rows of the batch")
 
         def run(module: nn.Module, first: int, last: int) -> Any:

@@ -18,12 +18,23 @@ from peft.utils.other import AuxiliaryTrainingWrapper
 from transformers import Cache
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
-from .stack import text_config
+from .stack import find_decoder_stack, text_config
 
 if TYPE_CHECKING:
     from .layer import SingleLayerLayer
 
 BASE = "__base__"  # PEFT's name for the base model without an adapter
+TIME_FIRST = ("xlnet",)  # model types whose blocks take (T, B, H)
+
+
+class _Now(threading.local):
+    """The pass under way in this thread."""
+
+    states: tuple[int, ...] = ()  # the shape of what the block under way was given
+    beams = 1  # rows of it for one name; 0 where it has none
+
+
+_now = _Now()
 
 
 @contextmanager
@@ -36,7 +47,8 @@ def row_adapters(tuner: BaseTuner, names: list[str], args: tuple, kwargs: dict[s
         args, kwargs: of the call of the model or of its `generate`.
 
     Raises:
-        ValueError: in training mode, while adapters are merged, for names that do not exist, or not one per row.
+        ValueError: in training mode, while adapters are merged, for names that do not exist, or not one per row; a
+            model whose blocks have time before the rows.
     """
     layers = [module for module in tuner.modules() if isinstance(module, tuner.tuner_layer_cls)]
     if tuner.training:
@@ -51,6 +63,13 @@ def row_adapters(tuner: BaseTuner, names: list[str], args: tuple, kwargs: dict[s
             f"{', '.join(tuner.peft_config)}, and {BASE} stands for none."
         )
 
+    config = text_config(tuner.model)
+    if config is not None and config.model_type in TIME_FIRST:
+        raise ValueError(
+            f"Cannot pass `adapter_names` to a model of type {config.model_type}, whose blocks take time before the "
+            "rows; run the rows as one batch for each adapter."
+        )
+
     thread = threading.get_ident()  # other threads run the same modules, and with them the hooks
 
     def check_length(rows: int | None) -> None:
@@ -61,7 +80,7 @@ def row_adapters(tuner: BaseTuner, names: list[str], args: tuple, kwargs: dict[s
             )
 
     handles = []
-    rows = batch_size(args, kwargs, plain=text_config(tuner.model) is None)
+    rows = batch_size(args, kwargs, plain=config is None)
     check_length(rows)
     if rows is None:  # PeftModelForCausalLM.forward keeps the inputs to itself
         handles.append(
@@ -69,6 +88,17 @@ def row_adapters(tuner: BaseTuner, names: list[str], args: tuple, kwargs: dict[s
                 lambda _, args, kwargs: check_length(batch_size(args, kwargs)), with_kwargs=True
             )
         )
+
+    def note_states(_: Any, args: tuple, kwargs: dict[str, Any]) -> None:
+        if threading.get_ident() == thread:
+            _now.states = states = tuple(first_tensor([*args, *kwargs.values()]).shape)
+            beams, rest = divmod(states[is_stacked(states)], len(names))
+            _now.beams = 0 if rest else beams
+
+    for pattern in {each.layers_pattern for each in tuner.peft_config.values()}:
+        for block in find_decoder_stack(tuner.model, pattern).blocks:
+            if any(isinstance(module, tuner.tuner_layer_cls) for module in block.modules()):
+                handles.append(block.register_forward_pre_hook(note_states, with_kwargs=True))
     for module in tuner.modules():
         if isinstance(module, AuxiliaryTrainingWrapper):
             handles.append(
@@ -88,6 +118,7 @@ def row_adapters(tuner: BaseTuner, names: list[str], args: tuple, kwargs: dict[s
             layer.row_adapters = None
         for handle in handles:
             handle.remove()
+        _now.states, _now.beams = (), 1
 
 
 def rows_by_adapter(layer: SingleLayerLayer) -> dict[str, list[int]]:
@@ -114,10 +145,11 @@ def run_by_adapter(layer: SingleLayerLayer, method: str, args: tuple, kwargs: di
     caches = [value for value in (*args, *kwargs.values()) if isinstance(value, Cache)]
     cache = CacheRows(caches[0], layer.base_layer.layer_idx) if caches else None
     names = layer.row_adapters or []
-    total = leading_dimension([*args, *kwargs.values()])
-    repeats, rest = divmod(total, len(names))
-    if rest:
-        raise ValueError(f"adapter_names has {len(names)} names for a batch of {total} rows; give one name a row.")
+    given = first_tensor([*args, *kwargs.values()]).shape
+    total, each = given[0], entries_of_a_row(given, len(names) * _now.beams, _now.states)
+    if each is None:
+        raise RuntimeError(cannot_be_told(layer, f"is given {tuple(given)}"))
+    repeats = each * _now.beams
     inside = [module for module in layer.modules() if isinstance(module, type(layer))]
     results, rows = [], []
     try:
@@ -136,7 +168,45 @@ def run_by_adapter(layer: SingleLayerLayer, method: str, args: tuple, kwargs: di
             cache.restore()
     if cache is not None:
         cache.join(rows)
-    return join_rows(results, rows)
+    try:
+        return join_rows(results, rows)
+    except ValueError:
+        raise RuntimeError(cannot_be_told(layer, "does not return an entry for each row")) from None
+
+
+def cannot_be_told(layer: SingleLayerLayer, what: str) -> str:
+    """Why rows that take different adapters cannot go through a module together."""
+    rows = len(layer.row_adapters or []) * _now.beams
+    return (
+        f"a {type(layer.base_layer).__name__} {what} in a batch of {rows} rows, so the rows cannot take different "
+        "adapters there; run them as one batch for each adapter, or train other modules (target_modules)."
+    )
+
+
+def entries_of_a_row(shape: Sequence[int], rows: int, states: Sequence[int]) -> int | None:
+    """How many of a module's leading entries belong to each row: one, or its tokens where both are one dimension.
+
+    Args:
+        shape: of what the module is given.
+        rows: that it is called for.
+        states: the shape of what its block was given, (B, T, ...), which may be more rows; (B, H) or () of models
+            without tokens.
+
+    Returns:
+        None where that cannot be told: experts may take their tokens in another order, and Gemma 3n stacks predictions
+        of its states, (4, B, T, H).
+    """
+    tokens = states[1 + is_stacked(states)] if len(states) > 2 else 1
+    if is_stacked(states) and tuple(shape) == tuple(states):
+        return None
+    if shape[0] == rows and (tokens == 1 or len(shape) > 2):
+        return 1
+    return tokens if shape[0] == rows * tokens else None
+
+
+def is_stacked(states: Sequence[int]) -> bool:
+    """Whether a block's states have a dimension before the rows."""
+    return len(states) > 3
 
 
 def batch_size(args: tuple, kwargs: dict[str, Any], plain: bool = False) -> int | None:
@@ -158,9 +228,9 @@ def row_numbers(names: list[int], repeats: int) -> torch.Tensor:
     return (torch.tensor(names)[:, None] * repeats + torch.arange(repeats)).flatten()
 
 
-def leading_dimension(values: Sequence[Any]) -> int:
-    """Rows of the first tensor among a module's arguments."""
-    return next(value.shape[0] for value in values if isinstance(value, torch.Tensor))
+def first_tensor(values: Sequence[Any]) -> torch.Tensor:
+    """Of a module's arguments; that is what it works on."""
+    return next(value for value in values if isinstance(value, torch.Tensor))
 
 
 def take_rows(value: Any, rows: torch.Tensor | slice, total: int) -> Any:
@@ -175,12 +245,23 @@ def take_rows(value: Any, rows: torch.Tensor | slice, total: int) -> Any:
 
 
 def join_rows(parts: list[Any], rows: list[torch.Tensor]) -> Any:
-    """Put results computed from `rows` of a batch back in the batch's order. The inverse of `take_rows`."""
+    """Put results computed from `rows` of a batch back in the batch's order. The inverse of `take_rows`; a result may
+    also have the same number of entries, one behind another, for each row, as a router's for each token.
+
+    Raises:
+        ValueError: it has not.
+    """
     if isinstance(parts[0], torch.Tensor):
-        order = torch.cat(rows).argsort()
+        each = len(parts[0]) // len(rows[0]) if parts[0].ndim else 0
+        if not each or any(len(part) != each * len(index) for part, index in zip(parts, rows, strict=True)):
+            raise ValueError("a result is not one of the rows")
+        order = row_numbers(torch.cat(rows).argsort().tolist(), each)
         return torch.cat(parts)[order.to(parts[0].device)]
-    if isinstance(parts[0], tuple):
-        return tuple(join_rows(list(items), rows) for items in zip(*parts, strict=True))
+    if isinstance(parts[0], (tuple, list)):
+        kind = tuple if isinstance(parts[0], tuple) else list
+        return kind(join_rows(list(items), rows) for items in zip(*parts, strict=True))
+    if any(part is not parts[0] and part != parts[0] for part in parts):
+        raise ValueError("a result is of some rows alone")
     return parts[0]
 
 

@@ -5,7 +5,7 @@ from itertools import product
 import pytest
 import torch
 
-from models import FAMILIES, build, token_batch
+from models import FAMILIES, build, build_architecture, token_batch
 from peft_onelayer import SingleLayerConfig
 from tuner.helpers import DTYPES, move, tuner_layers, wrap
 
@@ -80,6 +80,47 @@ def test_generate(options):
         alone = with_adapter(model, name, lambda row=row: model.generate(input_ids=tokens[row : row + 1], **options))
         assert torch.equal(mixed[row * each : (row + 1) * each], alone)
     assert not torch.equal(mixed[: 1 * each], mixed[2 * each : 3 * each])
+
+
+OTHER_MODULES = "run them as one batch for each adapter, or train other modules"
+
+
+@pytest.mark.parametrize(
+    ("family", "targets", "error"),
+    [
+        ("deepseek_v3", None, None),  # the router returns an entry for each token
+        pytest.param("deepseek_v2", None, None, marks=pytest.mark.more),
+        pytest.param("glm4_moe", None, None, marks=pytest.mark.more),
+        ("llama4_text", None, f"a Llama4TextExperts is given .* {OTHER_MODULES}"),  # tokens, once for each expert
+        pytest.param("llama4_text", ["self_attn"], None, marks=pytest.mark.more),
+        ("gemma3n_text", None, f"a Gemma3nTextAltUp is given .* {OTHER_MODULES}"),
+        pytest.param("gemma3n_text", ["self_attn", "mlp"], None, marks=pytest.mark.more),
+        ("jetmoe", None, f"a JetMoeMoA does not return an entry for each row .* {OTHER_MODULES}"),
+        ("xlnet", None, "of type xlnet, whose blocks take time before the rows"),
+    ],
+)
+@pytest.mark.parametrize("sizes", [(2, 6), (3, 3)], ids=str)
+@torch.no_grad()
+def test_a_module_that_is_not_given_rows_is_right_or_refused(family, targets, error, sizes):
+    config = {"layer": 1, "task_type": "CAUSAL_LM", "target_modules": targets}
+    model = wrap(build_architecture(family), **config)
+    model.add_adapter("b", SingleLayerConfig(**config))
+    for seed, name in enumerate(("default", "b")):
+        move(model.eval(), name, seed=seed, scale=0.2)
+    tokens, names = token_batch(*sizes), ["default", "b", "default"][: sizes[0]]
+    options = {"use_cache": False}
+    if error is not None:
+        with pytest.raises((RuntimeError, ValueError), match=error) as raised:
+            model(input_ids=tokens, adapter_names=names, **options)
+        assert "\n" not in str(raised.value) and all(layer.row_adapters is None for layer in tuner_layers(model))
+        return
+    mixed = model(input_ids=tokens, adapter_names=names, **options).logits
+    for row, name in enumerate(names):
+        alone = with_adapter(model, name, lambda row=row: model(input_ids=tokens[row : row + 1], **options).logits)
+        assert torch.allclose(mixed[row], alone[0], atol=1e-5)
+    assert not torch.allclose(
+        mixed[1], with_adapter(model, "default", lambda: model(input_ids=tokens, **options))[0][1]
+    )
 
 
 def test_blocks_without_an_adapter_run_once_for_all_rows():
