@@ -17,13 +17,11 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from peft_onelayer.hub.local_card import write_card
 from peft_onelayer.records.evaluation import EvaluationRecord, Example, MeasuredAdapter
-from peft_onelayer.records.fields import read
 from peft_onelayer.records.figures import Measured
 from peft_onelayer.records.files import (
     CARD,
     CONFIG,
     EVALUATION,
-    RUN,
     WEIGHTS,
     file_digest,
     output,
@@ -37,18 +35,16 @@ from peft_onelayer.records.locate import (
     check_model_name,
     holds_adapter,
 )
-from peft_onelayer.records.run import DataSource, RunRecord
-from peft_onelayer.records.text import one_line
-from peft_onelayer.rl.algorithms import load_algorithm
-from peft_onelayer.rl.sampling import OWN_OPTIONS, sampling_of, with_given
+from peft_onelayer.records.run import DataSource
 from peft_onelayer.rollouts.completions import compare_completions, completion_lines, prompt_as_read, question_and_text
 from peft_onelayer.rollouts.evaluation import Evaluation
 from peft_onelayer.rollouts.evaluation import evaluate as evaluate_rows
-from peft_onelayer.rollouts.prompts import Shape, check_prompt, shaped, shown_rows
+from peft_onelayer.rollouts.prompts import check_prompt, shaped, shown_rows
 from peft_onelayer.rollouts.settings import Sampling
 from peft_onelayer.tasks import Task, open_task
 from peft_onelayer.tuner.config import SingleLayerPeftType
 
+from .as_run import as_in_run, run_in
 from .describe import describe_machine, describe_model
 from .early import check_evaluation
 from .measuring import measured
@@ -60,7 +56,7 @@ from .models import (
     without_progress_bars,
 )
 from .progress import Progress, Update
-from .settings import EvaluationSettings, VoteSettings
+from .settings import EvaluationSettings
 
 EXAMPLES = 8  # problems that eval.json holds to be read
 Measurements = dict[str, tuple[Evaluation, float]]  # by decoding mode, with seconds
@@ -147,16 +143,15 @@ class _Evaluation:
             if twice := [name for name in names if names.count(name) > 1]:
                 raise ValueError(f"--also {twice[0]} is measured already; name other tasks.")
             self.task.rows(settings.split, 1, settings.seed)  # a split that is not there, before the model is loaded
-            shown_rows(self.task, settings.shots)
             for task in self.also:
                 task.rows("test", 1, settings.seed)
-                shown_rows(task, settings.shots)
-        self.sampling = self._sampling()
+            self.shape, self.sampling = as_in_run(self.run_record, self.task, self._asked(), progress)
+            for task in self.also:
+                shown_rows(task, self.shape.shots)
 
     def run(self, on_measured: Callable[[EvaluationRecord], None]) -> EvaluationRecord:
         settings = self.settings
         self.base, tokenizer = self._load()
-        self.shape = self._shape()
         main = self._problems(self.task, tokenizer, settings.split, self.sampling)
         limit = settings.max_completion_tokens or settings.sampling.get("max_completion_tokens")
         elsewhere = replace(self.sampling, max_completion_tokens=limit)  # the run's limit is its own task's
@@ -231,22 +226,6 @@ class _Evaluation:
             for line in compare_completions({name: rollouts[i][0] for name, rollouts in groups.items()}, task):
                 self.progress.note(line)
 
-    def _shape(self) -> Shape:
-        """How prompts are given: as asked for, else as in the run; system text and shots only for the run's task."""
-        settings, run = self.settings, self.run_record
-        chat, system, shots = settings.chat, settings.system, settings.shots
-        if run is not None:
-            source = run.settings.source
-            chat = source.chat if chat is None else chat
-            if _is_task_of(run, self.task) or settings.dataset is not None:
-                system = source.system if system is None else system
-                shots = source.shots if shots is None else shots
-                inherited = [f"{shots} shots"] if shots and settings.shots is None else []
-                inherited += [f"system text {one_line(system, 60)!r}"] if system and settings.system is None else []
-                if inherited:
-                    self.progress.note(f"prompts as in the run: {', '.join(inherited)}")
-        return Shape(chat, system, shots or 0, self.sampling.chat_template_kwargs)
-
     def _examples(self, before: Measurements, after: Measurements | None) -> list[Example]:
         mode = self.decodings[-1]
         first = [group[0] for group in before[mode][0].rollouts[:EXAMPLES]]
@@ -268,24 +247,16 @@ class _Evaluation:
             write_card(folder, draw=False)
             self.progress.note(f"{folder / CARD} says it too")
 
-    def _sampling(self) -> Sampling:
-        """The run's settings with those that were given over them."""
-        settings, run = self.settings, self.run_record
-        own = Sampling() if run is None else sampling_of_record(run, self.task, settings)
+    def _asked(self) -> EvaluationSettings:
+        """The settings with the options of decoding among those of `sampling`."""
+        settings = self.settings
         given: dict[str, Any] = {}
         for name in ("temperature", "top_p", "top_k", "min_p", "max_completion_tokens"):
             if (value := getattr(settings, name)) is not None:
                 given[name] = value
         if both := given.keys() & settings.sampling.keys():
             raise ValueError(f"{min(both)} is given twice, by its option and by --sampling; give one of them")
-        given |= settings.sampling
-        shown = {name: value for name, value in own.changed.items() if name not in given}
-        if shown.get("max_completion_tokens") == self.task.max_completion_tokens:
-            del shown["max_completion_tokens"]
-        if shown:
-            as_run = ", ".join(f"{name}={value}" for name, value in shown.items())
-            self.progress.note(f"sampled as in the run: {as_run}")
-        return with_given(replace(own, seed=settings.seed, batch_size=settings.batch_size), given, OWN_OPTIONS)
+        return replace(settings, sampling=given | dict(settings.sampling))
 
     def _load(self) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
         with self.progress.status(f"loading {self.model} ..."):
@@ -350,32 +321,6 @@ class _Evaluation:
         config = self.adapter_config
         digest = file_digest(self.folder / WEIGHTS)
         return MeasuredAdapter(str(self.adapter), config.get("peft_type"), config.get("layer_indices"), digest)
-
-
-def run_in(folder: Path) -> RunRecord | None:
-    """The run that left its run.json in a folder; None where there is none of ours."""
-    try:
-        fields = read_fields(folder / RUN)
-    except ValueError:  # not there, or no JSON
-        return None
-    return RunRecord.from_dict(fields, str(folder / RUN)) if fields.get("format") == RunRecord.FORMAT else None
-
-
-def sampling_of_record(run: RunRecord, task: Task, asked: EvaluationSettings | VoteSettings) -> Sampling:
-    """How a run sampled. Its limit of a completion holds for its own task and for data sets, which have none."""
-    settings, fields = run.settings, dict(run.settings.config)
-    if "generation_kwargs" in asked.sampling:  # those of the run may be vLLM's, which cannot be followed
-        fields["generation_kwargs"] = None
-    own = sampling_of(load_algorithm(settings.algorithm), fields, "run.json: settings.config")
-    own = read(Sampling, {**own.shape, **(settings.sampling or {})}, "run.json: settings.sampling")
-    same = _is_task_of(run, task) or asked.dataset is not None
-    return own if same else replace(own, max_completion_tokens=None)
-
-
-def _is_task_of(run: RunRecord, task: Task) -> bool:
-    """Whether a run was trained on the task, or on its data."""
-    source = run.settings.source
-    return task.name == source.name or bool(task.data and dict(task.data) == source.data)
 
 
 def _report(update: Update, done: int) -> None:

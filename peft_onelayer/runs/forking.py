@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from functools import partial
+from pathlib import Path
 
 from peft import PeftModel, get_peft_model
 
 from peft_onelayer.analysis.entropy import EntropySignal, signal_by_entropy
 from peft_onelayer.records.locate import adapter_folder
-from peft_onelayer.rl.sampling import OWN_OPTIONS, with_given
-from peft_onelayer.rollouts.prompts import Shape, check_prompt, shaped
-from peft_onelayer.rollouts.settings import Sampling
+from peft_onelayer.rollouts.prompts import check_prompt, shaped
 from peft_onelayer.tasks import open_task
 from peft_onelayer.tuner import SingleLayerConfig
 
+from .as_run import as_in_run, run_in
 from .early import check_entropy
 from .models import load_causal_lm, quiet_logs, to_device, without_progress_bars
 from .progress import Progress, Update
@@ -23,6 +22,9 @@ from .settings import EntropySettings
 
 def entropy(settings: EntropySettings, *, progress: Progress | None = None) -> EntropySignal:
     """Measure which tokens the gradient of a block comes from.
+
+    Prompts are given and completions sampled as by the run that made the adapter (or the model, where `settings.model`
+    is a folder of `train --full`), by the run.json beside it, unless the settings say otherwise.
 
     Args:
         settings: what is asked for.
@@ -38,14 +40,13 @@ def entropy(settings: EntropySettings, *, progress: Progress | None = None) -> E
         task = open_task(settings.task, settings.dataset, settings.reward, unsafe=settings.unsafe)
     if task.environment_factory is not None:
         raise ValueError(f"task {task.name} plays through an environment; measure a task of one turn.")
-    own = replace(Sampling(), seed=settings.seed, batch_size=settings.batch_size, samples=settings.samples)
-    sampling = with_given(own, settings.sampling, OWN_OPTIONS)
+    run = run_in(folder or Path(settings.model).expanduser())
+    shape, sampling = as_in_run(run, task, settings, progress)
     with without_progress_bars(), progress.status(f"loading {settings.model} ..."):
         base, tokenizer = load_causal_lm(
             settings.model, settings.revision, trust_remote_code=settings.trust_remote_code
         )
     to_device(base)
-    shape = Shape(settings.chat, settings.system, settings.shots or 0, sampling.chat_template_kwargs)
     task, _ = shaped(task, tokenizer, shape)
     rows = task.rows("train", settings.problems, settings.seed)
     check_prompt(rows[0], tokenizer, settings.model, settings.sampling.get("chat_template_kwargs"))

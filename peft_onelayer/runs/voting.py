@@ -16,16 +16,14 @@ from peft_onelayer.records.files import CONFIG, output, read_fields, write_whole
 from peft_onelayer.records.locate import adapter_folder, check_base_of
 from peft_onelayer.records.run import DataSource
 from peft_onelayer.records.vote import Ballot, VoteRecord
-from peft_onelayer.rl.sampling import OWN_OPTIONS, with_given
-from peft_onelayer.rollouts.prompts import Shape, check_prompt, shaped
+from peft_onelayer.rollouts.prompts import check_prompt, shaped
 from peft_onelayer.rollouts.sampling import Rollout, sample_rollouts
-from peft_onelayer.rollouts.settings import Sampling
 from peft_onelayer.tasks import Task, completion_text, open_task
 from peft_onelayer.tuner import SingleLayerConfig
 
+from .as_run import as_in_run, run_in
 from .describe import describe_model
 from .early import check_vote
-from .evaluation import run_in, sampling_of_record
 from .models import check_model_name, load_adapter, load_causal_lm, quiet_logs, to_device, without_progress_bars
 from .progress import Progress, Update
 from .settings import VoteSettings
@@ -36,8 +34,8 @@ def vote(settings: VoteSettings, *, command: str | None = None, progress: Progre
     samples of one adapter.
 
     All adapters complete a problem in one batch on one base: what lies below the lowest block that one of them trains
-    runs once for all, the pass over the prompt and its cache included. Completions are sampled as by the run of the
-    first adapter, unless the settings say otherwise.
+    runs once for all, the pass over the prompt and its cache included. Prompts are given and completions sampled as by
+    the run of the first adapter, unless the settings say otherwise; which runs did otherwise is told.
 
     Args:
         settings: what is asked for.
@@ -81,17 +79,27 @@ def _vote(settings: VoteSettings, command: str | None, progress: Progress) -> Vo
     task = open_task(settings.task, settings.dataset, settings.reward, unsafe=settings.unsafe)
     if task.environment_factory is not None:
         raise ValueError(f"task {task.name} plays through an environment and has no answer to vote on.")
-    run = run_in(folders[0])
-    own = Sampling() if run is None else sampling_of_record(run, task, settings)
-    own = replace(own, seed=settings.seed, batch_size=settings.batch_size)
-    sampling = with_given(own, settings.sampling, OWN_OPTIONS)
     task.rows(settings.split, 1, settings.seed)  # a split that is not there, before the model is loaded
+    runs = [run_in(folder) for folder in folders]
+    shape, sampling = as_in_run(runs[0], task, settings, progress)
+    own = {
+        name: as_in_run(run, task, settings, Progress())
+        for name, run in zip(names, runs, strict=True)
+        if run is not None
+    }
     with progress.status(f"loading {model} ..."):
         base, tokenizer = load_causal_lm(model, revision, trust_remote_code=settings.trust_remote_code)
     to_device(base)
-    chat = run.settings.source.chat if run is not None and settings.chat is None else settings.chat
-    shape = Shape(chat, settings.system, settings.shots or 0, sampling.chat_template_kwargs)
     task, chat = shaped(task, tokenizer, shape)
+    first = replace(shape, chat=chat), sampling
+    chats = tokenizer.chat_template is not None
+    otherwise = [
+        name
+        for name, (own_shape, how) in own.items()
+        if (replace(own_shape, chat=chats and own_shape.chat is not False), how) != first
+    ]
+    if otherwise:
+        progress.note(f"all are prompted and sampled as the first; otherwise in their runs: {', '.join(otherwise)}")
     rows = task.rows(settings.split, settings.problems, settings.seed)
     check_prompt(rows[0], tokenizer, model, settings.sampling.get("chat_template_kwargs"))
     description = describe_model(base)
@@ -118,7 +126,7 @@ def _vote(settings: VoteSettings, command: str | None, progress: Progress) -> Vo
         model=description,
         adapters=names,
         against=names[settings.against],
-        task=DataSource(task.name, dict(task.data), chat, system=settings.system, shots=settings.shots),
+        task=DataSource(task.name, dict(task.data), chat, shape.system or None, shape.shots or None),
         split=settings.split,
         n=len(rows),
         samples=count,
