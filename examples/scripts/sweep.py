@@ -28,4 +28,6 @@ settings = SweepSettings(
 )
 profile = sweep_layers(settings, out=options.out)
 for block in LAYERS:
-    print(f"block {block}: C = {profile.worth[block]}")
+    print(f"block {block}: C = {profile.sweep.contribution[block]}, gain {profile.scores[block]:+.4f}")
+if profile.sweep.undefined:
+    print(f"C is undefined: {profile.sweep.undefined}")
