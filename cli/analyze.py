@@ -6,7 +6,6 @@ format "onelayer-transplant-1": those of `TransplantProfile`.
 
 from __future__ import annotations
 
-from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -16,8 +15,8 @@ from peft_onelayer.records.locate import check_order
 
 from ._errors import user_error
 from ._hub import quiet_hub
-from ._options import AllowOtherBase, Json, Revision
-from ._output import Bar, common_prefix, late_bar, note, print_json, print_line, print_table, progress_bar, status
+from ._options import AllowOtherBase, Chat, Json, Revision, Sampling, Shots, System
+from ._output import TerminalProgress, common_prefix, late_bar, note, print_json, print_line, print_table, status
 
 if TYPE_CHECKING:
     from peft_onelayer.analysis.change import Analysis, GroupChange
@@ -66,12 +65,17 @@ def analyze(
         str | None,
         typer.Option(
             metavar="TASK",
-            help="Instead, put each block of OTHER, a whole model, into BASE and evaluate it on this task.",
+            help="Instead, put each block of OTHER, a whole model, into BASE and evaluate it on this task, prompted "
+            "and sampled as OTHER's run was, unless --chat, --plain, --system, --shots or --sampling say otherwise.",
             show_default=False,
         ),
     ] = None,
     problems: Annotated[int, typer.Option(min=2, help="Of --transplant: held-out problems.")] = 256,
     samples: Annotated[int, typer.Option(min=1, help="Of --transplant: completions of each.")] = 4,
+    chat: Chat = None,
+    system: System = None,
+    shots: Shots = None,
+    sampling: Sampling = None,
     revision: Revision = None,
     allow_other_base: AllowOtherBase = False,
     as_json: Json = False,
@@ -92,10 +96,30 @@ def analyze(
                     "--transplant takes one OTHER, and measures no tensors: leave out --plot and --mask-out."
                 )
             check_task_name(transplant)
-        found_blocks = _transplant(base, others[0], transplant, problems, samples, revision)
+        from peft_onelayer.rl.sampling import sampling_from_text
+        from peft_onelayer.sweep.transplant import transplant_profile
+
+        with user_error(ValueError, OSError), quiet_hub():
+            found_blocks = transplant_profile(
+                base,
+                others[0],
+                transplant,
+                problems=problems,
+                samples=samples,
+                chat=chat,
+                system=system,
+                shots=shots,
+                sampling=sampling_from_text(sampling or []),
+                revision=revision,
+                progress=TerminalProgress(),
+            )
         print_json(found_blocks.to_json()) if as_json else _print_blocks(found_blocks)
         return
     with user_error(ValueError):
+        if (chat, system, shots) != (None, None, None) or sampling:
+            raise ValueError(
+                "--chat, --plain, --system, --shots and --sampling are of --transplant; give it too, or leave them out."
+            )
         if plot is not None:
             if plot.suffix not in IMAGES:
                 raise ValueError(f"--plot {plot} is no image: give a file that ends in {', '.join(IMAGES)}.")
@@ -136,24 +160,6 @@ def analyze(
         print_json(found.to_json())
     else:
         _print(found)
-
-
-def _transplant(
-    base: str, full: str, task: str, problems: int, samples: int, revision: str | None
-) -> TransplantProfile:
-    from peft_onelayer.sweep.transplant import transplant_profile
-
-    with user_error(ValueError, OSError), quiet_hub(), ExitStack() as stack:
-        shown: list[Bar] = []
-
-        def update(done: int, total: int) -> None:
-            if not shown:
-                shown.append(stack.enter_context(progress_bar("evaluating blocks", total)))
-            shown[0].update(done)
-
-        return transplant_profile(
-            base, full, task, problems=problems, samples=samples, revision=revision, on_evaluation=update
-        )
 
 
 def _print_blocks(found: TransplantProfile) -> None:

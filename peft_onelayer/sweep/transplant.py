@@ -7,7 +7,7 @@ all from below or from above. One evaluation each.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -18,9 +18,12 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from peft_onelayer.records.files import CONFIG
 from peft_onelayer.rollouts.evaluation import Evaluation, evaluate
-from peft_onelayer.rollouts.prompts import Shape, shaped
+from peft_onelayer.rollouts.prompts import check_prompt, shaped
 from peft_onelayer.rollouts.settings import Sampling
+from peft_onelayer.runs.as_run import as_in_run, run_in
 from peft_onelayer.runs.models import load_causal_lm, to_device, without_progress_bars
+from peft_onelayer.runs.progress import Progress
+from peft_onelayer.runs.settings import EvaluationSettings
 from peft_onelayer.tasks import Task, load_task
 from peft_onelayer.tuner import find_decoder_stack
 
@@ -129,6 +132,10 @@ class TransplantProfile:
         task: that was evaluated.
         problems: number evaluated on.
         samples: completions of each problem.
+        chat: whether prompts are messages of a user.
+        system: text of the system message, or ahead of a plain prompt; None for none.
+        shots: problems that every prompt shows with their solutions; None for none.
+        sampling: how completions are sampled, by field of `Sampling`.
         base_score: of the base.
         full_score: of the fully trained model.
         full_gain: the difference and its standard error.
@@ -145,6 +152,10 @@ class TransplantProfile:
     task: str
     problems: int
     samples: int
+    chat: bool
+    system: str | None
+    shots: int | None
+    sampling: dict[str, Any]
     base_score: float
     full_score: float
     full_gain: tuple[float, float | None]
@@ -174,43 +185,67 @@ def transplant_profile(
     samples: int = 4,
     batch_size: int = 64,
     seed: int = 0,
+    chat: bool | None = None,
+    system: str | None = None,
+    shots: int | None = None,
+    sampling: Mapping[str, Any] | None = None,
     revision: str | None = None,
-    on_evaluation: Callable[[int, int], None] = lambda done, total: None,
+    progress: Progress | None = None,
 ) -> TransplantProfile:
     """Put each block of a fully trained model into its base, alone, and evaluate.
+
+    Prompts are given and completions sampled as by the run that trained the model, by the run.json beside it, unless
+    the arguments say otherwise; without a run.json as by default.
 
     Args:
         base: the model before training: a folder or a Hub id.
         full: the whole model after training all parameters, likewise.
         task: a name for `load_task`.
         problems: of the test split; fewer where it is smaller.
-        samples: completions of each problem, at temperature 1.
+        samples: completions of each problem.
         seed: of the problems and of sampling.
+        chat, system, shots: as of `EvaluationSettings`; None for the run's.
+        sampling: values by field of `Sampling`, over those of the run.
         revision: Hub revision of the base.
-        on_evaluation: called with the evaluations that are done, and their number.
+        progress: is told what goes on.
 
     Raises:
-        ValueError: in one line: no such model or task, an adapter in place of a model, or models with other blocks.
+        ValueError: in one line: no such model or task, an adapter in place of a model, models with other blocks, or
+            prompts that cannot be.
     """
     if (Path(full).expanduser() / CONFIG).is_file():
         raise ValueError(f"{full} is an adapter; a transplant needs the whole model that training all parameters left")
+    progress = progress or Progress()
     asked = load_task(task)
+    settings = EvaluationSettings(
+        model=full,
+        chat=chat,
+        system=system,
+        shots=shots,
+        sampling=sampling or {},
+        samples=samples,
+        batch_size=batch_size,
+        seed=seed,
+    )
+    shape, how = as_in_run(run_in(Path(full).expanduser()), asked, settings, progress)
     with without_progress_bars():
         model, tokenizer = load_causal_lm(base, revision)
         donor, _ = load_causal_lm(full)
         check_donor(model, donor)
         for loaded in (model, donor):
             to_device(loaded)
-        asked, _ = shaped(asked, tokenizer, Shape())
-        rows, sampling = asked.rows("test", problems, seed), Sampling(samples=samples, seed=seed, batch_size=batch_size)
+        asked, chat = shaped(asked, tokenizer, shape)
+        rows = asked.rows("test", problems, seed)
+        check_prompt(rows[0], tokenizer, base, settings.sampling.get("chat_template_kwargs"))
         singles = transplants(len(find_decoder_stack(model).blocks), ["single"])
         found: list[Evaluation] = []
-        for one in itertools.chain(
-            (evaluate(whole, tokenizer, asked, rows, sampling) for whole in (model, donor)),
-            (e for _, e in evaluate_transplants(model, donor, tokenizer, asked, singles, rows, sampling)),
-        ):
-            found.append(one)
-            on_evaluation(len(found), len(singles) + 2)
+        with progress.bar("evaluating blocks", len(singles) + 2) as update:
+            for one in itertools.chain(
+                (evaluate(whole, tokenizer, asked, rows, how) for whole in (model, donor)),
+                (e for _, e in evaluate_transplants(model, donor, tokenizer, asked, singles, rows, how)),
+            ):
+                found.append(one)
+                update(len(found), "")
     before, after, *alone = found
     gains = [gain(one.scores, before.scores) for one in alone]
     shares = [layer_contribution(one.scores, before.scores, after.scores) for one in alone]
@@ -220,6 +255,10 @@ def transplant_profile(
         task=task,
         problems=before.n,
         samples=samples,
+        chat=chat,
+        system=shape.system or None,
+        shots=shape.shots or None,
+        sampling=how.shape,
         base_score=before.mean,
         full_score=after.mean,
         full_gain=gain(after.scores, before.scores),

@@ -11,6 +11,7 @@ SHAPE = ["--system", "Be short.", "--shots", "2"]
         ("train", "peft_onelayer.runs.training.train", ["--out", "out"]),
         ("probe", "peft_onelayer.runs.probing.probe", []),
         ("eval", "peft_onelayer.runs.evaluation.evaluate", []),
+        ("entropy", "peft_onelayer.runs.forking.entropy", []),
         ("sweep", "peft_onelayer.sweep.sweep.sweep_layers", []),
     ],
 )
@@ -27,3 +28,22 @@ def test_the_options_reach_the_settings(onelayer, monkeypatch, command, function
     assert (asked[0].system, asked[0].shots) == ("Be short.", 2)
     code, lines, _ = onelayer(command, "m", "--task", "sort", "--shots", "-1", *rest)
     assert code == 2 and len(asked) == 1
+
+
+def test_the_options_reach_a_transplant(onelayer, monkeypatch):
+    asked = []
+
+    def stop(base, full, task, **given):
+        asked.append(given)
+        raise ValueError("enough")
+
+    monkeypatch.setattr("peft_onelayer.sweep.transplant.transplant_profile", stop)
+    rest = ["--plain", "--sampling", "top_p=0.9"]
+    code, lines, _ = onelayer("analyze", "m", "n", "--transplant", "sort", *SHAPE, *rest)
+    assert code == 1 and lines[-1].endswith("enough"), lines
+    assert (asked[0]["chat"], asked[0]["system"], asked[0]["shots"]) == (False, "Be short.", 2)
+    assert asked[0]["sampling"] == {"top_p": 0.9}
+    for given in (["--plain"], SHAPE, rest[1:]):
+        code, lines, _ = onelayer("analyze", "m", "n", *given)
+        assert code == 1 and "are of --transplant; give it too, or leave them out" in lines[-1], lines
+    assert len(asked) == 1

@@ -1,5 +1,6 @@
-"""Prompts and sampling are those of the run.json beside a model: in a vote and the signal by entropy."""
+"""Prompts and sampling are those of the run.json beside a model: in a vote, the signal by entropy, a transplant."""
 
+import shutil
 from dataclasses import replace
 
 import demo_model
@@ -8,8 +9,10 @@ from changes import save_adapter
 from run_records import RECORD, SETTINGS, TASK
 from tokenizers import normalizers
 
+from peft_onelayer.rollouts.evaluation import Evaluation
 from peft_onelayer.rollouts.sampling import Rollout
 from peft_onelayer.runs import EntropySettings, Progress, VoteSettings, entropy, forking, vote, voting
+from peft_onelayer.sweep import transplant
 from peft_onelayer.tasks import load_task
 
 SYSTEM = "A1+1="
@@ -93,4 +96,18 @@ def test_the_signal_by_entropy(model, adapters, monkeypatch, bare):
     ((rows, sampling),) = measured
     check(rows, sampling, bare=bare)
     assert (sampling.samples, sampling.batch_size) == (3, 64)
+    assert told.notes == ([] if bare else AS_RUN)
+
+
+@pytest.mark.parametrize("bare", [False, True])
+def test_a_transplant(model, tmp_path, monkeypatch, bare):
+    def evaluate(model, tokenizer, task, rows, sampling):
+        check(rows, sampling, bare=bare)
+        return Evaluation(("a", "b"), (0.0, 1.0), sampling.samples)
+
+    monkeypatch.setattr(transplant, "evaluate", evaluate)
+    full, told = of_run(shutil.copytree(model, tmp_path / "full")), Told()
+    found = transplant.transplant_profile(model, full, **ASKED, **(BARE if bare else {}), progress=told).to_json()
+    assert (found["chat"], found["system"], found["shots"]) == ((True, None, None) if bare else (False, SYSTEM, 2))
+    assert found["sampling"]["temperature"] == (0.5 if bare else 0.7)
     assert told.notes == ([] if bare else AS_RUN)
