@@ -27,7 +27,9 @@ settings = SweepSettings(
     problems=128,
 )
 profile = sweep_layers(settings, out=options.out)
+found = profile.sweep
+assert found is not None  # of a profile that a sweep measured
 for block in LAYERS:
-    print(f"block {block}: C = {profile.sweep.contribution[block]}, gain {profile.scores[block]:+.4f}")
-if profile.sweep.undefined:
-    print(f"C is undefined: {profile.sweep.undefined}")
+    print(f"block {block}: C = {found.contribution[block]}, gain {profile.scores[block]:+.4f}")
+if found.undefined:
+    print(f"C is undefined: {found.undefined}")
