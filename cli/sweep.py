@@ -152,17 +152,22 @@ def sweep(
             shown: list[Bar] = []
             unlearnable: list[str] = []  # completions that teach nothing
             there = {path.stem for path in out.glob("rows/*.json")}  # digests of runs that are not run again
+            done_so_far = "done" + (
+                f", the steps of those under way are in {out / 'logs'}" if engine == "local" else ""
+            )
 
             def start(total: int) -> None:
                 note(f"{total} runs go to {out}")
                 shown.append(stack.enter_context(progress_bar(f"sweep of {model}", total, "run")))
+                shown[0].detail = done_so_far
 
             def show(done: int, total: int, spec: Any, row: dict[str, Any]) -> None:
                 unlearnable[:] = row.get("shown", unlearnable)
-                result = _result(row)
-                shown[0].update(done, f"{spec}: {result}", typical=bool(row["steps"]) and row["digest"] not in there)
-                if shown[0].progress.disable or "found" in row:
-                    note(f"{done}/{total} {spec}: {result}")
+                told, result = shown[0].progress.disable, f"{spec}: {_result(row)}"
+                detail = done_so_far if told else result
+                shown[0].update(done, detail, typical=bool(row["steps"]) and row["digest"] not in there)
+                if told or "found" in row:
+                    note(f"{done}/{total} {result}")
 
             try:
                 profile = sweep_layers(

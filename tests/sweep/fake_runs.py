@@ -76,7 +76,7 @@ def _rate(spec, settings):
     return {**row, **cost, "found": {"learning_rate": rate, "kl": 0.015, "kl_noise": 1e-5, **cost, "seconds": 1.0}}
 
 
-def report_environment(spec):
+def report_environment(spec, on_step):
     time.sleep(0.3)  # so that every worker gets one
     return {"cuda": os.environ.get("CUDA_VISIBLE_DEVICES"), "threads": os.environ.get("OMP_NUM_THREADS")}
 

@@ -28,7 +28,11 @@ def test_every_row_once(tmp_path):
     assert [row["scores"] for row in sorted(rows, key=lambda row: row["spec"]["layer"])] == [
         fake_runs.run(spec)["scores"] for spec in todo
     ]
-    assert sorted(path.name for path in (tmp_path / "logs").iterdir()) == ["worker-0.log", "worker-1.log"]
+    logs = sorted((tmp_path / "logs").iterdir())
+    assert [path.name for path in logs] == ["worker-0.log", "worker-1.log"]
+    lines = [line for path in logs for line in path.read_text(encoding="utf-8").splitlines()]
+    told = {f"{spec}: step {step} of {spec.steps}, reward " for spec in todo for step in range(1, spec.steps + 1)}
+    assert {line[: line.index("reward ") + 7] for line in lines if ": step " in line} == told
     assert list(run([], folder=tmp_path, run_row=fake_runs.run)) == []
 
 

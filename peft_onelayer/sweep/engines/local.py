@@ -31,14 +31,14 @@ def run(
     *,
     folder: Path,
     workers: int | None = None,
-    run_row: Callable[[RunSpec], Row] = run_layer,
+    run_row: Callable[..., Row] = run_layer,
 ) -> Iterator[Row]:
     """Yield the rows of `specs` as they are done; see the package for what happens to failures.
 
     Args:
-        folder: gets the workers' standard error, logs/worker-0.log and so on.
+        folder: gets the workers' standard error, logs/worker-0.log and so on, with a line for every step.
         workers: processes (default: one per visible GPU, without one as many as cores).
-        run_row: a function that a new process can import.
+        run_row: a function that a new process can import; it takes `spec` and `on_step` of `run_layer`.
     """
     devices = visible_devices()
     count = min(workers or len(devices) or cores(), len(specs))

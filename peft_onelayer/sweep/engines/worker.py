@@ -2,11 +2,12 @@
 
     python -m peft_onelayer.sweep.engines.worker MODULE:FUNCTION
 
-An answer is what `attempt` returns.
+An answer is what `attempt` returns. Every step of a run is a line on stderr.
 """
 
 from __future__ import annotations
 
+import functools
 import importlib
 import json
 import os
@@ -14,6 +15,7 @@ import queue
 import signal
 import sys
 import threading
+from contextlib import suppress
 
 from peft_onelayer.sweep.engines import attempt
 from peft_onelayer.sweep.run_layer import RunSpec
@@ -29,7 +31,12 @@ def main() -> None:
     function = getattr(importlib.import_module(module), name)
     while True:
         spec = RunSpec.from_dict(json.loads(requests.get()))
-        print(json.dumps(attempt(function, spec)), file=answers, flush=True)
+        print(json.dumps(attempt(function, spec, functools.partial(_tell, spec))), file=answers, flush=True)
+
+
+def _tell(spec: RunSpec, step: int, reward: float) -> None:
+    with suppress(OSError):  # the log's disk is full
+        print(f"{spec}: step {step} of {spec.steps}, reward {reward:.4f}", file=sys.stderr, flush=True)
 
 
 def _read(requests: queue.SimpleQueue[str]) -> None:
