@@ -239,9 +239,10 @@ def check_source(task: str | Task | None, dataset: str | None, reward: str | Non
         file, _, function = reward.rpartition(":")
         if not file.endswith(".py"):
             raise ValueError(f"reward must be 'path/to/file.py:function', got {reward!r}")
-        defined = [node.name for node in ast.walk(_parsed(file)) if isinstance(node, ast.FunctionDef)]
-        if defined and function not in defined:
-            near = meant(function, defined) or "; it has " + ", ".join(defined)
+        module = _parsed(file)
+        if not _may_define(module) & {function, ANY}:
+            defined = [node.name for node in module.body if isinstance(node, ast.FunctionDef)]
+            near = meant(function, defined) or f"; it has {', '.join(defined) or 'none'}"
             raise ValueError(f"{file} has no function {function!r}{near}")
     if dataset and not task:
         check_data(dataset, ("prompt",))
