@@ -198,16 +198,27 @@ def _check_rows(where: str, rows: Sequence[Row]) -> None:
         raise ValueError(f"{where}: expected a list of at least one dict, got {str(rows)[:60]}")
     for number, row in enumerate(rows):
         prompt = row.get("prompt")
-        chat = isinstance(prompt, list) and prompt and all({"role", "content"} <= set(message) for message in prompt)
+        chat = isinstance(prompt, list) and prompt and all(_is_message(message) for message in prompt)
         if not chat and not isinstance(prompt, str):
             raise ValueError(
-                f"{where}: row {number} has no 'prompt' that is text or a list of chat messages: {prompt!r}"
+                f"{where}: row {number} has no 'prompt' that is text or a list of chat messages: "
+                f"{one_line(repr(prompt), 60)}"
+            )
+        if isinstance(prompt, str) != isinstance(rows[0]["prompt"], str):
+            kinds = ["chat messages", "text"] if isinstance(prompt, str) else ["text", "chat messages"]
+            raise ValueError(
+                f"{where}: the prompt of row 0 is {kinds[0]} and that of row {number} {kinds[1]}; give all of them one "
+                "form"
             )
         if row.keys() != rows[0].keys():
             raise ValueError(f"{where}: row {number} has the columns {', '.join(row)}, row 0 has {', '.join(rows[0])}")
     check_columns(where, rows[0])
     for number, row in enumerate(rows):
         check_values(f"{where}, row {number}", row)
+
+
+def _is_message(value: Any) -> bool:
+    return isinstance(value, Mapping) and {"role", "content"} <= value.keys()
 
 
 def _check_signature(where: str, reward: Reward, columns: Sequence[str]) -> None:

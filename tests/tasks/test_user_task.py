@@ -87,6 +87,15 @@ def test_a_file_that_is_no_task_is_refused(tmp_path, text, message):
         ("['p']", "expected a list of at least one dict"),
         ("[{'question': 'q'}]", "row 0 has no 'prompt' that is text or a list of chat messages: None"),
         ("[{'prompt': ['hello']}]", "row 0 has no 'prompt'"),
+        ("[{'prompt': [1, 2]}]", "row 0 has no 'prompt' that is text or a list of chat messages: [1, 2]"),
+        (
+            "[{'prompt': 'p'}, {'prompt': [{'role': 'user', 'content': 'p'}]}]",
+            "the prompt of row 0 is text and that of row 1 chat messages; give all of them one form",
+        ),
+        (
+            "[{'prompt': [{'role': 'user', 'content': 'p'}]}] * 2 + [{'prompt': 'p'}]",
+            "the prompt of row 0 is chat messages and that of row 2 text; give all of them one form",
+        ),
         ("[{'prompt': 'p', 'answer': 1}, {'prompt': 'p'}]", "row 1 has the columns prompt, row 0 has prompt, answer"),
         ("[{'prompt': 'p', 'answer': open('/dev/null')}]", "row 0: the TextIOWrapper in column 'answer' cannot"),
         ("[{'prompt': 'p', 1: 1}]", "the name of a column must be text, got 1"),
