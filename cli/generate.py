@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -40,14 +40,14 @@ def generate(
     """Show what the base and its adapters answer to the same prompts, from one model in memory."""
     from peft_onelayer.runs.early import check_generation
 
-    first = ""
+    texts = prompt or []
     with user_error(ValueError, OSError):
         check_generation(model, adapters or (), revision, allow_other_base=allow_other_base)
-        if prompt and not all(text.strip() for text in prompt):
+        if not all(text.strip() for text in texts):
             raise ValueError("--prompt holds no text; give some")
-        if not prompt and not sys.stdin.isatty():
-            first = sys.stdin.readline()
-            if not first.strip():
+        if not texts and not sys.stdin.isatty():
+            texts = [line.rstrip("\n") for line in sys.stdin if line.strip()]
+            if not texts:
                 raise ValueError("no prompt was given; give --prompt TEXT, or lines on the standard input")
     with status("loading ..."):
         from peft_onelayer.runs.generation import Speakers
@@ -63,29 +63,28 @@ def generate(
             progress=TerminalProgress(),
         )
         options: dict[str, Any] = {"max_tokens": max_tokens, "temperature": temperature, "seed": seed}
-        if as_json:
-            _print_json(speakers, prompt or [line.rstrip("\n") for line in (first, *sys.stdin)], options)
-            return
-        for text in prompt or _asked(first):
+        for text in texts:
             speakers.check(text)
+        asked = texts or _typed(speakers)
+        if as_json:
+            _print_json(speakers, list(asked), options)
+            return
+        for text in asked:
             for name in speakers.names:
                 print(f"{plain(name)}: ", end="", flush=True)
                 speakers.answer(name, text, _write, **options)
                 print(flush=True)
 
 
-def _asked(first: str) -> Iterator[str]:
-    """Lines that a person types, until an empty one or the end; without a terminal `first` was read already."""
-    if sys.stdin.isatty():
-        note("type a prompt; an empty line ends")
-    else:
-        yield first.rstrip("\n")
+def _typed(speakers: Speakers) -> Iterator[str]:
+    """Lines that a person types, until an empty one or the end, each checked as it comes."""
+    note("type a prompt; an empty line ends")
     while True:
-        if sys.stdin.isatty():
-            print("> ", end="", file=sys.stderr, flush=True)
+        print("> ", end="", file=sys.stderr, flush=True)
         line = sys.stdin.readline().rstrip("\n")
-        if not line:
+        if not line.strip():
             return
+        speakers.check(line)
         yield line
 
 
@@ -94,10 +93,9 @@ def _write(text: str) -> None:
     print("".join(c if c.isprintable() or c in "\n\t" else "?" for c in text), end="", flush=True)
 
 
-def _print_json(speakers: Speakers, prompts: Sequence[str], options: dict[str, Any]) -> None:
+def _print_json(speakers: Speakers, prompts: list[str], options: dict[str, Any]) -> None:
     answers = []
     for text in prompts:
-        speakers.check(text)
         said = {name: speakers.answer(name, text, lambda piece: None, **options) for name in speakers.names}
         answers.append({"prompt": text, "answers": said})
     print_json({"format": "onelayer-generate-1", "prompts": answers})

@@ -49,6 +49,7 @@ from .describe import describe_machine, describe_model
 from .early import check_evaluation
 from .measuring import measured
 from .models import (
+    fingerprint,
     load_adapter,
     load_causal_lm,
     quiet_logs,
@@ -92,8 +93,8 @@ def evaluate(
     of `train --full`), by the run.json beside it, unless the settings say otherwise; greedy decoding takes the run's
     prompts and penalties, and not what shapes sampling alone. Without a run.json the full distribution is sampled.
 
-    One model is in memory: the base is the adapter's model with the adapter switched off, and for methods of PEFT that
-    change the base when they load (PiSSA) it is loaded anew afterwards.
+    One model is in memory: the base is the adapter's model with the adapter switched off, and where loading the
+    adapter changed the base (PiSSA) it is loaded anew afterwards.
 
     Args:
         command: for the record.
@@ -274,9 +275,11 @@ class _Evaluation:
         trained_on = self.adapter_config.get("base_model_name_or_path")
         if trained_on and trained_on != self.base.name_or_path:
             self.progress.note(f"the adapter was trained on {trained_on}; compared here with {self.model}")
+        before = fingerprint(self.base)
         adapted = load_adapter(self.base, self.folder, self.settings.allow_other_base)
+        unchanged = before <= fingerprint(self.base)
         after = self._measure(adapted, tokenizer, "adapter", tasks)
-        if self.adapter_config.get("peft_type") == SingleLayerPeftType.SINGLE_LAYER.value:
+        if unchanged:
             with adapted.disable_adapter():
                 return self._measure(adapted, tokenizer, "base", tasks), after
         del self.base, adapted

@@ -1,9 +1,13 @@
-"""A model and adapters of it answering the same prompts, from one copy of the base in memory."""
+"""A model and adapters of it answering the same prompts, from one copy of the base in memory.
+
+An adapter that changes the base when it loads (PiSSA) has that copy to itself, and another answers for the base.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -21,7 +25,7 @@ from peft_onelayer.records.locate import (
 from peft_onelayer.records.text import one_line, printable
 from peft_onelayer.tuner import SingleLayerConfig
 
-from .models import load_adapter, load_causal_lm, quiet_logs, to_device, without_progress_bars
+from .models import fingerprint, load_adapter, load_causal_lm, quiet_logs, to_device, without_progress_bars
 from .progress import Progress
 
 BASE = "base"
@@ -73,13 +77,13 @@ class Speakers:
             folders = [adapter_folder(name) for name in names]
             for name, folder in zip(names, folders, strict=True):
                 check_adapter_folder(folder, name)
-            with progress.status(f"loading {model} ..."):
-                base, self.tokenizer = load_causal_lm(model, revision, trust_remote_code=trust_remote_code)
-            to_device(base)
+            load = partial(_load, model, revision, trust_remote_code, progress)
+            base, self.tokenizer = load()
             self.chat = bool(self.tokenizer.chat_template) if chat is None else chat
             if self.chat and not self.tokenizer.chat_template:
                 raise ValueError(f"--chat needs a chat template, which the tokenizer of {model} has not; use --plain")
-            self.model = _with_adapters(base, folders, allow_other_base)
+            self.model, changed = _with_adapters(base, folders, allow_other_base)
+            self.base = load()[0] if changed else self.model
         self.names = [BASE, *names]
         self.said: dict[str, list[dict[str, str]]] = {name: [] for name in self.names}
 
@@ -87,11 +91,12 @@ class Speakers:
         """Look at a prompt before anybody answers it, and tell of characters that the tokenizer does not know.
 
         Raises:
-            ValueError: a prompt without tokens.
+            ValueError: a prompt without tokens, or one that leaves the model no room.
         """
         ids = self.tokenizer(prompt, add_special_tokens=False).input_ids
         if not ids and not self.chat:
             raise ValueError("the prompt holds no token; give some text")
+        self._read([{"role": "user", "content": prompt}])
         kept = self.tokenizer.decode(ids, skip_special_tokens=True).casefold()
         if lost := sorted({c for c in prompt if not c.isspace() and c.casefold() not in kept}):
             self.progress.note(
@@ -123,23 +128,16 @@ class Speakers:
             ValueError: a prompt that leaves the model no room.
         """
         messages = [*self.said[name], {"role": "user", "content": prompt}]
-        if self.chat:
-            written = self.tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=True)
-            ids = written["input_ids"]
-        else:
-            ids = self.tokenizer(prompt).input_ids
-        room = getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
-        if room and len(ids) >= room:
-            raise ValueError(f"the prompt has {len(ids)} tokens, and the model has room for {room}; give a shorter one")
+        ids, room = self._read(messages)
         inputs = torch.tensor([ids], device=self.model.device)
         streamer = _Stream(self.tokenizer, on_text)
         set_seed(seed)
         sampled = {"do_sample": True, "temperature": temperature} if temperature else {"do_sample": False}
-        with self._speaking(name), torch.no_grad():
-            output = self.model.generate(
+        with self._speaking(name) as model, torch.no_grad():
+            output = model.generate(
                 input_ids=inputs,
                 attention_mask=torch.ones_like(inputs),
-                max_new_tokens=min(max_tokens, room - len(ids)) if room else max_tokens,
+                max_new_tokens=max_tokens if room is None else min(max_tokens, room),
                 streamer=streamer,
                 pad_token_id=self.tokenizer.pad_token_id or self.tokenizer.eos_token_id,
                 **sampled,
@@ -149,24 +147,49 @@ class Speakers:
             self.said[name] = [*messages, {"role": "assistant", "content": text}]
         return text
 
-    @contextmanager
-    def _speaking(self, name: str) -> Iterator[None]:
-        if not isinstance(self.model, PeftModel):
-            yield
-        elif name == BASE:
-            with self.model.disable_adapter():
-                yield
+    def _read(self, messages: Sequence[dict[str, str]]) -> tuple[list[int], int | None]:
+        """What the model reads of a conversation, of its last text alone without a chat, and the room for an answer."""
+        if self.chat:
+            written = self.tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=True)
+            ids = written["input_ids"]
         else:
+            ids = self.tokenizer(messages[-1]["content"]).input_ids
+        room = getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
+        if room and len(ids) >= room:
+            raise ValueError(f"the prompt has {len(ids)} tokens, and the model has room for {room}; give a shorter one")
+        return ids, room - len(ids) if room else None
+
+    @contextmanager
+    def _speaking(self, name: str) -> Iterator[PreTrainedModel | PeftModel]:
+        if name != BASE:
             self.model.set_adapter(_key(self.names.index(name) - 1), inference_mode=True)
-            yield
+            yield self.model
+        elif isinstance(self.base, PeftModel):
+            with self.base.disable_adapter():
+                yield self.base
+        else:
+            yield self.base
+
+
+def _load(
+    model: str, revision: str | None, trust_remote_code: bool, progress: Progress
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    with progress.status(f"loading {model} ..."):
+        base, tokenizer = load_causal_lm(model, revision, trust_remote_code=trust_remote_code)
+    to_device(base)
+    return base, tokenizer
 
 
 def _with_adapters(
     base: PreTrainedModel, folders: Sequence[Path], allow_other_base: bool
-) -> PreTrainedModel | PeftModel:
+) -> tuple[PreTrainedModel | PeftModel, bool]:
+    """The base with its adapters, and whether loading the only one changed the base."""
     if not folders:
-        return base
+        return base, False
+    before = fingerprint(base)
     model = load_adapter(base, folders[0], allow_other_base)
+    changed = not before <= fingerprint(base)
+    _check_alone(folders[0], changed, folders)
     for i, folder in enumerate(folders[1:], start=1):
         try:
             if allow_other_base and read_fields(folder / CONFIG).get("peft_type") == "SINGLE_LAYER":
@@ -174,7 +197,16 @@ def _with_adapters(
             model.load_adapter(str(folder), _key(i))
         except (OSError, ValueError, KeyError, TypeError, RuntimeError) as error:
             raise ValueError(f"{folder} does not load beside {folders[0]}: {one_line(error)}") from error
-    return model.eval()
+        _check_alone(folder, not before <= fingerprint(base), folders)
+    return model.eval(), changed
+
+
+def _check_alone(folder: Path, changed: bool, folders: Sequence[Path]) -> None:
+    if changed and len(folders) > 1:
+        raise ValueError(
+            f"{folder} changes the weights of the base when it loads, as PiSSA does, so that no other adapter can "
+            "answer beside it; give it alone"
+        )
 
 
 def _key(i: int) -> str:

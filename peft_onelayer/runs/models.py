@@ -218,6 +218,16 @@ def to_device(model: PreTrainedModel) -> None:
         use_float32_units(model.dtype)
 
 
+def fingerprint(base: PreTrainedModel) -> set[tuple[int | str, float | None]]:
+    """What tells whether loading an adapter changed the base, so that switching it off does not give the base back:
+    it did unless `before <= after`.
+
+    PiSSA takes its part out of the weights, `bias` of LoRA writes over biases, and `layer_replication` adds blocks.
+    """
+    norms = {(id(p), float(p.detach().float().norm())) for p in base.parameters() if p.is_floating_point()}
+    return norms | {("blocks", getattr(base.config.get_text_config(), "num_hidden_layers", None))}
+
+
 def load_adapter(base: PreTrainedModel, folder: Path, allow_other_base: bool = False) -> PeftModel:
     """Wrap `base` with the adapter of any PEFT type saved in `folder`, in eval mode.
 

@@ -16,10 +16,11 @@ BASE = str(files("peft_onelayer") / "demo_model")
 CONFIGS = {
     "block": SingleLayerConfig(layer=5, task_type="CAUSAL_LM"),
     "lora": LoraConfig(target_modules=["q_proj"], task_type="CAUSAL_LM", init_lora_weights=False),
+    "pissa": LoraConfig(target_modules=["q_proj"], task_type="CAUSAL_LM", init_lora_weights="pissa"),
 }
 
 
-@pytest.mark.parametrize("kind", ["block", pytest.param("lora", marks=pytest.mark.more)])
+@pytest.mark.parametrize("kind", ["block", *(pytest.param(kind, marks=pytest.mark.more) for kind in ("lora", "pissa"))])
 def test_it_holds_one_model(tmp_path, monkeypatch, kind):
     torch.manual_seed(0)
     adapted = get_peft_model(demo_model.load()[0], CONFIGS[kind])
@@ -39,7 +40,7 @@ def test_it_holds_one_model(tmp_path, monkeypatch, kind):
     monkeypatch.setattr(runs_evaluation, "load_causal_lm", counted)
     given = {"model": BASE, "task": "arithmetic", "problems": 24, "samples": 2}
     with_adapter = evaluate(EvaluationSettings(**given, adapter=str(tmp_path)))
-    assert len(loaded) == (1 if kind == "block" else 2)
+    assert len(loaded) == (2 if kind == "pissa" else 1)
     assert not any(alive)  # nothing else is in memory when a model is loaded
     alone = evaluate(EvaluationSettings(**given))
     for mode, measured in with_adapter.results.items():

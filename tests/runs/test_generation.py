@@ -6,13 +6,14 @@ import json
 
 import pytest
 import torch
-from peft import PeftModel, get_peft_model
+from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import models
 from onelayer_cli.main import app
 from peft_onelayer import SingleLayerConfig
 from peft_onelayer.runs.generation import Speakers
+from peft_onelayer.runs.models import fingerprint, load_adapter
 
 PROMPT = "Hello 12"
 
@@ -61,6 +62,42 @@ def test_each_answers_as_it_would_alone(saved):
         assert "".join(pieces).strip() == expected[name].strip()
 
 
+def test_an_adapter_that_changes_the_base_leaves_the_base_as_it_is(saved, tmp_path):
+    for name, options in (("pissa", {"init_lora_weights": "pissa"}), ("lora", {"init_lora_weights": False})):
+        torch.manual_seed(0)
+        base = AutoModelForCausalLM.from_pretrained(saved / "base")
+        config = LoraConfig(r=16, target_modules=["q_proj", "o_proj", "down_proj"], task_type="CAUSAL_LM", **options)
+        get_peft_model(base, config).save_pretrained(tmp_path / name)
+    pissa, lora, block = str(tmp_path / "pissa"), str(tmp_path / "lora"), str(saved / "one")
+    for adapter in (pissa, lora):
+        speakers = Speakers(str(saved / "base"), [adapter])
+        said = [speakers.answer(name, PROMPT, lambda text: None, max_tokens=12) for name in ("base", adapter, "base")]
+        assert said[0] == said[2] == alone(saved, "base") and (said[1] != said[0]) == (adapter == lora)
+        assert (speakers.base is speakers.model) == (adapter == lora)  # one copy in memory where one will do
+    for adapters in ([pissa, block], [lora, pissa]):
+        with pytest.raises(ValueError, match=f"{pissa} changes the weights of the base when it loads.* alone"):
+            Speakers(str(saved / "base"), adapters)
+
+
+@pytest.mark.parametrize(
+    ("options", "unchanged"),
+    [({}, True), ({"bias": "lora_only"}, False), ({"layer_replication": [[0, 2], [1, 2]]}, False)],
+)
+def test_what_an_adapter_changes_of_its_base_is_seen(tmp_path, options, unchanged):
+    def base():
+        return models.build("Llama", num_layers=2, attention_bias=True)
+
+    model = get_peft_model(base(), LoraConfig(target_modules=["q_proj"], init_lora_weights=False, **options))
+    for name, parameter in model.named_parameters():
+        if name.endswith("q_proj.base_layer.bias"):
+            parameter.data += 1  # which the adapter's file holds where LoRA has `bias`
+    model.save_pretrained(tmp_path)
+    loaded = base()
+    before = fingerprint(loaded)
+    load_adapter(loaded, tmp_path)
+    assert (before <= fingerprint(loaded)) == unchanged
+
+
 def test_a_conversation_goes_on(saved):
     speakers = Speakers(str(saved / "base"))
     speakers.tokenizer.chat_template = "{% for m in messages %}{{ m.content }} {% endfor %}"
@@ -96,12 +133,33 @@ def test_the_command(onelayer, saved):
 
 
 def test_lines_on_the_standard_input(onelayer, saved, monkeypatch):
-    said = onelayer("generate", saved / "base", "--prompt", "a", "--prompt", "b", "--max-tokens", 3)
-    monkeypatch.setattr("sys.stdin", io.StringIO("a\nb\n\nc\n"))
-    assert onelayer("generate", saved / "base", "--max-tokens", 3) == said
+    asked = ["generate", saved / "base", "--prompt", "a", "--prompt", "b", "--max-tokens", 3]
+    said = onelayer(*asked)
+    for more, expected in (([], said), (["--json"], onelayer(*asked, "--json"))):
+        monkeypatch.setattr("sys.stdin", io.StringIO("\na\n\n \nb\n"))
+        assert onelayer("generate", saved / "base", "--max-tokens", 3, *more) == expected
     monkeypatch.setattr("sys.stdin", io.StringIO(""))
     code, lines, out = onelayer("generate", saved / "base")
     assert (code, out) == (1, "") and "no prompt was given; give --prompt TEXT" in lines[0]
+
+
+@pytest.mark.parametrize("as_json", [[], ["--json"]])
+def test_every_prompt_is_checked_before_one_is_answered(onelayer, saved, as_json):
+    code, lines, out = onelayer("generate", saved / "base", "--prompt", "a", "--prompt", "x" * 600, *as_json)
+    assert (code, out) == (1, "") and lines[-1].endswith("the model has room for 128; give a shorter one"), lines
+
+
+class Terminal(io.StringIO):
+    def isatty(self):
+        return True
+
+
+def test_lines_that_are_typed_end_with_an_empty_one(onelayer, saved, monkeypatch):
+    for more in ([], ["--json"]):
+        expected = onelayer("generate", saved / "base", "--prompt", "a", "--prompt", "b", "--max-tokens", 3, *more)[2]
+        monkeypatch.setattr("sys.stdin", Terminal("a\nb\n\nc\n"))
+        code, lines, out = onelayer("generate", saved / "base", "--max-tokens", 3, *more)
+        assert (code, out) == (0, expected) and "type a prompt; an empty line ends" in lines, lines
 
 
 def test_characters_that_the_tokenizer_does_not_know(onelayer, saved):
