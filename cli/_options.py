@@ -8,6 +8,17 @@ import typer
 
 from . import _completion
 
+
+def rate_or_auto(text: str) -> float | None:
+    """The value of --learning-rate: a number, or None for "auto", a rate that is found."""
+    try:
+        return None if text == "auto" else float(text)
+    except ValueError:
+        raise typer.BadParameter(
+            f"expected a number such as 1e-5, or auto for one that is found; got {text!r}"
+        ) from None
+
+
 Algorithm = Annotated[
     str, typer.Option(help="grpo, dr_grpo, gigpo, rloo, dpo, ...", autocompletion=_completion.algorithms)
 ]
@@ -51,7 +62,11 @@ Completions = Annotated[
 LearningRate = Annotated[
     float | None,
     typer.Option(
-        "--learning-rate", help="[default: found: a first step moves the policy far enough]", show_default=False
+        "--learning-rate",
+        parser=rate_or_auto,
+        metavar="NUMBER|auto",
+        help="auto for one that is found: a first step moves the policy far enough. [default: auto]",
+        show_default=False,
     ),
 ]
 Method = Annotated[

@@ -26,6 +26,7 @@ from ._options import (
     TaskName,
     TrustRemoteCode,
     Unsafe,
+    rate_or_auto,
 )
 from ._output import Bar, note, progress_bar, status
 from ._profile import print_profile
@@ -48,13 +49,17 @@ def sweep(
     learning_rate: Annotated[
         float | None,
         typer.Option(
-            help="Of the runs of one block. [default: found, by a first step of the middle block]", show_default=False
+            parser=rate_or_auto,
+            metavar="NUMBER|auto",
+            help="Of the runs of one block; auto for one that is found, by a first step of the middle block. "
+            "[default: auto]",
+            show_default=False,
         ),
     ] = None,
     full_learning_rate: Annotated[
         float | None,
         typer.Option(
-            help="Of the full-parameter runs. [default: --learning-rate; without, found likewise]", show_default=False
+            help="Of the full-parameter runs. [default: --learning-rate; with auto, found likewise]", show_default=False
         ),
     ] = None,
     search_learning_rates: Annotated[

@@ -189,6 +189,8 @@ def train(
         for name in context.params
         if name not in NOT_SETTINGS and getattr(context.get_parameter_source(name), "name", "") == "COMMANDLINE"
     }
+    if "learning_rate" in given and learning_rate is None:
+        given["learning_rate"] = "auto"  # goes before a rate in --config or --recipe
     from peft_onelayer.rl.algorithms import load_algorithm
     from peft_onelayer.rl.config_fields import check_names
     from peft_onelayer.rl.recipe import config_from_text, refuse_fields

@@ -31,6 +31,7 @@ from .settings import TRAINING_OPTIONS, TrainingSettings
 
 RUN_YAML = "run.yaml"
 SUFFIXES = (".yaml", ".yml")
+AUTO = "auto"  # as `learning_rate`: one that is found, as where none is given
 ABOUT, EVALUATION, FULL_RATE = "about", "evaluation", "full_learning_rate"
 # What every option is in a file; None stands for an option that is not given.
 OPTIONS: dict[str, tuple[type, ...]] = {
@@ -138,6 +139,8 @@ def merged(recipe: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Any
     flat |= given
     if full_rate is not None and flat.get("full") is True and "learning_rate" not in given:
         flat["learning_rate"] = full_rate
+    if flat.get("learning_rate") == AUTO:
+        del flat["learning_rate"]
     return flat
 
 
@@ -218,7 +221,8 @@ def _option(name: str, value: Any, where: str) -> Any:
         right = right and all(isinstance(entry, kind) and not isinstance(entry, bool) for entry in value)
     if not right or (name in AT_LEAST and value < AT_LEAST[name]):
         words = {int: "a whole number", str: "text", list: "a list of whole numbers", dict: "fields with values"}
-        words |= {float: "a number", bool: "true or false"} | ({list: "a list of tasks"} if name == "also" else {})
+        words |= {float: "a number or auto" if name == "learning_rate" else "a number", bool: "true or false"}
+        words |= {list: "a list of tasks"} if name == "also" else {}
         least = f" of at least {AT_LEAST[name]}" if name in AT_LEAST else ""
         raise ValueError(f"{where}: {name}: expected {' or '.join(words[k] for k in kinds)}{least}, got {value!r}")
     return value

@@ -281,6 +281,11 @@ T = ["--task", "arithmetic"]
         ([*T, "--algorithm", "gold"], 1, "is not offered: it distills a second, teacher model"),
         ([*T, "--set", "leaning_rate=1"], 1, "has no field 'leaning_rate'; did you mean learning_rate"),
         ([*T, "--set", "learning_rate=fast"], 1, "expected a number"),
+        (
+            [*T, "--learning-rate", "fast"],
+            2,
+            "expected a number such as 1e-5, or auto for one that is found; got 'fast'",
+        ),
         ([*T, "--set", "learning_rate"], 1, "--set takes field=value"),
         ([*T, "--set", "seed=1"], 1, "field seed is set by --seed"),
         ([*T, "--set", "per_device_train_batch_size=7"], 1, "must be divisible by num_generations"),
@@ -306,6 +311,50 @@ def test_mistakes_end_in_one_line(onelayer, tmp_path, arguments, code, message):
     assert ended == code and len(lines) == 1, lines
     assert message in lines[0], lines
     assert out == ""
+
+
+@pytest.fixture
+def asked(onelayer, tmp_path, monkeypatch):
+    """Runs the command up to the run, and returns the settings that it would have."""
+
+    def run(*arguments, yaml=None):
+        found = []
+
+        def stop(settings, **_):
+            found.append(settings)
+            raise ValueError("stopped")
+
+        if yaml is not None:
+            (tmp_path / "own.yaml").write_text(f"model: {BASE}\ntask: arithmetic\nlayer: 5\n{yaml}")
+            arguments = ["train", "--config", tmp_path / "own.yaml", *arguments]
+        with monkeypatch.context() as patch:
+            patch.setattr("peft_onelayer.runs.training.train", stop)
+            code, lines, _ = onelayer(*arguments, "--out", tmp_path / "run")
+        assert code == 1 and lines[-1] == "onelayer: stopped", lines
+        return found[0]
+
+    return run
+
+
+def test_a_learning_rate_that_is_auto_is_found_over_a_file_too(asked):
+    rates = "learning_rate: 1e-5\nfull_learning_rate: 1e-6\n"
+    auto = ["--learning-rate", "auto"]
+    assert asked(yaml=rates).learning_rate == 1e-5
+    assert asked(*auto, yaml=rates).learning_rate is None
+    assert asked(*auto, "--full", yaml=rates).learning_rate is None
+    assert asked(yaml="learning_rate: auto\n").learning_rate is None
+    assert asked("--learning-rate", "1e-3", yaml="learning_rate: auto\n").learning_rate == 1e-3
+
+
+@pytest.mark.parametrize("check", ["runs.early.check_probe", "sweep.early.check_sweep"])
+def test_the_other_commands_take_auto_too(onelayer, monkeypatch, check):
+    def stop(settings):
+        raise ValueError(f"the rate is {settings.learning_rate}")
+
+    monkeypatch.setattr(f"peft_onelayer.{check}", stop)
+    for rate, read in (("auto", "None"), ("1e-3", "0.001")):
+        code, lines, _ = onelayer(check.rpartition("_")[2], BASE, *T, "--learning-rate", rate)
+        assert code == 1 and lines == [f"onelayer: the rate is {read}"]
 
 
 def test_an_output_that_is_not_a_run_is_not_touched(onelayer, tmp_path):

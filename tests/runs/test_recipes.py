@@ -158,7 +158,7 @@ def test_a_file_of_ones_own_and_what_goes_before_it(tmp_path):
         ("steps: true", "steps: expected a whole number of at least 1, got True"),
         ("full: 1", "full: expected true or false, got 1"),
         ("revision: 123", "revision: expected text, got 123"),
-        ("learning_rate: fast", "learning_rate: expected a number, got 'fast'"),
+        ("learning_rate: fast", "learning_rate: expected a number or auto, got 'fast'"),
         ("layer: [1, two]", "layer: expected a whole number or text or a list of whole numbers"),
         ("beta: much", "own.yaml beta=much: expected a number"),
         ("max_steps: 3", "field max_steps is set by --steps"),
