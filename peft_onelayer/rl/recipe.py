@@ -22,13 +22,11 @@ if TYPE_CHECKING:
 LEARNING_RATE = 5e-6  # arXiv 2607.01232, Table 8, for one block and for all parameters; where the search for one starts
 PROMPTS, COMPLETIONS = 8, 8  # of an optimizer step
 PASS = 8  # completions in one pass: TRL's default batch of a device
-# Fields that say how large a step is; with one of them given, and no prompts, a step is what TRL makes of them.
-BATCH_FIELDS = (
-    "per_device_train_batch_size",
-    "gradient_accumulation_steps",
-    "steps_per_generation",
-    "generation_batch_size",
-)
+PASS_FIELD = "per_device_train_batch_size"
+# Fields that say how large a step is, as its prompts do, and with that of a pass: with one of these given, and no
+# prompts, a step is what TRL makes of them.
+STEP_FIELDS = ("gradient_accumulation_steps", "steps_per_generation", "generation_batch_size")
+BATCH_FIELDS = (PASS_FIELD, *STEP_FIELDS)
 # What a trainer sends on its own holds optimizer states, a pickle and paths, in a repository called "checkpoints".
 HUB_FIELDS = {"push_to_hub", "hub_model_id", "hub_strategy", "hub_token", "hub_private_repo", "hub_always_push"}
 HUB_FIELDS |= {"hub_revision"}
@@ -158,17 +156,17 @@ def _step(
     set_by_hand = [name for name in BATCH_FIELDS if name in given]
     if prompts is None and set_by_hand:
         return fields
-    if others := [name for name in set_by_hand if name != BATCH_FIELDS[0]]:
+    if others := [name for name in set_by_hand if name in STEP_FIELDS]:
         raise ValueError(f"--prompts {prompts} and --set {others[0]} both say how large a step is; give one of them")
     total, processes = (prompts or PROMPTS) * size, int(os.environ.get("WORLD_SIZE", "1"))
     step = f"a step of {prompts or PROMPTS} prompts" + (f" x {size} completions" if group else "")
     each, rest = divmod(total, processes)
     if rest or not each:
         raise ValueError(f"{step} does not divide among {processes} processes; change --prompts or --completions")
-    together = given.get(BATCH_FIELDS[0]) or max(n for n in range(1, min(PASS, each) + 1) if each % n == 0)
+    together = given.get(PASS_FIELD) or max(n for n in range(1, min(PASS, each) + 1) if each % n == 0)
     if each % together:
-        raise ValueError(f"{step} is {each} per process, which passes of {BATCH_FIELDS[0]}={together} do not divide")
-    return {**fields, BATCH_FIELDS[0]: together, "gradient_accumulation_steps": each // together}
+        raise ValueError(f"{step} is {each} per process, which passes of {PASS_FIELD}={together} do not divide")
+    return {**fields, PASS_FIELD: together, "gradient_accumulation_steps": each // together}
 
 
 def step_fields(recipe: Recipe) -> dict[str, Any]:

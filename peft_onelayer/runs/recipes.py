@@ -24,7 +24,7 @@ from peft_onelayer.records.privacy import holds_secrets
 from peft_onelayer.records.text import one_line
 from peft_onelayer.rl.algorithms import Algorithm, load_algorithm
 from peft_onelayer.rl.config_fields import config_fields
-from peft_onelayer.rl.recipe import BATCH_FIELDS, refuse_fields
+from peft_onelayer.rl.recipe import STEP_FIELDS, refuse_fields
 from peft_onelayer.rl.settings import NEAR, convert_settings
 
 from .settings import TRAINING_OPTIONS, TrainingSettings
@@ -55,10 +55,10 @@ REPLACES: dict[str, tuple[str, ...]] = {
     "dataset": ("task", "reward"),
     "layer": ("full",),
     "full": ("layer",),
-    "prompts": BATCH_FIELDS,
+    "prompts": STEP_FIELDS,
     "completions": ("num_generations",),
     "num_generations": ("completions",),
-    **dict.fromkeys(BATCH_FIELDS, ("prompts",)),
+    **dict.fromkeys(STEP_FIELDS, ("prompts",)),
 }
 
 
@@ -130,9 +130,9 @@ def read_recipe(recipe: str | Path) -> dict[str, Any]:
 
 def merged(recipe: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:
     """A recipe's settings with those that a user `given` over them: these win, also over settings they exclude."""
-    given = {name: value for name, value in given.items() if value is not None}
+    given = _without_none(given)
     replaced = {other for name in given for other in REPLACES.get(name, ())}
-    flat = {name: value for name, value in recipe.items() if name not in replaced and value is not None}
+    flat = {name: value for name, value in _without_none(recipe).items() if name not in replaced}
     if isinstance(flat.get("sampling"), dict) and "sampling" in given:
         given["sampling"] = flat["sampling"] | given["sampling"]
     full_rate = flat.pop(FULL_RATE, None)
@@ -142,6 +142,11 @@ def merged(recipe: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Any
     if flat.get("learning_rate") == AUTO:
         del flat["learning_rate"]
     return flat
+
+
+def _without_none(flat: Mapping[str, Any]) -> dict[str, Any]:
+    """Settings without the options that are not given; None is a value of a field of TRL's."""
+    return {name: value for name, value in flat.items() if value is not None or name not in OPTIONS}
 
 
 def load_recipe(recipe: str | Path, **changes: Any) -> TrainingSettings:
@@ -243,6 +248,19 @@ def _text(name: str, value: Any, where: str) -> str:
 def recipe_of(settings: TrainingSettings) -> str | None:
     """The YAML that `load_recipe` makes `settings` of again, but for `out` and secrets; None for settings that no text
     can stand for, such as a task that is an object."""
+    try:
+        plain = _plain_fields(settings)
+        text = yaml.safe_dump(plain, sort_keys=False, allow_unicode=True)
+        again = _plain_fields(settings_from(merged(yaml.load(text, _Loader), {"out": str(settings.out)}), RUN_YAML))
+    except (TypeError, ValueError, yaml.YAMLError):
+        return None
+    # a list of one may be given as its one value
+    same = plain.keys() == again.keys() and all(again[name] in (value, [value]) for name, value in plain.items())
+    return text if same else None
+
+
+def _plain_fields(settings: TrainingSettings) -> dict[str, Any]:
+    """The settings that are none of the defaults, but for `out` and secrets, as values of a file."""
     flat: dict[str, Any] = {}
     for field in dataclasses.fields(settings):
         value = getattr(settings, field.name)
@@ -251,12 +269,8 @@ def recipe_of(settings: TrainingSettings) -> str | None:
             flat[field.name] = list(value) if isinstance(value, tuple) else value
     flat |= {name: value for name, value in settings.config.items() if name not in flat}
     flat = {name: value for name, value in flat.items() if not holds_secrets({name: value})}
-    try:
-        plain = json.loads(json.dumps(flat, default=_plain))
-        settings_from({**plain, "out": str(settings.out)}, RUN_YAML)
-    except (TypeError, ValueError):
-        return None
-    return yaml.safe_dump(plain, sort_keys=False, allow_unicode=True)
+    plain: dict[str, Any] = json.loads(json.dumps(flat, default=_plain))
+    return plain
 
 
 def _plain(value: Any) -> Any:

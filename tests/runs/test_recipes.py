@@ -140,6 +140,11 @@ def test_a_file_of_ones_own_and_what_goes_before_it(tmp_path):
     assert changed.config == {"beta": 0.5, "generation_kwargs": {"min_new_tokens": 3}}  # steps exclude epochs
     assert changed.sampling == {"top_p": 0.9, "top_k": 5}
     assert load_recipe(path, out="b", gradient_accumulation_steps=2).prompts is None
+    passes = load_recipe(path, out="b", per_device_train_batch_size=4)
+    assert passes.prompts == 16 and passes.config["per_device_train_batch_size"] == 4
+    text = "model: m\nper_device_train_batch_size: 4\ngradient_accumulation_steps: 32\n"
+    passes = load_recipe(written(tmp_path, text), out="b", prompts=8)
+    assert passes.prompts == 8 and passes.config == {"per_device_train_batch_size": 4}
     own_data = load_recipe(path, out="b", dataset="x.jsonl", reward="r.py:f")
     assert (own_data.task, own_data.dataset, own_data.reward) == (None, "x.jsonl", "r.py:f")
 
@@ -198,6 +203,12 @@ def test_what_a_run_writes_loads_back_to_the_same_settings(tmp_path):
     secret = dataclasses.replace(settings, config={"model_init_kwargs": {"token": "hf_abc"}, "beta": 0.5})
     assert "hf_abc" not in recipe_of(secret) and "beta: 0.5" in recipe_of(secret)
     assert recipe_of(dataclasses.replace(settings, task=object())) is None
+    dpo = {"max_length": None, "loss_type": "ipo"}  # the latter is a list of one
+    text = recipe_of(TrainingSettings(model="m", out="run", algorithm="dpo", config=dpo))
+    assert load_recipe(written(tmp_path, text), out="run").config == {"max_length": None, "loss_type": ["ipo"]}
+    assert load_recipe(written(tmp_path, text), out="run", max_length=5).config["max_length"] == 5
+    wrong = {"loss_type": "sigmoid,ipo"}  # which a text makes two of
+    assert recipe_of(TrainingSettings(model="m", out="run", algorithm="dpo", config=wrong)) is None
 
 
 def test_the_command_lists_and_prints_recipes_and_evaluates_by_one(onelayer, tmp_path):
