@@ -173,7 +173,9 @@ class _Training:
         """The run that goes on from `previous`, whose settings must be the same; only more steps may be asked for."""
         asked, raised, config = _moved(self._asked(previous), record.settings), 0, self.plan.config
         if config.max_steps > previous.settings.config.get("max_steps", -1) > 0 and self.settings.steps:
-            asked = replace(asked, config={**asked.config, "max_steps": config.max_steps})
+            epochs = config.num_train_epochs  # has no effect beside max_steps, and --steps leaves it out
+            longer = {"max_steps": config.max_steps, "num_train_epochs": epochs}
+            asked = replace(asked, config={**asked.config, **longer})
             raised = previous.settings.config["max_steps"]
         if changed := differences(asdict(asked), asdict(record.settings)):
             raise ValueError(

@@ -109,6 +109,25 @@ def test_the_number_of_steps_can_be_raised_and_the_schedule_is_told(onelayer, tm
 
 
 @pytest.mark.more
+def test_steps_can_be_raised_above_those_of_epochs(onelayer, tmp_path):
+    (tmp_path / "train.jsonl").write_text("".join(json.dumps({"prompt": f"A{i:03d}+001="}) + "\n" for i in range(4)))
+    (tmp_path / "r.py").write_text(
+        "def ones(completions, **_):\n    return [float(c.count('1')) for c in completions]\n"
+    )
+    source = ["--dataset", tmp_path / "train.jsonl", "--reward", f"{tmp_path / 'r.py'}:ones", "--eval-problems", "0"]
+    run = ["train", BASE, *source, "--layer", "5", "--learning-rate", "1e-3", "--prompts", "2"]
+    run += ["--set", "max_completion_length=4", "--set", "num_train_epochs=1", "--out", tmp_path / "run"]
+    code, lines, _ = onelayer(*run)
+    assert code == 0, lines
+    code, lines, _ = onelayer("train", "--resume", "--out", tmp_path / "run")
+    assert code == 1 and "raise --steps above 2 to train it further" in lines[-1], lines
+    code, lines, _ = onelayer("train", "--resume", "--out", tmp_path / "run", "--steps", "3", "--seed", "1")
+    assert code == 1 and lines[-1].endswith("cannot go on with these: config.seed: 0 -> 1; seed: 0 -> 1."), lines
+    code, lines, _ = onelayer("train", "--resume", "--out", tmp_path / "run", "--steps", "3")
+    assert code == 0 and record(tmp_path / "run")["results"]["steps"] == 3, lines
+
+
+@pytest.mark.more
 def test_a_run_from_its_own_yaml_is_the_same(onelayer, tmp_path):
     assert onelayer(*RUN, "--steps", "1", "--set", "temperature=0.7", "--out", tmp_path / "one")[0] == 0
     code, lines, _ = onelayer("train", "--config", tmp_path / "one" / "run.yaml", "--out", tmp_path / "two")
