@@ -152,8 +152,8 @@ def evaluate(
         decoding = decoding_of(source) if source else {}
         with status("loading ..."):
             from peft_onelayer.runs.evaluation import evaluate as run_evaluation
-        for name, value in (("temperature", temperature), ("max_completion_tokens", max_tokens)):
-            if value is not None:
+        for name in ("temperature", "top_p", "top_k", "min_p", "max_completion_tokens"):
+            if getattr(asked, name) is not None:
                 decoding.pop(name, None)
         run_evaluation(
             replace(asked, sampling=decoding | given),

@@ -233,7 +233,7 @@ def train(
             name: value for name, value in fields.items() if name not in OPTIONS
         }  # others TRL's fields are asked for
         chosen = given.get("algorithm") or kept.get("algorithm") or "grpo"
-        if flat:
+        if flat and isinstance(chosen, str):  # what is no text in a file is refused below
             check_names(load_algorithm(chosen), flat, TRAINING_OPTIONS)
         early = options_from(merged(kept, flat | given), str(source or "this command"))
         if early.full and given.get("layer") == "auto":  # which no settings tell from the default

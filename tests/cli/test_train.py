@@ -357,6 +357,12 @@ def test_the_other_commands_take_auto_too(onelayer, monkeypatch, check):
         assert code == 1 and lines == [f"onelayer: the rate is {read}"]
 
 
+def test_an_algorithm_in_a_file_that_is_no_text_is_one_line(onelayer, tmp_path):
+    (tmp_path / "own.yaml").write_text(f"model: {BASE}\ntask: arithmetic\nalgorithm: [grpo]\n")
+    code, lines, _ = onelayer("train", "--config", tmp_path / "own.yaml", *FAST, "--out", tmp_path / "run")
+    assert code == 1 and len(lines) == 1 and "algorithm: expected text, got ['grpo']" in lines[0], lines
+
+
 def test_an_output_that_is_not_a_run_is_not_touched(onelayer, tmp_path):
     (tmp_path / "theirs").mkdir()
     (tmp_path / "theirs" / "thesis.txt").write_text("years of work")

@@ -228,11 +228,11 @@ def test_the_command_lists_and_prints_recipes_and_evaluates_by_one(onelayer, tmp
 
 def test_a_recipe_says_how_to_evaluate_and_options_go_before_it(onelayer, tmp_path):
     few = ["--task", "arithmetic", "--problems", "2", "--samples", "1", "--no-greedy", "--out", tmp_path / "eval.json"]
-    given = ["--recipe", "qwen3-1.7b-numina:paper", "--max-tokens", "3", "--sampling", "top_p=0.5"]
+    given = ["--recipe", "qwen3-1.7b-numina:paper", "--max-tokens", "3", "--sampling", "top_p=0.5", "--top-k", "7"]
     code, lines, _ = onelayer("eval", BASE, *few, *given)
     assert code == 0, lines
     found = json.loads((tmp_path / "eval.json").read_text())["sampling"]
-    expected = {"temperature": 0.6, "top_k": 20, "top_p": 0.5, "max_completion_tokens": 3}
+    expected = {"temperature": 0.6, "top_k": 7, "top_p": 0.5, "max_completion_tokens": 3}
     assert {name: found[name] for name in expected} == expected
     code, lines, _ = onelayer("eval", BASE, *few, "--recipe", "alfworld-gigpo-3b:paper")
     assert code == 1 and "does not say how to evaluate" in lines[0]
