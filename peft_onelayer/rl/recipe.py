@@ -163,9 +163,13 @@ def _step(
     each, rest = divmod(total, processes)
     if rest or not each:
         raise ValueError(f"{step} does not divide among {processes} processes; change --prompts or --completions")
-    together = given.get(PASS_FIELD) or max(n for n in range(1, min(PASS, each) + 1) if each % n == 0)
+    fitting = max(n for n in range(1, min(PASS, each) + 1) if each % n == 0)
+    together = given.get(PASS_FIELD) or fitting
     if each % together:
-        raise ValueError(f"{step} is {each} per process, which passes of {PASS_FIELD}={together} do not divide")
+        raise ValueError(
+            f"{step} is {each} per process, which passes of {PASS_FIELD}={together} do not divide; give one that does, "
+            f"such as --set {PASS_FIELD}={fitting}"
+        )
     return {**fields, PASS_FIELD: together, "gradient_accumulation_steps": each // together}
 
 

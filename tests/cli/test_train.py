@@ -289,6 +289,11 @@ T = ["--task", "arithmetic"]
         ([*T, "--set", "learning_rate"], 1, "--set takes field=value"),
         ([*T, "--set", "seed=1"], 1, "field seed is set by --seed"),
         ([*T, "--set", "per_device_train_batch_size=7"], 1, "must be divisible by num_generations"),
+        (
+            [*T, *SMALL, "--prompts", "3"],
+            1,
+            "=32 do not divide; give one that does, such as --set per_device_train_batch_s",
+        ),
         ([*T, "--layer", "12"], 1, "the model has 12 blocks"),
         ([*T, "--layer", "5", "--full"], 1, "give one of them"),
         ([*T, "--layer", "auto", "--full"], 1, "--layer auto a block; give one of them"),
