@@ -123,6 +123,7 @@ def plan_sweep(settings: SweepSettings) -> Plan:
         ValueError: a setting that cannot work, a model or data that are not there.
     """
     check_sweep(settings)
+    _refuse_beside_search(settings)
     algorithm = load_algorithm(settings.algorithm)
     refuse_without_effect(settings.config, algorithm)
     seeds = list(settings.seeds)
@@ -195,6 +196,21 @@ def _learning_rates(settings: SweepSettings, layers: Sequence[int]) -> tuple[dic
     if missing := [k for k in layers if k not in of_block]:
         raise ValueError(f"no learning rate for block {missing[0]}; there are rates for {sorted(of_block)}")
     return of_block, full_rate
+
+
+def _refuse_beside_search(settings: SweepSettings) -> None:
+    """Refuse a rate that a search would leave without effect."""
+    if not settings.search_learning_rates:
+        return
+    given = {"--full-learning-rate": settings.full_learning_rate}
+    if not settings.regimes:  # these have blocks and all parameters at the given rate too
+        given["--learning-rate"] = settings.learning_rate
+    for option, rate in given.items():
+        if rate is not None:
+            raise ValueError(
+                f"{option} {rate} has no effect beside --search-learning-rates, which chooses the rates of blocks and "
+                "of all parameters; leave one of the two out"
+            )
 
 
 def _search(first: RunSpec, layers: Sequence[int], rates: Sequence[float]) -> RateSearch | None:

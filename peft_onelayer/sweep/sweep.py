@@ -93,6 +93,7 @@ def sweep_layers(
         )
         rows = rows_of(plan.of_rates)
         plan = plan.with_learning_rates(rows)
+        _check_rates(out, plan)
         if there := sum(store.read(spec) is not None for spec in plan.specs):
             on_note(f"{there} of {len(plan.specs)} runs are in {out / ROWS} already and are not run again")
         rows |= rows_of(plan.specs)
@@ -105,36 +106,67 @@ def sweep_layers(
 
 
 def _check_profile(out: Path, plan: Plan, settings: SweepSettings, store: RowStore) -> None:
-    """Raise TargetError where `out` holds a profile that the new one would not continue but replace."""
-    path = out / PROFILE
-    if not path.exists():
+    """Raise TargetError where `out` holds a profile that the new one would not continue but replace.
+
+    The rates themselves are compared by `_check_rates`, when those that are searched for or found are known.
+    """
+    read = _profile_in(out)
+    if read is None:
         return
-    profile = LayerRanking.from_json(read_text(path), str(path))
-    before, now = profile.sweep or Sweep([], None, None), dict(plan.full[0].settings)
-    full_rate = now.pop("learning_rate", before.full_learning_rate)
-    rates = {
-        spec.settings.get("learning_rate", profile.learning_rate) for specs in plan.blocks.values() for spec in specs
-    }
-    one_rate = profile.learning_rates is None and len(rates) == 1
-    compared = {
+    profile, before = read
+    now = {name: value for name, value in plan.full[0].settings.items() if name != "learning_rate"}
+    compared: dict[str, tuple[Any, Any]] = {
         "--task": (profile.task, plan.base.task),
         "--algorithm": (before.algorithm, settings.algorithm),
         "--steps": (before.steps, settings.steps),
         "--set": (before.settings, without_secrets(now)),
-        "--full-learning-rate": (before.full_learning_rate, full_rate),
-        "--learning-rate": (profile.learning_rate, rates.pop()) if one_rate else (None, None),
     }
+    if plan.search:
+        searched = (before.learning_rate_search or {}).get("rates")
+        compared["--search-learning-rates"] = (searched, list(plan.search.rates))
+    found = before.learning_rates_found or {}
+    if "layer" in plan.finding and "layer" not in found:
+        compared["--learning-rate"] = (profile.learning_rate, "auto")
+    if "full" in plan.finding and "full" not in found:
+        compared["--full-learning-rate"] = (before.full_learning_rate, "auto")
+    _refuse_others(out, compared)
+    if not store.path(plan.base.digest()).exists():
+        raise TargetError(
+            f"{out} holds the profile of a sweep of another model, or evaluated otherwise (--problems, --samples, "
+            f"...); give another --out, or take {PROFILE} away."
+        )
+
+
+def _check_rates(out: Path, plan: Plan) -> None:
+    """Raise TargetError where `out` holds a profile of other rates than those of `plan`, which are all known."""
+    read = _profile_in(out)
+    if read is None:
+        return
+    profile, before = read
+    rates = {spec.settings["learning_rate"] for specs in plan.blocks.values() for spec in specs}
+    compared = {"--full-learning-rate": (before.full_learning_rate, plan.full[0].settings["learning_rate"])}
+    if profile.learning_rates is None and len(rates) == 1:
+        compared["--learning-rate"] = (profile.learning_rate, rates.pop())
+    _refuse_others(out, compared)
+
+
+def _profile_in(out: Path) -> tuple[LayerRanking, Sweep] | None:
+    """The profile that `out` holds, and what it says of its sweep."""
+    path = out / PROFILE
+    if not path.exists():
+        return None
+    profile = LayerRanking.from_json(read_text(path), str(path))
+    return profile, profile.sweep or Sweep([], None, None)
+
+
+def _refuse_others(out: Path, compared: Mapping[str, tuple[Any, Any]]) -> None:
+    """Raise TargetError for the first option, if any, whose value in the profile is not the one that is asked for."""
     for option, (old, new) in compared.items():
         if old != new:
             raise TargetError(
                 f"{out} holds the profile of a sweep with {option} {old}, and {new} is asked for; give another --out, "
                 f"or take {PROFILE} away."
             )
-    if not store.path(plan.base.digest()).exists():
-        raise TargetError(
-            f"{out} holds the profile of a sweep of another model, or evaluated otherwise (--problems, --samples, "
-            f"...); give another --out, or take {PROFILE} away."
-        )
 
 
 def collect_rows(

@@ -39,6 +39,9 @@ LAYERS = [0, 3, 5, 11]
 ROWS = 1 + 2 * (1 + len(LAYERS))
 
 
+NONE = {"learning_rate": None, "full_learning_rate": None}
+
+
 def settings(**changes):
     """Those of a sweep of four blocks of the demo model."""
     given = {"layers": LAYERS, "steps": 2, "seeds": (0, 1), "learning_rate": 3e-3, "full_learning_rate": 3e-4}
@@ -150,7 +153,7 @@ def test_the_profile_of_another_sweep_is_not_replaced(tmp_path, changes, what):
 
 
 def test_the_search_for_learning_rates(tmp_path):
-    profile = sweep(tmp_path / "out", seeds=[3], layers="0-2,mid-1", search_learning_rates=[1e-4, 1e-3])
+    profile = sweep(tmp_path / "out", seeds=[3], layers="0-2,mid-1", search_learning_rates=[1e-4, 1e-3], **NONE)
     search = profile.sweep.learning_rate_search
     assert search["rates"] == [1e-4, 1e-3] and search["block"] == 2 and search["split"] == "train"
     assert profile.learning_rate == 1e-4 == profile.sweep.full_learning_rate  # of equal scores the first
@@ -161,6 +164,39 @@ def test_the_search_for_learning_rates(tmp_path):
     }
     assert len(rows) == 4 + 1 + 1 + 4 and [k for k in range(12) if profile.sweep.means[k]] == [0, 1, 2, 5]
     assert profile.cost["tokens_trained"] == 9 * 40  # the search's runs are counted
+
+
+def test_a_sweep_with_searched_rates_goes_on(tmp_path):
+    given = {"layers": "5", "problems": 20, "search_learning_rates": [1e-3, 3e-3], "regimes": True}
+    given |= {"learning_rate": 1e-2, "full_learning_rate": None}
+    for seeds, runs in [([0], 4 + 1 + 4), ([0], 4 + 1 + 4), ([0, 1], 4 + 1 + 8)]:
+        sweep(tmp_path / "out", {"sleep": 0}, seeds=seeds, **given)
+        assert len(started(tmp_path)) == runs and set(started(tmp_path).values()) == {1}
+    other = "--search-learning-rates [0.001, 0.003], and [0.0001] is asked for"
+    with pytest.raises(TargetError, match=re.escape(other)):
+        sweep(tmp_path / "out", seeds=[0], **{**given, "search_learning_rates": [1e-4]})
+    assert len(started(tmp_path)) == runs
+
+
+def test_a_rate_to_be_found_does_not_replace_the_profile_of_a_given_one(tmp_path):
+    given = {"seeds": [0], "layers": "5", "problems": 20}
+    sweep(tmp_path / "out", {"sleep": 0}, **given, learning_rate=1e-2, full_learning_rate=None)
+    before = {path: path.read_bytes() for path in (tmp_path / "out").rglob("*.*")}
+    with pytest.raises(TargetError, match=re.escape("--learning-rate 0.01, and auto is asked for; give another --out")):
+        sweep(tmp_path / "out", {"sleep": 0}, **given, **NONE)
+    assert {path: path.read_bytes() for path in (tmp_path / "out").rglob("*.*")} == before
+
+
+@pytest.mark.parametrize(
+    ("rates", "option"),
+    [
+        ({"learning_rate": 1e-2, "full_learning_rate": None}, "--learning-rate 0.01"),
+        ({"learning_rate": None, "full_learning_rate": 1e-3}, "--full-learning-rate 0.001"),
+    ],
+)
+def test_a_rate_beside_a_search_is_refused(rates, option):
+    with pytest.raises(ValueError, match=f"^{option} has no effect beside --search-learning-rates"):
+        plan_sweep(settings(search_learning_rates=[1e-4, 1e-3], **rates))
 
 
 def test_each_block_at_a_rate_of_its_own(tmp_path):
@@ -180,9 +216,6 @@ def test_each_block_at_a_rate_of_its_own(tmp_path):
     with pytest.raises(ValueError, match="full_learning_rate must be given too"):
         sweep(tmp_path / "out3", learning_rate=rates, full_learning_rate=None)
     assert sweep(tmp_path / "out4", seeds=(0,)).learning_rates is None
-
-
-NONE = {"learning_rate": None, "full_learning_rate": None}
 
 
 def test_rates_that_nobody_gives_are_found_once_and_kept(tmp_path):
