@@ -122,6 +122,7 @@ def race(
     Raises:
         BudgetError: the budget has no room for a round with three blocks.
         NothingToLearnError: rewards that are equal within every group of completions.
+        ValueError: the task has fewer than two prompts.
     """
     chosen = list(range(len(find_decoder_stack(model).blocks))) if layers is None else sorted(layers)
     return _Race(
@@ -187,6 +188,11 @@ class _Race:
         on_candidate: OnCandidate,
     ) -> None:
         self.start = time.perf_counter()
+        if (prompts := len(task.rows("train", 2, seed))) < 2:  # of one the noise is not known
+            raise ValueError(
+                f"a race scores blocks on at least 2 prompts, and task {task.name} has {prompts} to train on; give "
+                "more rows, or take the method prior"
+            )
         self.model, self.tokenizer, self.task = model, tokenizer, task
         self.seed, self.settings, self.on_candidate = seed, settings, on_candidate
         config = recipe.config(output_dir="unused")

@@ -36,7 +36,7 @@ from .algorithms import Algorithm
 from .packing import packed_prompts
 from .prefix import shared_prefix
 from .prompts import shared_prompts
-from .recipe import Recipe, demo_recipe, of_full_training
+from .recipe import BATCH_FIELDS, Recipe, demo_recipe, of_full_training
 from .rows import NO_ANSWER, graded_by_row, numbered, reset_by_row
 from .scored import scored_positions
 
@@ -234,6 +234,24 @@ def prompts_needed(algorithm: Algorithm, config: TrainingArguments, steps: int |
     return math.ceil(max(completions, fields.get("generation_batch_size") or 1) / group)
 
 
+def rows_of_step(task: Task, recipe: Recipe, config: TrainingArguments, seed: int) -> list[dict[str, Any]]:
+    """The training rows of a run's first step; of an offline algorithm the first row.
+
+    Raises:
+        ValueError: the task has fewer, and the trainer would take no step.
+    """
+    needed = prompts_needed(recipe.algorithm, config, steps=1) if recipe.algorithm.online else 1
+    rows = task.rows("train", needed, seed)
+    if len(rows) < needed:
+        by_fields = any(name in recipe.given for name in BATCH_FIELDS)
+        by_prompts = not by_fields or "gradient_accumulation_steps" in recipe.settings.keys() - recipe.given.keys()
+        option = "--prompts" if by_prompts else "--set per_device_train_batch_size"
+        raise ValueError(
+            f"one step draws {needed} prompts and task {task.name} has {len(rows)}; use a smaller {option}"
+        )
+    return rows
+
+
 def steps_of_epochs(algorithm: Algorithm, config: TrainingArguments, rows: int) -> int:
     """How many optimizer steps the trainer takes in `config.num_train_epochs` over so many rows."""
     fields = config.to_dict()
@@ -301,6 +319,9 @@ def train_layer(
         recipe: an online algorithm (default: `demo_recipe`).
         on_step: called after every step with its number and mean reward.
         share: as of `train_rows`.
+
+    Raises:
+        ValueError: the task has fewer prompts than a step draws.
     """
     recipe = recipe or demo_recipe(task, steps)
     with tempfile.TemporaryDirectory() as scratch:
@@ -313,5 +334,6 @@ def train_layer(
             disable_tqdm=True,
             logging_steps=1,
         )
+        rows_of_step(task, recipe, config, seed)
         rows = task.rows("train", prompts_needed(recipe.algorithm, config), seed)
         return train_rows(model, tokenizer, recipe, config, rows, layers=layer, task=task, on_step=on_step, share=share)

@@ -15,7 +15,7 @@ from peft_onelayer.rl.boost import parse_boost
 from peft_onelayer.rl.preferences import OfflineData, load_preferences
 from peft_onelayer.rl.recipe import Recipe, make_recipe, refuse_fields, refuse_without_effect
 from peft_onelayer.rl.sampling import PAIRS_OPTIONS, sampling_of_run, with_given
-from peft_onelayer.rl.training import prompts_needed, steps_of_epochs
+from peft_onelayer.rl.training import prompts_needed, rows_of_step, steps_of_epochs
 from peft_onelayer.rollouts.prompts import Shape, check_prompt, shown_rows
 from peft_onelayer.rollouts.sampling import check_room
 from peft_onelayer.rollouts.settings import Sampling
@@ -143,13 +143,7 @@ class TrainingPlan:
         """Refuse prompts that are too few for a step, that the tokenizer cannot write, or that leave no room for a
         completion in the context of `model`; without it this is not looked at."""
         assert self.task is not None
-        needed = prompts_needed(self.algorithm, self.config, steps=1) if self.algorithm.online else 1
-        rows = self.task.rows("train", needed, self.settings.seed)
-        if len(rows) < needed:
-            raise ValueError(
-                f"one step draws {needed} prompts and task {self.task.name} has {len(rows)}; use a smaller "
-                "--set per_device_train_batch_size"
-            )
+        rows = rows_of_step(self.task, self.recipe, self.config, self.settings.seed)
         plays = self.task.environment_factory is not None
         check_prompt(rows[0], tokenizer, self.settings.model, self.shape.template_kwargs, plays=plays)
         generates = self.algorithm.online and not self.config.to_dict().get("use_vllm")  # vLLM looks for itself

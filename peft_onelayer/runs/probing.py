@@ -13,6 +13,7 @@ from peft_onelayer.records.ranking import LayerRanking
 from peft_onelayer.rl.algorithms import load_algorithm
 from peft_onelayer.rl.recipe import make_recipe, refuse_fields, refuse_without_effect
 from peft_onelayer.rl.sampling import sampling_of_run
+from peft_onelayer.rl.training import rows_of_step
 from peft_onelayer.rollouts.prompts import Shape, check_prompt, shaped, shown_rows
 from peft_onelayer.tasks import open_task
 from peft_onelayer.tuner import find_decoder_stack
@@ -75,8 +76,8 @@ def _probe(settings: ProbeSettings, progress: Progress) -> LayerRanking:
         if task is not None:
             shape = Shape(settings.chat, settings.system, settings.shots or 0, sampling.chat_template_kwargs)
             task, _ = shaped(task, tokenizer, shape)
-            row, plays = task.rows("train", 1, settings.seed)[0], task.environment_factory is not None
-            check_prompt(row, tokenizer, settings.model, sampling.chat_template_kwargs, plays=plays)
+            rows, plays = rows_of_step(task, recipe, config, settings.seed), task.environment_factory is not None
+            check_prompt(rows[0], tokenizer, settings.model, sampling.chat_template_kwargs, plays=plays)
         try:
             ranking = rank_blocks(
                 base,

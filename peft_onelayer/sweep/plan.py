@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from peft_onelayer.layers import resolve_layers
 from peft_onelayer.records.files import model_digests
@@ -12,6 +13,7 @@ from peft_onelayer.rl.algorithms import load_algorithm
 from peft_onelayer.rl.recipe import make_recipe, refuse_without_effect, step_fields
 from peft_onelayer.rl.sampling import sampling_of_run
 from peft_onelayer.rl.scored import check_backbone
+from peft_onelayer.rl.training import rows_of_step
 from peft_onelayer.rollouts.prompts import Shape, check_prompt, shaped
 from peft_onelayer.runs.models import load_skeleton
 from peft_onelayer.runs.plan import check_task
@@ -140,6 +142,7 @@ def plan_sweep(settings: SweepSettings) -> Plan:
     rates, full_rate = _learning_rates(settings, layers)
     shape = Shape(settings.chat, settings.system, settings.shots or 0, sampling.chat_template_kwargs)
     asked, chat = shaped(task, tokenizer, shape)
+    rows_of_step(asked, recipe, config, seeds[0])
     plays = task.environment_factory is not None
     check_prompt(asked.rows("test", 1, 0)[0], tokenizer, settings.model, sampling.chat_template_kwargs, plays=plays)
     folder = Path(settings.model).expanduser()
@@ -202,7 +205,7 @@ def _refuse_beside_search(settings: SweepSettings) -> None:
     """Refuse a rate that a search would leave without effect."""
     if not settings.search_learning_rates:
         return
-    given = {"--full-learning-rate": settings.full_learning_rate}
+    given: dict[str, Any] = {"--full-learning-rate": settings.full_learning_rate}
     if not settings.regimes:  # these have blocks and all parameters at the given rate too
         given["--learning-rate"] = settings.learning_rate
     for option, rate in given.items():

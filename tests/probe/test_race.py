@@ -2,6 +2,7 @@
 
 import math
 import random
+from dataclasses import replace
 
 import demo_model
 import numpy as np
@@ -42,6 +43,12 @@ def luck():
         max_completion_tokens=5,
         data={},
     )
+
+
+def test_a_race_of_one_prompt_is_refused():
+    task = replace(ARITHMETIC, rows=lambda split, n, seed: ARITHMETIC.rows(split, min(n, 1), seed))
+    with pytest.raises(ValueError, match=r"^a race scores blocks on at least 2 prompts, and task arithmetic has 1 to "):
+        demo_race(task, layers=[3, 5, 7])
 
 
 @pytest.fixture(scope="module")

@@ -49,6 +49,29 @@ def test_only_the_block_changes_and_the_seed_decides_how(base):
     assert all(torch.equal(trained[0][name], trained[1][name]) for name in trained[0])
 
 
+@pytest.mark.parametrize(
+    ("given", "needed", "option"),
+    [
+        ({"prompts": 8, "completions": 2}, 8, "--prompts"),
+        ({"prompts": 8, "completions": 2, "config": {"per_device_train_batch_size": 4}}, 8, "--prompts"),
+        ({}, 8, "--prompts"),
+        (
+            {"config": {"per_device_train_batch_size": 32, "num_generations": 4}},
+            8,
+            "--set per_device_train_batch_size",
+        ),
+    ],
+    ids=["prompts", "prompts and a pass", "defaults", "fields alone"],
+)
+def test_fewer_prompts_than_a_step_draws_are_refused(base, given, needed, option):
+    task = load_task("arithmetic")
+    few = dataclasses.replace(task, rows=lambda split, n, seed: task.rows(split, min(n, 5), seed))
+    recipe = make_recipe("grpo", few, **given)
+    line = f"^one step draws {needed} prompts and task arithmetic has 5; use a smaller {option}$"
+    with pytest.raises(ValueError, match=line):
+        train_layer(*base, few, 5, steps=1, seed=0, recipe=recipe)
+
+
 def test_it_prints_nothing_on_stdout(base, capfd):
     model, tokenizer = base
     train_layer(copy.deepcopy(model), tokenizer, load_task("sort"), [0], steps=1, seed=1)

@@ -199,6 +199,15 @@ def test_a_rate_beside_a_search_is_refused(rates, option):
         plan_sweep(settings(search_learning_rates=[1e-4, 1e-3], **rates))
 
 
+def test_data_with_fewer_prompts_than_a_step_draws_are_refused(tmp_path):
+    (tmp_path / "rows.jsonl").write_text("".join(f'{{"prompt": "{i}+1=", "answer": "{i + 1}"}}\n' for i in range(40)))
+    (tmp_path / "own.py").write_text("def reward(completions, answer, **_):\n    return [0.0 for _ in answer]\n")
+    given = {"task": None, "dataset": str(tmp_path / "rows.jsonl"), "reward": f"{tmp_path / 'own.py'}:reward"}
+    line = r"^one step draws 64 prompts and task .*rows\.jsonl has 36; use a smaller --prompts$"
+    with pytest.raises(ValueError, match=line):
+        plan_sweep(settings(**given, prompts=64, completions=2))
+
+
 def test_each_block_at_a_rate_of_its_own(tmp_path):
     rates = {0: 1e-4, 3: 2e-4, 5: 3e-3, 11: 3e-3}
     profile = sweep(tmp_path / "out", seeds=(0,), learning_rate=rates)
