@@ -10,7 +10,6 @@ from dataclasses import dataclass, field, fields, replace
 from typing import Any, ClassVar, Self
 
 from peft_onelayer.layers import resolve_layers
-from peft_onelayer.statistics import why_no_share
 
 from .fields import Record, read
 from .text import printable
@@ -249,6 +248,8 @@ class LayerRanking(Record):
         return self
 
     def _without_shares_of_no_gain(self) -> Self:
+        from peft_onelayer.statistics import why_no_share  # numpy, which a ranking is read without
+
         sweep = self.sweep
         if sweep is None or sweep.undefined or not sweep.full_gain:
             return self

@@ -321,7 +321,7 @@ def train_layer(
         share: as of `train_rows`.
 
     Raises:
-        ValueError: the task has fewer prompts than a step draws.
+        ValueError: the task has fewer prompts than a step draws in groups.
     """
     recipe = recipe or demo_recipe(task, steps)
     with tempfile.TemporaryDirectory() as scratch:
@@ -334,6 +334,7 @@ def train_layer(
             disable_tqdm=True,
             logging_steps=1,
         )
-        rows_of_step(task, recipe, config, seed)
+        if recipe.algorithm.group_size:  # trl's RepeatSampler leaves out what is no whole batch of groups
+            rows_of_step(task, recipe, config, seed)
         rows = task.rows("train", prompts_needed(recipe.algorithm, config), seed)
         return train_rows(model, tokenizer, recipe, config, rows, layers=layer, task=task, on_step=on_step, share=share)
