@@ -10,8 +10,9 @@ import time
 import pytest
 import torch
 from safetensors.torch import load_file
+from told import Told
 
-from peft_onelayer.runs import Progress, TrainingSettings, train
+from peft_onelayer.runs import TrainingSettings, train
 
 from .common import SUMS, moved
 
@@ -19,14 +20,6 @@ pytestmark = pytest.mark.real
 
 BLOCK, RATE = 14, 1e-4
 FEW = {"model": None, "chat": False, "layer": BLOCK, "learning_rate": RATE, "eval_problems": 0}
-
-
-class Told(Progress):
-    def __init__(self):
-        self.notes = []
-
-    def note(self, message):
-        self.notes.append(message)
 
 
 def test_the_race_names_a_block_at_the_default_rate_and_it_gains(ranking, trained):

@@ -7,11 +7,11 @@ import demo_model
 import pytest
 from changes import save_adapter
 from run_records import RECORD, SETTINGS, TASK
-from tokenizers import normalizers
+from told import Told
 
 from peft_onelayer.rollouts.evaluation import Evaluation
 from peft_onelayer.rollouts.sampling import Rollout
-from peft_onelayer.runs import EntropySettings, Progress, VoteSettings, entropy, forking, vote, voting
+from peft_onelayer.runs import EntropySettings, VoteSettings, entropy, forking, vote, voting
 from peft_onelayer.sweep import transplant
 from peft_onelayer.tasks import load_task
 
@@ -23,24 +23,12 @@ BARE = {"chat": True, "system": "", "shots": 0, "sampling": {"temperature": 0.5}
 AS_RUN = ["sampled as in the run: temperature=0.7", "prompts as in the run: 2 shots, system text 'A1+1='"]
 
 
-class Told(Progress):
-    def __init__(self):
-        self.notes = []
-
-    def note(self, text):
-        self.notes.append(text)
-
-
 @pytest.fixture(scope="module")
 def model(tmp_path_factory):
     """The demo model with a chat template; its tokenizer skips line ends."""
-    folder = tmp_path_factory.mktemp("model")
-    model, tokenizer = demo_model.load()
-    tokenizer.chat_template = "{% for m in messages %}{{ m.content }}{% endfor %}"
-    tokenizer.backend_tokenizer.normalizer = normalizers.Replace("\n", "")
-    model.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    return str(folder)
+    return demo_model.save_with_template(
+        tmp_path_factory.mktemp("model"), "{% for m in messages %}{{ m.content }}{% endfor %}"
+    )
 
 
 @pytest.fixture(scope="module")

@@ -11,6 +11,7 @@ import pytest
 import torch
 from peft import PeftModel, get_peft_model_state_dict
 from safetensors.torch import load_file
+from told import Told
 from transformers import TrainerCallback
 
 from peft_onelayer.records.figures import Figures
@@ -28,14 +29,6 @@ BASE = str(files("peft_onelayer") / "demo_model")
 TASK = load_task("arithmetic")
 NO_SAVING = {"save_strategy": "no"}
 CONFIG = {"per_device_train_batch_size": 16, "gradient_checkpointing": False, "learning_rate": 3e-3, "save_steps": 2}
-
-
-class Told(Progress):
-    def __init__(self):
-        self.notes = []
-
-    def note(self, message):
-        self.notes.append(message)
 
 
 def settings(tmp_path, **changes):

@@ -6,12 +6,11 @@ import re
 
 import demo_model
 import pytest
-from tokenizers import normalizers
+from told import Told
 
 from peft_onelayer.runs import (
     EvaluationSettings,
     ProbeSettings,
-    Progress,
     TrainingSettings,
     evaluate,
     probe,
@@ -33,24 +32,10 @@ AHEAD = "".join(row["prompt"] + row["answer"] for row in load_task("arithmetic")
 MEASURED = {"problems": 8, "samples": 1, "greedy": False}
 
 
-class Told(Progress):
-    def __init__(self):
-        self.notes = []
-
-    def note(self, text):
-        self.notes.append(text)
-
-
 @pytest.fixture(scope="module")
 def model(tmp_path_factory):
     """The demo model with a chat template that takes no system messages; its tokenizer skips line ends."""
-    folder = tmp_path_factory.mktemp("model")
-    model, tokenizer = demo_model.load()
-    tokenizer.chat_template = TEMPLATE
-    tokenizer.backend_tokenizer.normalizer = normalizers.Replace("\n", "")
-    model.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    return str(folder)
+    return demo_model.save_with_template(tmp_path_factory.mktemp("model"), TEMPLATE)
 
 
 @pytest.fixture(scope="module")

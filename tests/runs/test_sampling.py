@@ -5,8 +5,9 @@ import json
 
 import demo_model
 import pytest
+from told import Told
 
-from peft_onelayer.runs import EvaluationSettings, ProbeSettings, Progress, TrainingSettings, evaluate, probe, train
+from peft_onelayer.runs import EvaluationSettings, ProbeSettings, TrainingSettings, evaluate, probe, train
 from peft_onelayer.sweep.plan import plan_sweep
 from peft_onelayer.sweep.run_layer import run_layer
 from peft_onelayer.sweep.settings import SweepSettings
@@ -20,22 +21,9 @@ SMALL = {"per_device_train_batch_size": 32, "gradient_checkpointing": False, "le
 MEASURED = {"task": "arithmetic", "problems": 32, "samples": 2}
 
 
-class Told(Progress):
-    def __init__(self):
-        self.notes = []
-
-    def note(self, text):
-        self.notes.append(text)
-
-
 @pytest.fixture(scope="module")
 def model(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("thinks")
-    model, tokenizer = demo_model.load()
-    tokenizer.chat_template = THINKS
-    model.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    return str(folder)
+    return demo_model.save_with_template(tmp_path_factory.mktemp("thinks"), THINKS, skips_line_ends=False)
 
 
 @pytest.fixture(scope="module")

@@ -7,25 +7,16 @@ from importlib.resources import files
 import pytest
 import torch
 from safetensors.torch import save_file
+from told import Told
 
 from peft_onelayer.records.ranking import LayerRanking
 from peft_onelayer.rl.recipe import demo_config
-from peft_onelayer.runs import ProbeSettings, Progress, TrainingSettings, preparation, train
+from peft_onelayer.runs import ProbeSettings, TrainingSettings, preparation, train
 from peft_onelayer.runs import training as runs_training
 from peft_onelayer.runs.folder import RunFolder
 
 BASE = str(files("peft_onelayer") / "demo_model")
 FEW = {"per_device_train_batch_size": 16, "gradient_checkpointing": False, "learning_rate": 3e-3}
-
-
-class Told(Progress):
-    """Keeps what a run says."""
-
-    def __init__(self):
-        self.notes = []
-
-    def note(self, message):
-        self.notes.append(message)
 
 
 def settings(tmp_path, **changes):
