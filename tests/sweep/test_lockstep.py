@@ -128,6 +128,7 @@ def test_one_that_nobody_waits_for_ends_where_it_checks():
     checks = []
 
     def work(member):
+        time.sleep(0.1)  # the main thread waits by then: Python sees a signal of just before only when it wakes
         os.kill(os.getpid(), signal.SIGINT)
         for number in range(300):
             time.sleep(0.01)
