@@ -223,8 +223,10 @@ def fingerprint(base: PreTrainedModel) -> set[tuple[int | str, float | None]]:
     it did unless `before <= after`.
 
     PiSSA takes its part out of the weights, `bias` of LoRA writes over biases, and `layer_replication` adds blocks.
+    Quantized and offloaded weights, of which no norm can be taken, are not looked at: nothing writes to them.
     """
-    norms = {(id(p), float(p.detach().float().norm())) for p in base.parameters() if p.is_floating_point()}
+    plain = [p for p in base.parameters() if type(p.data) is torch.Tensor and p.is_floating_point() and not p.is_meta]
+    norms = {(id(p), float(p.detach().float().norm())) for p in plain}
     return norms | {("blocks", getattr(base.config.get_text_config(), "num_hidden_layers", None))}
 
 

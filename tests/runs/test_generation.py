@@ -7,6 +7,7 @@ import json
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
+from torchao.quantization import Int8WeightOnlyConfig, quantize_
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import models
@@ -96,6 +97,15 @@ def test_what_an_adapter_changes_of_its_base_is_seen(tmp_path, options, unchange
     before = fingerprint(loaded)
     load_adapter(loaded, tmp_path)
     assert (before <= fingerprint(loaded)) == unchanged
+
+
+def test_of_a_quantized_or_offloaded_base_the_plain_weights_are_looked_at():
+    model = models.build("Llama", num_layers=2)
+    quantize_(model, Int8WeightOnlyConfig())
+    plain = [p for p in model.parameters() if type(p.data) is torch.Tensor]
+    assert 0 < len(plain) < len(list(model.parameters()))
+    assert fingerprint(model) == fingerprint(model) and len(fingerprint(model)) == len(plain) + 1
+    assert fingerprint(models.build("Llama", num_layers=2).to("meta")) == {("blocks", 2)}
 
 
 def test_a_conversation_goes_on(saved):
