@@ -40,7 +40,7 @@ def all_modules(module: nn.Module, but: nn.Module | None = None) -> list[nn.Modu
         return list(module.modules())
     found, seen = [module], {id(module), id(but)}
     for each in found:  # which grows
-        for child in each._modules.values():
+        for child in list(each._modules.values()):  # at once: another thread may be adding an adapter
             if child is not None and id(child) not in seen:
                 seen.add(id(child))
                 found.append(child)

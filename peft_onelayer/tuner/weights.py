@@ -181,13 +181,14 @@ class AdapterWeights(nn.Module, BaseTunerLayer):
 
     def widen(self, sources: dict[str, dict[str, tuple[torch.Tensor, torch.Tensor | None]]] | None = None) -> None:
         """Bring masters that were narrowed back to the master dtype, with the values of `sources` where given."""
-        narrow = [(adapter, least) for adapter, least in list(self.master_dtypes.items()) if least is not None]
-        for adapter, least in narrow:
-            for name, parameter in self.masters(adapter).items():
+        for adapter, part in list(self.single_layer_params.items()):  # another thread may be adding one or deleting it
+            if (least := self.master_dtypes.get(adapter)) is None:
+                continue
+            for name, parameter in own_parameters(part).items():
                 dtype = torch.promote_types(parameter.dtype, least)
                 if dtype == parameter.dtype:
                     continue
-                if not isinstance(parameter, DTensor) and is_fully_sharded(self.single_layer_params[adapter]):
+                if not isinstance(parameter, DTensor) and is_fully_sharded(part):
                     continue  # what FSDP2's MixedPrecisionPolicy gathered; its shards are the masters
                 data, grad = sources[adapter][name] if sources else (parameter.data, parameter.grad)
                 if data.is_meta:

@@ -147,6 +147,33 @@ def test_adapters_are_loaded_while_others_run(tmp_path):
     assert len(model.peft_config) == 4
 
 
+@pytest.mark.parametrize("deleted", [False, True])
+def test_an_adapter_comes_and_goes_while_another_thread_runs_another_one(deleted, monkeypatch):
+    """A pass of another thread in every moment in which a wrapped module has half of the adapter."""
+    model, config, seen = moved(layer=1), SingleLayerConfig(layer=1), []
+    expected = logits(model)
+    if deleted:
+        model.add_adapter("b", config)
+
+    class Watching(dict):
+        def pause(self) -> None:
+            with ThreadPoolExecutor(1) as pool:
+                seen.append(torch.equal(pool.submit(logits, model).result(), expected))
+
+        def __setitem__(self, *item) -> None:
+            super().__setitem__(*item)
+            self.pause()
+
+        def __delitem__(self, name) -> None:
+            self.pause()
+            super().__delitem__(name)
+
+    for layer in tuner_layers(model):
+        monkeypatch.setattr(layer, "master_dtypes", Watching(layer.master_dtypes))
+    model.delete_adapter("b") if deleted else model.add_adapter("b", config)
+    assert len(seen) == len(tuner_layers(model)) and all(seen)
+
+
 class Pause:
     """Stops a pass inside the block of the thread that is told to, until it is told to go on."""
 
