@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from typing import Annotated
 
 import typer
@@ -17,6 +18,17 @@ def rate_or_auto(text: str) -> float | None:
         raise typer.BadParameter(
             f"expected a number such as 1e-5, or auto for one that is found; got {text!r}"
         ) from None
+
+
+def was_given(context: typer.Context, name: str) -> bool:
+    """Whether the command line has the option of the parameter `name`."""
+    return getattr(context.get_parameter_source(name), "name", "") == "COMMANDLINE"
+
+
+def refuse_two_rates(context: typer.Context, fields: Collection[str]) -> None:
+    """Raise ValueError if --learning-rate, which may be auto, and --set learning_rate are both given."""
+    if "learning_rate" in fields and was_given(context, "learning_rate"):
+        raise ValueError("--learning-rate and --set learning_rate say the same; give one of them")
 
 
 Algorithm = Annotated[

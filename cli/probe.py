@@ -30,6 +30,7 @@ from ._options import (
     TaskName,
     TrustRemoteCode,
     Unsafe,
+    refuse_two_rates,
 )
 from ._output import TerminalProgress, note, print_line, print_table, status
 
@@ -39,6 +40,7 @@ if TYPE_CHECKING:
 
 
 def probe(
+    context: typer.Context,
     model: ModelName,
     task: TaskName = None,
     dataset: Dataset = None,
@@ -75,6 +77,8 @@ def probe(
     from peft_onelayer.runs.settings import PROBE_OPTIONS, ProbeSettings
 
     with user_error(ValueError, OSError, ImportError):
+        fields = parse_settings(settings or [])
+        refuse_two_rates(context, fields)
         asked = ProbeSettings(
             model=model,
             task=task,
@@ -89,7 +93,7 @@ def probe(
             prompts=prompts,
             completions=completions,
             learning_rate=learning_rate,
-            config=parse_settings(settings or []),
+            config=fields,
             seed=seed,
             chat=chat,
             system=system,

@@ -31,6 +31,8 @@ from ._options import (
     TaskName,
     TrustRemoteCode,
     Unsafe,
+    refuse_two_rates,
+    was_given,
 )
 from ._output import TerminalProgress, command_line, note, print_json, print_next, status
 
@@ -185,9 +187,7 @@ def train(
         what = "--resume needs the run's folder, --out RUN" if resume else "give a new folder, such as --out run"
         raise typer.BadParameter(f"--out is missing; {what}", param_hint="--out")
     given = {
-        name: context.params[name]
-        for name in context.params
-        if name not in NOT_SETTINGS and getattr(context.get_parameter_source(name), "name", "") == "COMMANDLINE"
+        name: context.params[name] for name in context.params if name not in NOT_SETTINGS and was_given(context, name)
     }
     if "learning_rate" in given and learning_rate is None:
         given["learning_rate"] = "auto"  # goes before a rate in --config or --recipe
@@ -215,8 +215,7 @@ def train(
             raise ValueError(f"{out} holds no run to resume; leave out --resume to start one.")
         kept = read_recipe(source) if source else {}
         fields = parse_settings(settings or [])
-        if "learning_rate" in fields and "learning_rate" in given:
-            raise ValueError("--learning-rate and --set learning_rate say the same; give one of them")
+        refuse_two_rates(context, fields)
         if "learning_rate" in fields:
             check_rate(fields["learning_rate"], "--set learning_rate")
         if sampling:

@@ -23,6 +23,7 @@ def onelayer():
 
 
 TRAIN = ["train", "{root}/base", "--out", "{root}/new"]
+TWO_RATES = ["--learning-rate", "auto", "--set", "learning_rate=1e-3"]
 DPO = [*TRAIN, "--algorithm", "dpo", "--task", "sort", "--pairs-from-task", "8"]
 REWARD = ["--reward", "{root}/task.py:my_reward"]
 SWEEP = ["sweep", "{root}/base", "--task", "sort"]
@@ -211,6 +212,8 @@ LORA = ["--format", "lora"]
         ([*TRAIN, "--task", "sort", "--learning-rate", "-1"], 1, "a learning rate must be above 0, got -1"),
         ([*TRAIN, "--task", "sort", "--learning-rate", "nan"], 1, "a learning rate must be above 0, got nan"),
         ([*TRAIN, "--task", "sort", "--set", "learning_rate=0"], 1, "--set learning_rate: a learning rate must be"),
+        ([*TRAIN, "--task", "sort", *TWO_RATES], 1, "--learning-rate and --set learning_rate say the same; give one"),
+        (["probe", "{root}/base", "--task", "sort", *TWO_RATES], 1, "--learning-rate and --set learning_rate say the"),
         (["train", "--config", "{root}/zero.yaml", "--out", "{root}/new"], 1, "a learning rate must be above 0, got 0"),
         ([*TRAIN, "--task", "sort", "--full", "--layer", "3"], 1, "give one of them"),
         ([*TRAIN, "--task", "sort", "--layer", "3", "--budget", "0.5"], 1, "--budget is of a ranking, and --layer 3"),
