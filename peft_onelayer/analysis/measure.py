@@ -26,7 +26,7 @@ class TensorChange:
 
     Attributes:
         name: in the base.
-        dtype: of the base's tensor.
+        dtype: of the base's tensor; with an adapter that records it, the dtype in which it was loaded for training.
         other_dtype: of the other's stored values: of a dense adapter that of its masters.
         shape: of both.
         unchanged: by tolerance, the share of entries with |other - base| <= tolerance, stored values in float64.

@@ -28,7 +28,7 @@ class Values:
     """A tensor whose entries are read piece by piece.
 
     Attributes:
-        dtype: of the stored entries, as torch calls it.
+        dtype: of the entries, as torch calls it.
         shape: of the tensor.
         read: gives the flat entries [start, stop) in that dtype, (stop - start,).
         columns: gives the columns [start, stop) of a matrix, (rows, stop - start).
@@ -134,7 +134,8 @@ class AdapterChange:
 
     def pair(self, name: str) -> Pair:
         """The two tensors called `name`: of a dense adapter the stored masters, of a sparse one the decoded values, for
-        which both tensors are read whole."""
+        which both tensors are read whole. The base's are in the dtype that they were loaded in for training, as far as
+        that is recorded: the masters are copies of these."""
         file, place = self._files[name], self.base.places[self.base.stored_as[name]]
         parts = file.stored_parts(name)
         if file.sparse is None:
@@ -146,10 +147,13 @@ class AdapterChange:
                 )
             if not stored.is_floating_point:
                 raise ValueError(f"{file.folder} stores {name} as {stored.dtype}, which is no floating-point weight.")
-            return Pair(name, stored_values(place), stored_values(stored))
+            here = stored_values(place)
+            if file.trained_on is not None:
+                here = cast(here, file.trained_on.block[name].dtype)
+            return Pair(name, here, stored_values(stored))
         import torch
 
-        dtype = file.sparse.tensors[name].dtype  # that the base was loaded in for training
+        dtype = file.sparse.tensors[name].dtype
         base = self.base.read(self.base.stored_as[name]).to(getattr(torch, dtype))
         return Pair(name, held_values(base), held_values(file.tensor(name, base, self.allow_other_base)))
 
@@ -252,4 +256,17 @@ def stored_values(place: StoredTensor) -> Values:
         shape=place.shape,
         read=lambda start, stop: gather(range(start, start + 1), stop - start),
         columns=columns,
+    )
+
+
+def cast(values: Values, dtype: str) -> Values:
+    """The same entries in the dtype that torch calls `dtype`."""
+    import torch
+
+    kind = getattr(torch, dtype)
+    return Values(
+        dtype=dtype,
+        shape=values.shape,
+        read=lambda start, stop: values.read(start, stop).to(kind),
+        columns=lambda start, stop: values.columns(start, stop).to(kind),
     )

@@ -6,9 +6,12 @@ import pytest
 import torch
 from changes import save_adapter
 from peft import get_peft_model
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
 
 import models
-from peft_onelayer import SingleLayerConfig, analyze_change, export_adapter
+from peft_onelayer import SingleLayerConfig, analyze_change, compare_adapters, export_adapter, make_mask
+from peft_onelayer.adapter.write_sparse import write_sparse
 from peft_onelayer.analysis.movement import movement_of_files, movement_of_model
 from peft_onelayer.records.fields import read
 from peft_onelayer.records.movement import Movement, TensorMovement
@@ -80,6 +83,39 @@ def test_the_files_say_the_same(tmp_path, encoding):
     if encoding == "dense":
         assert found == in_memory
     assert [(t.name, t.changed) for t in found.tensors] == [(t.name, t.changed) for t in in_memory.tensors]
+
+
+@pytest.mark.parametrize(
+    ("stored", "loaded"),
+    [(torch.float32, torch.bfloat16), (torch.float16, torch.bfloat16), (torch.bfloat16, torch.float32)],
+    ids=str,
+)
+def test_a_base_that_was_loaded_in_another_dtype_for_training_is_compared_in_that_one(tmp_path, stored, loaded):
+    base, moved = tmp_path / "base", "model.layers.1.self_attn.q_proj.weight"
+    models.build(dtype=stored).save_pretrained(base)
+    for name in ("still", "one"):
+        model = AutoModelForCausalLM.from_pretrained(base, dtype=loaded)
+        model = get_peft_model(model, SingleLayerConfig(layer=1, task_type="CAUSAL_LM"))
+        if name == "one":
+            model.get_parameter(f"base_model.model.{moved[:-7]}.single_layer_params.default.weight").data[3, 5] = 0.5
+        model.save_pretrained(tmp_path / name)
+        write_sparse(tmp_path / name, tmp_path / f"{name}-sparse", model)
+        found = movement_of_files(base, tmp_path / name)
+        assert found == analyze_change(base, tmp_path / name).movement == movement_of_model(model)
+        assert [(t.name, t.moved, t.changed) for t in found.tensors if t.moved] == [(moved, 1, 1)] * (name == "one")
+        sparse = movement_of_files(base, tmp_path / f"{name}-sparse")
+        assert [(t.dtype, t.changed, t.norm) for t in sparse.tensors] == [
+            (t.dtype, t.changed, t.norm) for t in found.tensors
+        ]
+    whole = analyze_change(base, tmp_path / "one")
+    assert [t.rank for t in whole.tensors if t.moved] == [1]
+    assert whole.dtypes.startswith(f"the base's weights are {str(loaded).removeprefix('torch.')}, ")
+    for share in (None, 0.5):
+        assert make_mask(base, tmp_path / "one", tmp_path / "mask.safetensors", share).trained == 1
+    (mask,) = load_file(tmp_path / "mask.safetensors").values()
+    assert mask.nonzero().tolist() == [[3, 5]]
+    (pair,) = compare_adapters([tmp_path / "still", tmp_path / "one"], base).pairs
+    assert (pair.changed_a, pair.changed_b, pair.both, pair.correlation) == (0, 1, 0, None)
 
 
 def test_a_whole_checkpoint(tmp_path):
