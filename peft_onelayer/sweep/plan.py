@@ -118,8 +118,11 @@ class Plan:
         )
 
 
-def plan_sweep(settings: SweepSettings) -> Plan:
+def plan_sweep(settings: SweepSettings, block: int | None = None) -> Plan:
     """The runs of a sweep, known without the model's weights.
+
+    Args:
+        block: by which the blocks' learning rate is found or searched for; None for the middle one of those measured.
 
     Raises:
         ValueError: a setting that cannot work, a model or data that are not there.
@@ -146,6 +149,7 @@ def plan_sweep(settings: SweepSettings) -> Plan:
     plays = task.environment_factory is not None
     check_prompt(asked.rows("test", 1, 0)[0], tokenizer, settings.model, sampling.chat_template_kwargs, plays=plays)
     folder = Path(settings.model).expanduser()
+    block = layers[len(layers) // 2] if block is None else block
     first = RunSpec(
         model=str(folder.resolve()) if folder.is_dir() else settings.model,
         revision=commit_hash(model) or settings.revision,
@@ -178,8 +182,8 @@ def plan_sweep(settings: SweepSettings) -> Plan:
         base=replace(first, layer="base", algorithm="none", settings={}, steps=0, seed=0),
         full=[replace(full, seed=seed) for seed in seeds],
         blocks={k: [replace(spec, seed=seed) for seed in seeds] for k, spec in blocks.items()},
-        search=_search(first, layers, settings.search_learning_rates),
-        finding={} if settings.search_learning_rates else _finding(first, layers, rates, full_rate),
+        search=_search(first, block, settings.search_learning_rates),
+        finding={} if settings.search_learning_rates else _finding(first, block, rates, full_rate),
     )
 
 
@@ -216,24 +220,19 @@ def _refuse_beside_search(settings: SweepSettings) -> None:
             )
 
 
-def _search(first: RunSpec, layers: Sequence[int], rates: Sequence[float]) -> RateSearch | None:
+def _search(first: RunSpec, block: int, rates: Sequence[float]) -> RateSearch | None:
     if not rates:
         return None
     # on other problems than those that are reported
     trial = replace(first, split="train", evaluation_seed=first.evaluation_seed + 1)
-    middle = _middle(layers)
-    layer = [with_learning_rate(replace(trial, layer=middle), rate) for rate in rates]
-    return RateSearch(list(rates), middle, layer, [with_learning_rate(trial, rate) for rate in rates])
+    layer = [with_learning_rate(replace(trial, layer=block), rate) for rate in rates]
+    return RateSearch(list(rates), block, layer, [with_learning_rate(trial, rate) for rate in rates])
 
 
 def _finding(
-    first: RunSpec, layers: Sequence[int], rates: Mapping[int, float | None], full_rate: float | None
+    first: RunSpec, block: int, rates: Mapping[int, float | None], full_rate: float | None
 ) -> dict[str, RunSpec]:
     """The runs that find a rate; nothing of the evaluation is in them, so that another one does not repeat them."""
     run = replace(first, split="train", steps=0, problems=0, samples=0, greedy=False, sampling={}, evaluation_seed=0)
-    found = {"layer": replace(run, layer=_middle(layers))} if None in rates.values() else {}
+    found = {"layer": replace(run, layer=block)} if None in rates.values() else {}
     return found if full_rate is not None else {**found, "full": run}
-
-
-def _middle(layers: Sequence[int]) -> int:
-    return layers[len(layers) // 2]

@@ -7,8 +7,9 @@ however, goes on where it was.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import closing
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -22,7 +23,7 @@ from .early import ROWS, check_target
 from .engines import load_engine
 from .plan import Plan, plan_sweep
 from .profile import make_profile
-from .regimes import added_runs, describe_added
+from .regimes import EQUAL, added_runs, at_one_rate, describe_added
 from .run_layer import Row, RunSpec, run_layer
 from .settings import SweepSettings
 from .store import RowStore
@@ -60,8 +61,8 @@ def sweep_layers(
 
     Raises:
         ValueError: a setting that cannot work; a learning rate that is to be found, where nothing can be learned.
-        TargetError: `out` may not be written, no sweep made it, it holds the profile of a sweep with other settings, or
-            another process writes to it.
+        TargetError: `out` may not be written, no sweep made it, it holds the profile of a sweep with other settings or
+            with seeds or blocks that are not asked for, or another process writes to it.
         RunsFailedError: some runs failed; the rows of all others are kept.
         DiskFullError: a row could not be written.
     """
@@ -75,10 +76,13 @@ def sweep_layers(
     check_target(out)
     with output(out, "finished rows are kept, and the same command runs the others"):
         with without_progress_bars():
-            plan = plan_sweep(settings)
+            before = _profile_in(out)
+            settings, block = _going_on(settings, before)
+            plan = plan_sweep(settings, block)
         store = RowStore(out / ROWS)
         store.prepare()
-        _check_profile(out, plan, settings, store)
+        if before is not None:
+            _check_profile(out, before, plan, settings, store)
         counter, total = itertools.count(1), len(plan.specs) + len(plan.of_rates)
         if settings.regimes:
             total += len(added_runs(plan, settings))
@@ -93,7 +97,8 @@ def sweep_layers(
         )
         rows = rows_of(plan.of_rates)
         plan = plan.with_learning_rates(rows)
-        _check_rates(out, plan)
+        if before is not None:
+            _check_rates(out, before, plan, settings)
         if there := sum(store.read(spec) is not None for spec in plan.specs):
             on_note(f"{there} of {len(plan.specs)} runs are in {out / ROWS} already and are not run again")
         rows |= rows_of(plan.specs)
@@ -105,15 +110,31 @@ def sweep_layers(
     return profile
 
 
-def _check_profile(out: Path, plan: Plan, settings: SweepSettings, store: RowStore) -> None:
+def _profile_in(out: Path) -> LayerRanking | None:
+    """The profile that `out` holds."""
+    path = out / PROFILE
+    return LayerRanking.from_json(read_text(path), str(path)) if path.exists() else None
+
+
+def _going_on(settings: SweepSettings, before: LayerRanking | None) -> tuple[SweepSettings, int | None]:
+    """The settings with the seeds of the profile `before` first, and the block that found its rate, for `plan_sweep`.
+
+    So a sweep with more seeds and blocks finds the rate by the same run, whose row it has.
+    """
+    if before is None or before.sweep is None:
+        return settings, None
+    old = before.sweep.seeds or []
+    seeds = sorted(settings.seeds, key=lambda seed: old.index(seed) if seed in old else len(old))
+    found = before.sweep.learning_rates_found or before.sweep.learning_rate_search or {}
+    return replace(settings, seeds=seeds), found.get("block")
+
+
+def _check_profile(out: Path, profile: LayerRanking, plan: Plan, settings: SweepSettings, store: RowStore) -> None:
     """Raise TargetError where `out` holds a profile that the new one would not continue but replace.
 
     The rates themselves are compared by `_check_rates`, when those that are searched for or found are known.
     """
-    read = _profile_in(out)
-    if read is None:
-        return
-    profile, before = read
+    before = profile.sweep or Sweep([], None, None)
     now = {name: value for name, value in plan.full[0].settings.items() if name != "learning_rate"}
     compared: dict[str, tuple[Any, Any]] = {
         "--task": (profile.task, plan.base.task),
@@ -124,6 +145,8 @@ def _check_profile(out: Path, plan: Plan, settings: SweepSettings, store: RowSto
     if plan.search:
         searched = (before.learning_rate_search or {}).get("rates")
         compared["--search-learning-rates"] = (searched, list(plan.search.rates))
+    if before.regimes:
+        compared["--regimes"] = (True, settings.regimes)
     found = before.learning_rates_found or {}
     if "layer" in plan.finding and "layer" not in found:
         compared["--learning-rate"] = (profile.learning_rate, "auto")
@@ -135,28 +158,36 @@ def _check_profile(out: Path, plan: Plan, settings: SweepSettings, store: RowSto
             f"{out} holds the profile of a sweep of another model, or evaluated otherwise (--problems, --samples, "
             f"...); give another --out, or take {PROFILE} away."
         )
+    _refuse_less(out, "seeds", before.seeds or [], settings.seeds, "--seeds")
+    _refuse_less(out, "blocks", _blocks(profile), plan.blocks, "--layers")
 
 
-def _check_rates(out: Path, plan: Plan) -> None:
+def _check_rates(out: Path, profile: LayerRanking, plan: Plan, settings: SweepSettings) -> None:
     """Raise TargetError where `out` holds a profile of other rates than those of `plan`, which are all known."""
-    read = _profile_in(out)
-    if read is None:
-        return
-    profile, before = read
-    rates = {spec.settings["learning_rate"] for specs in plan.blocks.values() for spec in specs}
+    before = profile.sweep or Sweep([], None, None)
     compared = {"--full-learning-rate": (before.full_learning_rate, plan.full[0].settings["learning_rate"])}
-    if profile.learning_rates is None and len(rates) == 1:
-        compared["--learning-rate"] = (profile.learning_rate, rates.pop())
+    old = profile.learning_rates or [profile.learning_rate] * profile.num_layers
+    for k in _blocks(profile):
+        if old[k] is not None:  # no block was measured to the end
+            compared[f"block {k} at --learning-rate"] = (old[k], plan.blocks[k][0].settings["learning_rate"])
+    if before.regimes and settings.regimes:
+        equal = at_one_rate(plan, settings).full[0].settings["learning_rate"]
+        compared["--regimes at --learning-rate"] = (before.regimes[EQUAL]["block_rate"], equal)
     _refuse_others(out, compared)
 
 
-def _profile_in(out: Path) -> tuple[LayerRanking, Sweep] | None:
-    """The profile that `out` holds, and what it says of its sweep."""
-    path = out / PROFILE
-    if not path.exists():
-        return None
-    profile = LayerRanking.from_json(read_text(path), str(path))
-    return profile, profile.sweep or Sweep([], None, None)
+def _blocks(profile: LayerRanking) -> list[int]:
+    """The blocks that a sweep's profile is of, those that were stopped early among them."""
+    return sorted({*profile.order, *map(int, profile.sweep.stopped if profile.sweep else ())})
+
+
+def _refuse_less(out: Path, what: str, old: Collection[int], new: Collection[int], option: str) -> None:
+    """Raise TargetError where not all seeds, or blocks, of the profile are asked for."""
+    if not set(old) <= set(new):
+        raise TargetError(
+            f"{out} holds a profile of {what} {', '.join(map(str, old))}; ask for {option} "
+            f"{','.join(map(str, sorted({*old, *new})))} to add to it, or give another --out"
+        )
 
 
 def _refuse_others(out: Path, compared: Mapping[str, tuple[Any, Any]]) -> None:

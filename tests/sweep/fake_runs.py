@@ -2,9 +2,9 @@
 
 The file FAKE_RUNS_LOG gets the digest and the node of every run that starts. What happens to one is told by
 `settings`, or by the JSON in FAKE_RUNS_FATE: "levels", the score by block and rate,
-such as "full 0.001"; "sleep", the length of a step in seconds; "kill", block -> how often its
-process kills itself; "fail", block -> what it raises; "same", the blocks that score what the base does; "nothing",
-whether there is nothing to learn from.
+such as "full 0.001"; "rates", block -> the learning rate that is found by it; "sleep", the length of a step in seconds;
+"kill", block -> how often its process kills itself; "fail", block -> what it raises; "same", the blocks that score what
+the base does; "nothing", whether there is nothing to learn from.
 """
 
 import hashlib
@@ -72,7 +72,7 @@ def _rate(spec, settings):
             "nothing": "nothing to learn. The likely reason: it is a test.",
             "shown": ["prompt: 1 + 1"],
         }
-    rate = 3e-4 if spec.layer == "full" else 3e-3
+    rate = settings.get("rates", {}).get(str(spec.layer), 3e-4 if spec.layer == "full" else 3e-3)
     return {**row, **cost, "found": {"learning_rate": rate, "kl": 0.015, "kl_noise": 1e-5, **cost, "seconds": 1.0}}
 
 

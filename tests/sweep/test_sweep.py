@@ -152,6 +152,73 @@ def test_the_profile_of_another_sweep_is_not_replaced(tmp_path, changes, what):
     sweep(tmp_path / "out", **{**given, "layers": "0,5", "seeds": [0, 1]})  # goes on
 
 
+def files_of(out):
+    return {path: path.read_bytes() for path in out.rglob("*.*")}
+
+
+def test_a_profile_is_not_replaced_by_one_of_other_seeds_or_of_fewer_blocks(tmp_path):
+    out = tmp_path / "out"
+    given = {"problems": 20, "layers": "0,3"}
+    sweep(out, {"sleep": 0}, seeds=[0], **given)
+    before = files_of(out)
+    for changes, said in (
+        ({"seeds": [1]}, "holds a profile of seeds 0; ask for --seeds 0,1 to add to it, or give another --out"),
+        ({"layers": "3,5"}, "holds a profile of blocks 0, 3; ask for --layers 0,3,5 to add to it, or give another"),
+        ({"layers": "3"}, "ask for --layers 0,3 to add to it"),
+    ):
+        with pytest.raises(TargetError, match=re.escape(said)):
+            sweep(out, {"sleep": 0}, **{"seeds": [0], **given, **changes})
+    assert files_of(out) == before
+    rows = len(started(tmp_path))
+    profile = sweep(out, {"sleep": 0}, seeds=[1, 0], problems=20, layers="all")
+    assert profile.sweep.seeds == [0, 1] and len(profile.order) == 12 and len(started(tmp_path)) == rows + 1 + 12 + 10
+
+
+def test_rates_of_a_profile_are_compared_block_by_block(tmp_path):
+    out, rates = tmp_path / "out", {0: 1e-4, 3: 2e-4}
+    given = {"seeds": [0], "problems": 20, "layers": "0,3"}
+    sweep(out, {"sleep": 0}, learning_rate=rates, **given)
+    before = files_of(out)
+    for other, said in (
+        ({0: 1e-4, 3: 5e-4}, "block 3 at --learning-rate 0.0002, and 0.0005 is asked for"),
+        (1e-4, "block 3 at --learning-rate 0.0002, and 0.0001 is asked for"),
+    ):
+        with pytest.raises(TargetError, match=re.escape(said)):
+            sweep(out, {"sleep": 0}, learning_rate=other, **given)
+    assert files_of(out) == before
+    more = {**given, "layers": "0,3,5"}
+    assert sweep(out, {"sleep": 0}, learning_rate={**rates, 5: 1e-3}, **more).learning_rates[5] == 1e-3
+
+
+@pytest.mark.parametrize("rates", [{}, {"search_learning_rates": [1e-3, 3e-3]}], ids=["found", "searched"])
+def test_more_blocks_and_seeds_go_on_at_the_rates_that_were_found(tmp_path, rates):
+    fate = {"sleep": 0, "rates": {"3": 1e-3, "5": 2e-3}, "levels": {"3 0.001": 0.5, "5 0.003": 0.5}}
+    given = {"problems": 20, **NONE, **rates}
+    first = sweep(tmp_path / "out", fate, layers="0,3,5", seeds=[4], **given)
+    assert first.learning_rate == 1e-3
+    rows = len(started(tmp_path))
+    more = sweep(tmp_path / "out", fate, layers="0,3,5,11", seeds=[2, 4], **given)
+    assert more.learning_rate == 1e-3 and more.sweep.seeds == [4, 2]
+    assert len(started(tmp_path)) == rows + 1 + 5 and max(started(tmp_path).values()) == 1  # no rate is found anew
+    again = more.sweep.learning_rates_found or more.sweep.learning_rate_search
+    assert again == (first.sweep.learning_rates_found or first.sweep.learning_rate_search) and again["block"] == 3
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [({"regimes": False}, "--regimes True, and False"), ({"learning_rate": 2e-2}, "--learning-rate 0.01, and 0.02")],
+)
+def test_the_regimes_of_a_profile_are_not_replaced(tmp_path, changes, said):
+    given = {"layers": "5", "problems": 20, "search_learning_rates": [1e-3, 3e-3], "regimes": True, "seeds": [0]}
+    given |= {"learning_rate": 1e-2, "full_learning_rate": None}
+    sweep(tmp_path / "out", {"sleep": 0}, **given)
+    before = files_of(tmp_path / "out")
+    with pytest.raises(TargetError, match=f"{said} is asked for"):
+        changes = {"learning_rate": None, **changes}
+        sweep(tmp_path / "out", {"sleep": 0}, **{**given, **changes})
+    assert files_of(tmp_path / "out") == before
+
+
 def test_the_search_for_learning_rates(tmp_path):
     profile = sweep(tmp_path / "out", seeds=[3], layers="0-2,mid-1", search_learning_rates=[1e-4, 1e-3], **NONE)
     search = profile.sweep.learning_rate_search
