@@ -25,6 +25,18 @@ def was_given(context: typer.Context, name: str) -> bool:
     return getattr(context.get_parameter_source(name), "name", "") == "COMMANDLINE"
 
 
+def refuse_given(context: typer.Context, names: Collection[str], why: str) -> None:
+    """Raise ValueError if the command line has an option of the parameters `names`, which would have no effect.
+
+    Args:
+        why: follows the option in the message.
+    """
+    for option in context.command.params:
+        if option.name in names and was_given(context, option.name):
+            typed = option.secondary_opts if context.params[option.name] is False else option.opts
+            raise ValueError(f"{typed[0]} {why}")
+
+
 def refuse_two_rates(context: typer.Context, fields: Collection[str]) -> None:
     """Raise ValueError if --learning-rate, which may be auto, and --set learning_rate are both given."""
     if "learning_rate" in fields and was_given(context, "learning_rate"):

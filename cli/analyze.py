@@ -15,7 +15,7 @@ from peft_onelayer.records.locate import check_order
 
 from ._errors import user_error
 from ._hub import quiet_hub
-from ._options import AllowOtherBase, Chat, Json, Revision, Sampling, Shots, System
+from ._options import AllowOtherBase, Chat, Json, Revision, Sampling, Shots, System, refuse_given
 from ._output import TerminalProgress, common_prefix, late_bar, note, print_json, print_line, print_table, status
 
 if TYPE_CHECKING:
@@ -26,6 +26,8 @@ if TYPE_CHECKING:
 LISTED = 60  # tensors up to which the table has a line for each
 PIPED = 100  # columns: its tables are to be read, and --json is for programs
 IMAGES = (".png", ".pdf", ".svg")
+OF_TENSORS = ("spectrum", "plot", "mask_out", "share", "random", "seed", "allow_other_base")
+OF_TRANSPLANT = ("problems", "samples", "chat", "system", "shots", "sampling")
 EXAMPLES = """Examples:
 
 \b
@@ -37,6 +39,7 @@ EXAMPLES = """Examples:
 
 
 def analyze(
+    context: typer.Context,
     base: Annotated[str, typer.Argument(help="Base model: a folder or a Hub id.")],
     others: Annotated[
         list[str],
@@ -83,6 +86,17 @@ def analyze(
     """Show what training changed from BASE to OTHER: sparsity, rank and norm of every tensor's change."""
     with user_error(ValueError):
         check_order(base, others[0], "onelayer analyze {base} {adapter}")
+        if transplant is not None:
+            why = "is of a comparison of the tensors, and --transplant measures none; leave it out"
+            refuse_given(context, OF_TENSORS, why)
+            if len(others) > 1:
+                raise ValueError(f"--transplant takes one OTHER, and {len(others)} were given; give one alone.")
+        else:
+            refuse_given(context, OF_TRANSPLANT, "is of --transplant; give that too, or leave it out")
+        if mask_out is None:
+            refuse_given(context, ("share", "random"), "is of --mask-out; give that too, or leave it out")
+        if random is None:
+            refuse_given(context, ("seed",), "is of --random; give that too, or leave it out")
     with status("loading ..."), quiet_hub():
         from peft_onelayer.analysis.change import analyze_change
         from peft_onelayer.analysis.mask import make_mask
@@ -91,10 +105,6 @@ def analyze(
 
     if transplant is not None:
         with user_error(ValueError):
-            if len(others) > 1 or plot is not None or mask_out is not None:
-                raise ValueError(
-                    "--transplant takes one OTHER, and measures no tensors: leave out --plot and --mask-out."
-                )
             check_task_name(transplant)
         from peft_onelayer.rl.sampling import sampling_from_text
         from peft_onelayer.sweep.transplant import transplant_profile
@@ -116,16 +126,10 @@ def analyze(
         print_json(found_blocks.to_json()) if as_json else _print_blocks(found_blocks)
         return
     with user_error(ValueError):
-        if (chat, system, shots) != (None, None, None) or sampling:
-            raise ValueError(
-                "--chat, --plain, --system, --shots and --sampling are of --transplant; give it too, or leave them out."
-            )
         if plot is not None:
             if plot.suffix not in IMAGES:
                 raise ValueError(f"--plot {plot} is no image: give a file that ends in {', '.join(IMAGES)}.")
             check_file(plot, lambda file: file.suffix in IMAGES)
-        if mask_out is None and (share, random) != (None, None):
-            raise ValueError("--share and --random say which entries --mask-out writes; give it a file.")
     if mask_out is not None:
         with user_error(ValueError, OSError), quiet_hub(), late_bar("choosing entries") as on_progress:
             mask = make_mask(

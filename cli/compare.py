@@ -12,7 +12,7 @@ import typer
 
 from ._errors import user_error
 from ._hub import hub_session, quiet_hub
-from ._options import AllowOtherBase, Json, Revision
+from ._options import AllowOtherBase, Json, Revision, refuse_given
 from ._output import late_bar, print_json, print_line, print_table, status
 
 if TYPE_CHECKING:
@@ -29,6 +29,7 @@ EXAMPLES = """Examples:
 
 
 def compare(
+    context: typer.Context,
     runs: Annotated[
         list[str],
         typer.Argument(metavar="A B...", help="Adapters or checkpoints of one base, or layer profiles (.json files)."),
@@ -56,8 +57,9 @@ def compare(
                 f"{files[0]} is a file and {next(n for n in runs if n not in files)} is not: give layer profiles alone "
                 "(--profiles where some are in folders or on the Hub), or adapters and checkpoints alone."
             )
-        if (files or profiles) and (base is not None or revision is not None):
-            raise ValueError("layer profiles have no base: --base and --revision are for adapters and checkpoints.")
+        if files or profiles:
+            why = "is of adapters and checkpoints, and layer profiles have no base; leave it out"
+            refuse_given(context, ("base", "revision", "allow_other_base"), why)
     if files or profiles:
         with status("loading ..."):
             from peft_onelayer.analysis.profiles import compare_profiles

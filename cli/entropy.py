@@ -26,11 +26,13 @@ from ._options import (
     TaskName,
     TrustRemoteCode,
     Unsafe,
+    refuse_given,
 )
 from ._output import TerminalProgress, print_json, print_line, print_table, status
 
 
 def entropy(
+    context: typer.Context,
     model: ModelName,
     adapter: Annotated[
         str | None,
@@ -61,6 +63,11 @@ def entropy(
     from peft_onelayer.runs.settings import EntropySettings
 
     with user_error(ValueError, OSError, ImportError):
+        if adapter is None:
+            refuse_given(context, ("allow_other_base",), "is of --adapter; give that too, or leave it out")
+        else:
+            why = "is of a measurement without --adapter, which names its blocks; leave it out"
+            refuse_given(context, ("layer",), why)
         asked = EntropySettings(
             model=model,
             adapter=adapter,

@@ -145,6 +145,74 @@ def test_what_is_wrong_is_one_line(onelayer, files, arguments, code, message):
     assert len(lines) == 1 or lines[0] in ("measuring ...", "comparing ...")
 
 
+@pytest.mark.parametrize(
+    ("command", "options", "message"),
+    [
+        *(
+            (
+                ["analyze", "base", "full", "--transplant", "sort"],
+                options,
+                "{} is of a comparison of the tensors, and --transplant measures none; leave it out",
+            )
+            for options in (
+                ["--no-spectrum"],
+                ["--spectrum"],
+                ["--plot", "a.png"],
+                ["--mask-out", "m.safetensors"],
+                ["--share", ".1"],
+                ["--random", ".1"],
+                ["--seed", "0"],
+                ["--allow-other-base"],
+            )
+        ),
+        *(
+            (["analyze", "base", "run"], options, "{} is of --transplant; give that too, or leave it out")
+            for options in (
+                ["--problems", "256"],
+                ["--samples", "4"],
+                ["--chat"],
+                ["--plain"],
+                ["--system", "x"],
+                ["--shots", "0"],
+                ["--sampling", "top_p=.9"],
+            )
+        ),
+        *(
+            (["analyze", "base", "run"], options, "{} is of --mask-out; give that too, or leave it out")
+            for options in (["--share", ".1"], ["--random", ".1"], ["--random", ".1", "--seed", "1"])
+        ),
+        (
+            ["analyze", "base", "run", "--mask-out", "m.safetensors", "--share", ".1"],
+            ["--seed", "1"],
+            "{} is of --random; give that too, or leave it out",
+        ),
+        (["analyze", "base", "run"], ["--seed", "0"], "{} is of --random; give that too, or leave it out"),
+        *(
+            (
+                ["compare", "--profiles", "a", "b"],
+                options,
+                "{} is of adapters and checkpoints, and layer profiles have no base; leave it out",
+            )
+            for options in (["--base", "x"], ["--revision", "x"], ["--allow-other-base"])
+        ),
+        (
+            ["entropy", "base", "--task", "sort", "--adapter", "run"],
+            ["--layer", "middle"],
+            "{} is of a measurement without --adapter, which names its blocks; leave it out",
+        ),
+        (
+            ["entropy", "base", "--task", "sort"],
+            ["--allow-other-base"],
+            "{} is of --adapter; give that too, or leave it out",
+        ),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_an_option_without_effect_is_refused(onelayer, command, options, message):
+    code, lines, out = onelayer(*command, *options)
+    assert (code, len(lines), out) == (1, 1, "") and message.format(options[0]) in lines[0], lines
+
+
 def test_a_mask_is_written_beside_the_analysis(onelayer, files, tmp_path):
     out = tmp_path / "mask.safetensors"
     code, lines, text = onelayer(
@@ -154,5 +222,3 @@ def test_a_mask_is_written_beside_the_analysis(onelayer, files, tmp_path):
     assert json.loads(text)["format"] == "onelayer-analysis-1"
     make_mask(files / "base", files / "one", tmp_path / "direct.safetensors", share=0.1)
     assert (tmp_path / "direct.safetensors").read_bytes() == out.read_bytes()
-    code, lines, _ = onelayer("analyze", files / "base", files / "one", "--random", ".1")
-    assert code == 1 and "--mask-out" in lines[-1]

@@ -45,5 +45,5 @@ def test_the_options_reach_a_transplant(onelayer, monkeypatch):
     assert asked[0]["sampling"] == {"top_p": 0.9}
     for given in (["--plain"], SHAPE, rest[1:]):
         code, lines, _ = onelayer("analyze", "m", "n", *given)
-        assert code == 1 and "are of --transplant; give it too, or leave them out" in lines[-1], lines
+        assert code == 1 and f"{given[0]} is of --transplant; give that too, or leave it out" in lines[-1], lines
     assert len(asked) == 1

@@ -98,7 +98,6 @@ def test_what_cannot_be_transplanted_is_one_line(onelayer, tmp_path):  # noqa: F
     for given, message in (
         ([tmp_path, "--transplant", "arithmetic"], "is an adapter; a transplant needs the whole model"),
         ([DEMO, DEMO, "--transplant", "arithmetic"], "--transplant takes one OTHER"),
-        ([DEMO, "--transplant", "arithmetic", "--plot", tmp_path / "a.png"], "leave out --plot and --mask-out"),
         ([DEMO, "--transplant", "nosuch"], "nosuch"),
     ):
         code, lines, out = onelayer("analyze", DEMO, *given)
