@@ -79,7 +79,7 @@ def sweep(
         ),
     ] = False,
     settings: Set = None,
-    problems: Annotated[int, typer.Option(min=1, help="Held-out problems to evaluate on.")] = 256,
+    problems: Annotated[int, typer.Option(min=2, help="Held-out problems to evaluate on.")] = 256,
     samples: Annotated[int, typer.Option(min=1, help="Sampled completions per problem.")] = 4,
     greedy: Annotated[bool, typer.Option("--greedy", help="Evaluate greedily too.")] = False,
     batch_size: Annotated[int, typer.Option(min=1, help="Completions at a time in the evaluation.")] = 64,

@@ -16,6 +16,7 @@ from peft_onelayer.rl.recipe import refuse_fields
 from peft_onelayer.runs.early import check_source
 from peft_onelayer.runs.inputs import check_blocks, check_weights
 from peft_onelayer.runs.settings import check_rate
+from peft_onelayer.tasks import Task
 
 from .settings import SWEEP_OPTIONS, SweepSettings
 
@@ -38,15 +39,27 @@ def check_sweep(settings: SweepSettings) -> None:
     seeds = list(settings.seeds)
     if not seeds or len(set(seeds)) < len(seeds) or min(seeds) < 0:
         raise ValueError(f"seeds must be one or more different numbers from 0, got {seeds}")
-    for name in ("steps", "problems", "samples", "batch_size"):
+    for name in ("steps", "samples", "batch_size"):
         if getattr(settings, name) < 1:
             raise ValueError(f"{name} must be at least 1, got {getattr(settings, name)}")
+    check_problems(settings.problems)
     check_source(settings.task, settings.dataset, settings.reward)
     if settings.layers != "all":
         check_layers(settings.layers)
     check_model_name(settings.model, settings.revision)
     check_weights(settings.model)
     check_blocks(settings.model, settings.layers)
+
+
+def check_problems(problems: int, task: Task | None = None) -> None:
+    """Raise ValueError for fewer than two problems, or a task with fewer to hold out: whatever scored most on one would
+    seem the best for certain."""
+    if problems < 2:
+        raise ValueError(f"problems must be at least 2, got {problems}: of one problem the noise is not known")
+    if task is not None and (there := len(task.rows("test", 2, 0))) < 2:
+        raise ValueError(
+            f"blocks are compared on at least 2 held-out problems, and task {task.name} has {there}; give more rows"
+        )
 
 
 def check_engine(name: str) -> None:

@@ -22,7 +22,7 @@ from peft_onelayer.tuner import find_decoder_stack
 from peft_onelayer.tuner.model import commit_hash
 from peft_onelayer.tuner.stack import layer_kinds
 
-from .early import check_sweep
+from .early import check_problems, check_sweep
 from .run_layer import Row, RunSpec
 from .settings import SweepSettings
 
@@ -146,6 +146,7 @@ def plan_sweep(settings: SweepSettings, block: int | None = None) -> Plan:
     shape = Shape(settings.chat, settings.system, settings.shots or 0, sampling.chat_template_kwargs)
     asked, chat = shaped(task, tokenizer, shape)
     rows_of_step(asked, recipe, config, seeds[0])
+    check_problems(settings.problems, asked)
     plays = task.environment_factory is not None
     check_prompt(asked.rows("test", 1, 0)[0], tokenizer, settings.model, sampling.chat_template_kwargs, plays=plays)
     folder = Path(settings.model).expanduser()

@@ -45,7 +45,7 @@ class SweepSettings:
             or else the blocks' tuned one; with the full run's tuned; with both tuned. It needs `search_learning_rates`.
         config: values by field of the algorithm's TRL configuration; what of it shapes completions shapes those of
             the evaluation too, the base's among them.
-        problems: held-out problems to evaluate on; fewer where the split is smaller.
+        problems: held-out problems to evaluate on, at least two; fewer than asked for where the split is smaller.
         samples: completions of each problem.
         greedy: whether to evaluate greedily too.
         batch_size: completions at a time in the evaluation, on which the samples depend.

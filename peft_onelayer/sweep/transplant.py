@@ -27,6 +27,7 @@ from peft_onelayer.runs.settings import EvaluationSettings
 from peft_onelayer.tasks import Task, load_task
 from peft_onelayer.tuner import find_decoder_stack
 
+from .early import check_problems
 from .metric import gain, layer_contribution
 
 KINDS = ("single", "window", "below", "above")
@@ -201,7 +202,7 @@ def transplant_profile(
         base: the model before training: a folder or a Hub id.
         full: the whole model after training all parameters, likewise.
         task: a name for `load_task`.
-        problems: of the test split; fewer where it is smaller.
+        problems: of the test split, at least two; fewer than asked for where it is smaller.
         samples: completions of each problem.
         seed: of the problems and of sampling.
         chat, system, shots: as of `EvaluationSettings`; None for the run's.
@@ -210,13 +211,14 @@ def transplant_profile(
         progress: is told what goes on.
 
     Raises:
-        ValueError: in one line: no such model or task, an adapter in place of a model, models with other blocks, or
-            prompts that cannot be.
+        ValueError: in one line: no such model or task, an adapter in place of a model, models with other blocks,
+            fewer than two problems, or prompts that cannot be.
     """
     if (Path(full).expanduser() / CONFIG).is_file():
         raise ValueError(f"{full} is an adapter; a transplant needs the whole model that training all parameters left")
     progress = progress or Progress()
     asked = load_task(task)
+    check_problems(problems, asked)
     settings = EvaluationSettings(
         model=full,
         chat=chat,

@@ -4,7 +4,7 @@ The file FAKE_RUNS_LOG gets the digest and the node of every run that starts. Wh
 `settings`, or by the JSON in FAKE_RUNS_FATE: "levels", the score by block and rate,
 such as "full 0.001"; "rates", block -> the learning rate that is found by it; "sleep", the length of a step in seconds;
 "kill", block -> how often its process kills itself; "fail", block -> what it raises; "same", the blocks that score what
-the base does; "nothing", whether there is nothing to learn from.
+the base does; "constant", what all score; "nothing", whether there is nothing to learn from.
 """
 
 import hashlib
@@ -40,7 +40,9 @@ def run(spec, on_step=lambda step, reward: None):
     scores = [_score(spec, i) for i in range(spec.problems)]
     if level := settings.get("levels", {}).get(f"{spec.layer} {settings.get('learning_rate', 0):g}"):
         scores = [level + 0.1 * (_score(spec, i) % 0.1) for i in range(spec.problems)]
-    if str(spec.layer) in settings.get("same", ()):
+    if "constant" in settings:
+        scores = [settings["constant"]] * spec.problems
+    elif str(spec.layer) in settings.get("same", ()):
         scores = [_score(replace(spec, layer="base", seed=0), i) for i in range(spec.problems)]
     return {
         "format": FORMAT,

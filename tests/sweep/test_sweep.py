@@ -275,6 +275,17 @@ def test_data_with_fewer_prompts_than_a_step_draws_are_refused(tmp_path):
         plan_sweep(settings(**given, prompts=64, completions=2))
 
 
+def test_data_with_one_held_out_problem_are_refused(tmp_path):
+    task = tmp_path / "one.py"
+    task.write_text(
+        'def rows(split, n, seed):\n    return [{"prompt": f"{i}+1="} for i in range(n if split == "train" else 1)]\n'
+        "def reward(completions, **_):\n    return [0.0 for _ in completions]\n"
+    )
+    line = r"^blocks are compared on at least 2 held-out problems, and task .*one.* has 1; give more rows"
+    with pytest.raises(ValueError, match=line):
+        plan_sweep(settings(task=str(task)))
+
+
 def test_each_block_at_a_rate_of_its_own(tmp_path):
     rates = {0: 1e-4, 3: 2e-4, 5: 3e-3, 11: 3e-3}
     profile = sweep(tmp_path / "out", seeds=(0,), learning_rate=rates)
@@ -384,10 +395,8 @@ def test_where_no_run_moved_the_policy_the_profile_says_so(tmp_path):
     assert sweep_of("found", every, **NONE).endswith("(0.003) is too low, or the steps are too few; raise --steps")
     assert sweep_of("some", {"same": ["0", "3"]}) is None
     assert "full equals base within noise" in sweep_of("full", {"same": ["full"]})
-    constant = sweep_of("constant", every, problems=1)
-    assert constant.startswith("every run and the base scored 0.0") and constant.endswith(
-        "the reward tells nothing apart"
-    )
+    constant = sweep_of("constant", every | {"constant": 0.5})
+    assert constant == "every run and the base scored 0.5 on every problem: the reward tells nothing apart"
 
 
 def in_a_process_to_kill(function, *arguments, **keywords):
@@ -598,6 +607,7 @@ def test_a_row_is_written_whole_or_not_at_all(tmp_path, monkeypatch):
         ({"engine": "slurp"}, "engine 'slurp' is not known"),
         ({"steps": 0}, "steps must be at least 1, got 0"),
         ({"samples": 0}, "samples must be at least 1, got 0"),
+        ({"problems": 1}, "problems must be at least 2, got 1: of one problem the noise is not known"),
         ({"learning_rate": float("nan")}, "a learning rate must be above 0, got nan"),
         ({"config": {"learning_rat": 1}}, "no field 'learning_rat'; did you mean learning_rate"),
         ({"config": {"learning_rate": 1}}, "field learning_rate is set by --learning-rate"),

@@ -93,6 +93,11 @@ def test_a_profile_of_every_block(full, onelayer):  # noqa: F811
     assert code == 0 and f"{found.base_score + found.gains[2]:.4f}" in out and "Nothing was trained" in out
 
 
+def test_one_problem_is_too_few():
+    with pytest.raises(ValueError, match="^problems must be at least 2, got 1: of one problem the noise"):
+        transplant_profile(DEMO, DEMO, "arithmetic", problems=1)
+
+
 def test_what_cannot_be_transplanted_is_one_line(onelayer, tmp_path):  # noqa: F811
     (tmp_path / "adapter_config.json").write_text("{}")
     for given, message in (
