@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ._output import print_line, print_table
@@ -11,7 +10,7 @@ if TYPE_CHECKING:
     from peft_onelayer.records.ranking import LayerRanking
 
 
-def print_profile(profile: LayerRanking, out: Path) -> None:
+def print_profile(profile: LayerRanking) -> None:
     def cell(value: float | None, error: float | None, sign: str = "") -> str:
         return "" if value is None else f"{value:{sign}.4f} ± " + ("?" if error is None else f"{error:.4f}")
 
@@ -51,7 +50,6 @@ def print_profile(profile: LayerRanking, out: Path) -> None:
         f"Cost: {cost['tokens_generated']:,.0f} tokens generated, {cost['tokens_trained']:,.0f} trained on, "
         f"{cost['seconds']:.0f} s of runs; {cost['share']:.1f} times one run of a block."
     )
-    print_line(f"Written to {out}: rows/, layer_profile.json, layer_profile.csv, layer_profile.png")
 
 
 def _advice(profile: LayerRanking) -> list[str]:

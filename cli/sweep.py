@@ -28,7 +28,7 @@ from ._options import (
     Unsafe,
     rate_or_auto,
 )
-from ._output import Bar, note, progress_bar, status
+from ._output import Bar, note, print_line, progress_bar, status
 from ._profile import print_profile
 
 
@@ -191,11 +191,14 @@ def sweep(
                 if shown and not unlearnable and (rows := len(list(out.glob("rows/*.json")))):
                     note(f"{rows} finished runs are kept in {out / 'rows'}; the same command goes on with the others")
                 raise
-    plot_profile(profile, out / "layer_profile.png", f"{algorithm} on {profile.task}, {steps} steps")
     if as_json:
         print(profile.to_json(), end="")
     else:
-        print_profile(profile, out)
+        print_profile(profile)
+    with user_error(ValueError, OSError):  # behind the result, which a full disk does not take away
+        plot_profile(profile, out / "layer_profile.png", f"{algorithm} on {profile.task}, {steps} steps")
+    if not as_json:
+        print_line(f"Written to {out}: rows/, layer_profile.json, layer_profile.csv, layer_profile.png")
 
 
 def _result(row: dict[str, Any]) -> str:

@@ -105,6 +105,22 @@ def test_what_fell_below_the_base_is_named(sweep, monkeypatch, tmp_path):
     assert "All parameters ended below the base, beyond noise; a lower --full-learning-rate may mend it." in out
 
 
+@pytest.mark.parametrize("as_json", [False, True])
+def test_a_drawing_that_fails_comes_after_the_result_and_is_one_line(sweep, tmp_path, as_json, monkeypatch):
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("peft_onelayer.report.plots.plot_profile", full)
+    few = ["--layers", "0,5", "--steps", "3", "--problems", "50", *["--json"] * as_json]
+    code, lines, out = sweep(*few)
+    assert code == 1 and lines[-1].startswith("onelayer: ") and "No space left on device" in lines[-1]
+    profile = LayerRanking.from_file(tmp_path / "out" / "layer_profile.json")
+    if as_json:
+        assert out == profile.to_json()
+    else:
+        assert "Block 5 is the best, ahead of every other." in out and "layer_profile.png" not in out
+
+
 def test_nothing_to_learn_shows_completions_and_one_line(sweep, monkeypatch, tmp_path):
     monkeypatch.setenv("FAKE_RUNS_FATE", json.dumps({"nothing": True}))
     code, lines, out = sweep("--layers", "0,5", "--workers", "1")
