@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -33,6 +34,8 @@ def shares_of_round(
 ) -> tuple[float, float]:
     """The budget below which no first round has room for so many candidates, and one that has, whatever the lengths.
 
+    The latter is in hundredths, rounded up, and lets the base complete a prompt.
+
     Args:
         run_completions: completions that the training run generates.
         run_passes: rows that it passes through the model.
@@ -47,7 +50,11 @@ def shares_of_round(
         least.append(left / run)
         enough.append((left + 2 * settings.minibatch[0]) / run)  # the base's rows that are passed, at least
     # The base's first completions cost half of the shared part at most. A tenth more, as others may be longer.
-    return min(least), 1.1 * max(enough) / (1 - settings.shared_share / 2)
+    share = max(1.1 * max(enough) / (1 - settings.shared_share / 2), least_share(run_completions, settings))
+    hundredths = math.ceil(100 * share)
+    if base_prompts(hundredths / 100, run_completions, settings) < 1:  # by rounding
+        hundredths += 1
+    return min(least), hundredths / 100
 
 
 class TurnSize(NamedTuple):

@@ -30,7 +30,7 @@ from peft_onelayer.tuner import find_decoder_stack
 from peft_onelayer.tuner.model import commit_hash
 
 from .batch import Batch, graded_batch
-from .budget import TokenBudget, base_prompts, least_share, shares_of_round
+from .budget import TokenBudget, base_prompts, shares_of_round
 from .outcome import likely_best, make_ranking, measured_rounds
 from .posterior import Posterior, fit
 from .prior import depth_prior
@@ -209,13 +209,13 @@ class _Race:
         trained = training_steps * completions_per_step(config)
         self.generated = generated = trained / values.get("num_iterations", 1)
         self.base_prompts = base_prompts(budget, generated, settings)
+        least, enough = shares_of_round(generated, trained, fewest, settings)
         if self.base_prompts < 1:
             raise BudgetError(
                 f"a budget of {budget:g} of a run that generates {generated:,.0f} completions has no room for a race; "
-                f"allow at least {least_share(generated, settings):.2g}"
+                f"{_allow(enough)}"
             )
         self.run, self.fewest = f"a budget of {budget:g} of a run of {training_steps} steps", fewest
-        least, enough = shares_of_round(generated, trained, fewest, settings)
         if budget < least:
             raise self._no_room(enough, NO_COST)
         base = self._sample("base 0", self.base_prompts)
@@ -292,10 +292,8 @@ class _Race:
         return first, min(s.joining, len(layers) - len(first), affordable - len(first))
 
     def _no_room(self, needed: float, cost: dict[str, float]) -> BudgetError:
-        """The error that says which share of the run would do."""
-        enough = math.ceil(100 * needed) / 100
-        allow = f"allow about {enough:.2f}" if enough < 1 else "it would cost more than the run itself; train longer"
-        return BudgetError(f"{self.run} has no room for a round with {self.fewest} blocks; {allow}", cost)
+        """The error that says which share of the run, in hundredths, would do."""
+        return BudgetError(f"{self.run} has no room for a round with {self.fewest} blocks; {_allow(needed)}", cost)
 
     def _share_for(self, candidates: int) -> float:
         """About the least budget, in hundredths, with room for so many blocks in the first round; at most 1.
@@ -426,6 +424,11 @@ class _Race:
             for own, base in zip(rollouts, current.reference, strict=False)
         ]
         current.completions[candidate.layer] = rollouts
+
+
+def _allow(share: float) -> str:
+    """What to do where a budget, in hundredths, would have room."""
+    return f"allow about {share:.2f}" if share < 1 else "it would cost more than the run itself; train longer"
 
 
 def _tokens(groups: Sequence[Sequence[Rollout]]) -> int:

@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import pytest
 
-from peft_onelayer.probe.budget import TokenBudget, TurnSize, base_prompts, least_share
+from peft_onelayer.probe.budget import TokenBudget, TurnSize, base_prompts, least_share, shares_of_round
 from peft_onelayer.probe.settings import DEFAULT_SETTINGS
 
 SETTINGS = replace(
@@ -69,3 +69,16 @@ def test_the_bases_prompts():
     assert base_prompts(least * 1.0001, completions, DEFAULT_SETTINGS) == 1
     assert base_prompts(least * 0.9999, completions, DEFAULT_SETTINGS) == 0
     assert least == pytest.approx(8 / 0.2 / 1200)
+
+
+@pytest.mark.parametrize("passes", [1, 2, 20])  # of a row, in all iterations on it
+@pytest.mark.parametrize("candidates", [2, 3])
+def test_the_budget_that_is_named_has_room(passes, candidates):
+    for generated in range(8, 6000, 8):
+        _, share = shares_of_round(generated, passes * generated, candidates, DEFAULT_SETTINGS)
+        assert float(f"{share:.2f}") == share and base_prompts(share, generated, DEFAULT_SETTINGS) >= 1
+        for completion in (0.1, 50.0, 100.0):  # of a row of 100 tokens
+            run = generated * completion + passes * generated * 100.0
+            room = TokenBudget(share * run, run, completion, 100.0, 100, DEFAULT_SETTINGS)
+            room.generated = int(base_prompts(share, generated, DEFAULT_SETTINGS) * 8 * completion)
+            assert room.affordable_candidates() >= candidates, (generated, share, completion)
