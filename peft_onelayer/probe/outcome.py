@@ -17,8 +17,10 @@ from .settings import RaceSettings
 from .updates import Candidate
 
 
-def measured_rounds(candidates: Mapping[int, Candidate], settings: RaceSettings) -> list[Measured]:
+def measured_rounds(candidates: Mapping[int, Candidate], settings: RaceSettings, reward_range: float) -> list[Measured]:
     """Each round's gains, with the covariance that their prompts show, for common prompts and random numbers.
+
+    The unit is `reward_range`, the highest reward less the lowest, which is above 0.
 
     All pairs get one correlation: of each pair its prompts say little, and with fewer prompts than blocks the posterior
     would take some combination of gains for certain. A round with a single candidate is left out: there is nothing to
@@ -29,8 +31,8 @@ def measured_rounds(candidates: Mapping[int, Candidate], settings: RaceSettings)
         layers = [k for k, c in sorted(candidates.items()) if number in c.gains]
         if len(layers) > 1:
             prompts = min(len(candidates[k].gains[number]) for k in layers)
-            values = np.array([candidates[k].gains[number][:prompts] for k in layers])  # (N, prompts)
-            # No completion more or less is the least noise: a few prompts may show none at all.
+            values = np.array([candidates[k].gains[number][:prompts] for k in layers]) / reward_range  # (N, prompts)
+            # One completion, by the whole range, is the least noise: a few prompts may show none at all.
             covariance = np.cov(values) / prompts + np.eye(len(layers)) * (prompts * settings.samples) ** -2.0
             error = np.sqrt(np.diag(covariance))
             scale = np.outer(error, error)
@@ -53,6 +55,7 @@ def make_ranking(
     posterior: Posterior,
     layers: Sequence[int],
     settings: RaceSettings,
+    reward_range: float,
     *,
     model: str,
     revision: str | None,
@@ -65,6 +68,7 @@ def make_ranking(
     """The ranking of `layers`, of which the candidates are those that ran.
 
     Args:
+        posterior: in units of `reward_range`, as of `measured_rounds`; the ranking is in rewards.
         learning_rate: that the user gave the run, which no block's exceeds; None where the race decides.
     """
     most = math.inf if learning_rate is None else learning_rate
@@ -79,10 +83,14 @@ def make_ranking(
     tied = [k for k in order if k == best or posterior.mean[best] - posterior.mean[k] <= Z_95 * spread[k]]
     top = float(draws[:, layers].max(axis=1).mean())
 
-    rounds = measured_rounds(candidates, settings)
+    rounds = measured_rounds(candidates, settings, reward_range)
     updates = rounds[-1].updates
     of_block = {
-        k: [[m.updates, float(m.gains[i]), math.sqrt(m.covariance[i, i])] for m in rounds for i in _position(m, k)]
+        k: [
+            [m.updates, reward_range * float(m.gains[i]), reward_range * math.sqrt(m.covariance[i, i])]
+            for m in rounds
+            for i in _position(m, k)
+        ]
         for k in sorted(candidates)
     }
     # Whether it beats the base is asked of its own gains, since the posterior leaves the rounds' offsets open, and at
@@ -100,8 +108,8 @@ def make_ranking(
         revision=revision,
         num_layers=num_layers,
         method=method,
-        scores=each(updates * posterior.mean, layers),
-        errors=each(updates * error, layers),
+        scores=each(reward_range * updates * posterior.mean, layers),
+        errors=each(reward_range * updates * error, layers),
         order=order,
         tied=tied,
         pick=best if gain > z * own_error else None,

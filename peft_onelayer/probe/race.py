@@ -215,6 +215,7 @@ class _Race:
                 f"a budget of {budget:g} of a run that generates {generated:,.0f} completions has no room for a race; "
                 f"{_allow(enough)}"
             )
+        self.rewards = math.inf, -math.inf  # the lowest and the highest so far
         self.run, self.fewest = f"a budget of {budget:g} of a run of {training_steps} steps", fewest
         if budget < least:
             raise self._no_room(enough, NO_COST)
@@ -271,6 +272,7 @@ class _Race:
             self._posterior(prior),
             layers,
             self.settings,
+            self._reward_range,
             model=self.model.name_or_path,
             revision=commit_hash(self.model),
             method="auto" if use_prior else "race",
@@ -311,17 +313,24 @@ class _Race:
         return {k: c for k, c in self.candidates.items() if c.gains}
 
     def _posterior(self, prior: Sequence[float]) -> Posterior:
-        return fit(prior, measured_rounds(self.candidates, self.settings))
+        return fit(prior, measured_rounds(self.candidates, self.settings, self._reward_range))
+
+    @property
+    def _reward_range(self) -> float:
+        return self.rewards[1] - self.rewards[0]
 
     def _sample(self, stream: str, prompts: int) -> list[list[Rollout]]:
         """Completions of a stream's prompts, which are the same whoever generates, and so are the sampling seeds."""
-        return sample_rollouts(
+        groups = sample_rollouts(
             self.model,
             self.tokenizer,
             self.task,
             self.task.rows("train", prompts, stream_seed(self.seed, f"prompts, {stream}")),
             replace(self.sampling, seed=stream_seed(self.seed, f"sampling, {stream}")),
         )
+        rewards = [rollout.reward for group in groups for rollout in group]
+        self.rewards = min(self.rewards[0], *rewards), max(self.rewards[1], *rewards)
+        return groups
 
     def _generate(self, stream: str, prompts: int) -> list[list[Rollout]]:
         groups = self._sample(stream, prompts)

@@ -108,6 +108,18 @@ def test_the_budget_that_it_asks_for_is_enough(monkeypatch, budget, steps):
     assert len(starters) >= 3
 
 
+def test_gains_are_compared_in_the_range_of_all_rewards(monkeypatch):
+    def started(race, layers):
+        assert race.rewards == (-0.01, 0.03)
+        raise KeyboardInterrupt  # the rest of the race
+
+    monkeypatch.setattr(_Race, "_starters", started)
+    task = luck()
+    of_luck = replace(task, reward=lambda **given: [0.04 * reward - 0.01 for reward in task.reward(**given)])
+    with pytest.raises(KeyboardInterrupt):
+        demo_race(of_luck, budget=0.05)
+
+
 @pytest.mark.more
 @pytest.mark.parametrize("budget", [0.08, 0.25])
 def test_the_base_passes_no_completion_that_no_update_uses(monkeypatch, budget):
@@ -272,7 +284,7 @@ def test_gains_get_the_covariance_of_their_prompts():
     candidates = {2: Candidate(2, 1.0), 5: Candidate(5, 1.0)}
     candidates[2].gains[0], candidates[5].gains[0] = [0.0, 0.5, 1.0, 0.5], [0.25, 0.75, 1.0]
     candidates[5].gains[1] = [1.0]  # alone in its round: nothing to compare with
-    (only,) = measured_rounds(candidates, DEFAULT_SETTINGS)
+    (only,) = measured_rounds(candidates, DEFAULT_SETTINGS, 1.0)
     assert only.layers == [2, 5] and only.updates == 4
     assert only.gains.tolist() == [0.5, pytest.approx(2 / 3)]  # the prompts that both had
     a, b = [0.0, 0.5, 1.0], [0.25, 0.75, 1.0]
@@ -287,7 +299,7 @@ def test_few_prompts_leave_no_combination_of_gains_without_noise():
     candidates = {k: Candidate(k, 1.0) for k in range(8)}
     for candidate in candidates.values():
         candidate.gains[0] = [stream.choice((0.0, 0.125, 0.25)) for _ in range(8)]
-    (only,) = measured_rounds(candidates, DEFAULT_SETTINGS)
+    (only,) = measured_rounds(candidates, DEFAULT_SETTINGS, 1.0)
     variances = [float(v) for v in only.covariance.diagonal()]
     assert np.linalg.eigvalsh(only.covariance)[0] > 0.1 * min(variances)
     gains = np.array([candidates[k].gains[0] for k in range(8)])
