@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import copy
 import functools
+import inspect
 import statistics
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -16,7 +17,7 @@ from typing import Any
 from datasets import Dataset
 
 from peft_onelayer.tasks import completion_text
-from peft_onelayer.tasks.rows import checked_scores, own_reward, reward_columns
+from peft_onelayer.tasks.rows import check_reset, checked_scores, own_reward, own_reward_awaited, reward_columns
 
 Row = Mapping[str, Any]
 
@@ -76,10 +77,15 @@ def graded_by_row(
 
 def reset_by_row(factory: Callable[[], Any], rows: Sequence[Row]) -> Callable[[], Any]:
     """`factory` for a trainer that was given `numbered(rows)`: its environments are reset with the whole row, and what
-    they return as a reward of their own is checked."""
+    they return as a reward of their own is checked.
+
+    Raises:
+        ValueError: of `check_reset`, when one is made.
+    """
 
     def make() -> Any:
         environment = factory()
+        check_reset(environment)
         reset = environment.reset
 
         def reset_with_row(**given: Any) -> Any:
@@ -87,7 +93,8 @@ def reset_by_row(factory: Callable[[], Any], rows: Sequence[Row]) -> Callable[[]
 
         environment.reset = reset_with_row
         if hasattr(type(environment), "get_reward"):
-            environment.get_reward = functools.partial(own_reward, environment)
+            awaited = inspect.iscoroutinefunction(type(environment).get_reward)
+            environment.get_reward = functools.partial(own_reward_awaited if awaited else own_reward, environment)
         return environment
 
     return make

@@ -1,14 +1,18 @@
 """Rollouts: completions of a model for the rows of a task, with their rewards, in one turn or through an environment.
 
 They are the rollouts of `trl.GRPOTrainer` (1.16): the same tokens and rewards and, from the same random state, the same
-samples, but without a trainer and without a trace on the model. Text only, one environment class and synchronous
-tools, which is what a `Task` can hold.
+samples, but without a trainer and without a trace on the model. Text only and one environment class, which is what a
+`Task` can hold.
 """
 
+import asyncio
 import copy
+import functools
 import inspect
 import itertools
-from collections.abc import Callable, Iterator, Sequence
+import os
+import threading
+from collections.abc import Callable, Coroutine, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -19,7 +23,7 @@ from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerB
 
 from peft_onelayer.seams import check
 from peft_onelayer.tasks import Task, up_to_end
-from peft_onelayer.tasks.rows import checked_scores, own_reward, reward_columns
+from peft_onelayer.tasks.rows import check_reset, checked_scores, own_reward, own_reward_awaited, reward_columns
 from peft_onelayer.tuner.head import spare_head_copies
 from peft_onelayer.tuner.prompts import sharing_prompts
 from peft_onelayer.tuner.rounded import keeping_rounded
@@ -87,8 +91,9 @@ def sample_rollouts(
 
     Raises:
         ValueError: without rows, with samples < 1, a prompt that leaves no room in the model's context, chat prompts
-            for a tokenizer without a chat template, an environment with one that cannot render tool calls, or a reward
-            that returned something else than one number per completion.
+            for a tokenizer without a chat template, an environment with one that cannot render tool calls, one whose
+            `reset` is a coroutine or gives something else than text, a tool that gives a list, or a reward that
+            returned something else than one number per completion.
     """
     if not rows or sampling.samples < 1:
         raise ValueError(
@@ -246,9 +251,12 @@ class _Player:
         if self.task.environment_factory is not None:
             while len(self.environments) < len(rows):
                 self.environments.append(self.task.environment_factory())
+                check_reset(self.environments[-1])
             for i, row in enumerate(rows):
                 observation = self.environments[i].reset(**copy.deepcopy(row))
                 if observation is not None:
+                    if not isinstance(observation, str):
+                        raise ValueError(_not_text(f"{type(self.environments[i]).__name__}.reset", observation))
                     last = prompts[i][-1]
                     prompts[i] = [*prompts[i][:-1], {**last, "content": last["content"] + observation}]
                 tools[i] = _tools(self.environments[i])
@@ -361,7 +369,7 @@ class _Player:
                 return
             answers, contexts, going_on = [], [], []
             for episode in active:
-                messages = [_call(call, episode.tools) for call in episode.completion[-1]["tool_calls"]]
+                messages = _call(episode.completion[-1]["tool_calls"], episode.tools)
                 behind = episode.ids + self._tool_message_ids(messages)
                 context = episode.prompt_ids + behind
                 if len(behind) > self.max_completion_tokens or (self.context and len(context) >= self.context):
@@ -415,7 +423,8 @@ class _Player:
         scores = self.task.reward(prompts=prompts, completions=completions, **columns)
         rewards = checked_scores(f"the reward of {self.task.name}", scores, len(rows))
         if hasattr(self.task.environment_factory and type(self.environments[0]), "get_reward"):  # TRL adds it
-            rewards = [r + own_reward(e) for r, e in zip(rewards, self.environments, strict=False)]
+            own = _own_rewards(self.environments[: len(rows)])
+            rewards = [a + b for a, b in zip(rewards, own, strict=True)]
         return [
             Rollout(
                 prompt=episode.prompt,
@@ -441,17 +450,66 @@ def _tools(environment: Any) -> dict[str, Callable[..., Any]]:
     return {name: getattr(environment, name) for name in names}
 
 
-def _call(call: dict[str, Any], tools: dict[str, Callable[..., Any]]) -> dict[str, Any]:
-    """Call a tool and return its result as a message; whatever it raises is told to the model, as TRL does."""
-    function = call["function"]
-    name = function["name"]
-    try:
-        if name not in tools:
-            raise ValueError(f"Tool {name} not found.")
-        result = tools[name](**function["arguments"])
-    except Exception as error:
-        result = {"error": str(error)}
-    return {"role": "tool", "name": name, "content": str(result)}
+def _call(calls: Sequence[dict[str, Any]], tools: dict[str, Callable[..., Any]]) -> Messages:
+    """Call tools and return their results as messages, those that are awaited behind the others; whatever they raise is
+    told to the model. All as TRL does, which awaits them together.
+
+    Raises:
+        ValueError: a tool gave a list, which a trainer takes for the parts of a multimodal message.
+    """
+    results: list[tuple[str, Any]] = []
+    awaited: list[tuple[str, Any]] = []
+    for call in calls:
+        name = call["function"]["name"]
+        try:
+            if name not in tools:
+                raise ValueError(f"Tool {name} not found.")
+            result = tools[name](**call["function"]["arguments"])
+        except Exception as error:
+            results.append((name, {"error": str(error)}))
+        else:
+            (awaited if inspect.iscoroutinefunction(tools[name]) else results).append((name, result))
+    if awaited:
+        names, coroutines = zip(*awaited, strict=True)
+        for name, result in zip(names, _run(_together(coroutines)), strict=True):
+            results.append((name, {"error": str(result)} if isinstance(result, Exception) else result))
+    for name, result in results:
+        if isinstance(result, list):
+            raise ValueError(_not_text(f"the tool {name}", result))
+    return [{"role": "tool", "name": name, "content": str(result)} for name, result in results]
+
+
+async def _together(coroutines: Sequence[Coroutine[Any, Any, Any]]) -> list[Any]:
+    """The results of coroutines; of those that raise, the exception."""
+    return await asyncio.gather(*coroutines, return_exceptions=True)
+
+
+def _own_rewards(environments: Sequence[Any]) -> list[float]:
+    """What the environments' `get_reward` gives."""
+    if not inspect.iscoroutinefunction(type(environments[0]).get_reward):
+        return [own_reward(environment) for environment in environments]
+
+    async def in_turn() -> list[float]:
+        return [await own_reward_awaited(environment) for environment in environments]
+
+    return _run(in_turn())
+
+
+def _run(coroutine: Coroutine[Any, Any, list[Any]]) -> list[Any]:
+    return asyncio.run_coroutine_threadsafe(coroutine, _event_loop(os.getpid())).result()
+
+
+@functools.cache
+def _event_loop(process: int) -> asyncio.AbstractEventLoop:
+    """One loop of a process, in a thread of its own as TRL's: what an environment opens in it stays good, and the
+    caller may be in a loop itself, as a notebook is."""
+    loop = asyncio.new_event_loop()
+    threading.Thread(target=loop.run_forever, name="onelayer environments", daemon=True).start()
+    return loop
+
+
+def _not_text(what: str, value: Any) -> str:
+    return f"{what} gave a {type(value).__name__}, and rollouts are text alone; return text"
 
 
 def _shorter(room: int) -> str:

@@ -6,6 +6,7 @@ the same keys and all numbers of a list one type; so trainers are given prompts 
 """
 
 import copy
+import inspect
 import math
 import numbers
 from collections.abc import Mapping, Sequence
@@ -58,6 +59,19 @@ def own_reward(environment: Any) -> float:
     """
     kind = type(environment)
     return _checked_score(f"{kind.__name__}.get_reward", kind.get_reward(environment), "")
+
+
+async def own_reward_awaited(environment: Any) -> float:
+    """As `own_reward`, of an environment whose `get_reward` is a coroutine, which TRL awaits."""
+    kind = type(environment)
+    return _checked_score(f"{kind.__name__}.get_reward", await kind.get_reward(environment), "")
+
+
+def check_reset(environment: Any) -> None:
+    """Raise ValueError for an environment whose `reset` is a coroutine: TRL awaits tools and `get_reward` alone."""
+    kind = type(environment)
+    if inspect.iscoroutinefunction(kind.reset):
+        raise ValueError(f"{kind.__name__}.reset is async, and a trainer does not await it; write def reset")
 
 
 def _checked_score(where: str, score: Any, of: str) -> float:

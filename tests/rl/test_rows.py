@@ -9,6 +9,7 @@ import tool_policy
 from trl.chat_template_utils import qwen2_5_chat_template
 
 from peft_onelayer.rl.recipe import make_recipe
+from peft_onelayer.rl.rows import reset_by_row
 from peft_onelayer.rl.training import train_layer
 from peft_onelayer.rollouts.sampling import sample_rollouts
 from peft_onelayer.rollouts.settings import Sampling
@@ -202,9 +203,12 @@ def test_a_reward_that_a_trainer_would_drop_ends_the_run(score, says):
 
 
 @pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize("score", [None, float("nan")], ids=str)
-def test_so_does_a_reward_of_an_environments_own(monkeypatch, score):
-    monkeypatch.setattr(Environment, "get_reward", lambda self: score)
+@pytest.mark.parametrize(("score", "awaited"), [(None, False), (float("nan"), False), (None, True)])
+def test_so_does_a_reward_of_an_environments_own(monkeypatch, score, awaited):
+    async def later(self):
+        return score
+
+    monkeypatch.setattr(Environment, "get_reward", later if awaited else lambda self: score)
     rows = [{**row, "prompt": [{"role": "user", "content": "1"}]} for row in ROWS]
     seen = Seen(copy.deepcopy(rows), environment_factory=Environment)
 
@@ -218,3 +222,14 @@ def test_so_does_a_reward_of_an_environments_own(monkeypatch, score):
         run(seen, "grpo", base)
     with pytest.raises(ValueError, match=says):
         sample_rollouts(*base(), seen.task, copy.deepcopy(rows), Sampling(samples=1, max_completion_tokens=3))
+
+
+def test_a_reset_that_is_awaited_is_refused_by_its_name(monkeypatch):
+    """TRL does not await it."""
+
+    async def later(self, **row):
+        return None
+
+    monkeypatch.setattr(Environment, "reset", later)
+    with pytest.raises(ValueError, match=r"^Environment\.reset is async, and a trainer does not await it; write def"):
+        reset_by_row(Environment, ROWS)()

@@ -1,5 +1,6 @@
 """Rollouts equal those of TRL's GRPOTrainer, token for token, and leave no trace on the model."""
 
+import asyncio
 import copy
 import dataclasses
 from math import inf
@@ -41,8 +42,47 @@ class Counter:
         raise AssertionError("not a tool")
 
 
+class AwaitedCounter(Counter):
+    """The same, with a tool and a reward of its own that are awaited."""
+
+    async def add(self, n: int) -> str:
+        """
+        Add to the counter.
+
+        Args:
+            n: what to add.
+        """
+        await asyncio.sleep(0)
+        return super().add(n)
+
+    async def get_reward(self):
+        await asyncio.sleep(0)
+        return self.total / 2
+
+
 def counter_reward(prompts, completions, target, environments, **kwargs):
     return [-abs(environment.total - goal) / 7 for environment, goal in zip(environments, target, strict=True)]
+
+
+class AwaitedReset(Counter):
+    async def reset(self, target, **row):
+        raise AssertionError("a trainer does not await it")
+
+
+class Parts(Counter):
+    def reset(self, target, **row):
+        return [{"type": "text", "text": "?"}]
+
+
+class PartsOfATool(Counter):
+    def add(self, n: int) -> list:
+        """
+        Add to the counter.
+
+        Args:
+            n: what to add.
+        """
+        return [{"type": "text", "text": str(n)}]
 
 
 def length_reward(prompts, completions, completion_ids, **kwargs):
@@ -50,6 +90,7 @@ def length_reward(prompts, completions, completion_ids, **kwargs):
 
 
 COUNTER = Task("counter", lambda split, n, seed: [], counter_reward, 400, environment_factory=Counter)
+AWAITED = dataclasses.replace(COUNTER, name="awaited", environment_factory=AwaitedCounter)
 TEXT = dataclasses.replace(COUNTER, name="text", reward=length_reward, environment_factory=None)
 ROWS = as_chat([{"prompt": "Count" + "!" * i, "target": 1 + i} for i in range(3)])
 PLAIN_ROWS = [{"prompt": "Count" + "!" * i + "\n", "target": 1 + i} for i in range(3)]
@@ -71,7 +112,7 @@ class Recorded(GRPOTrainer):
 
     def _calculate_rewards(self, inputs, prompts, completions, completion_ids_list):
         rewards = super()._calculate_rewards(inputs, prompts, completions, completion_ids_list)
-        self.recorded = prompts, completions, completion_ids_list, rewards[:, 0].tolist(), self.tokens
+        self.recorded = prompts, completions, completion_ids_list, rewards.sum(1).tolist(), self.tokens
         return rewards
 
 
@@ -110,6 +151,7 @@ def trl_rollouts(model, tokenizer, task, rows, tmp_path, *, greedy, samples, see
     [
         pytest.param(COUNTER, ROWS, 300, id="environment", marks=pytest.mark.more),
         pytest.param(COUNTER, ROWS, 130, id="environment, short of room"),
+        pytest.param(AWAITED, ROWS, 130, id="awaited"),
         pytest.param(TEXT, ROWS, 40, id="chat"),
         pytest.param(TEXT, PLAIN_ROWS, 40, id="plain"),
     ],
@@ -278,6 +320,24 @@ def test_a_score_of_a_problem_is_paired_by_its_whole_row(with_tools):
     [
         (COUNTER, ROWS, "{{ messages[-1]['content'] }}", "task counter plays through tool calls"),
         (COUNTER, PLAIN_ROWS, qwen3_chat_template, "needs chat prompts"),
+        (
+            dataclasses.replace(COUNTER, environment_factory=AwaitedReset),
+            ROWS,
+            qwen3_chat_template,
+            r"AwaitedReset\.reset is async, .* write def reset",
+        ),
+        (
+            dataclasses.replace(COUNTER, environment_factory=Parts),
+            ROWS,
+            qwen3_chat_template,
+            r"Parts\.reset gave a list, .*; return text",
+        ),
+        (
+            dataclasses.replace(COUNTER, environment_factory=PartsOfATool),
+            ROWS,
+            qwen3_chat_template,
+            "the tool add gave a list, .*; return text",
+        ),
         (TEXT, ROWS, None, "no chat template"),
         (TEXT, [{"prompt": "a" * 2048, "target": 1}], None, "a prompt of 2048 tokens .* context of 2048 tokens"),
         (TEXT, [{"prompt": "a" * 1649, "target": 1}], None, "completion of up to 400 do not fit"),
