@@ -1,4 +1,4 @@
-"""What several parts share of statistics: constants, and the rank correlation of two profiles, in float64."""
+"""What several parts share of statistics: points of distributions, the rank correlation of two profiles, in float64."""
 
 from __future__ import annotations
 
@@ -8,6 +8,36 @@ from collections.abc import Sequence
 import numpy as np
 
 Z_95 = 1.959964  # two-sided 95 % point of the normal distribution
+
+
+def student_point(z: float, freedom: int) -> float:
+    """The point of Student's t distribution beyond which as much lies as beyond `z` of the normal distribution: how
+    many standard errors a mean has to be, where the error is estimated from few values.
+
+    Args:
+        z: above 0.
+        freedom: degrees of freedom, from 1: the number of values minus 1.
+
+    >>> round(student_point(Z_95, 7), 3), round(student_point(Z_95, 10_000), 3)
+    (2.365, 1.96)
+    """
+    inside, odd = math.erf(z / math.sqrt(2)), freedom % 2
+
+    def share(angle: float) -> float:
+        """Of the distribution, within +- tan(angle) * sqrt(freedom), by Abramowitz and Stegun 26.7.3 and 26.7.4."""
+        cosine, total = math.cos(angle), 0.0
+        term = cosine if odd else 1.0
+        for k in range(1 + odd, freedom, 2):
+            total += term
+            term *= cosine**2 * k / (k + 1)
+        total *= math.sin(angle)
+        return (angle + total) * 2 / math.pi if odd else total
+
+    low, high = 0.0, math.pi / 2
+    for _ in range(60):
+        middle = (low + high) / 2
+        low, high = (middle, high) if share(middle) < inside else (low, middle)
+    return math.sqrt(freedom) * math.tan(low)
 
 
 def rank_correlation(a: Sequence[float | None], b: Sequence[float | None]) -> float | None:

@@ -8,17 +8,19 @@ from collections.abc import Sequence
 
 from peft_onelayer.records.figures import Figures
 from peft_onelayer.rollouts.evaluation import Evaluation
-from peft_onelayer.statistics import Z_95
+from peft_onelayer.statistics import Z_95, student_point
 
 WINDOW = 10  # steps at the start and at the end of a training curve that are compared
 FALLEN = 0.5  # of the reward at the start
-ERRORS = 3.0  # standard errors that a fall has to be
+ERRORS = 3.0  # standard errors that a fall has to be; of few problems more, by Student's t distribution
+FEWEST = 8  # problems of a claim: fewer hardly know their own spread, and may have none
 SAME = 0.9  # share of completions that are the base's word for word: the policy did not move
 EQUAL = 0.8  # share of prompts whose completions all get one reward: they teach nothing
 
 
 def verdict(difference: Figures, n: int, *, same: float, prompts: int | None = None, equal: float | None = None) -> str:
-    """What a difference between trained model and base on `n` held-out problems means.
+    """What a difference between trained model and base on `n` held-out problems means: a gain or a loss where it is
+    beyond 95 % of Student's t distribution, of `FEWEST` problems and more.
 
     Args:
         difference: trained minus base, paired by problem.
@@ -29,17 +31,23 @@ def verdict(difference: Figures, n: int, *, same: float, prompts: int | None = N
     points, error = difference.mean, difference.standard_error
     noise = f" ± {error:.4f}" if error is not None else ""
     measured = f"{points:+.4f}{noise} on {n} held-out problems"
-    if error is not None and points > Z_95 * error:
+    if error is None or n < FEWEST:
+        return (
+            f"nothing can be said: {measured}, and fewer than {FEWEST} tell nothing; raise --eval-problems, where the "
+            "test split has more"
+        )
+    beyond = student_point(Z_95, n - 1) * error
+    if points > beyond:
         return f"gained: {measured}"
-    if error is not None and points < -Z_95 * error:
+    if points < -beyond:
         return (
             f"got worse: {measured}; take a smaller --learning-rate or more --prompts a step, and keep the best state "
             "with --eval-every"
         )
-    return f"nothing changed beyond noise: {measured}; the likely reason: {_reason(error, same, prompts, equal)}"
+    return f"nothing changed beyond noise: {measured}; the likely reason: {_reason(beyond, same, prompts, equal)}"
 
 
-def _reason(error: float | None, same: float, prompts: int | None, equal: float | None) -> str:
+def _reason(beyond: float, same: float, prompts: int | None, equal: float | None) -> str:
     if same >= SAME:
         return (
             f"the rate: {same:.0%} of the completions are the base's word for word, so the policy hardly moved; "
@@ -52,7 +60,7 @@ def _reason(error: float | None, same: float, prompts: int | None, equal: float 
         )
     if prompts is not None and prompts < 4:
         return f"the batch: {prompts} prompts a step are mostly noise; raise --prompts"
-    seen = "" if not error else f", and a gain below {Z_95 * error:.3f} cannot be seen on so few problems"
+    seen = f", and a gain below {beyond:.3f} cannot be seen on so few problems" if beyond else ""
     return (
         "too few steps, the rate or the block, which nothing here tells apart: completions changed, but are no better"
         f"{seen}; raise --steps or --learning-rate, train another --layer, or raise --eval-problems"
@@ -93,12 +101,13 @@ def below_start(rewards: Sequence[float], base: Evaluation) -> str | None:
     These are others than the run's prompts and may be easier, so the last rewards must also lie below `FALLEN` of the
     first one, which is of completions of what the run starts from.
     """
-    if len(rewards) < WINDOW:
+    if len(rewards) < WINDOW or base.n < FEWEST:
         return None
     last = list(rewards[-WINDOW:])
     end = statistics.fmean(last)
     error = math.hypot(base.standard_error, math.sqrt(statistics.variance(last) / WINDOW))
-    if base.mean > 0 and end < FALLEN * min(base.mean, rewards[0]) and base.mean - end > ERRORS * error:
+    beyond = student_point(ERRORS, base.n - 1) * error
+    if base.mean > 0 and end < FALLEN * min(base.mean, rewards[0]) and base.mean - end > beyond:
         return (
             f"the mean reward fell to {end:.3g} (last {WINDOW} steps) from {rewards[0]:.3g} (first step); the base's "
             f"score on {base.n} held-out problems is {base.mean:.3g}"
@@ -109,6 +118,12 @@ def below_start(rewards: Sequence[float], base: Evaluation) -> str | None:
 def far_below(difference: Figures, base: Evaluation, after: Evaluation) -> str | None:
     """Why a model that scores so on held-out problems is lost; None where it is not. As `fallen`, against the base."""
     error = difference.standard_error
-    if base.mean > 0 and after.mean < FALLEN * base.mean and error is not None and -difference.mean > ERRORS * error:
+    if error is None or base.n < FEWEST:
+        return None
+    if (
+        base.mean > 0
+        and after.mean < FALLEN * base.mean
+        and -difference.mean > student_point(ERRORS, base.n - 1) * error
+    ):
         return f"the score on {base.n} held-out problems fell from {base.mean:.3g} (the base's) to {after.mean:.3g}"
     return None

@@ -1,7 +1,6 @@
 """Held-out problems before, during and after training: the verdict, the best state, and a run that is lost."""
 
 import json
-import math
 import warnings
 from dataclasses import replace
 from importlib.resources import files
@@ -180,6 +179,27 @@ def test_when_a_reward_has_fallen():
     base, lost = made(0.8), Evaluation(made(0.8).problems, (0.1, 0.3) * 4, 4)
     assert "fell from 0.8 (the base's) to 0.2" in far_below(Figures.of(*paired_difference(lost, base)), base, lost)
     assert far_below(Figures.of(*paired_difference(made(0.5), base)), base, made(0.5)) is None
+    # 8 problems know their noise badly: what is 3 standard errors of a normal distribution is 4.5 of theirs
+    noisy = Evaluation(base.problems, (0.8, 0.8, 0.8, 0.0, 0.0, 0.0, 0.0, 0.0), 4)
+    difference = Figures.of(*paired_difference(noisy, base))
+    assert noisy.mean < 0.4 and -difference.mean > 3 * difference.standard_error
+    assert far_below(difference, base, noisy) is None
+
+
+def test_a_few_problems_tell_nothing():
+    """Equal differences of two problems have no spread, and stand for nothing."""
+    few, lost = (Evaluation(("a", "b", "c"), (mean,) * 3, 4) for mean in (0.8, 0.1))
+    assert far_below(Figures.of(*paired_difference(lost, few)), few, lost) is None
+    assert below_start([0.6] + [0.05] * 10, few) is None
+    for n in range(1, 8):
+        for difference in (0.25, -0.25, 0.0):
+            said = verdict(Figures(difference, None if n == 1 else 0.0), n, same=0.1)
+            assert said.startswith(f"nothing can be said: {difference:+.4f}") and "raise --eval-problems" in said
+    assert verdict(Figures(0.25, 0.0), 8, same=0.1).startswith("gained")
+    # 2.365 standard errors are the 95 % of 8 problems
+    assert verdict(Figures(0.22, 0.1), 8, same=0.1).startswith("nothing changed beyond noise")
+    assert verdict(Figures(0.24, 0.1), 8, same=0.1).startswith("gained")
+    assert verdict(Figures(-0.22, 0.1), 8, same=0.1).startswith("nothing changed beyond noise")
 
 
 @pytest.mark.parametrize(
@@ -190,13 +210,12 @@ def test_when_a_reward_has_fallen():
         ((0.0, 0.0), {"same": 1.0}, "likely reason: the rate: 100% of the completions are the base's"),
         ((0.01, 0.04), {"equal": 0.9}, "likely reason: the reward: for 90% of the prompts"),
         ((0.01, 0.04), {"prompts": 1}, "likely reason: the batch: 1 prompts a step"),
-        ((0.01, 0.04), {"prompts": 8}, "a gain below 0.078 cannot be seen"),
+        ((0.01, 0.04), {"prompts": 8}, "a gain below 0.080 cannot be seen"),
         (
             (0.01, 0.04),
             {"prompts": 8},
             "raise --steps or --learning-rate, train another --layer, or raise --eval-problems",
         ),
-        ((0.5, math.nan), {}, "nothing changed beyond noise: +0.5000 on 64"),
     ],
 )
 def test_the_verdict(difference, facts, said):
