@@ -38,6 +38,7 @@ def report(
         if html is None:
             for subject in found:
                 _print(subject)
+            print_line("--html report.html has the curves, the completions and the rest")
             return
         with output(html), status("drawing ..."):
             from peft_onelayer.report.page import report_page
@@ -52,6 +53,7 @@ def _is_report(file: Path) -> bool:
 
 
 def _print(subject: Subject) -> None:
+    from peft_onelayer.records.text import name_blocks
     from peft_onelayer.report.drawing import terminal_bars
     from peft_onelayer.report.plots import shown
 
@@ -65,11 +67,10 @@ def _print(subject: Subject) -> None:
     results = subject.run.results if subject.run else None
     if subject.run and results:
         settings = subject.run.settings
-        blocks = "all blocks" if subject.run.layers is None else f"blocks {', '.join(map(str, subject.run.layers))}"
+        blocks = "all blocks" if subject.run.layers is None else name_blocks(subject.run.layers)
         print_line(f"  {settings.algorithm} on {settings.source.name}, {blocks}, {results.steps} steps")
         if results.verdict:
             print_line(f"  {results.verdict}")
     for mode, measured in (subject.evaluation.results if subject.evaluation else {}).items():
         trained = f" -> {measured.adapter.mean:.4f}" if measured.adapter else ""
         print_line(f"  {mode}: {measured.base.mean:.4f}{trained}")
-    print_line("  --html report.html has the curves, the completions and the rest")

@@ -6,9 +6,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from .plots import BLUE, GREY, ORANGE
+from .plots import BLUE, GREY, ORANGE, as_given
 
 
+@as_given()
 def plot_change(change: dict[str, Any], path: Path) -> None:
     """Draw an analysis.
 

@@ -10,13 +10,15 @@ from html import escape
 from math import nan
 from typing import Any
 
-from .plots import BLUE, GREY, INTERVALS, ORANGE
+from .plots import BLUE, GREY, INTERVALS, ORANGE, as_given
 
 INK, GRID = "#010203", "#020304"  # stand for the page's colours, as do those of the plots
 COLOURS = {INK: "ink", GRID: "grid", BLUE: "blue", ORANGE: "orange", GREY: "grey"}
 WIDTH = 4.8  # inches: on a telephone its texts can be read without scrolling
 COLUMNS = 12  # of a heat map that are named, at most
 MARKED = 80  # points of a curve that have a text of their own, at most
+NAME = 40  # characters of a name that there is room for
+STYLES = ("-", "--", ":", "-.")  # of lines in one colour
 _numbers = itertools.count(1)
 
 Tips = dict[str, str]  # what a mark says, by its id
@@ -33,7 +35,7 @@ def _svg(draw: Callable[[Any], Tips], width: float, height: float, label: str) -
 
     style = {"svg.fonttype": "none", "svg.hashsalt": "onelayer", "font.family": "sans-serif", "font.size": 9}
     style |= dict.fromkeys(("text.color", "axes.labelcolor", "axes.edgecolor", "xtick.color", "ytick.color"), INK)
-    with matplotlib.rc_context(style):
+    with as_given(), matplotlib.rc_context(style):
         figure = Figure(figsize=(width, height), layout="constrained")
         figure.patch.set_alpha(0)
         tips = draw(figure)
@@ -61,6 +63,12 @@ def _plain(axes: Any, title: str) -> None:
     axes.spines[["top", "right"]].set_visible(False)
     axes.grid(axis="y", color=GRID)
     axes.set_axisbelow(True)
+
+
+def _short(name: str) -> str:
+    """A name in one line, of a long one its end."""
+    line = " ".join(name.split())
+    return line if len(line) <= NAME else f"…{line[1 - NAME :]}"
 
 
 def bars(panels: Mapping[str, tuple[Sequence[float | None], Sequence[float | None], Sequence[int]]]) -> str:
@@ -95,27 +103,34 @@ def bars(panels: Mapping[str, tuple[Sequence[float | None], Sequence[float | Non
 
 
 def curves(panels: Mapping[str, Mapping[str, Sequence[tuple[float, float]]]], x: str = "step") -> str:
-    """One row for each panel, by title the lines by name, each a list of points."""
+    """One row for each panel, by title the lines by name, each a list of points. Several lines are named below the
+    panels, and are the same in each."""
+    named = next((list(lines) for lines in panels.values() if len(lines) > 1), [])
 
     def draw(figure: Any) -> Tips:
         tips = {}
+        drawn = {}
         rows = figure.subplots(len(panels), 1, squeeze=False, sharex=True)[:, 0]
         for number, (axes, (title, lines)) in enumerate(zip(rows, panels.items(), strict=True)):
             _plain(axes, title)
             for line, (colour, (name, points)) in enumerate(zip(itertools.cycle((BLUE, ORANGE, GREY)), lines.items())):
-                axes.plot(*zip(*points, strict=True), color=colour, linewidth=1.5, label=name)
+                style = STYLES[line // 3 % len(STYLES)]
+                (drawn[name],) = axes.plot(*zip(*points, strict=True), style, color=colour, linewidth=1.5)
                 for i, (at, value) in enumerate(points[:: -(-len(points) // MARKED)]):
                     (point,) = axes.plot([at], [value], "o", color=colour, markersize=3)
                     mark = f"point-{number}-{line}-{i}"
                     point.set_gid(mark)
                     tips[mark] = f"{name}, {x} {at:g}: {value:.4g}"
-            if len(lines) > 1:
-                axes.legend(frameon=False, fontsize=8)
         rows[-1].set_xlabel(x)
         rows[-1].xaxis.get_major_locator().set_params(integer=True)
+        if named:
+            keys = {"handles": [drawn[name] for name in named], "labels": ["name"] * len(named)}
+            legend = figure.legend(**keys, frameon=False, fontsize=8, loc="outside lower left")
+            for text, name in zip(legend.get_texts(), named, strict=True):
+                text.set_text(_short(name))  # of a label that begins with "_" it would leave the line out
         return tips
 
-    return _svg(draw, WIDTH, 0.6 + 1.6 * len(panels), "curves over the steps: " + ", ".join(panels))
+    return _svg(draw, WIDTH, 0.6 + 1.6 * len(panels) + 0.2 * len(named), "curves over the steps: " + ", ".join(panels))
 
 
 def heat_map(
@@ -148,7 +163,7 @@ def heat_map(
         axes.set(xlim=(-0.5, len(columns) - 0.5), ylim=(len(rows) - 0.5, -0.5), xlabel="block")
         every = -(-len(columns) // COLUMNS)
         axes.set_xticks(range(0, len(columns), every), columns[::every])
-        axes.set_yticks(range(len(rows)), rows)
+        axes.set_yticks(range(len(rows)), [_short(row) for row in rows])
         return tips
 
     return _svg(draw, WIDTH, 1.0 + 0.25 * len(rows), what)

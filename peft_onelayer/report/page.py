@@ -240,7 +240,7 @@ def _change(subject: Subject) -> str:
     names = list(dict.fromkeys(name for name, _ in values))
     blocks = sorted({block for _, block in values}, key=int)
     if min(values.values()) > ALL_CHANGED:  # which tells nothing
-        drawn = drawing.heat_map(names, blocks, relative, "norm of the change, of the norm of the base's weights")
+        drawn = drawing.heat_map(names, blocks, relative, "norm of the change, over that of the base's weights")
     else:
         drawn = drawing.heat_map(names, blocks, values, "share of the entries that changed", 1.0)
     header = ["tensor", "entries", "changed", "share", "norm of the change", "over the base's"]
@@ -295,7 +295,10 @@ def _provenance(subject: Subject) -> str:
         settings = run.settings
         rows += [["base", settings.model.name], ["commit", settings.model.revision], ["dtype", settings.model.dtype]]
         rows += [["blocks", _blocks(subject)], ["why", run.why], ["algorithm", settings.algorithm]]
-        rows += [["trainer", settings.trainer], ["data", settings.source.name], ["seed", str(settings.seed)]]
+        rows += [["trainer", settings.trainer]]
+        if (rate := settings.config.get("learning_rate")) is not None:
+            rows += [["learning rate", _in_words(rate)]]
+        rows += [["data", settings.source.name], ["seed", str(settings.seed)]]
         rows += [[name, digest] for name, digest in settings.source.data.items()]
         rows += [[name, _in_words(value)] for name, value in run.machine.items()]
     elif ranking:

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import textwrap
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from math import nan
 from pathlib import Path
 from typing import Any
@@ -12,6 +15,22 @@ from peft_onelayer.records.ranking import LayerRanking
 
 INTERVALS = "bars: 95 % intervals"
 BLUE, ORANGE, GREY = "#3465a4", "#d9730d", "#9aa0a6"
+
+
+@contextmanager
+def as_given() -> Iterator[None]:
+    """Within it texts are drawn as they are: matplotlib reads a formula between two `$`, which a name may hold. A
+    character that its font lacks is a box, without a warning for each."""
+    import matplotlib
+
+    with matplotlib.rc_context({"text.parse_math": False}), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Glyph .* missing from font")
+        yield
+
+
+def _within(title: str) -> str:
+    """A title in lines that a plot has room for."""
+    return textwrap.fill(" ".join(title.split()), 60, max_lines=3, placeholder=" ...")
 
 
 def new_figure(width: float = 7.0, height: float = 3.6):
@@ -27,6 +46,7 @@ def new_figure(width: float = 7.0, height: float = 3.6):
     return figure, axes
 
 
+@as_given()
 def plot_rewards(rewards: Sequence[float], path: Path, title: str, window: int = 10) -> None:
     """Draw the mean reward of every step, and its running mean over the last `window` steps."""
     figure, axes = new_figure()
@@ -34,13 +54,14 @@ def plot_rewards(rewards: Sequence[float], path: Path, title: str, window: int =
     running = [sum(rewards[max(0, i - window) : i]) / min(i, window) for i in steps]
     axes.plot(steps, rewards, color=BLUE, alpha=0.35, linewidth=1, label="each step")
     axes.plot(steps, running, color=BLUE, linewidth=2, label=f"mean of the last {window}")
-    axes.set(title=title, xlabel="step", ylabel="mean reward of the step")
+    axes.set(title=_within(title), xlabel="step", ylabel="mean reward of the step")
     if min(rewards) >= 0 and max(rewards) <= 1:
         axes.set_ylim(0, 1)
     axes.legend(frameon=False, loc="lower right")
     _save(figure, path)
 
 
+@as_given()
 def plot_ranking(ranking: LayerRanking, path: Path, title: str) -> None:
     """Draw the ranked layers' scores, with 95 % intervals where there are errors; the pick and its ties in colour."""
     figure, axes = new_figure()
@@ -52,7 +73,7 @@ def plot_ranking(ranking: LayerRanking, path: Path, title: str) -> None:
     axes.bar(layers, scores, yerr=errors, color=colours, error_kw={"ecolor": "#444444", "capsize": 2, "linewidth": 1})
     axes.axhline(0, color="#444444", linewidth=0.8)
     axes.set_xticks(layers)
-    axes.set(title=title, xlabel="block", ylabel="accuracy gained (points)" if ranking.measured else "score")
+    axes.set(title=_within(title), xlabel="block", ylabel="accuracy gained (points)" if ranking.measured else "score")
     if any(errors):
         axes.errorbar([], [], yerr=[], color="none", ecolor="#444444", capsize=2, label=INTERVALS)
     for colour, label in ((ORANGE, "pick"), (BLUE, "tied with the best (95 %)"), (GREY, "behind the best")):
@@ -71,6 +92,7 @@ def shown(ranking: LayerRanking) -> tuple[str, Sequence[float | None], Sequence[
     return f"what each block {'gains' if sweep or ranking.measured else 'scores'}", ranking.scores, ranking.errors
 
 
+@as_given()
 def plot_profile(profile: LayerRanking, path: Path, title: str) -> None:
     """Draw each layer's contribution with 95 % intervals against full (1) and base (0); gains where C is undefined."""
     figure, axes = new_figure()
@@ -92,7 +114,7 @@ def plot_profile(profile: LayerRanking, path: Path, title: str) -> None:
     axes.axhline(0, color=GREY, linewidth=1, label="base")
     full = sweep.full_gain[0] if sweep.undefined and sweep.full_gain else 1.0
     axes.axhline(full, color=ORANGE, linewidth=1, label="every parameter trained")
-    axes.set(title=title, xlabel="block", ylabel=what)
+    axes.set(title=_within(title), xlabel="block", ylabel=what)
     axes.set_xticks([k for k, value in enumerate(values) if value is not None])
     axes.legend(frameon=False)
     _save(figure, path)

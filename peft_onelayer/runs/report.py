@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
 from peft_onelayer.hub.profiles import load_profile, shipped_profiles
 from peft_onelayer.probe.prior import depth_prior
 from peft_onelayer.records.evaluation import EvaluationRecord
-from peft_onelayer.records.files import EVALUATION, PROFILE, RUN, read_fields, read_text
+from peft_onelayer.records.files import EVALUATION, PROFILE, RUN, parse_fields, read_fields, read_text
 from peft_onelayer.records.ranking import LayerRanking
 from peft_onelayer.records.run import RunRecord
-from peft_onelayer.report.page import Subject
+from peft_onelayer.records.text import printable
+from peft_onelayer.report.page import CURVES, Subject
 
 from .log import LOG
 
@@ -55,14 +55,23 @@ def _kind(path: Path) -> str:
 
 
 def _log(path: Path) -> list[dict[str, Any]]:
-    """The lines of log.jsonl; one that a killed run left torn is left out."""
+    """The lines of log.jsonl; one that a killed run left torn is left out.
+
+    Raises:
+        ValueError: something else than numbers in one of them.
+    """
     lines = []
     for text in read_text(path).splitlines() if path.is_file() else []:
         try:
-            lines.append(json.loads(text))
+            lines.append(parse_fields(text, str(path)))
         except ValueError:
             break
-    return [line for line in lines if isinstance(line, dict) and isinstance(line.get("step"), int)]
+    for line in lines:
+        for name in CURVES:
+            if type(value := line.get(name, 0)) not in (int, float):
+                step = printable(line.get("step"))
+                raise ValueError(f"{path}: {name} of step {step} is {printable(value)}, expected a number")
+    return [line for line in lines if type(line.get("step")) is int]
 
 
 def _beside(ranking: LayerRanking) -> dict[str, list[float | None]]:

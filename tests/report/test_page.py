@@ -5,6 +5,7 @@ import json
 import re
 import shutil
 import subprocess
+import warnings
 from html import unescape
 from html.parser import HTMLParser
 from pathlib import Path
@@ -122,6 +123,11 @@ def test_where_every_entry_changed_the_map_shows_how_far(subject):
     assert "block 5, norm.weight: 40.00%" in Page(html).tips and "block 1, mlp.weight: 10.00%" in Page(html).tips
 
 
+def test_the_learning_rate_stands_in_the_provenance(subject, page):
+    rate = subject.run.settings.config["learning_rate"]
+    assert rate and f'<th scope="row">learning rate</th><td>{rate:g}</td>' in page
+
+
 def test_what_a_record_says_is_text(page):
     assert Page(page).scripts == 1 and "<script>document" not in page and "my &lt;run&gt;" in page
 
@@ -146,6 +152,8 @@ def test_the_command(onelayer, tmp_path):
     code, _, out = onelayer("report", tmp_path / "run", tmp_path / "sweep", "--html", html)
     assert code == 0 and out == "" and "<title>onelayer: " in html.read_text()
     assert onelayer("report", tmp_path / "run", "--html", html)[0] == 0  # replaced by a later one
+    code, _, out = onelayer("report", tmp_path / "run", tmp_path / "sweep")
+    assert code == 0 and ", block 5, 3 steps" in out and out.count("--html") == 1
     code, _, out = onelayer("report", tmp_path / "sweep")
     scores = read_fields(OLD / "sweep.json")["contribution"]
     assert code == 0 and all(f"{score:+.3g}" in out for score in scores)
@@ -213,6 +221,46 @@ def test_a_browser_shows_it(page, tmp_path, size):
     assert said["hidden"] and said["wide"] <= 0 and said["title"] == "onelayer: my <run>"
     tables = Page(done.stdout).tables
     assert tables["Layer profile"] == Page(page).tables["Layer profile"]
+
+
+@pytest.mark.parametrize("name", [r"run$a^{$", "_run", r"C:\runs\_1", "数学", "two\nlines", "long/" * 60])
+def test_a_name_is_drawn_as_it_is(name):
+    panels = {"mean reward": {name: [(1, 0.1), (2, 0.2)], "other": [(1, 0.2), (2, 0.1)]}}
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        drawn = drawing.curves(panels)
+        drawn += drawing.heat_map([name, "other"], ["3"], {(name, "3"): 0.5, ("other", "3"): 1.0}, "change")
+    texts = [unescape(text) for text in re.findall(r"<text[^>]*>(.*?)</text>", drawn)]
+    shown = "…" + name[-39:] if len(name) > 40 else " ".join(name.split())
+    assert texts.count(shown) == 2 and texts.count("other") == 2
+    said = {unescape(tip) for tip in re.findall(r'data-tip="(.*?)"', drawn, re.DOTALL)}
+    assert f"{name}, step 1: 0.1" in said and f"block 3, {name}: 50.00%" in said
+
+
+def test_runs_of_one_colour_differ_in_their_lines():
+    points = [(1, 0.1), (2, 0.2)]
+    drawn = drawing.curves({"mean reward": {str(run): points for run in range(4)}})
+    blue = [style for style in re.findall(r'style="(fill: none; [^"]*)"', drawn) if "stroke: var(--blue)" in style]
+    assert len({"dasharray" in style for style in blue}) == 2
+
+
+def test_the_names_of_many_runs_leave_the_curves_their_room():
+    def panel(runs):
+        drawn = drawing.curves({"reward": {str(run): [(1, 0.1), (2, 0.2)] for run in range(runs)}})
+        low, high = re.search(r'patch_2">\s*<path d="M \S+ (\S+)\s+L \S+ \S+\s+L \S+ (\S+)', drawn).groups()
+        return float(low) - float(high)
+
+    assert panel(30) > panel(2) > 0.9 * panel(1) > 90
+
+
+def test_a_log_of_anything_else_is_one_line(onelayer, tmp_path):
+    shutil.copy(OLD / "train" / "run.json", tmp_path / "run.json")
+    for value, said in (("null", "None"), ('"much"', "much"), ("true", "True")):
+        (tmp_path / "log.jsonl").write_text(f'{{"step": 1, "reward": 0.5}}\n{{"step": 2, "reward": {value}}}\n')
+        code, lines, _ = onelayer("report", tmp_path)
+        assert code == 1 and len(lines) == 1 and f"log.jsonl: reward of step 2 is {said}, expected a number" in lines[0]
+    (tmp_path / "log.jsonl").write_text('{"step": 1, "reward": 0.5}\n{"step": 2, "rew')  # torn by a kill
+    assert onelayer("report", tmp_path)[0] == 0
 
 
 def test_a_drawing_fits_a_telephone_and_its_steps_are_whole():

@@ -1,7 +1,10 @@
 import dataclasses
+import warnings
 
+import pytest
 from matplotlib.image import imread
 
+from peft_onelayer.records.files import whole_file
 from peft_onelayer.records.ranking import LayerRanking, Sweep
 from peft_onelayer.report import plots
 from peft_onelayer.report.plots import plot_profile, plot_ranking, plot_rewards
@@ -70,6 +73,39 @@ def test_where_c_is_undefined_gains_are_drawn_against_that_of_all_parameters(tmp
         assert [None if y != y else y for y in line.get_ydata()] == values and drawn[-1].get_ylabel() == what
         (every,) = [line for line in lines if line.get_label() == "every parameter trained"]
         assert list(every.get_ydata()) == [full, full]
+
+
+@pytest.mark.parametrize(
+    ("name", "drawn"),
+    [
+        (r"grpo on a$b^{c$", r"grpo on a$b^{c$"),
+        (r"C:\tasks\_sums_%", r"C:\tasks\_sums_%"),
+        ("two\n\tlines", "two lines"),
+        ("数学 задача", "数学 задача"),
+        ("a-long-name/" * 30, None),
+    ],
+)
+def test_a_title_is_drawn_as_it_is_and_within_the_plot(tmp_path, monkeypatch, name, drawn):
+    figures = []
+
+    def save(figure, path):
+        figures.append(figure)
+        with whole_file(path) as partial:
+            figure.savefig(partial, format="png")
+
+    monkeypatch.setattr(plots, "_save", save)
+    profile = dataclasses.replace(RANKING, sweep=Sweep([0.4, None, 0.9, 1.1], 0.2, 0.6))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        plot_rewards([0.1, 0.2], tmp_path / "a.png", name)
+        plot_ranking(RANKING, tmp_path / "b.png", name)
+        plot_profile(profile, tmp_path / "c.png", name)
+    for figure in figures:
+        title = figure.axes[0].title
+        assert drawn is None or title.get_text() == drawn
+        box = title.get_window_extent()
+        assert box.x0 >= 0 and box.x1 <= figure.bbox.x1 and title.get_text().count("\n") <= 2
+    assert all(coloured(tmp_path / f"{x}.png") for x in "abc")
 
 
 def test_rewards_beyond_0_and_1_are_drawn_whole(tmp_path, monkeypatch):
