@@ -145,9 +145,9 @@ def _sets_the_rate(text: str) -> bool:
 
 def _mark(ranking: LayerRanking, k: int) -> str:
     """What a block is in its ranking: the best one only where it is known to gain."""
-    if ranking.measured and ranking.pick is None:
+    if ranking.pick is None:
         return "choice" if k in ranking.choice else ""
-    return "best" if k == ranking.order[0] else "tied" if k in ranking.tied else ""
+    return "best" if k == ranking.pick else "tied" if k in ranking.tied else ""
 
 
 def _print(ranking: LayerRanking) -> None:
@@ -170,8 +170,15 @@ def _print(ranking: LayerRanking) -> None:
     ]
     print_table(
         ", ".join(filter(None, (ranking.method, ranking.task))),
-        ["block", "gain (points)" if ranking.measured else "score", "standard error", "learning rate", ""],
+        [
+            "block",
+            *(["gain (points)", "± from the mean"] if ranking.measured else ["score", "standard error"]),
+            "learning rate",
+            "",
+        ],
         rows,
     )
+    if ranking.measured:
+        print_line("± is the standard error of a block's difference from the mean of all ranked blocks.")
     for line in describe(ranking):
         print_line(line)

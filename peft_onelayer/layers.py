@@ -54,7 +54,7 @@ def resolve_layers(layer: Layers, num_layers: int, kinds: Sequence[str] | None =
 
     "middle" is block num_layers // 2. "mid-k" is the paper's rule without profiling (arXiv 2607.01232):
     the blocks floor(L/2 - k/2) <= i < floor(L/2 + k/2). "top-k@FILE" and "worst-k@FILE" are the first and the last k of
-    the measured blocks in a ranking or a layer profile.
+    the measured blocks in a ranking or a layer profile, of which the pick is the first.
 
     Args:
         layer: the specification.
@@ -158,11 +158,11 @@ def names_a_file(layer: Layers) -> bool:
 
 
 def ranking_without_gain(layer: Layers) -> str | None:
-    """The file of a "top-k@FILE" in which a race found no block that gains beyond noise; None where there is none."""
+    """The file of a "top-k@FILE" whose race or sweep found no block that gains beyond noise; None without one."""
     for part in parse_layers(layer):
         if not isinstance(part, int) and part[0] == "top":
             fields = json.loads(Path(part[2]).expanduser().read_text(encoding="utf-8"))
-            if fields.get("rounds") and fields.get("pick") is None:
+            if fields.get("pick", 0) is None:  # a published profile has none
                 return part[2]
     return None
 
@@ -195,17 +195,18 @@ def _indices(part: Part, layer: Layers, num_layers: int | None, kinds: Sequence[
 
 
 def _ranked(file: str, layer: Layers, num_layers: int | None) -> list[int]:
-    """The measured blocks of a ranking or a layer profile, best first."""
+    """The measured blocks of a ranking or a layer profile, the pick first: of a race a block that never ran may be the
+    best by its neighbours."""
     path = Path(file).expanduser()
     try:
         if not path.is_file() or path.stat().st_size > RANKING_LIMIT:
             raise ValueError
         fields = json.loads(path.read_text(encoding="utf-8"))
-        order, depth = fields.get("order"), fields["num_layers"]
+        order, depth, pick = fields.get("order"), fields["num_layers"], fields.get("pick")
         if order is None:  # a published profile
             worth = {k: float(value) for k, value in enumerate(fields["contribution"]) if value is not None}
             order = sorted(worth, key=lambda k: -worth[k])
-        blocks = [_index(k, layer) for k in order]
+        blocks = sorted((_index(k, layer) for k in order), key=lambda k: k != pick)
         if type(depth) is not int or len(set(blocks)) < len(blocks) or not all(0 <= k < depth for k in blocks):
             raise ValueError
     except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError):

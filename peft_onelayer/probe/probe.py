@@ -93,6 +93,9 @@ def probe_layers(
     order = sorted((k for k in chosen if scores[k] is not None), key=lambda k: -(scores[k] or 0.0))
     if not order:
         raise ValueError(f"the profile of {profile and profile.model} measured none of the blocks asked for: {chosen}")
+    pick: int | None = order[0]
+    if method == "profile" and profile and (profile.pick is None or profile.pick in order):
+        pick = profile.pick  # None where no block gained
     return LayerRanking(
         model=model.name_or_path,
         revision=commit_hash(model),
@@ -102,7 +105,7 @@ def probe_layers(
         errors=[None] * num_layers,
         order=order,
         tied=[k for k in order if scores[k] == scores[order[0]]],
-        pick=order[0],
+        pick=pick,
         learning_rate=recipe.given.get("learning_rate"),
         cost=dict(cost),
         task=task.name if task else "",

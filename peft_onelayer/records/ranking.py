@@ -90,9 +90,9 @@ class LayerRanking(Record):
         scores: one per block, higher is better; None where not measured. Of a race and of a sweep, the gain in mean
             reward; published ones are contributions.
         errors: standard errors of the scores, None likewise; of a race, those of the difference from the mean of all.
-        order: measured blocks, best first.
+        order: measured blocks, best first; of a race a block that did not run may stand before the pick.
         tied: blocks that cannot be told from the best at 95 %, the best one included.
-        pick: the best block, or None when no block beats the untrained base.
+        pick: the best block, of a race the best that ran, or None when no block beats the untrained base.
         learning_rate: of the run that the block is chosen for: the one given, else the pick's; of a sweep, of the best
             block.
         cost: "tokens_generated", "tokens_trained", "seconds", and "share", the tokens (generated and trained) over

@@ -49,23 +49,18 @@ def explain(error: NothingToLearnError, task: Task, algorithm: Algorithm, progre
 
 def describe(ranking: LayerRanking) -> list[str]:
     """What a ranking says, sentence by sentence: the best block and its ties, what to train, and what it cost."""
-    best = ranking.order[0] if ranking.pick is None else ranking.pick
+    best = ranking.pick
     if not ranking.measured:
+        if best is None:
+            return [f"the profile has no block that gains beyond noise, so the choice is {name_blocks(ranking.choice)}"]
         where = "by depth alone, as in seven published profiles"
         if ranking.method == "profile":
             where = "by the profile; profiles of one model on two tasks correlate .59 to .76 (arXiv 2607.01232)"
         lines = [f"block {best} is the first choice {where}"]
         return [f"no race: {ranking.fallback}", *lines] if ranking.fallback else lines
-    score, error = POINTS * (ranking.scores[best] or 0), POINTS * (ranking.errors[best] or 0)
-    updates = max(measured[-1][0] for measured in (ranking.rounds or {}).values() if measured)
-    gain = f"{score:+.1f} points of reward after {updates:.0f} updates (standard error {error:.1f})"
-    others = sorted(layer for layer in ranking.tied if layer != best)
-    if not others:
-        tie = "more than every other block, beyond noise"
-    elif len(others) + 1 == len(ranking.order):
-        tie = "but every other block may be as good: the differences are within noise"
-    else:
-        tie = f"but {name_blocks(others)} may be as good: the differences are within noise"
+    rounds = ranking.rounds or {}
+    ran = next(k for k in ranking.order if str(k) in rounds) if best is None else best
+    gain, error = (POINTS * value for value in gain_of_rounds(rounds[str(ran)]))
     cost = ranking.cost
     kls = ranking.first_step_kl or {}
     outside = [f"{k} ({kl:.1g}, noise {noise:.1g})" for k, (kl, noise) in kls.items() if not LEAST_KL <= kl <= MOST_KL]
@@ -77,16 +72,25 @@ def describe(ranking: LayerRanking) -> list[str]:
         f"the ranking took {cost['tokens_generated']:,.0f} tokens generated, {cost['tokens_trained']:,.0f} passed "
         f"through the model and {cost['seconds']:.0f} s: {cost['share']:.0%} of the tokens of the training run"
     )
-    if ranking.pick is None:
-        ran = next(k for k in ranking.order if str(k) in (ranking.rounds or {}))
-        own, error = (POINTS * value for value in gain_of_rounds((ranking.rounds or {})[str(ran)]))
+    if best is None:
         return [
-            f"no block gained beyond noise (most: block {ran}, in its own rounds {own:+.1f} points of reward, standard "
-            f"error {error:.1f}), so the choice is {name_blocks(ranking.choice)}; a larger --budget sees smaller gains",
+            f"no block gained beyond noise (most: block {ran}, in its own rounds {gain:+.1f} points of reward, "
+            f"standard error {error:.1f}), so the choice is {name_blocks(ranking.choice)}; a larger --budget sees "
+            "smaller gains",
             *blind[: len(outside)],
             spent,
         ]
-    lines = [f"block {best} gains {gain}, {tie}"]
+    others = sorted(layer for layer in ranking.tied if layer != best)
+    if not others:
+        tie = "more than every other block, beyond noise"
+    elif len(others) + 1 == len(ranking.order):
+        tie = "but every other block may be as good: the differences are within noise"
+    else:
+        tie = f"but {name_blocks(others)} may be as good: the differences are within noise"
+    lines = [
+        f"block {best} gains {gain:+.1f} points of reward in its own {rounds[str(best)][-1][0]:.0f} updates (standard "
+        f"error {error:.1f}), {tie}"
+    ]
     if ranking.expected is not None:
         lines.append(f"block {best} is expected to gain {ranking.expected:.0%} of what the best block would gain")
     return [*lines, *blind[: len(outside)], spent]

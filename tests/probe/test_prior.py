@@ -1,10 +1,18 @@
 """The depth prior against the published profiles: FACTS about arXiv 2607.01232 (1)."""
 
+from dataclasses import replace
+from functools import partial
+
+import demo_model
 import numpy as np
 import pytest
 
 import peft_onelayer
+from onelayer_cli.probe import _mark
 from peft_onelayer.probe.prior import depth_prior, fitted
+from peft_onelayer.probe.probe import probe_layers
+from peft_onelayer.records.ranking import LayerRanking, Sweep
+from peft_onelayer.runs.ranking import describe
 from peft_onelayer.statistics import rank_correlation
 
 WHOLE = "Qwen/Qwen3-1.7B-Base"
@@ -38,6 +46,22 @@ def test_the_published_correlations_with_depth(centre, published):
 def test_its_own_correlation_lies_between():
     scores = peft_onelayer.load_profile(WHOLE).scores
     assert rank_correlation(depth_prior(28), scores) == pytest.approx(0.53, abs=0.01)
+
+
+def test_a_profile_without_a_gain_gives_no_pick():
+    model, tokenizer = demo_model.load()
+    about = {"model": "m", "revision": None, "num_layers": 12, "method": "sweep", "tied": [0], "cost": {}, "task": "t"}
+    about |= {"scores": [-0.01 * k for k in range(12)], "errors": [0.01] * 12, "learning_rate": 1e-3, "seed": 0}
+    profile = LayerRanking(**about, order=list(range(12)), pick=None, sweep=Sweep([None] * 12, 0.3, 0.2, undefined="x"))
+    rank = partial(probe_layers, model, tokenizer, None, method="profile")
+    found = rank(profile=profile)
+    assert found.pick is None and found.order == list(range(12)) and found.choice == [3, 4, 5, 6, 7]
+    said = "the profile has no block that gains beyond noise, so the choice is blocks 3, 4, 5, 6, 7"
+    assert describe(found) == [said]
+    assert [_mark(found, k) for k in (0, 5)] == ["", "choice"]
+    # that of a race is one that ran, which need not be the first
+    assert rank(profile=replace(profile, pick=1)).pick == 1
+    assert rank(profile=replace(profile, pick=1), layers=[4, 7]).pick == 4
 
 
 @pytest.mark.parametrize("depth", [1, 2, 8, 12, 28, 36])

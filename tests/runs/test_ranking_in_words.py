@@ -1,4 +1,4 @@
-"""What a race without a pick says."""
+"""What a ranking says, with a pick and without one."""
 
 import math
 from contextlib import contextmanager
@@ -7,9 +7,9 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from onelayer_cli.probe import _mark
-from peft_onelayer.layers import ranking_without_gain
-from peft_onelayer.records.ranking import LayerRanking
+from onelayer_cli.probe import _mark, _print
+from peft_onelayer.layers import ranking_without_gain, resolve_layers
+from peft_onelayer.records.ranking import LayerRanking, Sweep
 from peft_onelayer.runs import ranking as ranking_module
 from peft_onelayer.runs.progress import Progress
 from peft_onelayer.runs.ranking import describe
@@ -49,13 +49,36 @@ def test_the_best_block_that_ran_is_named_with_the_gain_of_its_own_rounds():
 def test_no_block_is_called_the_best_where_none_gained(tmp_path):
     ranking = without_a_gain()
     assert [_mark(ranking, k) for k in ranking.order] == ["choice", "", ""] and ranking.choice == [1]
-    assert [_mark(replace(ranking, pick=2, order=[2, 1, 0]), k) for k in (2, 1, 0)] == ["best", "tied", "tied"]
+    assert [_mark(replace(ranking, pick=2), k) for k in (1, 2, 0)] == ["tied", "best", "tied"]
     file = tmp_path / "ranking.json"
     file.write_text(ranking.to_json())
     assert ranking_without_gain(f"0,top-1@{file}") == str(file)
     assert ranking_without_gain("0,middle") is None
-    file.write_text(replace(ranking, pick=2, order=[2, 1, 0]).to_json())
+    file.write_text(replace(ranking, pick=2).to_json())
     assert ranking_without_gain(f"top-1@{file}") is None
+    assert [resolve_layers(f"{part}@{file}", 3) for part in ("top-1", "top-2", "worst-1")] == [[2], [1, 2], [0]]
+    no_gain = replace(ranking, method="sweep", rounds=None, sweep=Sweep([None] * 3, 0.3, 0.2))
+    file.write_text(no_gain.to_json())
+    assert ranking_without_gain(f"top-1@{file}") == str(file)
+
+
+def test_the_pick_is_said_to_gain_what_its_own_rounds_measured():
+    ranking = replace(without_a_gain(), pick=2, tied=[1, 2])
+    gain, error = gain_of_rounds(ROUNDS["2"])
+    said = f"block 2 gains {100 * gain:+.1f} points of reward in its own 8 updates (standard error {100 * error:.1f})"
+    assert describe(ranking)[0] == f"{said}, but block 1 may be as good: the differences are within noise"
+    assert describe(replace(ranking, pick=0))[0].startswith(
+        "block 0 gains +1.0 points of reward in its own 4 updates (standard error 3.0)"
+    )
+
+
+def test_errors_of_a_race_are_said_to_be_of_differences(capsys):
+    of_race = replace(without_a_gain(), pick=2)
+    _print(of_race)
+    assert "± from the mean" in (said := " ".join(capsys.readouterr().out.split()))
+    assert "± is the standard error of a block's difference from the mean of all ranked blocks" in said
+    _print(replace(of_race, method="prior", errors=[None] * 3, rounds=None))
+    assert "±" not in capsys.readouterr().out
 
 
 def test_without_a_gain_the_rounds_together_err_as_rarely_as_one():
