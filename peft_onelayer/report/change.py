@@ -32,8 +32,9 @@ def plot_change(change: dict[str, Any], path: Path) -> None:
     ticks = [str(group["layer"]) if by_block else group["name"].rpartition("*.")[2] for group in groups]
     where, step = range(len(groups)), max(1, len(groups) // 12)
     for axes in (shares, sizes, ranks):
-        axes.set_xticks(list(where)[::step], ticks[::step], rotation=0 if by_block else 60, fontsize=7)
-        axes.set_xlabel("block" if by_block else "")
+        turned = {} if by_block else {"rotation": 60, "ha": "right", "rotation_mode": "anchor"}
+        axes.set_xticks(list(where)[::step], ticks[::step], fontsize=7, **turned)
+        axes.set(xlabel="block" if by_block else "", xlim=(-0.6, len(groups) - 0.4))
     for tolerance, colour in (("0", BLUE), ("1e-05", ORANGE), ("0.0001", GREY)):
         label = "exactly" if tolerance == "0" else f"within {float(tolerance):.0e}"
         shares.plot(where, [group["unchanged"][tolerance] for group in groups], "o-", color=colour, label=label)
