@@ -32,7 +32,7 @@ BASE = "base"
 
 
 class Speakers:
-    """The base and its adapters, each with a conversation of its own.
+    """The base and its adapters, each with its own side of a conversation.
 
     Args:
         model: a base, or an adapter, which names its base: folders or Hub ids.
@@ -40,6 +40,7 @@ class Speakers:
         revision: Hub revision of the base.
         trust_remote_code: run the Python code that comes with the base.
         chat: give prompts as messages of a user; None for: if the tokenizer has a chat template.
+        conversation: whether such a prompt continues the conversation, or stands by itself.
         allow_other_base: take adapters of our method on a base that they were not trained on.
         progress: is told what goes on.
 
@@ -58,9 +59,11 @@ class Speakers:
         revision: str | None = None,
         trust_remote_code: bool = False,
         chat: bool | None = None,
+        conversation: bool = True,
         allow_other_base: bool = False,
         progress: Progress | None = None,
     ) -> None:
+        self.conversation = conversation
         self.progress = progress = progress or Progress()
         names, given = list(adapters), revision
         with without_progress_bars(), quiet_logs():
@@ -114,7 +117,7 @@ class Speakers:
         temperature: float = 0.0,
         seed: int = 0,
     ) -> str:
-        """Answer `prompt`, which continues the conversation with `name` where prompts are messages.
+        """Answer `prompt`, which continues the conversation with `name` where there is one and prompts are messages.
 
         Args:
             name: one of `names`.
@@ -143,7 +146,7 @@ class Speakers:
                 **sampled,
             )
         text = self.tokenizer.decode(output[0, len(ids) :], skip_special_tokens=True)
-        if self.chat:
+        if self.chat and self.conversation:
             self.said[name] = [*messages, {"role": "assistant", "content": text}]
         return text
 

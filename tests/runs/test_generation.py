@@ -3,6 +3,7 @@
 import inspect
 import io
 import json
+import shutil
 
 import pytest
 import torch
@@ -151,6 +152,42 @@ def test_lines_on_the_standard_input(onelayer, saved, monkeypatch):
     monkeypatch.setattr("sys.stdin", io.StringIO(""))
     code, lines, out = onelayer("generate", saved / "base")
     assert (code, out) == (1, "") and "no prompt was given; give --prompt TEXT" in lines[0]
+
+
+@pytest.fixture
+def chat(saved, tmp_path):
+    """The base, with a chat template."""
+    shutil.copytree(saved / "base", tmp_path / "chat")
+    (tmp_path / "chat" / "chat_template.jinja").write_text("{% for m in messages %}{{ m.content }} {% endfor %}")
+    return tmp_path / "chat"
+
+
+def test_prompts_that_are_given_are_answered_each_by_itself(onelayer, chat, monkeypatch):
+    def answers(*prompts, stdin=None):
+        monkeypatch.setattr("sys.stdin", stdin)
+        given = [part for prompt in prompts for part in ("--prompt", prompt)]
+        code, lines, out = onelayer("generate", chat, "--max-tokens", 6, *given, "--json")
+        assert code == 0, lines
+        return [found["answers"]["base"] for found in json.loads(out)["prompts"]]
+
+    alone = answers(PROMPT) + answers("b")
+    assert answers(PROMPT, "b") == alone == answers(stdin=io.StringIO(f"{PROMPT}\nb\n"))
+    typed = answers(stdin=Terminal(f"{PROMPT}\nb\n\n"))
+    assert typed[0] == alone[0] and typed[1] != alone[1]  # a conversation
+
+
+def test_a_line_of_a_pipe_is_answered_before_the_next_is_read(onelayer, saved, monkeypatch):
+    written, read = [], []
+
+    class Pipe(io.StringIO):
+        def __next__(self):
+            read.append(len(written))
+            return super().__next__()
+
+    monkeypatch.setattr("sys.stdin", Pipe("a\nb\n"))
+    monkeypatch.setattr("onelayer_cli.generate._write", written.append)
+    assert onelayer("generate", saved / "base", "--max-tokens", 3)[0] == 0
+    assert read[0] == 0 < read[1] < read[2]
 
 
 @pytest.mark.parametrize("as_json", [[], ["--json"]])
