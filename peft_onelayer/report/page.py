@@ -20,6 +20,7 @@ from peft_onelayer.records.run import RunRecord
 from peft_onelayer.records.text import name_blocks, well_formed
 
 from . import drawing
+from .plots import OF_RACE
 
 CURVES = {"reward": "mean reward", "length": "tokens of a completion", "entropy": "entropy", "kl": "KL", "loss": "loss"}
 
@@ -189,7 +190,8 @@ def _profile(subject: Subject) -> str:
     if sweep and not sweep.undefined:
         panels["layer contribution C"] = (sweep.contribution, sweep.contribution_errors or nothing, chosen)
     if ranking.method != "published":
-        panels[f"{'gain' if ranking.measured else 'score'} by {ranking.method}"] = (
+        of_race = f", {OF_RACE}" if ranking.rounds else ""
+        panels[f"{'gain' if ranking.measured else 'score'} by {ranking.method}{of_race}"] = (
             ranking.scores,
             ranking.errors,
             chosen,

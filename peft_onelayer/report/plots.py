@@ -14,6 +14,7 @@ from peft_onelayer.records.files import whole_file
 from peft_onelayer.records.ranking import LayerRanking
 
 INTERVALS = "bars: 95 % intervals"
+OF_RACE = "± from the mean"  # a race's errors are of the difference from the mean of all blocks
 BLUE, ORANGE, GREY = "#3465a4", "#d9730d", "#9aa0a6"
 
 
@@ -75,11 +76,12 @@ def plot_ranking(ranking: LayerRanking, path: Path, title: str) -> None:
     axes.set_xticks(layers)
     axes.set(title=_within(title), xlabel="block", ylabel="accuracy gained (points)" if ranking.measured else "score")
     if any(errors):
-        axes.errorbar([], [], yerr=[], color="none", ecolor="#444444", capsize=2, label=INTERVALS)
+        label = f"{INTERVALS} of the difference from the mean" if ranking.rounds else INTERVALS
+        axes.errorbar([], [], yerr=[], color="none", ecolor="#444444", capsize=2, label=label)
     for colour, label in ((ORANGE, "pick"), (BLUE, "tied with the best (95 %)"), (GREY, "behind the best")):
         if colour in colours:
             axes.bar([layers[0]], [0], color=colour, label=label)
-    figure.legend(frameon=False, loc="outside lower center", ncols=4)
+    figure.legend(frameon=False, loc="outside lower center", ncols=2)
     _save(figure, path)
 
 
@@ -89,7 +91,9 @@ def shown(ranking: LayerRanking) -> tuple[str, Sequence[float | None], Sequence[
     if sweep and not sweep.undefined:
         nothing: list[float | None] = [None] * ranking.num_layers
         return "layer contribution C of each block", sweep.contribution, sweep.contribution_errors or nothing
-    return f"what each block {'gains' if sweep or ranking.measured else 'scores'}", ranking.scores, ranking.errors
+    of_race = f", {OF_RACE}" if ranking.rounds else ""
+    what = f"what each block {'gains' if sweep or ranking.measured else 'scores'}{of_race}"
+    return what, ranking.scores, ranking.errors
 
 
 @as_given()

@@ -7,6 +7,7 @@ from matplotlib.image import imread
 from peft_onelayer.records.files import whole_file
 from peft_onelayer.records.ranking import LayerRanking, Sweep
 from peft_onelayer.report import plots
+from peft_onelayer.report.page import Subject, report_page
 from peft_onelayer.report.plots import plot_profile, plot_ranking, plot_rewards
 
 RANKING = LayerRanking(
@@ -56,6 +57,13 @@ def test_a_profile_joins_no_blocks_across_one_that_was_not_measured(tmp_path, mo
     labels = [text.get_text() for text in axes.get_legend().get_texts()]
     assert any("95 % intervals" in label for label in labels)
     assert any("95 % intervals" in text.get_text() for text in drawn[1].legends[0].get_texts())
+    assert not any("from the mean" in text.get_text() for text in drawn[1].legends[0].get_texts())
+    race = dataclasses.replace(RANKING, rounds={"2": [[4, 0.1, 0.1]]})
+    plot_ranking(race, tmp_path / "r.png", "title")
+    of_race = f"{plots.INTERVALS} of the difference from the mean"
+    assert of_race in {text.get_text() for text in drawn[2].legends[0].get_texts()}
+    assert plots.shown(race)[0] == "what each block gains, ± from the mean"
+    assert "gain by race, ± from the mean" in report_page([Subject("a", ranking=race)])
 
 
 def test_where_c_is_undefined_gains_are_drawn_against_that_of_all_parameters(tmp_path, monkeypatch):
