@@ -18,10 +18,9 @@ if TYPE_CHECKING:
 
 def score(figures: Figures | None, sign: str = "") -> str:
     """A mean and its standard error."""
-    if figures is None:
-        return ""
-    error = "?" if figures.standard_error is None else f"{figures.standard_error:.4f}"
-    return f"{figures.mean:{sign}.4f} ± {error}"
+    from peft_onelayer.records.figures import with_error
+
+    return "" if figures is None else with_error(figures, sign)
 
 
 def print_completions(described: Mapping[str, CompletionStatistics | None], where: str = "") -> None:

@@ -164,6 +164,8 @@ def evaluate(
 
 
 def _print_report(record: EvaluationRecord) -> None:
+    from peft_onelayer.records.figures import about_watched
+
     labels = {"sampled": f"avg@{record.samples}", "greedy": "greedy"}
 
     def rows(results: dict[str, Measured]) -> list[list[str]]:
@@ -185,5 +187,7 @@ def _print_report(record: EvaluationRecord) -> None:
             if figures is not None
         }
         print_completions(described)
+        if said := about_watched({labels[mode]: measured for mode, measured in results.items()}):
+            print_line(said)
     paired = ", paired by problem" if record.adapter else ""
     print_line(f"Mean reward ± its standard error over the n problems{paired}.")

@@ -53,6 +53,7 @@ def _is_report(file: Path) -> bool:
 
 
 def _print(subject: Subject) -> None:
+    from peft_onelayer.records.figures import about_watched
     from peft_onelayer.records.text import name_blocks
     from peft_onelayer.report.drawing import terminal_bars
     from peft_onelayer.report.plots import shown
@@ -74,3 +75,5 @@ def _print(subject: Subject) -> None:
     for mode, measured in (subject.evaluation.results if subject.evaluation else {}).items():
         trained = f" -> {measured.adapter.mean:.4f}" if measured.adapter else ""
         print_line(f"  {mode}: {measured.base.mean:.4f}{trained}")
+        if said := about_watched({mode: measured}):
+            print_line(f"  {said}")

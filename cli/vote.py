@@ -60,6 +60,7 @@ def vote(
     as_json: Json = False,
 ) -> None:
     """Let adapters vote on the answers to a task's problems, with one base model in memory."""
+    from peft_onelayer.records.figures import Measured, about_watched
     from peft_onelayer.rl.sampling import OWN_OPTIONS, sampling_from_text
     from peft_onelayer.runs.early import check_vote
     from peft_onelayer.runs.settings import VoteSettings
@@ -110,4 +111,7 @@ def vote(
     for name, figures in zip(found.adapters, found.averages, strict=True):
         print_line(f"{name}: {score(figures)} on average")
     print_line(f"vote of the adapters minus vote of the one: {score(found.difference, '+')}, paired by problem")
+    votes = found.of_one.vote, found.of_adapters.vote, found.difference
+    if said := about_watched({"vote": Measured(found.n, k, *votes, found.watched, found.unwatched)}):
+        print_line(said)
     print_line(f"the lowest {found.shared_blocks} blocks ran once for all adapters")

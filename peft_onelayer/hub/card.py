@@ -17,7 +17,7 @@ from typing import Any
 from huggingface_hub import EvalResult, EvalResultEntry, ModelCardData, eval_result_entries_to_yaml
 
 from peft_onelayer.records.evaluation import EvaluationRecord
-from peft_onelayer.records.figures import Figures, Measured
+from peft_onelayer.records.figures import Figures, Measured, about_watched, with_error
 from peft_onelayer.records.files import PROFILE, RUN
 from peft_onelayer.records.locate import last_part
 from peft_onelayer.records.ranking import LayerRanking
@@ -105,7 +105,8 @@ def eval_results(evaluation: EvaluationRecord) -> list[dict[str, Any]]:
             value=round(100 * figures.mean, 2),
             dataset_revision=commit,
             notes=f"onelayer eval, {_decoding(decoding, evaluation)}, n = {result.n}, "
-            f"standard error {'not known' if error is None else f'{100 * error:.2f}'}",
+            f"standard error {'not known' if error is None else f'{100 * error:.2f}'}"
+            + (f", {result.watched} of these problems chose the step that was kept" if result.watched else ""),
         )
         for found, commit in _hub_data(evaluation.task)
         if evaluation.split == "test" and found["id"] in BENCHMARKS
@@ -266,6 +267,7 @@ def _results(evaluation: EvaluationRecord | None, run: RunRecord | None) -> str:
         f"{evaluation.split} split; the difference is paired by problem. Seed {evaluation.seed}, "
         f"at most {evaluation.max_completion_tokens} tokens a completion.",
     ]
+    lines += _about_watched(evaluation, evaluation.results)
     if evaluation.also:
         lines += [
             "",
@@ -278,11 +280,18 @@ def _results(evaluation: EvaluationRecord | None, run: RunRecord | None) -> str:
             lines += [
                 _row(f"{task} | {_decoding(decoding, evaluation)}", result) for decoding, result in results.items()
             ]
+        for task, results in evaluation.also.items():
+            lines += _about_watched(evaluation, results, f"{task}: ")
     if run and run.results and run.results.verdict:
         lines += ["", f"At the end of training: {run.results.verdict}."]
     if not evaluation.also and run and run.results and run.results.also:
         lines += ["", *_also(run.results.also)]
     return "\n".join(lines) + "\n\n"
+
+
+def _about_watched(evaluation: EvaluationRecord, results: dict[str, Measured], where: str = "") -> list[str]:
+    said = about_watched({_decoding(decoding, evaluation): result for decoding, result in results.items()})
+    return ["", where + said] if said else []
 
 
 def _held_out(run: RunRecord | None) -> str:
@@ -314,7 +323,7 @@ def _also(also: dict[str, Measured]) -> list[str]:
 
 def _row(name: str, result: Measured) -> str:
     assert result.difference is not None
-    cells = [_figure(result.base), _figure(_of_adapter(result)), _figure(result.difference, "+")]
+    cells = [with_error(result.base), with_error(_of_adapter(result)), with_error(result.difference, "+")]
     return f"| {name} | {result.n} | " + " | ".join(cells) + " |"
 
 
@@ -474,8 +483,3 @@ def _decoding(decoding: str, evaluation: EvaluationRecord) -> str:
     if decoding == "greedy":
         return "greedy"
     return f"avg@{evaluation.samples} at temperature {evaluation.temperature:g}"
-
-
-def _figure(figures: Figures, sign: str = "") -> str:
-    error = figures.standard_error
-    return f"{figures.mean:{sign}.4f} ± {'?' if error is None else f'{error:.4f}'}"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -60,6 +61,9 @@ class Measured:
         base: of the base.
         adapter: of the base with the adapter; None without one.
         difference: adapter minus base, paired by problem.
+        watched: problems among them by which a run chose the step whose state was measured; None where none are.
+        unwatched: without these problems, the difference, or the score where no adapter was measured; None where none
+            are watched, or all.
     """
 
     n: int
@@ -67,3 +71,32 @@ class Measured:
     base: Figures
     adapter: Figures | None = None
     difference: Figures | None = None
+    watched: int | None = None
+    unwatched: Figures | None = None
+
+
+def about_watched(results: Mapping[str, Measured]) -> str | None:
+    """One sentence where a run chose its state by some of the problems, so that their scores are on the high side.
+
+    Args:
+        results: of one task, by what they are called.
+    """
+    first = next(iter(results.values()))
+    if not first.watched:
+        return None
+    what = "score" if first.difference is None else "difference"
+    sign = "" if first.difference is None else "+"
+    rest = ", ".join(
+        f"{with_error(measured.unwatched, sign)} ({name})" for name, measured in results.items() if measured.unwatched
+    )
+    without = f"; on the other {first.n - first.watched} the {what} is {rest}" if rest else ""
+    return (
+        f"{first.watched} of the {first.n} problems chose the step whose state was kept, so that their scores are on "
+        f"the high side{without}."
+    )
+
+
+def with_error(figures: Figures, sign: str = "") -> str:
+    """A mean and its standard error, "0.5000 ± 0.0200"; `sign` "+" gives a sign to means above 0, too."""
+    error = figures.standard_error
+    return f"{figures.mean:{sign}.4f} ± {'?' if error is None else f'{error:.4f}'}"

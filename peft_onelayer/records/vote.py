@@ -45,6 +45,8 @@ class VoteRecord(Record):
         averages: avg of each adapter's own completions.
         difference: the adapters' vote minus the one's, paired by problem.
         shared_blocks: the blocks below the lowest trained one, which ran once for all adapters.
+        watched: problems by which the run of an adapter chose the step whose state it put out; None where none are.
+        unwatched: `difference` without these problems; None where none are watched, or all.
     """
 
     FORMAT: ClassVar[str] = "onelayer-vote-1"
@@ -64,3 +66,5 @@ class VoteRecord(Record):
     difference: Figures
     shared_blocks: int
     command: str | None = None
+    watched: int | None = None
+    unwatched: Figures | None = None

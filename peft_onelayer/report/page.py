@@ -14,7 +14,7 @@ from importlib.resources import files
 from typing import Any
 
 from peft_onelayer.records.evaluation import EvaluationRecord
-from peft_onelayer.records.figures import Figures, Measured
+from peft_onelayer.records.figures import Figures, Measured, about_watched
 from peft_onelayer.records.ranking import LayerRanking
 from peft_onelayer.records.run import RunRecord
 from peft_onelayer.records.text import name_blocks, well_formed
@@ -121,7 +121,9 @@ def _comparison(subjects: Sequence[Subject]) -> str:
     lines = {s.name: [(line["step"], line["reward"]) for line in s.log if "reward" in line] for s in subjects}
     lines = {name: points for name, points in lines.items() if points}
     drawn = f"<figure>{drawing.curves({'mean reward': lines})}</figure>\n" if lines else ""
-    return f"<section>\n<h2>Side by side</h2>\n{table('Side by side', header, rows)}{drawn}</section>\n"
+    shown = table("Side by side", header, rows)
+    shown += "".join(_watched(s.name, measured) for s in subjects if (measured := _measured(s)))
+    return f"<section>\n<h2>Side by side</h2>\n{shown}{drawn}</section>\n"
 
 
 def _section(number: int, subject: Subject) -> str:
@@ -147,7 +149,13 @@ def _results(subject: Subject) -> str:
     if not rows:
         return ""
     header = ["", "n", "mean reward", "standard error"]
-    return "<h3>Results</h3>\n" + table("Mean reward, with standard errors", header, rows, ".4f")
+    shown = table("Mean reward, with standard errors", header, rows, ".4f")
+    return "<h3>Results</h3>\n" + shown + "".join(_watched(name, one) for name, one in _all_measured(subject).items())
+
+
+def _watched(name: str, measured: Measured) -> str:
+    said = about_watched({name: measured})
+    return f"<p>{escape(said)}</p>\n" if said else ""
 
 
 def _all_measured(subject: Subject) -> dict[str, Measured]:

@@ -104,7 +104,7 @@ def evaluate(
         log_metric=lambda name, value: logged.append((name, value)),
     )
     return Evaluation(
-        problems=tuple(map(_as_json, rows)),
+        problems=tuple(map(problem, rows)),
         scores=tuple(statistics.fmean(rollout.reward for rollout in group) for group in rollouts),
         samples=len(rollouts[0]),
         tokens_generated=sum(rollout.tokens for group in rollouts for rollout in group),
@@ -114,7 +114,8 @@ def evaluate(
     )
 
 
-def _as_json(row: dict[str, Any]) -> str:
+def problem(row: dict[str, Any]) -> str:
+    """What identifies a problem: its row as JSON."""
     try:
         return json.dumps(row, sort_keys=True, default=str)
     except TypeError:  # keys that are no JSON or do not sort

@@ -47,6 +47,7 @@ from peft_onelayer.tuner.config import SingleLayerPeftType
 from .as_run import as_in_run, run_in
 from .describe import describe_machine, describe_model
 from .early import check_evaluation
+from .heldout import watched_among
 from .measuring import measured
 from .models import (
     fingerprint,
@@ -72,12 +73,14 @@ class _Problems:
         rows: the problems.
         sampling: how they are completed.
         chat: whether prompts are messages.
+        watched: of each problem, whether the run chose the step that it kept by it; empty where it chose by none.
     """
 
     task: Task
     rows: list[dict[str, Any]]
     sampling: Sampling
     chat: bool
+    watched: list[bool]
 
 
 def evaluate(
@@ -159,7 +162,7 @@ class _Evaluation:
         measured_tasks = [main, *(self._problems(task, tokenizer, "test", elsewhere) for task in self.also)]
         description = describe_model(self.base)
         before, after = self._measure_both(tokenizer, measured_tasks)
-        results = [self._results(i, before, after) for i in range(len(measured_tasks))]
+        results = [self._results(i, problems.watched, before, after) for i, problems in enumerate(measured_tasks)]
         self._show(main.task, tokenizer, before[0], after[0] if after else None)
         record = EvaluationRecord(
             command=self.command,
@@ -202,16 +205,19 @@ class _Evaluation:
 
     def _problems(self, task: Task, tokenizer: PreTrainedTokenizerBase, split: str, sampling: Sampling) -> _Problems:
         settings = self.settings
+        watched = watched_among([self.run_record], task, split, settings.problems, settings.seed)
         task, chat = shaped(task, tokenizer, self.shape)
         rows = task.rows(split, settings.problems, settings.seed)
         given = settings.sampling.get("chat_template_kwargs")
         check_prompt(rows[0], tokenizer, self.model, given, plays=task.environment_factory is not None)
         if len(rows) < settings.problems:
             self.progress.note(f"the {split} split of {task.name} has {len(rows)} problems")
-        return _Problems(task, rows, sampling, chat)
+        return _Problems(task, rows, sampling, chat, watched)
 
-    def _results(self, i: int, before: list[Measurements], after: list[Measurements] | None) -> dict[str, Measured]:
-        return {mode: measured(before[i][mode], after[i][mode] if after else None) for mode in self.decodings}
+    def _results(
+        self, i: int, watched: list[bool], before: list[Measurements], after: list[Measurements] | None
+    ) -> dict[str, Measured]:
+        return {mode: measured(before[i][mode], after[i][mode] if after else None, watched) for mode in self.decodings}
 
     def _show(
         self, task: Task, tokenizer: PreTrainedTokenizerBase, before: Measurements, after: Measurements | None

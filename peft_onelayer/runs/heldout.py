@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,8 +20,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallba
 
 from peft_onelayer.records.figures import Figures
 from peft_onelayer.records.files import read_fields, write_whole
-from peft_onelayer.records.run import HeldOutScore
-from peft_onelayer.rollouts.evaluation import Evaluation, evaluate, paired_difference
+from peft_onelayer.records.run import HeldOutScore, RunRecord
+from peft_onelayer.rollouts.evaluation import Evaluation, evaluate, paired_difference, problem
 from peft_onelayer.rollouts.settings import Sampling
 from peft_onelayer.tasks import Task
 
@@ -83,6 +83,25 @@ def held_out(task: Task, problems: int, seed: int, sampling: Sampling, *, watche
     if watched and not half:
         raise ValueError(f"--eval-every needs two test problems of {task.name} at least, got {len(rows)}")
     return HeldOut(task, rows[half:], rows[:half], sampling)
+
+
+def watched_among(runs: Iterable[RunRecord | None], task: Task, split: str, n: int, seed: int) -> list[bool]:
+    """Of each of the problems `task.rows(split, n, seed)`, whether one of the runs chose the step whose state it put
+    out by it; empty where none did."""
+    chosen = {name for run in runs if run for name in _chose_by(run, task)} if split == "test" else set()
+    return [problem(row) in chosen for row in task.rows(split, n, seed)] if chosen else []
+
+
+def _chose_by(run: RunRecord, task: Task) -> list[str]:
+    """The problems by which a run chose among several steps, drawn as for the run; none of one that did not, or that
+    trained on other data."""
+    source, results = run.settings.task, run.results
+    if source is None or dict(task.data) != source.data or not (source.data or task.name == source.name):
+        return []
+    if results is None or results.kept_step is None or len(results.evaluations or ()) < 2 or results.held_out is None:
+        return []
+    own = held_out(task, results.held_out.n, run.settings.seed, Sampling(), watched=True)
+    return [problem(row) for row in own.watched]
 
 
 def sharded(config: Any) -> bool:

@@ -24,6 +24,7 @@ from peft_onelayer.tuner import SingleLayerConfig
 from .as_run import as_in_run, run_in
 from .describe import describe_model
 from .early import check_vote
+from .heldout import watched_among
 from .models import check_model_name, load_adapter, load_causal_lm, quiet_logs, to_device, without_progress_bars
 from .progress import Progress, Update
 from .settings import VoteSettings
@@ -90,6 +91,7 @@ def _vote(settings: VoteSettings, command: str | None, progress: Progress) -> Vo
     with progress.status(f"loading {model} ..."):
         base, tokenizer = load_causal_lm(model, revision, trust_remote_code=settings.trust_remote_code)
     to_device(base)
+    watched = watched_among(runs, task, settings.split, settings.problems, settings.seed)
     task, chat = shaped(task, tokenizer, shape)
     first = replace(shape, chat=chat), sampling
     chats = tokenizer.chat_template is not None
@@ -121,6 +123,10 @@ def _vote(settings: VoteSettings, command: str | None, progress: Progress) -> Vo
             )
     together, alone = groups
     votes = [[voted(group, task) for group in each] for each in groups]
+    differences = [a - b for a, b in zip(*votes, strict=True)]
+    unwatched = (
+        [difference for difference, seen in zip(differences, watched, strict=True) if not seen] if watched else []
+    )
     own_rewards = [[_mean([r.reward for r in group[i :: len(names)]]) for group in together] for i in range(len(names))]
     return VoteRecord(
         model=description,
@@ -134,9 +140,11 @@ def _vote(settings: VoteSettings, command: str | None, progress: Progress) -> Vo
         of_adapters=_ballot(together, votes[0]),
         of_one=_ballot(alone, votes[1]),
         averages=[_figures(rewards) for rewards in own_rewards],
-        difference=_figures([a - b for a, b in zip(*votes, strict=True)]),
+        difference=_figures(differences),
         shared_blocks=min(index for config in configs for index in config["layer_indices"]),
         command=command,
+        watched=sum(watched) or None,
+        unwatched=_figures(unwatched) if any(watched) and unwatched else None,
     )
 
 

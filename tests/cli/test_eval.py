@@ -7,8 +7,10 @@ import shutil
 
 import demo_model
 import pytest
+import run_records
 import tool_policy
 import torch
+from changes import save_adapter
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from trl.chat_template_utils import qwen3_chat_template
@@ -360,6 +362,30 @@ def test_an_evaluation_beside_the_adapter_is_in_its_card(onelayer, adapters, tmp
     assert "| greedy | 3 |" in card and "No evaluation is recorded" not in card and "## Example" in card
     (example, *_) = json.loads((tmp_path / "run" / "eval.json").read_text())["examples"]
     assert example["prompt"] in card and example["decoding"] == "greedy"
+
+
+def test_the_problems_that_chose_the_step_are_counted_wherever_the_gain_is_shown(onelayer, tmp_path):
+    save_adapter(tmp_path / "run", FOLDER, 5, seed=0, size=0.1, share=1.0)
+    (tmp_path / "run" / "run.json").write_text(run_records.choosing(5).to_json())
+    out = tmp_path / "run" / "eval.json"
+    given = ("--task", "arithmetic", "--problems", 8, "--samples", 2, "--out", out)
+    code, lines, shown = onelayer("eval", tmp_path / "run", *given)
+    assert code == 0, lines
+    results = json.loads(out.read_text())["results"]
+    rest = [
+        f"{results[mode]['unwatched']['mean']:+.4f} ± {results[mode]['unwatched']['standard_error']:.4f}"
+        for mode in ("sampled", "greedy")
+    ]
+    said = "5 of the 8 problems chose the step whose state was kept, so that their scores are on the high side"
+    assert f"{said}; on the other 3 the difference is {rest[0]} (avg@2), {rest[1]} (greedy)." in " ".join(shown.split())
+    assert f"{said}; on the other 3 the difference is {rest[0]} (avg@2" in (tmp_path / "run" / "README.md").read_text()
+    _, _, shown = onelayer("report", tmp_path / "run")
+    assert f"{said}; on the other 3 the difference is {rest[0]} (sampled)." in " ".join(shown.split())
+    onelayer("report", tmp_path / "run", tmp_path / "run", "--html", tmp_path / "page.html")
+    page = (tmp_path / "page.html").read_text()
+    assert page.count(said) == 6 and f"is {rest[1]} (arithmetic, greedy)." in page  # side by side, and in both sections
+    code, _, shown = onelayer("eval", tmp_path / "run", *given[:2], "--problems", 4, "--samples", 0)
+    assert "4 of the 4 problems chose the step whose state was kept" in shown and "other" not in shown
 
 
 def test_an_evaluation_is_replaced_by_a_later_one(onelayer, tmp_path):

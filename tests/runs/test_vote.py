@@ -5,6 +5,7 @@ import statistics
 from importlib.resources import files
 
 import pytest
+import run_records
 import torch
 from changes import save_adapter
 from demo_model import load
@@ -143,3 +144,14 @@ def test_what_cannot_vote_is_refused_in_one_line(tmp_path):
         with pytest.raises(ValueError, match=match) as error:
             vote(VoteSettings(task="arithmetic", problems=4, **settings))
         assert "\n" not in str(error.value)
+
+
+def test_the_problems_that_chose_a_step_are_told_apart(tmp_path):
+    for layer in (5, 8):
+        save_adapter(tmp_path / str(layer), BASE, layer, seed=layer, size=layer / 50, share=1.0)
+    (tmp_path / "8" / "run.json").write_text(run_records.choosing(5).to_json())
+    given = {"adapters": [str(tmp_path / "5"), str(tmp_path / "8")], "task": "arithmetic"}
+    found = vote(VoteSettings(**given, problems=16, samples=4))
+    assert found.watched == 5 and found.unwatched is not None and found.unwatched != found.difference
+    only = vote(VoteSettings(**given, problems=2))
+    assert (only.watched, only.unwatched) == (2, None)
