@@ -73,7 +73,10 @@ def test_without_running_anything(onelayer, tmp_path, options, pick, says):
         (["--method", "profile", "--profile", "no/such/thing"], "no layer profile no/such/thing"),
         (["--budget", "0"], "--budget is a share of a training run, above 0, such as 0.25; got 0.0"),
         (["--budget", "nan"], "--budget is a share of a training run"),
-        (["--method", "race", "--steps", "1"], "has no room for a race; it would cost more than the run itself; train longer"),
+        (
+            ["--method", "race", "--steps", "1"],
+            "has no room for a race; it would cost more than the run itself; train longer",
+        ),
         (["--algorithm", "dpo"], "dpo is offline"),
         (["--layers", "12"], "out of range"),
         (["--set", "seed=1"], "--seed"),
