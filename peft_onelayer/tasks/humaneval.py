@@ -32,9 +32,11 @@ import os
 import re
 import symtable
 import textwrap
+import threading
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -64,6 +66,9 @@ _CODE_STARTS = re.compile(r"(?:def|class|async|from|import)\s|@")
 _CLASS = re.compile(r"class[ \t]+(\w+)")
 _ASSIGNS = re.compile(r"[A-Za-z_]\w*[ \t]*(?::[^=\n]*)?=[^=]")
 _DEFINES = ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef
+_SHOWS = {"assert", "input", "stdin", "argv", "exit", "_exit", "quit", "unittest", "doctest", "pytest"}
+
+_filters = threading.Lock()  # `catch_warnings` replaces those of the process, and completions are read in threads
 
 
 def humaneval_reward(
@@ -125,7 +130,7 @@ def readings(completion: str, stub: str, function: str) -> Iterator[str]:
 
     - A program is put below what the prompt defines above the function. Prose before its first definition is left out,
       and the end of its top level, as far as that does not compile. So are the examples of its use: statements below
-      the function that touch no variable which a function or a class reads. In a class the function is a method.
+      the function that assert, print, call it, or change nothing that it may need. In a class the function is a method.
     - A body is put below the prompt and ends where the next top-level statement begins. It may have lost its
       indentation, or that of its first line.
 
@@ -181,12 +186,19 @@ def _blocks(text: str) -> list[str]:
     return blocks
 
 
+@contextmanager
+def _unwarned() -> Iterator[None]:
+    """Nothing is said of a program's strings and comparisons."""
+    with _filters, warnings.catch_warnings(action="ignore"):
+        yield
+
+
 def _parsed(code: str) -> list[ast.stmt]:
     """The statements of a program, none of one that does not compile or is too long."""
     if len(code) > PARSED:
         return []
     try:
-        with warnings.catch_warnings(action="ignore"):  # of its strings
+        with _unwarned():
             tree = ast.parse(code)
             compile(tree, "program", "exec")
             return tree.body
@@ -214,20 +226,114 @@ def _method(blocks: Sequence[str], function: str) -> tuple[str, str] | None:
 
 
 def _without_examples(program: str, wanted: set[str]) -> str:
-    """The program without the statements below what is wanted that have nothing to do with what its functions read."""
+    """The program without the statements below what is wanted that show its use and change nothing it may need."""
     body = _parsed(program)
     below = next((i for i, node in enumerate(body) if getattr(node, "name", "") in wanted), len(body)) + 1
     if not body[below:] or "\r" in program:  # which ends a line for the parser only
         return program
-    stored = {part.id for node in body for part in _names(node) if isinstance(part.ctx, ast.Store)}
-    data = stored & _global_names(symtable.symtable(program, "program", "exec")) - wanted
+    kept = {line for node in _needed(body, below, program, wanted) for line in _lines(node)}
     lines = program.split("\n")
     for node in reversed(body[below:]):
-        used = any(part.id in data or (part.id in wanted and isinstance(part.ctx, ast.Store)) for part in _names(node))
-        if not used and not isinstance(node, _DEFINES | ast.Import | ast.ImportFrom):
-            assert node.end_lineno is not None
+        if not kept.intersection(_lines(node)):
             lines[node.lineno - 1 : node.end_lineno] = [""]
     return "\n".join(lines)
+
+
+def _needed(body: Sequence[ast.stmt], below: int, program: str, wanted: set[str]) -> set[ast.stmt]:
+    """The statements from `below` on that define or import something, set an attribute or an item of what is defined,
+    call it or what is imported, unless that tests or asks, or set what a function or another of these reads."""
+    with _unwarned():
+        read = _global_names(symtable.symtable(program, "program", "exec"))
+    stored = set().union(*map(_sets, body)) - wanted
+    defined = {node.name: node for node in body if isinstance(node, _DEFINES)}
+    imports = [node for node in body if isinstance(node, ast.Import | ast.ImportFrom)]
+    known = {(alias.asname or alias.name).partition(".")[0] for node in imports for alias in node.names} | set(defined)
+    shows = _leading_to(wanted | _SHOWS, defined)
+
+    def acts(node: ast.AST) -> bool:
+        if isinstance(node, ast.Assign | ast.AugAssign | ast.AnnAssign):
+            targets = node.targets if isinstance(node, ast.Assign) else [node.target]
+            named = any(_root(target) in known for target in targets if not isinstance(target, ast.Name))
+            return named and not _SHOWS & _mentions(node)
+        called = isinstance(node, ast.Expr) and isinstance(node.value, ast.Call) and _root(node.value) in known
+        return called and not shows & _mentions(node)
+
+    kept: set[ast.stmt] = set()
+    touching: dict[str, list[ast.stmt]] = {}
+    todo = list(read)
+    for node in body[below:]:
+        if isinstance(node, _DEFINES | ast.Import | ast.ImportFrom):
+            kept.add(node)
+            todo += _reads_at_once(node)
+        elif not _is_example(node, wanted):
+            acting = acts(node) or (any(map(acts, ast.walk(node))) and not shows & _mentions(node))
+            if acting or _sets(node) & wanted:
+                kept.add(node)
+                todo += _reads(node)
+            for name in {part.id for part in _names(node)} & stored:
+                touching.setdefault(name, []).append(node)
+    while todo:
+        for node in touching.pop(todo.pop(), []):
+            if node not in kept:
+                kept.add(node)
+                todo += _reads(node)
+    return kept
+
+
+def _leading_to(names: set[str], defined: Mapping[str, ast.stmt]) -> set[str]:
+    """The names, and the functions and classes that mention one of them or another such function."""
+    users: dict[str, list[str]] = {}
+    for function, node in defined.items():
+        for name in _mentions(node):
+            users.setdefault(name, []).append(function)
+    found, todo = set(names), list(names)
+    while todo:
+        new = set(users.get(todo.pop(), [])) - found
+        found |= new
+        todo += new
+    return found
+
+
+def _is_example(node: ast.stmt, wanted: set[str]) -> bool:
+    """Whether a statement asserts, prints, calls what is wanted, or is the main part of a script."""
+    if isinstance(node, ast.Expr) and isinstance(node.value, ast.Call):
+        return isinstance(node.value.func, ast.Name) and node.value.func.id in wanted | {"print"}
+    return isinstance(node, ast.Assert) or (isinstance(node, ast.If) and "__name__" in _mentions(node.test))
+
+
+def _sets(node: ast.AST) -> set[str]:
+    """The names that a node assigns to."""
+    return {part.id for part in _names(node) if isinstance(part.ctx, ast.Store)}
+
+
+def _reads(node: ast.AST) -> set[str]:
+    """The names that a node uses and does not assign to itself."""
+    return {part.id for part in _names(node)} - _sets(node)
+
+
+def _reads_at_once(node: ast.stmt) -> set[str]:
+    """The names that a definition uses when it is made; those of its body are `_global_names`."""
+    fields = [getattr(node, name, []) for name in ("decorator_list", "args", "bases", "keywords")]
+    parts = [part for field in fields for part in (field if isinstance(field, list) else [field])]
+    return set().union(*map(_reads, parts))
+
+
+def _lines(node: ast.stmt) -> range:
+    return range(node.lineno, (node.end_lineno or node.lineno) + 1)
+
+
+def _root(node: ast.AST) -> str:
+    """The name that a chain of attributes, items and calls begins with, "" for any other."""
+    while isinstance(node, ast.Attribute | ast.Subscript | ast.Call):
+        node = node.func if isinstance(node, ast.Call) else node.value
+    return node.id if isinstance(node, ast.Name) else ""
+
+
+def _mentions(node: ast.AST) -> set[str]:
+    """The names and attributes in a node, and "assert" where it asserts."""
+    names = {part.id for part in _names(node)}
+    names |= {part.attr for part in ast.walk(node) if isinstance(part, ast.Attribute)}
+    return names | {"assert" for part in ast.walk(node) if isinstance(part, ast.Assert)}
 
 
 def _names(node: ast.AST) -> Iterator[ast.Name]:

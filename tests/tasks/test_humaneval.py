@@ -2,7 +2,10 @@ import contextlib
 import gzip
 import itertools
 import json
+import sys
 import textwrap
+import warnings
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 from data_sets import FULL, full, own
@@ -160,6 +163,119 @@ def test_what_is_no_example_stays():
     assert next(readings(print_first, "", "root")) == f"\n{print_first}"
 
 
+NEEDED = {  # what stands around a right program and is no example of its use
+    "a limit": """
+def root(x):
+    return root(x - 1) + 1e-4 if x > 16 else 4
+
+import sys
+sys.setrecursionlimit(10**4)
+""",
+    "a limit on one line": """
+def root(x):
+    return sqrt(x)
+import sys; sys.setrecursionlimit(10**4); from math import sqrt
+""",
+    "an import beside an example": """
+def root(x):
+    return math.sqrt(x)
+import math; print(root(16))
+""",
+    "an attribute of a class": """
+class P:
+    pass
+def root(x):
+    return x ** P.k
+P.k = 0.5
+""",
+    "an attribute of the function": """
+def root(x):
+    return x ** root.k
+root.k = 0.5
+print(root(1 / 0))
+""",
+    "what a table is made of": """
+def root(x):
+    return TABLE[x]
+n = 17
+TABLE = [i**0.5 for i in range(n)]
+""",
+    "a table that a function fills": """
+def root(x):
+    return T[x]
+def fill():
+    global T
+    T = {16: 4}
+fill()
+""",
+    "a default": """
+def root(x):
+    return power(x)
+half = 0.5
+def power(x, k=half):
+    return x**k
+""",
+    "a table in a loop": """
+T = {}
+def root(x):
+    return T[x]
+for i in range(17):
+    T[i] = i**0.5
+root(1 / 0)
+""",
+    "a table beside a loop that asks": """
+def root(x):
+    return T[x]
+T = [i**0.5 for i in range(17)]
+for i in range(int(input())):
+    print(root(i))
+""",
+    "a method taken from its class": """
+def root(x):
+    return 0
+class S:
+    def f(self, x):
+        return x**0.5
+s = S()
+root = s.f
+""",
+}
+TESTS_A_LIBRARY = """
+import unittest
+class T(unittest.TestCase):
+    def test(self):
+        assert root(4) == 3
+unittest.main()
+"""
+EXAMPLES = {  # below a right program
+    "a test library": TESTS_A_LIBRARY,
+    "an end": "import sys\ndef main():\n    print(root(4))\n    return 1\nsys.exit(main())",
+    "a question": "def ask():\n    return int(input())\nx = ask()\nprint(root(x))",
+    "lines of input": "import sys\nn = int(sys.stdin.readline())\nfor i in range(n):\n    print(root(i))",
+    "tests of a helper": "def test():\n    assert 1 == 2\ntest()",
+    "a result": "found = root(1 / 0)",
+    "a main part": "import sys\nif __name__ in ('__main__', 'builtins'):\n    sys.setrecursionlimit(1 / 0)",
+    "a run with input of its own": "import sys\nsys.stdin = open('no such file')\nprint(root(1 / 0))",
+}
+
+
+@pytest.mark.parametrize("form", NEEDED)
+def test_what_a_program_needs_from_below_it_stays(form):
+    names = {}
+    before = sys.getrecursionlimit()
+    exec(compiled(NEEDED[form]), names)
+    assert (sys.getrecursionlimit() == 10**4) == ("limit" in form)
+    sys.setrecursionlimit(before)
+    assert names["root"](16) == 4
+
+
+@pytest.mark.parametrize("form", EXAMPLES)
+def test_examples_below_a_program_are_left_out(form):
+    names = {}
+    exec(compiled(f"def root(x):\n    return x**0.5\n\n{EXAMPLES[form]}\n"), names)
+    assert names["root"](16) == 4
+
+
 @pytest.mark.more
 def test_forms_of_a_right_completion():
     rewards = grade(*RIGHT.values())
@@ -204,6 +320,22 @@ def test_what_trl_passes_beside_the_columns_is_ignored():
         log_metric=print,
     )
     assert rewards == [1.0, 0.0]
+
+
+def test_programs_read_by_several_threads_leave_the_processs_warnings_as_they_were():
+    before, interval = list(warnings.filters), sys.getswitchinterval()
+    program = "def f(x):\n    return '\\d'\n" + "".join(f"y{i} = {i}\n" for i in range(40))
+    sys.setswitchinterval(1e-5)
+    try:
+        with warnings.catch_warnings(record=True) as told, ThreadPoolExecutor(4) as pool:
+            warnings.simplefilter("always")
+            set_to = list(warnings.filters)
+            list(pool.map(lambda _: list(readings(program, "", "f")), range(60)))
+            after = list(warnings.filters)
+    finally:
+        sys.setswitchinterval(interval)
+        warnings.filters[:] = before
+    assert after == set_to and not told
 
 
 def test_the_program_that_does_not_compile_at_its_end_is_cut_at_its_top_level_only():
