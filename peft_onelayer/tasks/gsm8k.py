@@ -7,9 +7,10 @@ r"""Grade-school word problems, GSM8K (arXiv 2110.14168): the Hub's openai/gsm8k
 
 A final answer is one number: an integer, a decimal, a fraction or a mixed number, with or without currency, unit,
 percent sign (50% is 50), thousands separators and markup. Two numbers, an expression left to be evaluated such as
-3 + 15, 9^9 or \sqrt{324}, and a number that is denied or bounded ("not 18", "18 is wrong", "more than 18", "x > 18")
-are no final answer. What is denied is read off the words around the number; no reader of words is perfect, so leave the
-box to the number.
+3 + 15, 9^9, 5², 5! in a box, 5π, 5x or \sqrt{324}, and a number that is denied or bounded ("not 18", "18 is wrong",
+"more than 18", "x > 18") are no final answer. What is denied is read off the words around the number, around a box, a
+tag or #### only off those that touch it ("not \boxed{18}", "\boxed{18} is wrong"); no reader of words is perfect, so
+leave the box to the number.
 
 Numbers are compared exactly, as fractions. The time that an answer takes grows with its length and nothing else, so
 that the reward needs no limit, and any thread may call it.
@@ -18,6 +19,7 @@ Neither the reasoning nor the unit is graded: "18 thousand" is 18.
 """
 
 import re
+import unicodedata
 from collections.abc import Mapping, Sequence
 from fractions import Fraction
 from functools import lru_cache
@@ -67,6 +69,11 @@ _NOT = r"(?:\b(?:not|never|cannot|neither|nor)\b|n['’]t\b)"  # noqa: RUF001
 _FALSE = r"\b(?:wrong|false|incorrect|untrue|impossible)\b"
 # In a box of its own nothing but the number is expected.
 _DENIAL = re.compile(rf"{_NOT}|{_FALSE}|\b(?:except|minus|negative)\b", re.IGNORECASE)
+# "not \boxed{18}", "cannot be equal to \boxed{18}", "minus \boxed{18}", but "does not need more: \boxed{18}"
+_DENIED_MARK = re.compile(
+    rf"(?:{_NOT}|\b(?:minus|negative)\b)(?:\s+(?:be|equals?|to|exactly|just|actually|really|definitely))*[\s$*_(\\\[]*$",
+    re.IGNORECASE,
+)
 # "not 18", "does not make 18"; "I do not think that it is 18"; "the wrong answer is 18";
 # but "those who do not pay are 18"
 _DENIED_BEFORE = re.compile(
@@ -75,10 +82,18 @@ _DENIED_BEFORE = re.compile(
     rf"|{_FALSE}\s+(?:that|to|(?:final\s+)?(?:answer|result|solution))\b",
     re.IGNORECASE,
 )
+_NOT_IT = (
+    rf"{_NOT}\s+(?:(?:the|a|my|be|final|correct|right|true)\s+)*"
+    r"(?:answer|correct|right|true|it|result|solution|case|what|so)\b"
+)
+# "\boxed{18} is not the answer", "\boxed{18} is wrong", but "\boxed{18} is not much", "he got \boxed{18} wrong"
+_MARK_DENIED = re.compile(
+    rf"[^\w.!?]*(?:\w{{0,6}}\s?{_NOT_IT}|(?:(?:is|was|seems|looks|be)\W+(?:[a-z]+\s+)?|\(\s*){_FALSE})", re.IGNORECASE
+)
 # "18 is not the answer", "18 dollars is wrong", but "18 eggs are not broken", "he got 18 wrong"
 _DENIED_BEHIND = re.compile(
     rf"^\W*(?:is|was|are|were|would|can|could|does|do)?\s?{_NOT}(?!\s*[0-9])"
-    rf"|{_NOT}\s+(?:(?:the|a|my|be|final|correct|right|true)\s+)*(?:answer|correct|right|true|it|result|solution|case|what|so)\b"
+    rf"|{_NOT_IT}"
     rf"|(?:\b(?:is|are|was|be|seems|looks|'s)|^)\W+(?:[A-Za-z]+\s+)?{_FALSE}",
     re.IGNORECASE,
 )
@@ -101,6 +116,14 @@ _TYPESETTING = re.compile(
     r"|[bB]ig[lr]?|displaystyle|[lL]arge|huge|normalsize|small|q?quad|hspace|circ|degrees?|dollar|pounds|euro|cents"
     r"|approx|therefore|implies|[rR]ightarrow|to|l?dots|newline|par|noindent"
 )
+
+_VULGAR = {ord(one): " " + unicodedata.normalize("NFKC", one).replace("\u2044", "/") for one in "½⅓⅔¼¾⅕⅖⅗⅘⅙⅚⅐⅛⅜⅝⅞⅑⅒"}
+# What stands behind a digit, brackets or spaces between them, and may be a power or belong to the number: 5², 5₂.
+_BEHIND_DIGIT = re.compile(r"[0-9][)\]}\s]*([^\W\d_])")
+_TIMES = re.compile(r"[0-9][nxyz](?![A-Za-z])|π")
+_FACTORIAL = re.compile(r"[0-9)\]}]\s*!")
+# The last #### with something behind it: the one that closes a line, as that of a heading may, marks nothing.
+_HASHES = re.compile(r"^[^\S\n]*+####++\s*+(?=[^\s#])|(?<!#)####++[^\S\n]*+(?=[^\s#])", re.MULTILINE)
 
 _CHARACTERS = str.maketrans(
     dict.fromkeys("−–—‐‑﹣－", "-")  # noqa: RUF001
@@ -158,24 +181,29 @@ def final_answer(text: str) -> Fraction | None:
     >>> final_answer("The answer is not 18."), final_answer(r"\boxed{18 or 19}"), final_answer(r"\boxed{\sqrt{324}}")
     (None, None, None)
     """
-    text = marked_alike(text)
+    text = marked_alike(text.translate(_VULGAR))
     boxed = text.rfind("\\boxed")
     tag_end = text.rfind("</answer>")
     tag = text.rfind("<answer>", 0, max(tag_end, 0))
-    hashes = text.rfind("####")
-    last = max(boxed, tag, hashes)
+    hashes = list(_HASHES.finditer(text))
+    last = max(boxed, tag, hashes[-1].start() if hashes else -1)
     if last < 0:
         return _in_words(on_few_lines(text))
     if last == boxed:
         opening = len(text) - len(text[boxed + len("\\boxed") :].lstrip())
         marked = in_braces(text[opening:])
         end = opening + len(marked) + 2
+        if _FACTORIAL.search(marked.replace("\\!", "")):
+            return None
     elif last == tag:
         marked, end = text[tag + len("<answer>") : tag_end], tag_end + len("</answer>")
     else:
-        marked = text[hashes:].lstrip("#").lstrip().partition("\n")[0]
+        marked = text[hashes[-1].end() :].partition("\n")[0]
         end = len(text)
-    if len(marked) > _LONGEST or _DENIAL.search(marked) or _denies(text[max(last - _LONGEST, 0) : last], text[end:]):
+    if len(marked) > _LONGEST or _DENIAL.search(marked):
+        return None
+    before = text[max(last - _LONGEST, 0) : last].rpartition("\n")[2]
+    if _DENIED_MARK.search(before) or _MARK_DENIED.match(text[end : end + _LONGEST].partition("\n")[0]):
         return None
     return _one_number(_result(marked))
 
@@ -303,7 +331,9 @@ def _one_number(text: str) -> Fraction | None:
         return None
     text = re.sub(r"<([^<>]*)>", r" \1 ", _ARROW.sub(" ", text)).replace("{,}", ",").replace("\\!", "")
     text = _FRACTION.sub(lambda match: " {}/{}".format(*filter(None, match.groups())), text)
-    if _RELATION.search(text) or _OTHER_NUMBER.search(text):
+    if _RELATION.search(text) or _OTHER_NUMBER.search(text) or _TIMES.search(text):
+        return None
+    if any(match[1].isnumeric() or match[1] == "ⁿ" for match in _BEHIND_DIGIT.finditer(text)):
         return None
     if not all(_TYPESETTING.fullmatch(command) for command in re.findall(r"\\([A-Za-z]+)", text)):
         return None
