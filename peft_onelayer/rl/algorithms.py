@@ -119,7 +119,10 @@ def _cpo(name: str, source: str, **settings: Any) -> Algorithm:
     return _offline(name, "trl.experimental.cpo.CPOTrainer", "preference", source, **settings)
 
 
-OFF_POLICY = "differs from grpo only off policy: --set steps_per_generation=4, as in the paper, or num_iterations=2"
+OFF_POLICY = (
+    "differs from grpo only off policy: the paper makes four updates of a generation, which is steps_per_generation "
+    "four times gradient_accumulation_steps (32 at the default step in one process); or --set num_iterations=2"
+)
 ZERO_OR_ONE = "looks for right and wrong completions: the reward should be 0 or 1"
 PPO_CLIP: dict[str, Any] = {"epsilon": 0.2}
 # The weight is that of arXiv 2607.01232, Table 8. The KL is the estimator of arXiv 2402.03300, eq. 4, without the

@@ -22,11 +22,10 @@ if TYPE_CHECKING:
 LEARNING_RATE = 5e-6  # arXiv 2607.01232, Table 8, for one block and for all parameters; where the search for one starts
 PROMPTS, COMPLETIONS = 8, 8  # of an optimizer step
 PASS = 8  # completions in one pass: TRL's default batch of a device
-PASS_FIELD = "per_device_train_batch_size"
-# Fields that say how large a step is, as its prompts do, and with that of a pass: with one of these given, and no
-# prompts, a step is what TRL makes of them.
-STEP_FIELDS = ("gradient_accumulation_steps", "steps_per_generation", "generation_batch_size")
-BATCH_FIELDS = (PASS_FIELD, *STEP_FIELDS)
+# Fields that say how large a step is: with one of these given, and no prompts, a step is what TRL makes of them.
+PASS_FIELD, PASSES_FIELD = BATCH_FIELDS = ("per_device_train_batch_size", "gradient_accumulation_steps")
+# Fields that say how large a generation is: the first in passes, the second in completions.
+GENERATION_FIELDS = ("steps_per_generation", "generation_batch_size")
 # What a trainer sends on its own holds optimizer states, a pickle and paths, in a repository called "checkpoints".
 HUB_FIELDS = {"push_to_hub", "hub_model_id", "hub_strategy", "hub_token", "hub_private_repo", "hub_always_push"}
 HUB_FIELDS |= {"hub_revision"}
@@ -153,30 +152,34 @@ def _step(
     if group is not None:
         size = given.get(group, completions or COMPLETIONS)
         fields[group] = size
-    set_by_hand = [name for name in BATCH_FIELDS if name in given]
-    if prompts is None and set_by_hand:
+    if prompts is None and any(name in given for name in BATCH_FIELDS):
         return fields
-    if others := [name for name in set_by_hand if name in STEP_FIELDS]:
-        raise ValueError(f"--prompts {prompts} and --set {others[0]} both say how large a step is; give one of them")
+    if PASSES_FIELD in given:
+        raise ValueError(f"--prompts {prompts} and --set {PASSES_FIELD} both say how large a step is; give one of them")
     total, processes = (prompts or PROMPTS) * size, int(os.environ.get("WORLD_SIZE", "1"))
     step = f"a step of {prompts or PROMPTS} prompts" + (f" x {size} completions" if group else "")
     each, rest = divmod(total, processes)
     if rest or not each:
         raise ValueError(f"{step} does not divide among {processes} processes; change --prompts or --completions")
-    fitting = max(n for n in range(1, min(PASS, each) + 1) if each % n == 0)
+    fitting = fitting_pass(each)
     together = given.get(PASS_FIELD) or fitting
     if each % together:
         raise ValueError(
             f"{step} is {each} per process, which passes of {PASS_FIELD}={together} do not divide; give one that does, "
             f"such as --set {PASS_FIELD}={fitting}"
         )
-    return {**fields, PASS_FIELD: together, "gradient_accumulation_steps": each // together}
+    return {**fields, PASS_FIELD: together, PASSES_FIELD: each // together}
+
+
+def fitting_pass(completions: int) -> int:
+    """Completions in a pass where a process has so many of them in a step: at most `PASS`."""
+    return max(n for n in range(1, min(PASS, completions) + 1) if completions % n == 0)
 
 
 def step_fields(recipe: Recipe) -> dict[str, Any]:
     """The fields of a recipe that say how large a step is: with them as `config`, and neither `prompts` nor
     `completions`, `make_recipe` makes the same step."""
-    names = {*BATCH_FIELDS, recipe.algorithm.group_size}
+    names = {*BATCH_FIELDS, *GENERATION_FIELDS, recipe.algorithm.group_size}
     return {name: value for name, value in recipe.settings.items() if name in names}
 
 

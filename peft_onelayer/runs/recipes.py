@@ -11,6 +11,8 @@ import dataclasses
 import difflib
 import enum
 import json
+import math
+import os
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from importlib.resources import files
@@ -24,7 +26,7 @@ from peft_onelayer.records.privacy import holds_secrets
 from peft_onelayer.records.text import one_line
 from peft_onelayer.rl.algorithms import Algorithm, load_algorithm
 from peft_onelayer.rl.config_fields import config_fields
-from peft_onelayer.rl.recipe import STEP_FIELDS, refuse_fields
+from peft_onelayer.rl.recipe import COMPLETIONS, PASS_FIELD, PASSES_FIELD, fitting_pass, refuse_fields
 from peft_onelayer.rl.settings import NEAR, convert_settings
 
 from .settings import TRAINING_OPTIONS, TrainingSettings
@@ -55,10 +57,12 @@ REPLACES: dict[str, tuple[str, ...]] = {
     "dataset": ("task", "reward"),
     "layer": ("full",),
     "full": ("layer",),
-    "prompts": STEP_FIELDS,
+    "prompts": (PASSES_FIELD,),
+    PASSES_FIELD: ("prompts",),
+    "steps_per_generation": ("generation_batch_size",),
+    "generation_batch_size": ("steps_per_generation",),
     "completions": ("num_generations",),
     "num_generations": ("completions",),
-    **dict.fromkeys(STEP_FIELDS, ("prompts",)),
 }
 
 
@@ -137,11 +141,30 @@ def merged(recipe: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Any
         given["sampling"] = flat["sampling"] | given["sampling"]
     full_rate = flat.pop(FULL_RATE, None)
     flat |= given
+    if "steps_per_generation" in flat.keys() - given.keys() and PASSES_FIELD not in flat:
+        flat = _with_as_many_updates(recipe, flat)
     if full_rate is not None and flat.get("full") is True and "learning_rate" not in given:
         flat["learning_rate"] = full_rate
     if flat.get("learning_rate") == AUTO:
         del flat["learning_rate"]
     return flat
+
+
+def _with_as_many_updates(recipe: Mapping[str, Any], flat: dict[str, Any]) -> dict[str, Any]:
+    """Settings whose prompts took the place of the recipe's step: as many steps are made of a generation as there."""
+    try:
+        updates = recipe["steps_per_generation"] / recipe[PASSES_FIELD]
+        size = int(flat.get("completions") or flat.get("num_generations") or COMPLETIONS)
+        each = int(flat["prompts"]) * size // int(os.environ.get("WORLD_SIZE", "1"))
+        now = each / int(flat.get(PASS_FIELD) or fitting_pass(each))
+        return flat | {"steps_per_generation": math.ceil(updates * now)}
+    except (
+        KeyError,
+        TypeError,
+        ValueError,
+        ZeroDivisionError,
+    ):  # the recipe has no such fields, or one is refused later
+        return flat
 
 
 def _without_none(flat: Mapping[str, Any]) -> dict[str, Any]:

@@ -19,7 +19,7 @@ from models import build
 from peft_onelayer.rl import GiGPOTrainer, settings
 from peft_onelayer.rl.algorithms import ALGORITHMS, NOT_OFFERED, Algorithm, load_algorithm
 from peft_onelayer.rl.preferences import FORMATS, pairs_from_rollouts
-from peft_onelayer.rl.recipe import Recipe, config_from_text
+from peft_onelayer.rl.recipe import Recipe, config_from_text, make_recipe
 from peft_onelayer.rl.training import train_rows
 from peft_onelayer.rollouts.settings import Sampling
 from peft_onelayer.tasks import Task, load_task
@@ -168,6 +168,19 @@ def test_what_is_set_goes_before_the_paper_and_the_paper_before_the_defaults(tmp
     values = {**defaults(tmp_path, ALGORITHMS["grpo"]), "beta": 0.5, "epsilon": 0.5}
     config = make(ALGORITHMS["grpo"], values, {"output_dir": "--out"}, beta="0.04", seed="7").config()
     assert (config.beta, config.epsilon, config.seed) == (0.04, 0.2, 7)
+
+
+@pytest.mark.parametrize(
+    ("given", "updates"),
+    [({}, 1), ({"steps_per_generation": 32}, 4), ({"generation_batch_size": 128}, 2)],
+    ids=["default", "steps_per_generation", "generation_batch_size"],
+)
+@pytest.mark.parametrize("prompts", [None, 8])
+def test_the_size_of_a_generation_leaves_the_step_as_it_is(tmp_path, given, updates, prompts):
+    """gspo's note says 32: the four updates of a generation of arXiv 2507.18071."""
+    config = make_recipe("gspo", None, given, prompts=prompts).config(output_dir=str(tmp_path), max_steps=1)
+    assert config.per_device_train_batch_size * config.gradient_accumulation_steps == 8 * 8
+    assert config.generation_batch_size == updates * 8 * 8
 
 
 @pytest.mark.parametrize(

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import yaml
 
+from peft_onelayer.rl.recipe import make_recipe
 from peft_onelayer.runs import TrainingSettings
 from peft_onelayer.runs.recipes import (
     ABOUT,
@@ -65,8 +66,6 @@ def test_the_recipes_are_those_and_have_the_rates_of_block_and_full():
 
 @pytest.mark.parametrize("name", RATES)
 def test_a_recipe_makes_a_configuration_and_trains_the_best_block_of_the_profile(name):
-    from peft_onelayer.rl.recipe import make_recipe
-
     settings = load_recipe(name, out="run")
     recipe = make_recipe(
         settings.algorithm,
@@ -145,8 +144,32 @@ def test_a_file_of_ones_own_and_what_goes_before_it(tmp_path):
     text = "model: m\nper_device_train_batch_size: 4\ngradient_accumulation_steps: 32\n"
     passes = load_recipe(written(tmp_path, text), out="b", prompts=8)
     assert passes.prompts == 8 and passes.config == {"per_device_train_batch_size": 4}
+    assert load_recipe(written(tmp_path, OWN), out="b", steps_per_generation=4).prompts == 16
+    text = "model: m\ngeneration_batch_size: 64\n"
+    assert load_recipe(written(tmp_path, text), out="b", steps_per_generation=4).config == {"steps_per_generation": 4}
+    path = written(tmp_path, OWN)
     own_data = load_recipe(path, out="b", dataset="x.jsonl", reward="r.py:f")
     assert (own_data.task, own_data.dataset, own_data.reward) == (None, "x.jsonl", "r.py:f")
+
+
+@pytest.mark.parametrize(
+    ("changes", "prompts", "updates"),
+    [
+        ({"prompts": 32}, 32, 4),
+        ({"prompts": 3, "num_generations": 8}, 3, 4),
+        ({"prompts": 6, "completions": 2, "per_device_train_batch_size": 2}, 6, 4),
+        ({"prompts": 32, "steps_per_generation": 32}, 32, 2),
+        ({"prompts": 32, "generation_batch_size": 256}, 32, 2),
+        ({"gradient_accumulation_steps": 128}, 256, 2),
+    ],
+    ids=str,
+)
+def test_prompts_over_a_papers_step_keep_its_updates_of_a_generation(changes, prompts, updates):
+    settings = load_recipe("qwen3-1.7b-numina:paper", task="gsm8k", out="b", **changes)
+    step = {"prompts": settings.prompts, "completions": settings.completions}
+    config = make_recipe("grpo", None, settings.config, **step).config(output_dir="x", max_steps=1)
+    step = config.per_device_train_batch_size * config.gradient_accumulation_steps
+    assert (step / config.num_generations, config.generation_batch_size / step) == (prompts, updates)
 
 
 @pytest.mark.parametrize(

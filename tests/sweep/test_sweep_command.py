@@ -147,7 +147,7 @@ def test_nothing_to_learn_shows_completions_and_one_line(sweep, monkeypatch, tmp
         (["--set", "per_device_train_batch_size=7"], "GRPOConfig refused per_device_train_batch_size=7"),
         (["--task", "no_such_task"], "task 'no_such_task' is not known"),
         (["--algorithm", "dpo"], "dpo is offline"),
-        (["--prompts", "3", "--set", "steps_per_generation=2"], "both say how large a step is"),
+        (["--prompts", "3", "--set", "gradient_accumulation_steps=2"], "both say how large a step is"),
         (["--completions", "4", "--set", "num_generations=2"], "--set num_generations says the same"),
         (["--learning-rate", "0"], "a learning rate must be above 0, got 0.0"),
         (["--set", "learning_rate=1"], "field learning_rate is set by --learning-rate and --full-learning-rate"),
