@@ -142,7 +142,8 @@ class RunResults:
 
     Attributes:
         steps: optimizer steps, those before a resumption counted.
-        rewards: mean reward at every log; empty for offline algorithms.
+        rewards: mean reward at every log that has one; empty for offline algorithms.
+        reward_steps: the steps of these logs; None where every step has one, or none.
         losses: at every log.
         tokens_generated: tokens of all completions; 0 for offline algorithms, and where TRL logs no lengths.
         tokens_trained: prompt and completion tokens that the trainer counted; 0 where it counts none.
@@ -173,6 +174,7 @@ class RunResults:
     evaluations: list[HeldOutScore] | None = None
     kept_step: int | None = None
     stopped: str | None = None
+    reward_steps: list[int] | None = None
 
 
 @dataclass(frozen=True)

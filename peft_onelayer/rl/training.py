@@ -36,7 +36,7 @@ from .algorithms import Algorithm
 from .packing import packed_prompts
 from .prefix import shared_prefix
 from .prompts import shared_prompts
-from .recipe import BATCH_FIELDS, Recipe, demo_recipe, of_full_training
+from .recipe import BATCH_FIELDS, GENERATION_FIELDS, PASSES_FIELD, Recipe, demo_recipe, of_full_training
 from .rows import NO_ANSWER, graded_by_row, numbered, reset_by_row
 from .scored import scored_positions
 
@@ -52,7 +52,9 @@ class TrainingResult:
 
     Attributes:
         model: the trained model, wrapped unless everything was trained.
-        rewards: the mean reward at every log, which is every step by default; empty for offline algorithms.
+        rewards: the mean reward at every log that has one, which is by default every step that begins with a
+            generation; empty for offline algorithms.
+        reward_steps: the steps of these logs.
         losses: the loss at every log.
         steps: optimizer steps, those before a resumption counted.
         tokens_generated: tokens of all completions of the run; 0 for offline algorithms, and where TRL logs no lengths.
@@ -63,6 +65,7 @@ class TrainingResult:
 
     model: PeftModel | PreTrainedModel
     rewards: list[float]
+    reward_steps: list[int]
     losses: list[float]
     steps: int
     tokens_generated: int
@@ -72,15 +75,17 @@ class TrainingResult:
 
 
 class _Progress(TrainerCallback):
-    """Reports every log of a step, and its reward or, where there is none, its loss."""
+    """Reports every log of a step, and the last reward or, where none is logged, the loss."""
 
     def __init__(self, on_step: OnStep, on_log: OnLog) -> None:
         self.on_step, self.on_log_of_step = on_step, on_log
+        self.reward: float | None = None
 
     def on_log(self, args, state, control, logs=None, **kwargs) -> None:
         if logs and ("reward" in logs or "loss" in logs):
             self.on_log_of_step(state.global_step, logs)
-            self.on_step(state.global_step, logs.get("reward", logs.get("loss")))
+            self.reward = logs.get("reward", self.reward)
+            self.on_step(state.global_step, logs["loss"] if self.reward is None else self.reward)
 
 
 class _NoPickle(TrainerCallback):
@@ -125,7 +130,7 @@ def train_rows(
         resume_from: a checkpoint of an interrupted run.
         init_adapter: folder of an adapter of the same blocks to start from. A reference model stays the base.
         save_to: folder for what `Trainer.save_model` writes: the adapter in float32, or the model in its own dtype.
-        on_step: called at every log with the step and the mean reward, or the loss where there is no reward.
+        on_step: called at every log with the step and the last mean reward that was logged, or the loss where none is.
         on_log: called before it with the step and all that the trainer logged.
         callbacks: for the trainer.
         mask: file of the entries of these layers that train, as `SingleLayerConfig` takes it.
@@ -202,6 +207,7 @@ def train_rows(
     return TrainingResult(
         model=trained,
         rewards=[log["reward"] for log in logs if "reward" in log],
+        reward_steps=[log["step"] for log in logs if "reward" in log],
         losses=[log["loss"] for log in logs if "loss" in log],
         steps=trainer.state.global_step,
         tokens_generated=_tokens_generated(logs, config),
@@ -226,12 +232,39 @@ def completions_per_step(config: TrainingArguments) -> int:
     return config.per_device_train_batch_size * config.gradient_accumulation_steps * config.world_size
 
 
-def prompts_needed(algorithm: Algorithm, config: TrainingArguments, steps: int | None = None) -> int:
-    """How many prompts a run of `steps` (default: `config.max_steps`) draws, at least those of one generation."""
+def _generation(config: TrainingArguments) -> tuple[int, int]:
+    """Completions of a generation over all processes, and the batches of a process that train on them; of a trainer
+    without generations those of a batch, and 1."""
     fields = config.to_dict()
-    group = fields[algorithm.group_size] if algorithm.group_size else 1
-    completions = (steps or config.max_steps) * completions_per_step(config) / fields.get("num_iterations", 1)
-    return math.ceil(max(completions, fields.get("generation_batch_size") or 1) / group)
+    completions = fields.get("generation_batch_size") or config.per_device_train_batch_size * config.world_size
+    return completions, fields.get("steps_per_generation", 1) * fields.get("num_iterations", 1)
+
+
+def generation_steps(config: TrainingArguments) -> int:
+    """Every how many optimizer steps a step and a generation end together; 1 where no step is in the middle of one.
+
+    Elsewhere a run cannot be resumed as it was: no checkpoint holds the completions that are still to be trained on.
+    """
+    _, batches = _generation(config)
+    return math.lcm(batches, config.gradient_accumulation_steps) // config.gradient_accumulation_steps
+
+
+def completions_generated(config: TrainingArguments, steps: int) -> int:
+    """Completions over all processes that so many optimizer steps generate, those of a begun generation in full."""
+    completions, batches = _generation(config)
+    return math.ceil(steps * config.gradient_accumulation_steps / batches) * completions
+
+
+def prompts_needed(algorithm: Algorithm, config: TrainingArguments, steps: int | None = None) -> int:
+    """How many prompts a run of `steps` (default: `config.max_steps`) draws, in whole generations."""
+    group = config.to_dict()[algorithm.group_size] if algorithm.group_size else 1
+    return completions_generated(config, steps or config.max_steps) // group
+
+
+def prompts_of_pass(algorithm: Algorithm, config: TrainingArguments, rows: int) -> int:
+    """How many of so many prompts are drawn in a pass: whole generations (trl's RepeatSampler leaves out the rest)."""
+    of_one = _generation(config)[0] // config.to_dict()[algorithm.group_size] if algorithm.group_size else 1
+    return rows // of_one * of_one
 
 
 def rows_of_step(task: Task, recipe: Recipe, config: TrainingArguments, seed: int) -> list[dict[str, Any]]:
@@ -244,21 +277,24 @@ def rows_of_step(task: Task, recipe: Recipe, config: TrainingArguments, seed: in
     rows = task.rows("train", needed, seed)
     if len(rows) < needed:
         by_fields = any(name in recipe.given for name in BATCH_FIELDS)
-        by_prompts = not by_fields or "gradient_accumulation_steps" in recipe.settings.keys() - recipe.given.keys()
+        by_prompts = not by_fields or PASSES_FIELD in recipe.settings.keys() - recipe.given.keys()
         option = "--prompts" if by_prompts else "--set per_device_train_batch_size"
+        what, of_step = "step", completions_per_step(config) // config.to_dict().get(recipe.algorithm.group_size, 1)
+        if needed > of_step:
+            what, given = "generation", [name for name in GENERATION_FIELDS if name in recipe.given]
+            option = f"--set {given[0]}"
         raise ValueError(
-            f"one step draws {needed} prompts and task {task.name} has {len(rows)}; use a smaller {option}"
+            f"one {what} draws {needed} prompts and task {task.name} has {len(rows)}; use a smaller {option}"
         )
     return rows
 
 
 def steps_of_epochs(algorithm: Algorithm, config: TrainingArguments, rows: int) -> int:
     """How many optimizer steps the trainer takes in `config.num_train_epochs` over so many rows."""
-    fields = config.to_dict()
-    if algorithm.group_size and algorithm.online:
-        # A generation takes whole groups; prompts that are too few for one are left out (trl's RepeatSampler).
-        generations = rows // (fields["generation_batch_size"] // fields[algorithm.group_size])
-        batches = generations * fields["steps_per_generation"] * fields["num_iterations"]
+    if algorithm.group_size:
+        completions, batches_of_one = _generation(config)
+        of_pass = prompts_of_pass(algorithm, config, rows) * config.to_dict()[algorithm.group_size]
+        batches = of_pass // completions * batches_of_one
     else:
         rounded = math.floor if config.dataloader_drop_last else math.ceil
         batches = rounded(rows / (config.per_device_train_batch_size * config.world_size))
@@ -266,12 +302,13 @@ def steps_of_epochs(algorithm: Algorithm, config: TrainingArguments, rows: int) 
 
 
 def _tokens_generated(logs: list[dict[str, float]], config: TrainingArguments) -> int:
-    """The sum of completion lengths; TRL logs their mean over the steps since the log before."""
-    tokens, step = 0.0, 0.0
+    """The sum of completion lengths; TRL logs their mean over the generations since the log before."""
+    tokens, counted = 0.0, 0
     for log in logs:
         if "completions/mean_length" in log:
-            tokens += log["completions/mean_length"] * completions_per_step(config) * (log["step"] - step)
-            step = log["step"]
+            generated = completions_generated(config, int(log["step"]))
+            tokens += log["completions/mean_length"] * (generated - counted)
+            counted = generated
     return round(tokens)
 
 
@@ -289,8 +326,8 @@ def _completions(logs: list[dict[str, float]], config: TrainingArguments) -> Com
     length, cut = _mean(logs, "completions/mean_length"), _mean(logs, "completions/clipped_ratio")
     if length is None or cut is None:
         return None
-    steps = max(int(log["step"]) for log in logs)
-    return CompletionStatistics(completions_per_step(config) * steps, round(length, 2), cut, _mean(logs, NO_ANSWER))
+    generated = completions_generated(config, max(int(log["step"]) for log in logs))
+    return CompletionStatistics(generated, round(length, 2), cut, _mean(logs, NO_ANSWER))
 
 
 def _mean(logs: list[dict[str, float]], name: str) -> float | None:

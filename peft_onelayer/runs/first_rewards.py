@@ -15,20 +15,21 @@ class FirstRewards(TrainerCallback):
     of a run that has fewer.
 
     Args:
-        prompts: of a step.
+        prompts: of a log: a step's or, where one has several steps, a generation's.
         look: samples the task, and raises where it can teach nothing.
     """
 
     def __init__(self, prompts: float, look: Callable[[], object]) -> None:
-        self.left, self.look = math.ceil(PROMPTS / prompts), look
+        self.left, self.look, self.seen = math.ceil(PROMPTS / prompts), look, False
 
     def on_log(self, args, state, control, logs=None, **kwargs) -> None:
-        if self.left == 0 or "frac_reward_zero_std" not in (logs or {}):
+        if self.left == 0:
             return
-        if logs["frac_reward_zero_std"] < 1:
-            self.left = 0
-            return
-        self.left -= 1
-        if self.left == 0 or state.global_step == state.max_steps:
+        if "frac_reward_zero_std" in (logs or {}):
+            if logs["frac_reward_zero_std"] < 1:
+                self.left = 0
+                return
+            self.left, self.seen = self.left - 1, True
+        if self.seen and (self.left == 0 or state.global_step == state.max_steps):
             self.left = 0
             self.look()

@@ -63,13 +63,13 @@ class RunFolder:
             return None
         return RunRecord.from_dict(fields, str(path)) if fields.get("format") == RunRecord.FORMAT else None
 
-    def last_checkpoint(self) -> Path | None:
-        """The newest complete checkpoint.
+    def last_checkpoint(self, every: int = 1) -> Path | None:
+        """The newest complete checkpoint, of those whose step is a multiple of `every`.
 
         `Trainer._save_checkpoint` writes trainer_state.json last, so one that lacks it, or holds a torn one, was being
         written when the run was killed.
         """
-        found = {step: folder for folder, step in self._checkpoints() if step is not None}
+        found = {step: folder for folder, step in self._checkpoints() if step is not None and step % every == 0}
         return found[max(found)] if found else None
 
     def _checkpoints(self) -> list[tuple[Path, int | None]]:

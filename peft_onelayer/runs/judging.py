@@ -15,7 +15,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallba
 from peft_onelayer.records.figures import Measured
 from peft_onelayer.rl.algorithms import Algorithm
 from peft_onelayer.rl.sampling import PAIRS_OPTIONS, sampling_of_run, with_given
-from peft_onelayer.rl.training import TrainingResult, completions_per_step
+from peft_onelayer.rl.training import TrainingResult, completions_generated, completions_per_step
 from peft_onelayer.rollouts.completions import compare_completions
 from peft_onelayer.rollouts.evaluation import Evaluation
 from peft_onelayer.rollouts.prompts import Shape, shaped, shown_rows
@@ -94,7 +94,7 @@ class Judge:
         if settings.pairs_from_task:
             completions = settings.pairs_from_task * 8
         else:
-            completions = max(self.config.max_steps, 0) * completions_per_step(self.config)
+            completions = completions_generated(self.config, max(self.config.max_steps, 0))
         problems = min(PROBLEMS, completions // SHARE)
         if settings.show:
             return max(problems, FEWEST)

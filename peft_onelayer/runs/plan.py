@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -15,7 +16,7 @@ from peft_onelayer.rl.boost import parse_boost
 from peft_onelayer.rl.preferences import OfflineData, load_preferences
 from peft_onelayer.rl.recipe import Recipe, make_recipe, refuse_fields, refuse_without_effect
 from peft_onelayer.rl.sampling import PAIRS_OPTIONS, sampling_of_run, with_given
-from peft_onelayer.rl.training import prompts_needed, rows_of_step, steps_of_epochs
+from peft_onelayer.rl.training import generation_steps, prompts_needed, rows_of_step, steps_of_epochs
 from peft_onelayer.rollouts.prompts import Shape, check_prompt, shown_rows
 from peft_onelayer.rollouts.sampling import check_room
 from peft_onelayer.rollouts.settings import Sampling
@@ -98,7 +99,17 @@ class TrainingPlan:
         make = partial(self.recipe.config, **{k: v for k, v in defaults.items() if k not in given})
         if self.algorithm.online and "num_train_epochs" in given:
             fixed["max_steps"] = self._steps_of_epochs(make(**fixed | {"max_steps": 1}))
-        return make(**fixed)
+        config = make(**fixed)
+        if config.max_steps > 0:
+            self.save_between_generations(config, config.max_steps)
+        return config
+
+    def save_between_generations(self, config: TrainingArguments, steps: int) -> None:
+        """Of a run of so many steps round the default `save_steps` up to steps that end with a generation, where some
+        do not: elsewhere it cannot be resumed as it was."""
+        every = generation_steps(config)
+        if every > 1 and config.save_steps < 1 and "save_steps" not in self.recipe.given:
+            config.save_steps = math.ceil(config.save_steps * steps / every) * every
 
     def _steps_of_epochs(self, config: TrainingArguments) -> int:
         """The optimizer steps of `num_train_epochs` over the task's train split, all of which is then drawn."""

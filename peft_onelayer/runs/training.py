@@ -7,7 +7,7 @@ import os
 import shlex
 import shutil
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from functools import partial
@@ -34,7 +34,15 @@ from peft_onelayer.rl.recipe import of_full_training
 from peft_onelayer.rl.sampling import sampling_of_run
 from peft_onelayer.rl.scored import check_backbone
 from peft_onelayer.rl.state_cache import GIGABYTE
-from peft_onelayer.rl.training import completions_per_step, prompts_needed, steps_of_epochs, train_rows
+from peft_onelayer.rl.training import (
+    TrainingResult,
+    completions_generated,
+    generation_steps,
+    prompts_needed,
+    prompts_of_pass,
+    steps_of_epochs,
+    train_rows,
+)
 from peft_onelayer.rollouts.prompts import shaped
 from peft_onelayer.tuner import SingleLayerConfig, find_decoder_stack
 from peft_onelayer.tuner.mask import Mask
@@ -94,7 +102,8 @@ def train(
 
     The same settings give the same weights on the same machine. A run that was killed goes on with `resume` and the
     same settings, and ends with the weights of an uninterrupted one, but for an online run that was killed after it had
-    gone once over all prompts (TRL begins their order again). With several processes (torchrun) each calls it.
+    gone once over all prompts (TRL begins their order again), or that has no checkpoint between two generations. With
+    several processes (torchrun) each calls it.
 
     Args:
         resume: go on with the interrupted run in `settings.out`.
@@ -156,6 +165,8 @@ class _Training:
         record = self._record(base, layers, chat)
         if self.folder.main and self.folder.previous:
             record = self._resumed(record, self.folder.previous)
+        if self.folder.previous:
+            record = replace(record, resumed_from=self._resumptions(self.folder.previous))
         with self._telling_what_is_kept(), self.folder.running(record):
             if text := recipe_of(settings):
                 self.folder.write(RUN_YAML, text)
@@ -175,6 +186,8 @@ class _Training:
         if config.max_steps > previous.settings.config.get("max_steps", -1) > 0 and self.settings.steps:
             epochs = config.num_train_epochs  # has no effect beside max_steps, and --steps leaves it out
             longer = {"max_steps": config.max_steps, "num_train_epochs": epochs}
+            if "save_steps" not in self.plan.recipe.given:
+                longer["save_steps"] = config.save_steps  # a share of the steps, in whole generations
             asked = replace(asked, config={**asked.config, **longer})
             raised = previous.settings.config["max_steps"]
         if changed := differences(asdict(asked), asdict(record.settings)):
@@ -185,6 +198,14 @@ class _Training:
         if raised:
             self._tell_of_more_steps(raised)
         return replace(record, command=previous.command)
+
+    def _resumptions(self, previous: RunRecord) -> list[str] | None:
+        """The checkpoints that `previous` was continued from, and the one that it is continued from now."""
+        checkpoint, before = self._checkpoint(), previous.settings.config.get("max_steps")
+        if checkpoint is None:
+            return previous.resumed_from
+        of = f" of {before} steps" if before != self.plan.config.max_steps else ""
+        return [*(previous.resumed_from or []), checkpoint.name + of]
 
     def _tell_of_more_steps(self, before: int) -> None:
         """What a run that was begun with fewer steps is, and is not."""
@@ -202,7 +223,7 @@ class _Training:
         try:
             yield
         except BaseException as error:
-            if self.keeps and self.folder.main and (last := self.folder.last_checkpoint()):
+            if self.keeps and self.folder.main and (last := self._checkpoint()):
                 again = shlex.join(["onelayer", "train", "--resume", "--out", str(self.settings.out)])
                 launched = int(os.environ.get("WORLD_SIZE", "1")) > 1
                 self.progress.note(
@@ -218,9 +239,35 @@ class _Training:
         config = self.plan.config
         if config.save_strategy != SaveStrategy.STEPS or config.max_steps < 1:
             return ""
-        steps = config.save_steps
-        first = math.ceil(steps * config.max_steps) if steps < 1 else int(steps)  # as transformers' TrainerState counts
-        return f" (the first comes after step {first}; --set save_steps=N makes it N)"
+        return f" (the first comes after step {self._saves_every(config.max_steps)}; --set save_steps=N makes it N)"
+
+    def _saves_every(self, steps: int) -> int:
+        """`save_steps` of a run of so many steps in steps, as transformers' TrainerState counts."""
+        every = self.plan.config.save_steps
+        return math.ceil(every * steps) if every < 1 else int(every)
+
+    def _checkpoint(self) -> Path | None:
+        """What a resumption goes on from: the newest checkpoint between two generations, or else the newest."""
+        return self.folder.last_checkpoint(generation_steps(self.plan.config)) or self.folder.last_checkpoint()
+
+    def _tell_of_generations(self, steps: int, checkpoint: Path | None) -> None:
+        """Say where checkpoints lie within generations, so that a run that goes on there is another one."""
+        every, saves = generation_steps(self.plan.config), self._saves_every(steps)
+        if self.plan.config.save_strategy == SaveStrategy.STEPS and saves % every:
+            self.progress.note(
+                f"save_steps={saves}: a generation ends every {every} steps, and only from a checkpoint of such a step "
+                f"does a resumed run end as an uninterrupted one; --resume takes the last of those. --set "
+                f"save_steps={every} writes no others"
+            )
+        if checkpoint is None:
+            return
+        text, last = f"going on from {checkpoint.name}", self.folder.last_checkpoint()
+        lost = "is in the middle of a generation, whose completions no checkpoint holds"
+        if step_of(checkpoint) % every:
+            text += f", which {lost}, and there is none at its end: this run does not end as an uninterrupted one"
+        elif last and last != checkpoint:
+            text += f" and not from {last.name}, which {lost}: from there it would not end as an uninterrupted run"
+        self.progress.note(text)
 
     def _record(self, base: PreTrainedModel, layers: list[int] | None, chat: bool | None) -> RunRecord:
         settings, task, data = self.settings, self.plan.task, self.plan.data
@@ -293,22 +340,27 @@ class _Training:
         steps = config.max_steps
         if steps < 1:
             steps = steps_of_epochs(self.plan.algorithm, config, len(rows))
-        checkpoint = folder.last_checkpoint() if folder.previous else None
-        if folder.previous and checkpoint:
-            self.progress.note(f"going on from {checkpoint.name}")
+        self.plan.save_between_generations(config, steps)
+        checkpoint = self._checkpoint() if folder.previous else None
+        self._tell_of_generations(steps, checkpoint)
+        if checkpoint:
             drawn = prompts_needed(self.plan.algorithm, config, steps=step_of(checkpoint) + 1)
-            if self.plan.algorithm.online and self.plan.algorithm.group_size and drawn > len(rows):
+            of_pass = prompts_of_pass(self.plan.algorithm, config, len(rows))
+            if self.plan.algorithm.group_size and drawn > of_pass:
                 self.progress.note(
-                    f"the run has gone once over its {len(rows)} prompts; TRL begins their order again where a run is "
+                    f"the run has gone once over its {of_pass} prompts; TRL begins their order again where a run is "
                     "resumed, so this one goes on with other prompts than an uninterrupted run"
                 )
-            before = folder.previous.settings.config.get("max_steps")
-            of = f" of {before} steps" if before != config.max_steps else ""
-            record = replace(record, resumed_from=[*(folder.previous.resumed_from or []), checkpoint.name + of])
         what = "all blocks" if layers is None else name_blocks(layers)
-        kind = "reward" if self.plan.algorithm.online else "loss"
         with folder.publishing() as published, folder.scratch() as scratch:
             log = RunLog(folder.path, step_of(checkpoint) if checkpoint else None) if folder.main else None
+            logged: set[str] = set()
+
+            def on_log(step: int, logs: Mapping[str, float]) -> None:
+                logged.update(logs)
+                if log:
+                    log.write(step, logs)
+
             with self.progress.bar(f"training {what}", steps, "step") as update:
                 result = train_rows(
                     base,
@@ -321,8 +373,10 @@ class _Training:
                     resume_from=checkpoint,
                     init_adapter=self.init_adapter,
                     save_to=scratch,
-                    on_step=lambda step, value: update(step, f"{kind} {value:.3g}"),
-                    on_log=log.write if log else lambda step, logs: None,
+                    on_step=lambda step, value: update(
+                        step, f"{'reward' if 'reward' in logged else 'loss'} {value:.3g}"
+                    ),
+                    on_log=on_log,
                     mask=self.settings.mask,
                     share=partial(
                         shared_prefix,
@@ -344,6 +398,7 @@ class _Training:
             results = RunResults(
                 steps=result.steps,
                 rewards=result.rewards,
+                reward_steps=_where_some_have_none(result),
                 losses=result.losses,
                 tokens_generated=result.tokens_generated,
                 tokens_trained=result.tokens_trained,
@@ -366,9 +421,9 @@ class _Training:
         group = plan.algorithm.group_size
         if task is None or group is None or "learning_rate" not in plan.recipe.given:
             return []
-        step, most = completions_per_step(plan.config), MOST_PROMPTS
+        most = MOST_PROMPTS
         if plan.config.max_steps > 0:  # as many completions as the run has, or those of a few prompts
-            most = max(PROMPTS, min(most, step * plan.config.max_steps // SAMPLES))
+            most = max(PROMPTS, min(most, completions_generated(plan.config, plan.config.max_steps) // SAMPLES))
         sampling = replace(sampling_of_run(plan.algorithm, plan.config), batch_size=plan.generate)
 
         def look() -> None:
@@ -378,7 +433,7 @@ class _Training:
             )
             informative_completions(base, tokenizer, task, sampling, prompts=most, enough=1)
 
-        return [FirstRewards(step / plan.config.to_dict()[group], look)]
+        return [FirstRewards(prompts_needed(plan.algorithm, plan.config, steps=1), look)]
 
     def _movement(self, model: PeftModel | PreTrainedModel, published: Path) -> Movement | None:
         """How far the trained tensors moved, and a word where some did not; None where that cannot be measured."""
@@ -391,6 +446,12 @@ class _Training:
         for line in [movement.summary(), *movement.notes()] if movement else []:
             self.progress.note(line)
         return movement
+
+
+def _where_some_have_none(result: TrainingResult) -> list[int] | None:
+    """The steps whose reward was logged; None where every step's was, or none."""
+    every = result.reward_steps == list(range(1, result.steps + 1))
+    return None if every else result.reward_steps or None
 
 
 def blocks_of_adapter(settings: TrainingSettings, num_layers: int, kinds: list[str] | None) -> tuple[Path, list[int]]:

@@ -60,14 +60,16 @@ def test_only_the_block_changes_and_the_seed_decides_how(base):
             8,
             "--set per_device_train_batch_size",
         ),
+        ({"prompts": 4, "config": {"steps_per_generation": 8}}, 8, "--set steps_per_generation"),
     ],
-    ids=["prompts", "prompts and a pass", "defaults", "fields alone"],
+    ids=["prompts", "prompts and a pass", "defaults", "fields alone", "generation"],
 )
 def test_fewer_prompts_than_a_step_draws_are_refused(base, given, needed, option):
     task = load_task("arithmetic")
     few = dataclasses.replace(task, rows=lambda split, n, seed: task.rows(split, min(n, 5), seed))
     recipe = make_recipe("grpo", few, **given)
-    line = f"^one step draws {needed} prompts and task arithmetic has 5; use a smaller {option}$"
+    what = "generation" if "generation" in option else "step"
+    line = f"^one {what} draws {needed} prompts and task arithmetic has 5; use a smaller {option}$"
     with pytest.raises(ValueError, match=line):
         train_layer(*base, few, 5, steps=1, seed=0, recipe=recipe)
 
