@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+from contextlib import redirect_stdout
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -252,12 +254,13 @@ def train(
                 note(line)
             print_json(found.to_json()) if as_json else print_memory(found)
             return
-        run = run_training(
-            asked,
-            resume=resume,
-            command=command_line(),
-            progress=TerminalProgress(),
-        )
+        with redirect_stdout(sys.stderr):  # stdout is for the result; TRL's log_completions and rewards print there
+            run = run_training(
+                asked,
+                resume=resume,
+                command=command_line(),
+                progress=TerminalProgress(),
+            )
     if not run.is_main_process:
         return
     if as_json:

@@ -16,6 +16,8 @@ from transformers import TrainerCallback
 
 from peft_onelayer.seams import check
 
+TEACHER = "teacher"
+
 
 def _pairs(model: PeftModel, source: str, target: str) -> list[tuple[torch.nn.Parameter, torch.nn.Parameter]]:
     """The parameters of two adapters, side by side. An adapter may be named like a module ("mlp", "layers")."""
@@ -26,6 +28,13 @@ def _pairs(model: PeftModel, source: str, target: str) -> list[tuple[torch.nn.Pa
         for name, parameter in named.items()
         if f".{holder}.{source}." in name
     ]
+
+
+@torch.no_grad()
+def copy_adapter(model: PeftModel, source: str, target: str) -> None:
+    """Give the adapter `target` the weights of `source`."""
+    for parameter, copied in _pairs(model, source, target):
+        copied.copy_(parameter)
 
 
 class EMAAdapterCallback(TrainerCallback):
@@ -68,7 +77,7 @@ class EMAAdapterCallback(TrainerCallback):
 class EMATeacherMixin:
     """`teacher_model_kind="ema"` for `SDPOTrainer` and `SDFTTrainer` of trl.experimental and a single-layer adapter.
 
-    The teacher is an adapter "teacher" that starts as a copy of the student's and follows it at
+    The teacher is an adapter `TEACHER` that starts as a copy of the student's and follows it at
     `args.teacher_update_rate`, every `args.teacher_sync_steps` steps.
 
     Example:
@@ -98,11 +107,9 @@ class EMATeacherMixin:
             return
         model = self.accelerator.unwrap_model(self.model)
         student = model.active_adapter
-        model.add_adapter("teacher", model.peft_config[student])
-        with torch.no_grad():
-            for source, target in _pairs(model, student, "teacher"):
-                target.copy_(source)
+        model.add_adapter(TEACHER, model.peft_config[student])
+        copy_adapter(model, student, TEACHER)
         self.teacher_model = self.model
         self.add_callback(
-            EMAAdapterCallback("teacher", self.args.teacher_update_rate, self.args.teacher_sync_steps, student)
+            EMAAdapterCallback(TEACHER, self.args.teacher_update_rate, self.args.teacher_sync_steps, student)
         )

@@ -57,7 +57,8 @@ class OfflineData:
 def load_preferences(source: str, kind: str) -> OfflineData:
     """Read all rows of a .jsonl, .jsonl.gz, .csv or .parquet file, or of the "train" split of a data set on the Hub.
 
-    Columns that are not of the format are left out, since TRL takes "messages" beside "chosen" for the data itself.
+    A label of a .csv file, whose values are text, is true or false in any case. Columns that are not of the format are
+    left out, since TRL takes "messages" beside "chosen" for the data itself.
 
     Args:
         source: a path, "org/name" or "org/name:config@revision".
@@ -80,6 +81,11 @@ def load_preferences(source: str, kind: str) -> OfflineData:
             f"no file {source}; expected a .jsonl, .csv or .parquet file, or a Hub data set such as 'trl-lib/name'"
         )
     columns = _columns(source, kind, rows[0])
+    if path.suffix == ".csv":
+        labels = {"true": True, "false": False}
+        rows = [
+            row | {"label": labels.get(row["label"].lower(), row["label"])} if "label" in row else row for row in rows
+        ]
     for number, row in enumerate(rows, start=1):
         _check_row(f"{source}, row {number}", {name: row[name] for name in columns})
     kept = [*columns, *(name for name in ALSO_READ if name in rows[0])]

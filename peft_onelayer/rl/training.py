@@ -33,6 +33,7 @@ from peft_onelayer.tasks import Task
 from peft_onelayer.tuner import SingleLayerConfig
 
 from .algorithms import Algorithm
+from .ema import TEACHER, copy_adapter
 from .packing import packed_prompts
 from .prefix import shared_prefix
 from .prompts import shared_prompts
@@ -128,7 +129,8 @@ def train_rows(
             another PEFT method to compare with.
         task: gives an online algorithm its reward and, for agents, its environments.
         resume_from: a checkpoint of an interrupted run.
-        init_adapter: folder of an adapter of the same blocks to start from. A reference model stays the base.
+        init_adapter: folder of an adapter of the same blocks to start from, an EMA teacher too. A reference model
+            stays the base.
         save_to: folder for what `Trainer.save_model` writes: the adapter in float32, or the model in its own dtype.
         on_step: called at every log with the step and the last mean reward that was logged, or the loss where none is.
         on_log: called before it with the step and all that the trainer logged.
@@ -191,6 +193,8 @@ def train_rows(
             set_peft_model_state_dict(trainer.model, load_peft_weights(str(init_adapter), device="cpu"))
         except OtherBaseError as error:
             raise ValueError(error.problem) from error
+        if TEACHER in trainer.model.peft_config:
+            copy_adapter(trainer.model, "default", TEACHER)
     if resume_from is not None:
         refuse_incomplete_resume(trainer.model)
     with warnings.catch_warnings():

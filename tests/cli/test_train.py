@@ -261,6 +261,14 @@ def test_top_entropy_is_ours_and_not_trls(train):
     assert trls["results"]["sha256"] != ours["results"]["sha256"]
 
 
+@pytest.mark.more
+def test_what_trl_prints_of_completions_stays_off_stdout(onelayer, tmp_path):
+    options = ["--steps", "1", "--prompts", "1", "--completions", "2", "--learning-rate", "1e-3"]
+    options += ["--set", "log_completions=true", "--eval-problems", "0", "--json"]
+    code, _, out = onelayer("train", BASE, "--task", "arithmetic", "--layer", "5", *options, "--out", tmp_path / "run")
+    assert code == 0 and json.loads(out) == json.loads((tmp_path / "run" / "run.json").read_text())
+
+
 def test_json_is_run_json(onelayer, tmp_path):
     code, _, out = onelayer(*ON_BLOCK_5, "--steps", "1", "--json", "--out", tmp_path / "run")
     assert code == 0 and json.loads(out) == json.loads((tmp_path / "run" / "run.json").read_text())

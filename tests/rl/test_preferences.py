@@ -70,6 +70,15 @@ def test_a_compressed_file_is_read(tmp_path):
     assert load_preferences(str(tmp_path / "pairs.jsonl.gz"), "preference").rows == GOOD["preference"][:1]
 
 
+def test_the_labels_of_a_csv_file_are_true_and_false(tmp_path):
+    path = tmp_path / "k.csv"
+    path.write_text("prompt,completion,label\na,b,true\nc,d,False\ne,f,TRUE\n")
+    assert [row["label"] for row in load_preferences(str(path), "unpaired").rows] == [True, False, True]
+    path.write_text("prompt,completion,label\na,b,true\nc,d,1\n")
+    with pytest.raises(ValueError, match=r"k\.csv, row 2: label is '1', expected true or false$"):
+        load_preferences(str(path), "unpaired")
+
+
 def test_other_columns_are_left_out(tmp_path):
     """TRL would take "messages" for the data, and drops nothing by itself; "tools" it reads."""
     row = GOOD["preference"][1]

@@ -5,12 +5,13 @@ import demo_model
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
+from transformers import TrainerState
 
 from models import build
 from peft_onelayer import SingleLayerConfig
 from peft_onelayer.rl import training
 from peft_onelayer.rl.recipe import demo_recipe, make_recipe
-from peft_onelayer.rl.training import refuse_incomplete_resume, train_layer
+from peft_onelayer.rl.training import _Progress, refuse_incomplete_resume, train_layer, train_rows
 from peft_onelayer.tasks import load_task
 
 
@@ -72,6 +73,38 @@ def test_fewer_prompts_than_a_step_draws_are_refused(base, given, needed, option
     line = f"^one {what} draws {needed} prompts and task arithmetic has 5; use a smaller {option}$"
     with pytest.raises(ValueError, match=line):
         train_layer(*base, few, 5, steps=1, seed=0, recipe=recipe)
+
+
+def test_a_teacher_starts_where_the_student_does(base, tmp_path):
+    """Also where that is an adapter; the rate of the first step is 0."""
+    adapter = get_peft_model(copy.deepcopy(base[0]), SingleLayerConfig(layer=5))
+    with torch.no_grad():
+        for parameter in (p for p in adapter.parameters() if p.requires_grad):
+            parameter.add_(0.1 * torch.randn_like(parameter))
+    adapter.save_pretrained(tmp_path / "adapter")
+    task = load_task("arithmetic")
+    fields = {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 1, "num_generations": 2}
+    recipe = make_recipe("sdpo", task, {**fields, "warmup_steps": 1})
+    config = recipe.config(output_dir=str(tmp_path), max_steps=1, report_to="none", save_strategy="no")
+    model, tokenizer = copy.deepcopy(base[0]), base[1]
+    rows = task.rows("train", 1, 0)
+    init = tmp_path / "adapter"
+    result = train_rows(model, tokenizer, recipe, config, rows, layers=5, task=task, init_adapter=init)
+    trained = dict(result.model.named_parameters())
+    students = [name for name in trained if ".single_layer_params.default." in name]
+    assert students
+    for name in students:
+        torch.testing.assert_close(trained[name.replace(".default.", ".teacher.")], trained[name])
+
+
+def test_a_step_without_a_reward_keeps_the_last_one():
+    """As the later steps of a generation; a run without rewards tells its losses."""
+    told, state = [], TrainerState()
+    for logs in ([{"loss": 3.0, "reward": 0.5}, {"loss": 2.0}], [{"loss": 1.0}]):
+        progress = _Progress(lambda step, value: told.append(value), lambda step, logs: None)
+        for one in logs:
+            progress.on_log(None, state, None, logs=one)
+    assert told == [0.5, 0.5, 1.0]
 
 
 def test_it_prints_nothing_on_stdout(base, capfd):
