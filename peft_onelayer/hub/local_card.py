@@ -155,6 +155,7 @@ def draw_pictures(records: Records, folder: Path) -> list[str]:
         drawn.append(PLOT)
     if records.run and records.rewards:
         settings = records.run.settings
-        plot_rewards(records.rewards, folder / REWARDS, f"{settings.algorithm} on {settings.source.name}")
+        title, results = f"{settings.algorithm} on {settings.source.name}", records.run.results
+        plot_rewards(records.rewards, folder / REWARDS, title, steps=results.reward_steps if results else None)
         drawn.append(REWARDS)
     return drawn

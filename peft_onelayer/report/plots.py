@@ -48,14 +48,16 @@ def new_figure(width: float = 7.0, height: float = 3.6):
 
 
 @as_given()
-def plot_rewards(rewards: Sequence[float], path: Path, title: str, window: int = 10) -> None:
-    """Draw the mean reward of every step, and its running mean over the last `window` steps."""
+def plot_rewards(
+    rewards: Sequence[float], path: Path, title: str, window: int = 10, steps: Sequence[int] | None = None
+) -> None:
+    """Draw the mean reward of every step, or of `steps`, and its running mean over the last `window` of them."""
     figure, axes = new_figure()
-    steps = range(1, len(rewards) + 1)
-    running = [sum(rewards[max(0, i - window) : i]) / min(i, window) for i in steps]
-    axes.plot(steps, rewards, color=BLUE, alpha=0.35, linewidth=1, label="each step")
+    running = [sum(rewards[max(0, i - window) : i]) / min(i, window) for i in range(1, len(rewards) + 1)]
+    each, steps = "each log with one" if steps else "each step", steps or range(1, len(rewards) + 1)
+    axes.plot(steps, rewards, color=BLUE, alpha=0.35, linewidth=1, label=each)
     axes.plot(steps, running, color=BLUE, linewidth=2, label=f"mean of the last {window}")
-    axes.set(title=_within(title), xlabel="step", ylabel="mean reward of the step")
+    axes.set(title=_within(title), xlabel="step", ylabel="mean reward")
     if min(rewards) >= 0 and max(rewards) <= 1:
         axes.set_ylim(0, 1)
     axes.legend(frameon=False, loc="lower right")

@@ -157,7 +157,7 @@ class Watch(TrainerCallback):
 
     def on_log(self, args, state, control, **kwargs) -> None:
         """Stop where the reward has fallen."""
-        rewards = [log["reward"] for log in state.log_history if "reward" in log]
+        rewards = {log["step"]: log["reward"] for log in state.log_history if "reward" in log}
         reason = fallen(rewards) or (self.start and below_start(rewards, self.start))
         if reason and self.stopped is None:
             self.stopped = f"stopped at step {state.global_step}: {reason}"

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Sequence
+from collections.abc import Mapping
 
 from peft_onelayer.records.figures import Figures
 from peft_onelayer.rollouts.evaluation import Evaluation
 from peft_onelayer.statistics import Z_95, student_point
 
-WINDOW = 10  # steps at the start and at the end of a training curve that are compared
+WINDOW = 10  # rewards at the start and at the end of a training curve that are compared
 FALLEN = 0.5  # of the reward at the start
 ERRORS = 3.0  # standard errors that a fall has to be; of few problems more, by Student's t distribution
 FEWEST = 8  # problems of a claim: fewer hardly know their own spread, and may have none
@@ -73,28 +73,41 @@ def same_completions(a: Evaluation, b: Evaluation) -> float:
     return statistics.fmean(x.ids == y.ids for x, y in pairs)
 
 
-def fallen(rewards: Sequence[float]) -> str | None:
-    """Why a run whose steps had these mean rewards is lost; None while it is not.
+def fallen(rewards: Mapping[int, float]) -> str | None:
+    """Why a run that logged these mean rewards, by step, is lost; None while it is not.
 
-    It is when the mean of the last `WINDOW` steps lies below `FALLEN` of the first's, by more than `ERRORS` standard
+    It is when the mean of the last `WINDOW` lies below `FALLEN` of the first ones', by more than `ERRORS` standard
     errors of their difference. Rewards that are not above 0 at the start, and the first two windows, tell nothing.
 
-    >>> fallen([0.5] * 10 + [0.01] * 9) is None
+    >>> fallen(dict(enumerate([0.5] * 10 + [0.01] * 9, start=1))) is None
     True
-    >>> fallen([0.5, 0.52] * 5 + [0.01, 0.02] * 5)
+    >>> fallen(dict(enumerate([0.5, 0.52] * 5 + [0.01, 0.02] * 5, start=1)))
     'the mean reward fell from 0.51 (first 10 steps) to 0.015 (last 10)'
+    >>> fallen({4 * k + 1: reward for k, reward in enumerate([0.5, 0.52] * 5 + [0.01, 0.02] * 5)})
+    'the mean reward fell from 0.51 (first 10 rewards, to step 37) to 0.015 (last 10, to step 77)'
     """
     if len(rewards) < 2 * WINDOW:
         return None
-    first, last = list(rewards[:WINDOW]), list(rewards[-WINDOW:])
+    steps, values = list(rewards), list(rewards.values())
+    first, last = values[:WINDOW], values[-WINDOW:]
     start, end = statistics.fmean(first), statistics.fmean(last)
     error = math.sqrt((statistics.variance(first) + statistics.variance(last)) / WINDOW)
     if start > 0 and end < FALLEN * start and start - end > ERRORS * error:
-        return f"the mean reward fell from {start:.3g} (first {WINDOW} steps) to {end:.3g} (last {WINDOW})"
+        if _every_step(steps):
+            return f"the mean reward fell from {start:.3g} (first {WINDOW} steps) to {end:.3g} (last {WINDOW})"
+        return (
+            f"the mean reward fell from {start:.3g} (first {WINDOW} rewards, to step {steps[WINDOW - 1]}) to {end:.3g} "
+            f"(last {WINDOW}, to step {steps[-1]})"
+        )
     return None
 
 
-def below_start(rewards: Sequence[float], base: Evaluation) -> str | None:
+def _every_step(steps: list[int]) -> bool:
+    """Whether each step has logged a reward: not where several train on one generation, or with `logging_steps`."""
+    return steps == list(range(1, len(steps) + 1))
+
+
+def below_start(rewards: Mapping[int, float], base: Evaluation) -> str | None:
     """Why a run is lost that fell in its first steps, so that `fallen` has no height to compare with; None where it is
     not: as `fallen`, against the base's score on held-out problems.
 
@@ -103,13 +116,17 @@ def below_start(rewards: Sequence[float], base: Evaluation) -> str | None:
     """
     if len(rewards) < WINDOW or base.n < FEWEST:
         return None
-    last = list(rewards[-WINDOW:])
+    steps, values = list(rewards), list(rewards.values())
+    first, last = values[0], values[-WINDOW:]
     end = statistics.fmean(last)
     error = math.hypot(base.standard_error, math.sqrt(statistics.variance(last) / WINDOW))
     beyond = student_point(ERRORS, base.n - 1) * error
-    if base.mean > 0 and end < FALLEN * min(base.mean, rewards[0]) and base.mean - end > beyond:
+    if base.mean > 0 and end < FALLEN * min(base.mean, first) and base.mean - end > beyond:
+        where = "steps", "first step"
+        if not _every_step(steps):
+            where = f"rewards, to step {steps[-1]}", f"step {steps[0]}"
         return (
-            f"the mean reward fell to {end:.3g} (last {WINDOW} steps) from {rewards[0]:.3g} (first step); the base's "
+            f"the mean reward fell to {end:.3g} (last {WINDOW} {where[0]}) from {first:.3g} ({where[1]}); the base's "
             f"score on {base.n} held-out problems is {base.mean:.3g}"
         )
     return None

@@ -161,17 +161,17 @@ def run_layer(spec: RunSpec, on_step: OnStep = lambda step, reward: None, place:
     """Train what `spec` says and evaluate it, leaving nothing behind; without steps, find its learning rate.
 
     Args:
-        on_step: called after every step with its number and mean reward.
+        on_step: called after every step with its number and the last mean reward.
         place: where it computes; None: here, by itself.
 
     Returns:
         JSON values: "format"; "digest" and "spec", the specification; "scores", one per problem, the mean over its
         samples; "mean" and "standard_error" of them (None for one problem); "greedy_scores", likewise for greedy
-        decoding, or None; "problems_digest", SHA-256 of the problems; "rewards", one per step; "steps";
-        "tokens_generated" and "tokens_trained" in training; "tokens_evaluated", generated in the evaluation; "seconds";
-        "versions", of the libraries and the machine. Where a learning rate was to be found, in place of scores, rewards
-        and problems "found", the fields of `FoundRate`; or, where nothing can be learned, "nothing", why, and "shown",
-        some completions to read.
+        decoding, or None; "problems_digest", SHA-256 of the problems; "rewards", one per step or, where several train
+        on one generation, per first step of one; "steps"; "tokens_generated" and "tokens_trained" in training;
+        "tokens_evaluated", generated in the evaluation; "seconds"; "versions", of the libraries and the machine. Where
+        a learning rate was to be found, in place of scores, rewards and problems "found", the fields of `FoundRate`;
+        or, where nothing can be learned, "nothing", why, and "shown", some completions to read.
 
     Raises:
         ValueError: the model's files are not those of the specification, or what it names does not fit together.

@@ -34,6 +34,14 @@ def coloured(path):
     return {tuple(map(int, pixel)) for pixel in image.reshape(-1, 3)}
 
 
+def test_rewards_stand_at_the_steps_that_logged_them(tmp_path, monkeypatch):
+    drawn = []
+    monkeypatch.setattr(plots, "_save", lambda figure, path: drawn.append(figure.axes[0]))
+    for steps in (None, [1, 5, 9]):
+        plot_rewards([0.1, 0.2, 0.4], tmp_path / "reward.png", "title", steps=steps)
+    assert [[list(line.get_xdata()) for line in axes.lines] for axes in drawn] == [[[1, 2, 3]] * 2, [[1, 5, 9]] * 2]
+
+
 def test_plots_are_pngs_that_show_the_pick(tmp_path):
     plot_rewards([0.1, 0.2, 0.4], tmp_path / "reward.png", "title")
     plot_ranking(RANKING, tmp_path / "with.png", "title")

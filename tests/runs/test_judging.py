@@ -21,7 +21,9 @@ from peft_onelayer.runs import Progress, TrainingSettings, train
 from peft_onelayer.runs import training as runs_training
 from peft_onelayer.runs.judging import Judge
 from peft_onelayer.runs.plan import TrainingPlan
-from peft_onelayer.runs.verdict import below_start, fallen, far_below, verdict
+from peft_onelayer.runs.verdict import below_start as below_start_by_step
+from peft_onelayer.runs.verdict import fallen as fallen_by_step
+from peft_onelayer.runs.verdict import far_below, verdict
 from peft_onelayer.tasks import load_task
 
 BASE = str(files("peft_onelayer") / "demo_model")
@@ -165,6 +167,12 @@ def test_a_run_whose_reward_falls_stops_and_says_so(tmp_path, onelayer):
 
 
 def test_when_a_reward_has_fallen():
+    def fallen(rewards):
+        return fallen_by_step(dict(enumerate(rewards, start=1)))
+
+    def below_start(rewards, base):
+        return below_start_by_step(dict(enumerate(rewards, start=1)), base)
+
     start = [0.5, 0.52] * 5
     assert fallen(start + [0.3] * 10) is None and fallen(start + [0.2] * 10)
     assert fallen(start + [0.0] * 9) is None  # before 20 steps nothing is said
@@ -176,6 +184,9 @@ def test_when_a_reward_has_fallen():
     assert below_start([0.6] + [0.05] * 8, base) is None  # before 10 steps nothing is said
     assert below_start([0.2] + [0.15, 0.2] * 5, base) is None  # the run's own prompts are harder
     assert below_start([0.6] + [0.0, 0.9] * 5, base) is None  # noise
+    # two steps a generation
+    every_other = {2 * k + 1: reward for k, reward in enumerate([0.6] + [0.05] * 10)}
+    assert "(last 10 rewards, to step 21) from 0.6 (step 1)" in below_start_by_step(every_other, base)
     base, lost = made(0.8), Evaluation(made(0.8).problems, (0.1, 0.3) * 4, 4)
     assert "fell from 0.8 (the base's) to 0.2" in far_below(Figures.of(*paired_difference(lost, base)), base, lost)
     assert far_below(Figures.of(*paired_difference(made(0.5), base)), base, made(0.5)) is None
@@ -190,7 +201,7 @@ def test_a_few_problems_tell_nothing():
     """Equal differences of two problems have no spread, and stand for nothing."""
     few, lost = (Evaluation(("a", "b", "c"), (mean,) * 3, 4) for mean in (0.8, 0.1))
     assert far_below(Figures.of(*paired_difference(lost, few)), few, lost) is None
-    assert below_start([0.6] + [0.05] * 10, few) is None
+    assert below_start_by_step(dict(enumerate([0.6] + [0.05] * 10, start=1)), few) is None
     for n in range(1, 8):
         for difference in (0.25, -0.25, 0.0):
             said = verdict(Figures(difference, None if n == 1 else 0.0), n, same=0.1)
