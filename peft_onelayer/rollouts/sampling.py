@@ -7,11 +7,8 @@ samples, but without a trainer and without a trace on the model. Text only and o
 
 import asyncio
 import copy
-import functools
 import inspect
 import itertools
-import os
-import threading
 from collections.abc import Callable, Coroutine, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -22,7 +19,7 @@ from peft import PeftModel
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase, TrainerState
 
 from peft_onelayer.seams import check
-from peft_onelayer.tasks import Task, up_to_end
+from peft_onelayer.tasks import Task, awaiting, up_to_end
 from peft_onelayer.tasks.rows import check_reset, checked_scores, own_reward, own_reward_awaited, reward_columns
 from peft_onelayer.tuner.head import spare_head_copies
 from peft_onelayer.tuner.prompts import sharing_prompts
@@ -471,7 +468,7 @@ def _call(calls: Sequence[dict[str, Any]], tools: dict[str, Callable[..., Any]])
             (awaited if inspect.iscoroutinefunction(tools[name]) else results).append((name, result))
     if awaited:
         names, coroutines = zip(*awaited, strict=True)
-        for name, result in zip(names, _run(_together(coroutines)), strict=True):
+        for name, result in zip(names, awaiting.run(_together(coroutines)), strict=True):
             results.append((name, {"error": str(result)} if isinstance(result, Exception) else result))
     for name, result in results:
         if isinstance(result, list):
@@ -492,20 +489,7 @@ def _own_rewards(environments: Sequence[Any]) -> list[float]:
     async def in_turn() -> list[float]:
         return [await own_reward_awaited(environment) for environment in environments]
 
-    return _run(in_turn())
-
-
-def _run(coroutine: Coroutine[Any, Any, list[Any]]) -> list[Any]:
-    return asyncio.run_coroutine_threadsafe(coroutine, _event_loop(os.getpid())).result()
-
-
-@functools.cache
-def _event_loop(process: int) -> asyncio.AbstractEventLoop:
-    """One loop of a process, in a thread of its own as TRL's: what an environment opens in it stays good, and the
-    caller may be in a loop itself, as a notebook is."""
-    loop = asyncio.new_event_loop()
-    threading.Thread(target=loop.run_forever, name="onelayer environments", daemon=True).start()
-    return loop
+    return awaiting.run(in_turn())
 
 
 def _not_text(what: str, value: Any) -> str:

@@ -241,7 +241,7 @@ def check_source(task: str | Task | None, dataset: str | None, reward: str | Non
             raise ValueError(f"reward must be 'path/to/file.py:function', got {reward!r}")
         module = _parsed(file)
         if not _may_define(module) & {function, ANY}:
-            defined = [node.name for node in module.body if isinstance(node, ast.FunctionDef)]
+            defined = [node.name for node in module.body if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)]
             near = meant(function, defined) or f"; it has {', '.join(defined) or 'none'}"
             raise ValueError(f"{file} has no function {function!r}{near}")
     if dataset and not task:
@@ -275,7 +275,7 @@ def _may_define(module: ast.Module) -> set[str]:
     """The names that a file may give something, as far as its text says; `ANY` among them where that may be any."""
     names = set()
     for node in ast.walk(module):
-        if isinstance(node, ast.FunctionDef | ast.ClassDef):
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
             names.add(node.name)
         elif isinstance(node, ast.Name) and not isinstance(node.ctx, ast.Del):
             names.add(ANY if node.id in ("globals", "exec") else node.id)

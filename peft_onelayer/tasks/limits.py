@@ -49,8 +49,10 @@ def score(
     Args:
         scorer: "package.module:function", a function of one string that returns the callable that scores.
         argument: that string. The callable is made once and kept.
-        calls: the positional arguments of each call, of types that pickle.
-        seconds: CPU time of a call. The limit on the time of the clock is `WALL` times as long.
+        calls: the positional arguments of each call, of types that pickle; they are read there when the scorer is
+            made, so that they may be of classes that making it imports.
+        seconds: CPU time of a call. The limit on the time of the clock is `WALL` times as long; that on memory is
+            `MEMORY`.
 
     Raises:
         ScorerError: when the scorer raised an exception; a MemoryError counts as over the limit.
@@ -60,7 +62,7 @@ def score(
         return [float(function(*call)) for call in calls]
     if not calls:
         return []
-    request = pickle.dumps((scorer, argument, list(calls), seconds))
+    request = pickle.dumps((scorer, argument, pickle.dumps(list(calls)), seconds))
     with _lock:
         try:
             answer = _answer(request)

@@ -32,9 +32,12 @@ def mixture(tasks: Sequence[Task]) -> Task:
     def mixture_reward(prompts: Sequence[Any], completions: Sequence[Any], **columns: Any) -> list[float]:
         rewards = [0.0] * len(completions)
         of_task, whole = columns.pop(OF_TASK), columns.pop(ROW)
+        for_all = {name: columns[name] for name in ("trainer_state", "log_metric") if name in columns}
         for i, task in enumerate(tasks):
             if mine := [k for k, number in enumerate(of_task) if number == i]:
-                given = reward_columns([whole[k] for k in mine])
+                given = reward_columns([whole[k] for k in mine]) | for_all
+                if "completion_ids" in columns:
+                    given["completion_ids"] = [columns["completion_ids"][k] for k in mine]
                 scores = task.reward(
                     prompts=[prompts[k] for k in mine], completions=[completions[k] for k in mine], **given
                 )

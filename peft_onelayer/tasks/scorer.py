@@ -29,8 +29,8 @@ Results = list[float | None]
 def serve() -> None:
     """Answer requests on standard input until it closes.
 
-    A request is pickled: the scorer's name, its argument, the calls, and the seconds of each. An answer is JSON: a list
-    of numbers, null for a call over its limit, or a string that says what failed.
+    A request is pickled: the scorer's name, its argument, the calls, pickled by themselves, and the seconds of each. An
+    answer is JSON: a list of numbers, null for a call over its limit, or a string that says what failed.
     """
     requests = os.fdopen(os.dup(0), "rb", buffering=0)
     answers = os.fdopen(os.dup(1), "wb", buffering=0)
@@ -40,13 +40,14 @@ def serve() -> None:
     scorers: dict[tuple[str, str], Callable[..., float]] = {}
     while True:
         try:
-            name, argument, calls, seconds = pickle.loads(receive(requests))
+            name, argument, pickled, seconds = pickle.loads(receive(requests))
         except EOFError:
             return
         answer: Results | str
         try:
             if (name, argument) not in scorers:
                 scorers[name, argument] = make(name, argument)
+            calls = pickle.loads(pickled)  # which may need what the scorer has imported
         except Exception as error:
             answer = f"{type(error).__name__}: {error}"
         else:

@@ -46,9 +46,9 @@ def test_a_missing_extra_is_one_line(monkeypatch, name, library):
 def test_a_path_to_a_python_file_is_a_task(tmp_path):
     path = tmp_path / "mine.py"
     path.write_text(
-        "def rows(split, n, seed): return [{'prompt': split}] * n\n"
+        "def rows(split, n, seed): return [{'prompt': f'{split} {i}'} for i in range(n)]\n"
         "def my_reward(prompts, completions, **kwargs): return [1] * len(completions)\n"
     )
     task = load_task(str(path))
-    assert task.name == str(path) and task.rows("test", 2, 0) == [{"prompt": "test"}] * 2
+    assert task.name == str(path) and task.rows("test", 2, 0) == [{"prompt": "test 0"}, {"prompt": "test 1"}]
     assert task.reward(prompts=["test"], completions=["x"]) == [1.0]

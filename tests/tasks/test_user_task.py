@@ -2,12 +2,16 @@ import hashlib
 import json
 import re
 import runpy
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
+from peft_onelayer.runs.early import check_source, check_task_name
 from peft_onelayer.tasks import limits, load_task
-from peft_onelayer.tasks.rows import PASSED
+from peft_onelayer.tasks.mixture import mixture
+from peft_onelayer.tasks.rows import PASSED, reward_columns
 from peft_onelayer.tasks.user import load_dataset_task
 
 EXAMPLE = Path(__file__).resolve().parents[2] / "examples" / "own_task"
@@ -54,6 +58,199 @@ def test_the_example_of_a_data_set_runs():
     assert task.reward(prompts=prompts, completions=[f" {a}." for a in answers], answer=answers) == [1.0] * 16
     assert task.reward(prompts=prompts, completions=["?"] * 16, answer=answers) == [0.0] * 16
     assert set(task.data) == {"capitals.jsonl", "contains.py"}
+
+
+PASSING = {"completion_ids": [[1], [2, 3]], "trainer_state": "state", "log_extra": print, "log_metric": print}
+LENGTHS = "return [len(ids) for ids in completion_ids]\n"
+REWARDS = {
+    "completion_ids": f"def my_reward(completion_ids, **kwargs): {LENGTHS}",
+    "all that TRL passes": f"""
+def my_reward(prompts, completions, completion_ids, trainer_state, log_extra, log_metric, **kwargs):
+    assert trainer_state == 'state'
+    {LENGTHS}""",
+    "async": f"""
+import asyncio
+async def my_reward(completion_ids, **kwargs):
+    await asyncio.sleep(0)
+    {LENGTHS}""",
+    "partial": """
+import functools
+def score(completion_ids, by, **kwargs): return [len(ids) * by for ids in completion_ids]
+my_reward = functools.partial(score, by=1)
+""",
+    "async partial": f"""
+import functools
+async def score(ids, completion_ids, **kwargs): {LENGTHS}
+my_reward = functools.partial(score, ids=3)
+""",
+    "an object": f"""
+class Rewarded:
+    def __call__(self, completion_ids, **kwargs): {LENGTHS}
+my_reward = Rewarded()
+""",
+    "an async object": f"""
+class A:
+    async def __call__(self, completion_ids, **kwargs): {LENGTHS}
+my_reward = A()
+""",
+    "a function beside a model": f"""
+from collections.abc import Callable
+class Model:
+    def __call__(self, x): return x
+reward_model, RewardLike = Model(), Callable[..., float]
+def my_reward(completion_ids, **kwargs): {LENGTHS}""",
+}
+
+
+@pytest.mark.parametrize("limit", ["", "REWARD_SECONDS = 20\n"])
+@pytest.mark.parametrize("form", REWARDS)
+def test_a_reward_may_be_whatever_trl_takes(tmp_path, form, limit):
+    if limit and form == "all that TRL passes":
+        pytest.skip("not with a limit")
+    path = write(
+        tmp_path / "task.py", f"def rows(split, n, seed): return [{{'prompt': 'p'}}] * n\n{limit}{REWARDS[form]}"
+    )
+    check_task_name(path)
+    source = data(tmp_path, [{"prompt": "p"}])
+    check_source(None, source, f"{path}:my_reward")
+    for task in (load_task(path), load_dataset_task(source, f"{path}:my_reward")):
+        assert task.rows("train", 1, 0) == [{"prompt": "p"}]
+        assert task.reward(prompts=["p"] * 2, completions=["a", "b"], **PASSING) == [1.0, 2.0]
+        assert task.reward.__name__ == "my_reward"
+
+
+def test_what_a_trainer_does_not_pass_is_named_and_what_only_logs_is_made_up(tmp_path):
+    """A2POTrainer passes the columns alone, OnlineDPOTrainer and SDPOTrainer no logs."""
+    task = load_task(write(tmp_path / "task.py", ROWS + REWARDS["all that TRL passes"]))
+    passed = {name: PASSING[name] for name in ("completion_ids", "trainer_state")}
+    assert task.reward(prompts=["p"] * 2, completions=["a", "b"], answer=["a"] * 2, **passed) == [1.0, 2.0]
+    refused(
+        lambda: task.reward(prompts=["p"], completions=["a"], answer=["a"]),
+        "task.py:my_reward takes 'completion_ids', which this trainer does not pass; give it a default",
+    )
+
+
+def test_a_mixture_passes_it_on(tmp_path):
+    text = REWARDS["all that TRL passes"].replace("    return", "    log_metric('seen', len(prompts))\n    return")
+    tasks = [load_task(write(tmp_path / name, ROWS + text)) for name in ("a.py", "b.py")]
+    mixed, seen = mixture(tasks), []
+    columns = reward_columns(mixed.rows("train", 4, 0))
+    passed = {**PASSING, "completion_ids": [[1] * i for i in range(4)], "log_metric": lambda *args: seen.append(args)}
+    assert mixed.reward(prompts=["p"] * 4, completions=["a"] * 4, **columns, **passed) == [0.0, 1.0, 2.0, 3.0]
+    assert seen == [("seen", 2), ("seen", 2)]
+
+
+@pytest.mark.parametrize("name", ["trainer_state", "log_extra", "log_metric"])
+def test_with_a_limit_a_reward_cannot_take_what_stays_in_the_trainers_process(tmp_path, name):
+    text = f"def my_reward(completions, {name}, **kwargs): return [0.0] * len(completions)\nREWARD_SECONDS = 1\n"
+    task = load_task(write(tmp_path / "task.py", ROWS + text))
+    line = (
+        f"takes {name!r}, which no reward with REWARD_SECONDS is given; give it a default, or leave REWARD_SECONDS out"
+    )
+    refused(lambda: task.rows("train", 1, 0), line)
+
+
+def test_an_async_reward_that_raises_is_named_with_its_line(tmp_path):
+    text = "async def my_reward(completions, **kwargs):\n    return [{}[c] for c in completions]\n"
+    task = load_task(write(tmp_path / "task.py", ROWS + text))
+    refused(lambda: task.reward(prompts=["p"], completions=["a"]), "task.py:3: my_reward raised KeyError: 'a'; mend it")
+
+
+def test_no_more_rows_are_taken_than_were_asked_for(tmp_path):
+    text = "def rows(split, n, seed): return [{'prompt': f'{split} {i}', 'answer': 'a'} for i in range(40)]\n"
+    task = load_task(write(tmp_path / "task.py", text + REWARD))
+    assert [row["prompt"] for row in task.rows("test", 4, 0)] == ["test 0", "test 1", "test 2", "test 3"]
+    assert len(task.rows("train", 99, 0)) == 40
+
+
+def test_a_test_row_counts_once_and_the_repeats_are_told_once(tmp_path):
+    text = "def rows(split, n, seed): return [{'prompt': f'{split} {i % 3}', 'answer': i // 6} for i in range(n)]\n"
+    task = load_task(write(tmp_path / "task.py", text + REWARD))
+    with pytest.warns(UserWarning) as told:
+        assert [(row["prompt"], row["answer"]) for row in task.rows("test", 8, 0)] == [
+            ("test 0", 0), ("test 1", 0), ("test 2", 0), ("test 0", 1), ("test 1", 1),
+        ]  # fmt: skip
+        task.rows("test", 8, 0)
+    (line,) = [str(one.message) for one in told]
+    assert line == (
+        f"rows('test', 8, 0) of {tmp_path / 'task.py'}: 3 of 8 rows repeat others and are left out; return distinct "
+        "ones, fewer where there are no more"
+    )
+    assert len(task.rows("train", 8, 0)) == 8
+    assert task.rows("test", 5, 0) == task.rows("test", 8, 0)[:3]
+    plays = load_task(write(tmp_path / "plays.py", ROWS + REWARD + "environment_factory = dict\n"))
+    assert len(plays.rows("test", 3, 0)) == 3  # every episode is another
+
+
+def test_test_problems_that_are_train_problems_are_told(tmp_path, recwarn):
+    text = "def rows(split, n, seed): return [{'prompt': str(i), 'answer': split} for i in range(n)]\n"
+    path = write(tmp_path / "task.py", text + REWARD)
+    task = load_task(path)
+    task.rows("test", 4, 0)
+    assert not recwarn
+    task.rows("train", 3, 0)
+    task.rows("train", 4, 0)
+    (line,) = [str(one.message) for one in recwarn]
+    assert line == (
+        f"{path}: 3 of the 4 test prompts are train prompts too, so that their score says little of new ones; keep "
+        "them apart"
+    )
+
+
+CASES = """
+from dataclasses import dataclass
+REWARD_SECONDS = 20
+@dataclass
+class Case:
+    want: int
+def rows(split, n, seed): return [{'prompt': f'{split} {i}', 'case': Case(i)} for i in range(n)]
+def my_reward(completions, case, **kwargs):
+    return [float(c == str(one.want + PLUS)) for c, one in zip(completions, case)]
+"""
+
+
+def test_rows_of_a_limited_reward_may_hold_objects_of_the_files_classes(tmp_path):
+    tasks = []
+    for plus in (0, 1, 0):
+        (tmp_path / str(plus)).mkdir(exist_ok=True)
+        tasks.append(load_task(write(tmp_path / str(plus) / "task.v1.py", f"{CASES}PLUS = {plus}\n")))
+    cases = [[row["case"] for row in task.rows("train", 2, 0)] for task in tasks]
+    for task, plus, case in zip(tasks, (0, 1, 0), cases, strict=True):
+        completions = [str(plus), str(plus)]
+        assert task.reward(prompts=["p"] * 2, completions=completions, case=case) == [1.0, 0.0]
+
+
+@pytest.mark.parametrize("value", ["lambda text: 1.0", "(x for x in ())", "type('Local', (), {})()"])
+def test_rows_of_a_limited_reward_that_cannot_be_sent_are_refused(tmp_path, value):
+    text = f"REWARD_SECONDS = 1\ndef rows(split, n, seed): return [{{'prompt': 'p', 'check': {value}}}]\n"
+    text += "def my_reward(completions, check, **kwargs): return [0.0] * len(completions)\n"
+    task = load_task(write(tmp_path / "task.py", text))
+    with pytest.raises(ValueError, match=r"row 0: the \w+ in column 'check' cannot be ") as raised:
+        task.rows("train", 1, 0)
+    line = str(raised.value)
+    assert "\n" not in line
+    if "lambda" in value:
+        assert "sent to the process that scores within REWARD_SECONDS, which takes plain data: " in line
+
+
+def test_what_lies_beside_the_file_is_imported_as_by_a_script(tmp_path):
+    """Also where two tasks have helpers of one name, in a function, and in the process of a limited reward."""
+    tasks = []
+    for score, limit in ((1, ""), (2, ""), (3, "REWARD_SECONDS = 20\n"), (4, "REWARD_SECONDS = 20\n")):
+        folder = tmp_path / str(score)
+        folder.mkdir()
+        (folder / "helper_of_a_test.py").write_text(f"SCORE = {score}\n")
+        (folder / f"later_{score}_of_a_test.py").write_text("NOTHING = 0\n")
+        (folder / "colorsys.py").write_text("raise ValueError\n")  # hides no library from others
+        text = f"{limit}from helper_of_a_test import SCORE\ndef my_reward(completions, **kwargs):\n"
+        text += f"    from later_{score}_of_a_test import NOTHING\n    return [SCORE + NOTHING] * len(completions)\n"
+        tasks.append(load_task(write(folder / "task.py", ROWS + text)))
+    for _ in range(2):
+        assert [task.reward(prompts=["p"], completions=["a"]) for task in tasks] == [[1.0], [2.0], [3.0], [4.0]]
+    code = (
+        "import sys; from peft_onelayer.tasks import load_task; load_task(sys.argv[1]); from colorsys import rgb_to_hsv"
+    )
+    subprocess.run([sys.executable, "-c", code, tmp_path / "1" / "task.py"], check=True)
 
 
 def test_the_page_and_its_files_are_short():
@@ -103,7 +300,7 @@ def test_a_file_that_is_no_task_is_refused(tmp_path, text, message):
             (f"[{{'prompt': 'p', {name!r}: 1}}]", f"a column may not be called {name!r}, which the trainer passes")
             for name in PASSED
         ],
-        ("[{'prompt': 'p'}]", "takes 'answer', but is given only completions, prompts, by name"),
+        ("[{'prompt': 'p'}]", "takes 'answer', but is given only completion_ids, completions, log_extra, log_metric,"),
     ],
 )
 def test_rows_that_are_no_rows_are_refused(tmp_path, rows, message):
@@ -177,7 +374,9 @@ def test_the_reward_of_a_data_set_is_checked_when_it_is_loaded(tmp_path):
     assert task.reward(prompts=["p"], completions=["xyz"], answer=["a"]) == [3.0]
     refused(lambda: load_dataset_task(source, f"{file}:my_rewards"), "no function 'my_rewards'; it has my_reward")
     refused(lambda: load_dataset_task(source, f"{file}:strict"), "rewards.py:strict must take **kwargs")
-    refused(lambda: load_dataset_task(source, f"{file}:other"), "takes 'target', but is given only answer, completions")
+    refused(
+        lambda: load_dataset_task(source, f"{file}:other"), "takes 'target', but is given only answer, completion_ids"
+    )
     refused(lambda: load_dataset_task(source, file), "reward must be 'path/to/file.py:function'")
     refused(lambda: load_dataset_task(source, "missing.py:reward"), "no file missing.py")
     no_prompt = data(tmp_path, [{"text": "p"}], "test.jsonl")
@@ -285,6 +484,17 @@ def test_what_finds_or_writes_an_answer_and_raises_is_one_line_with_the_line_of_
     refused(lambda: task.shown.solution(row), "task.py:6: solution raised KeyError: 'answers'; mend it (")
 
 
+@pytest.mark.parametrize("value", ["'16'", "0", "-1", "16.0", "True", "None"])
+def test_a_number_of_tokens_that_is_none_is_refused(tmp_path, value):
+    path = write(tmp_path / "task.py", f"MAX_COMPLETION_TOKENS = {value}\n{ROWS}{REWARD}")
+    refused(lambda: load_task(path), f"{path}: MAX_COMPLETION_TOKENS must be a whole number of at least 1, got {value}")
+
+
+def test_an_environment_factory_that_cannot_be_called_is_refused(tmp_path):
+    path = write(tmp_path / "task.py", f"environment_factory = 'Game'\n{ROWS}{REWARD}")
+    refused(lambda: load_task(path), f"environment_factory of {path} must be a function, got 'Game'")
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [
@@ -296,6 +506,29 @@ def test_what_finds_or_writes_an_answer_and_raises_is_one_line_with_the_line_of_
 )
 def test_a_limit_that_is_none_is_refused(tmp_path, text, message):
     refused(lambda: limited(tmp_path, ROWS + text), message)
+
+
+@pytest.mark.parametrize("trainer", ["GRPO", pytest.param("RLOO", marks=pytest.mark.more)])
+def test_trls_trainer_trains_on_an_async_reward(tmp_path, trainer):
+    import demo_model
+    import trl
+    from datasets import Dataset
+
+    text = "import asyncio\nasync def my_reward(completion_ids, log_metric, **kwargs):\n    await asyncio.sleep(0)\n"
+    text += "    log_metric('seen', len(completion_ids))\n    return [len(ids) / 4 for ids in completion_ids]\n"
+    task = load_task(write(tmp_path / "task.py", ROWS.replace("'p'", "'A347+085='") + text))
+    model, tokenizer = demo_model.load()
+    config = getattr(trl, f"{trainer}Config")(
+        str(tmp_path), per_device_train_batch_size=2, num_generations=2, max_completion_length=4, max_steps=1,
+        logging_steps=1, report_to=[], bf16=False, save_strategy="no", use_cpu=True,
+    )  # fmt: skip
+    rows = Dataset.from_list(task.rows("train", 2, 0))
+    training = getattr(trl, f"{trainer}Trainer")(
+        model, task.reward, config, train_dataset=rows, processing_class=tokenizer
+    )
+    training.train()
+    (logged,) = [entry for entry in training.state.log_history if "seen" in entry]
+    assert logged["seen"] == 2 and 0 < logged["rewards/my_reward/mean"] <= 1
 
 
 @pytest.mark.more
