@@ -16,11 +16,12 @@ from peft_onelayer.sparse.base import in_words
 
 from ._errors import user_error
 from ._hub import quiet_hub
-from ._options import AllowOtherBase, Json
+from ._options import AllowOtherBase, Json, refuse_given
 from ._output import common_prefix, print_json, print_line, print_table, status
 
 
 def inspect(
+    context: typer.Context,
     adapter: Annotated[str, typer.Argument(help="The adapter: a folder or a Hub id.")],
     base: Annotated[
         str | None,
@@ -31,6 +32,9 @@ def inspect(
     as_json: Json = False,
 ) -> None:
     """Show ADAPTER's blocks, tensors, encoding, sizes and provenance; with --base also how much changed."""
+    if base is None:
+        with user_error(ValueError):
+            refuse_given(context, ("allow_other_base",), "is of --base; give that too, or leave it out")
     with status("loading ..."), quiet_hub():
         from peft_onelayer.adapter.inspection import inspect_adapter
 
@@ -69,12 +73,14 @@ def inspect(
         print_line(f"density: {found.density:.2%}")
     if found.change is not None:
         print_line(f"norm of the change: {found.change:.4g}")
-    elif found.num_layers is not None:
+    elif found.num_layers is not None and not found.quantized:
         elsewhere = base_elsewhere(found.folder)
         named = path_to(elsewhere) if elsewhere else found.base["name"] or "BASE"
         print_line(f"how much changed: onelayer inspect {adapter} --base {named}")
     commit = f" at {found.base['revision']}" if found.base["revision"] else ""
     print_line(f"base: {found.base['name'] or 'not recorded'}{commit}")
+    if found.quantized:
+        print_line(f"{len(found.quantized)} of its {len(found.tensors)} tensors were quantized in the base")
     if found.stages:
         print_line(f"trained after: {found.stages}")
     if found.beside:

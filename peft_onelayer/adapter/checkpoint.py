@@ -121,15 +121,25 @@ class Checkpoint:
             found |= {name: found[source] for name, source in tied.items() if source in found and name not in found}
         return found
 
-    def record(self, trained: Collection[str], modules_to_save: Collection[str] = ()) -> BaseRecord:
-        """What an adapter of the tensors `trained` records of this base."""
+    def record(self, trained: Mapping[str, str], modules_to_save: Collection[str] = ()) -> BaseRecord:
+        """What an adapter records of this base.
+
+        Args:
+            trained: the dtypes that its tensors are loaded in, as torch calls them, by their names.
+            modules_to_save: as the adapter's configuration has them.
+        """
+        import torch
+
         parts = [f".{module}." for module in modules_to_save]
         known = {
             name: entries.sampled
             for name, entries in self.entries.items()
             if not any(part in f".{name}" for part in parts)
         }
-        block = {name: known[name] for name in trained}
+        block = {
+            name: Entries(self.entries[name].values.to(getattr(torch, dtype)), self.entries[name].shape).sampled
+            for name, dtype in trained.items()
+        }
         rest = {name: sample for name, sample in known.items() if name not in block}
         return BaseRecord(block, rest)
 

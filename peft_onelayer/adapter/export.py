@@ -15,7 +15,7 @@ from peft_onelayer.records.locate import adapter_folder, hub_identity
 from peft_onelayer.sparse.base import Comparison, not_compared
 
 from .checkpoint import Checkpoint
-from .merge import check_base, effective_tensor
+from .merge import as_trained, check_base, check_unquantized, trained_dtype
 from .reader import open_adapter
 
 if TYPE_CHECKING:
@@ -88,13 +88,16 @@ def export_adapter(
     - "dense": every tensor in float32, for this package; what training goes on from.
     - "sparse": what differs from the base, for this package; see SPECIFICATION.md.
     - "flat": the same for other tools: in `sparse_weights.safetensors` by the base's names `{name}.indices` (int32,
-      into the flattened tensor) and `{name}.values` (the new values, in the base's dtype).
+      into the flattened tensor) and `{name}.values` (the new values).
+
+    The base and the new values are taken in the dtype that the base was loaded in for training, as far as the adapter
+    records it, also where the base is stored in another one.
 
     Args:
         adapter: a folder or a Hub id.
         out: a folder that does not exist yet, or an empty one.
         base: folder or Hub id of the base's checkpoint, for all but a dense adapter to "peft" or "dense". Default, what
-            the adapter was trained on. With it, "peft" stores the base's dtype in place of float32.
+            the adapter was trained on. With it, "peft" stores the dtype of the training in place of float32.
         rank: for "lora", of every tensor.
         energy: for "lora", keep the smallest rank that has this share of the change's squared Frobenius norm; .99 if
             neither is given.
@@ -102,8 +105,8 @@ def export_adapter(
             written names `base` as its base model.
 
     Raises:
-        ValueError: an unknown format, a damaged adapter, a base that is missing or another one, or weights for which
-            the format has no place.
+        ValueError: an unknown format, a damaged adapter, a base that is missing or another one, weights for which the
+            format has no place, or "lora", "sparse" or "flat" of an adapter of a quantized base.
         TargetError: `out` may not be used, by `check_folder`, or another process writes to it.
         DiskFullError: the disk is full.
     """
@@ -136,13 +139,17 @@ def _export(
     if base is not None or file.sparse is not None or format not in ("peft", "dense"):
         instead = f"onelayer export {adapter} {out} --format {format} --base {{base}}"
         checkpoint = Checkpoint(file.base_folder(base, instead))
-        if unchecked := check_base(file, checkpoint, allow_other_base):
+        unchecked = check_base(file, checkpoint, allow_other_base)
+        if format not in ("peft", "dense"):
+            check_unquantized(file, allow_other_base)
+        if unchecked:
             warnings.warn(not_compared(Comparison({}, unchecked)), stacklevel=2)
         if allow_other_base and base and str(base) != file.config.get("base_model_name_or_path"):
             hub_id, commit = hub_identity(checkpoint.folder)
             named: dict[str, Any] = {"base_model_name_or_path": hub_id or str(checkpoint.folder), "revision": commit}
             if file.trained_on is not None:
-                record = checkpoint.record(file.trained_on.block, file.config.get("modules_to_save") or [])
+                dtypes = {name: trained_dtype(file, name, checkpoint) for name in file.trained_on.block}
+                record = checkpoint.record(dtypes, file.config.get("modules_to_save") or [])
                 named["trained_on"] = record.to_json()
                 file = replace(file, trained_on=record)
             file = replace(file, config=file.config | named)
@@ -159,8 +166,7 @@ def _export(
 
     def changes(name: str) -> tuple[torch.Tensor, torch.Tensor]:
         assert checkpoint is not None
-        original = checkpoint.read(checkpoint.stored_as[name])
-        return effective_tensor(file, name, original, allow_other_base), original
+        return as_trained(file, name, checkpoint, allow_other_base)
 
     def value_of(name: str) -> torch.Tensor:
         return file.tensor(name) if checkpoint is None else changes(name)[0]

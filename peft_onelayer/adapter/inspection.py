@@ -20,7 +20,7 @@ from peft_onelayer.sparse.base import name_stages
 from peft_onelayer.sparse.names import base_name, block_of
 
 from .checkpoint import Checkpoint
-from .merge import check_base, effective_tensor
+from .merge import as_trained, check_base, check_unquantized
 from .reader import AdapterFile, check_plain_file, open_adapter
 from .stored import DTYPES, read_header
 
@@ -38,7 +38,8 @@ class InspectedTensor:
         encoding: what the file holds of it: "dense", or the parts of the sparse encoding, such as "gaps + values".
         bytes: what these take.
         base_digest: `tensor_digest` of the base's tensor that a sparse adapter was trained on; None for a dense one.
-        changed: number of entries that differ from the base's; None where not known.
+        changed: number of entries that differ from the base's, both in the dtype that the base was loaded in for
+            training; None where not known.
         density: the share of them.
         change: Frobenius norm of the change; None without the base.
         relative: the same over the norm of the base's tensor.
@@ -76,6 +77,7 @@ class Inspection:
         beside: names of the tensors that the file holds beside the block's: those of `modules_to_save`, and embeddings.
         stages: which blocks of which base were trained and merged before; "" where none were or nothing is recorded.
         unchecked: of the base given, the tensors that could not be compared with the record, by name, with the reason.
+        quantized: names of the trained tensors that were quantized in the base when the adapter was trained.
     """
 
     folder: Path
@@ -92,6 +94,7 @@ class Inspection:
     beside: list[str] = field(default_factory=list)
     stages: str = ""
     unchecked: dict[str, str] = field(default_factory=dict)
+    quantized: list[str] = field(default_factory=list)
 
     def to_json(self) -> dict[str, Any]:
         return {"format": "onelayer-inspect-1", **asdict(self), "folder": str(self.folder)}
@@ -102,6 +105,7 @@ def inspect_adapter(
 ) -> Inspection:
     """Read the adapter in a folder or on the Hub, where the base is not downloaded.
 
+    The change is measured in the dtype that the base was loaded in for training, as far as that is recorded.
     Of an adapter of PEFT's own, such as an export for plain PEFT, the tensors, their blocks and the base are told.
 
     Args:
@@ -112,7 +116,7 @@ def inspect_adapter(
 
     Raises:
         ValueError: no adapter, or with `base` none of this method; damaged, beside a record with a wrong field, or made
-            for another base than `base`.
+            for another base than `base` or a quantized one.
     """
     check_revision(adapter, revision)
     folder = adapter_folder(adapter, revision)
@@ -124,6 +128,7 @@ def inspect_adapter(
         recorded = file.config.get("base_model_name_or_path")
         checkpoint = Checkpoint(base_folder(base, file.config.get("revision") if str(base) == recorded else None))
         unchecked = check_base(file, checkpoint, allow_other_base)
+        check_unquantized(file, allow_other_base)
     tensors = [_tensor(file, name, checkpoint, allow_other_base) for name in file.names]
     entries = sum(math.prod(t.shape) for t in tensors)
     counts, norms = [t.changed for t in tensors], [t.change for t in tensors]
@@ -146,6 +151,7 @@ def inspect_adapter(
         beside=[name for name in file.names if not file.is_trained(name)],
         stages="" if file.trained_on is None else name_stages(file.trained_on.stages),
         unchecked=unchecked,
+        quantized=file.quantized,
     )
 
 
@@ -191,8 +197,7 @@ def _tensor(file: AdapterFile, name: str, checkpoint: Checkpoint | None, allow_o
     if checkpoint is not None:
         from peft_onelayer.sparse.tensor import count_changed
 
-        original = checkpoint.read(checkpoint.stored_as[name])
-        value = effective_tensor(file, name, original, allow_other_base)
+        value, original = as_trained(file, name, checkpoint, allow_other_base)
         changed = count_changed(value, original)
         change = float((value.double() - original.double()).norm())
         relative = change / norm if (norm := float(original.double().norm())) else None

@@ -16,8 +16,8 @@ from typing import TYPE_CHECKING, Any
 
 from peft_onelayer.records.files import CARD, TargetError, check_folder, output, staged_directory
 from peft_onelayer.records.locate import adapter_folder, base_folder, check_order, check_revision, hub_identity
-from peft_onelayer.records.text import name_blocks
-from peft_onelayer.sparse.base import OTHER_WEIGHTS, Entries, other_base, positions, what_differs
+from peft_onelayer.records.text import name_blocks, printable
+from peft_onelayer.sparse.base import OTHER_WEIGHTS, WIDTHS, Entries, other_base, positions, what_differs
 
 from .checkpoint import MODEL_CONFIG, Checkpoint
 from .merged_card import merged_card
@@ -264,17 +264,34 @@ def check_base(
                 if name not in adapter.sparse.tensors or what != OTHER_WEIGHTS
             }
         if other:
-            recorded = {
-                "name": adapter.config.get("base_model_name_or_path"),
-                "revision": adapter.config.get("revision"),
-            }
-            raise other_base(f"{what_differs(other)}{_missing_stage(adapter, other, later)}", recorded)
+            raise other_base(f"{what_differs(other)}{_missing_stage(adapter, other, later)}", _recorded(adapter))
         unchecked = {n: why for n, why in comparison.unchecked.items() if n not in adapter.trained_on.block}
     if difference := _other_base(adapter, checkpoint):
         raise ValueError(
             f"{where} was trained on {difference}; if the shapes fit, --allow-other-base takes it all the same."
         )
     return unchecked
+
+
+def check_unquantized(adapter: AdapterFile, allow_other_base: bool = False) -> None:
+    """Check that the adapter's weights began as the base's own, and not as quantized ones, whose rounding would count
+    as change where they are compared with the checkpoint's.
+
+    Raises:
+        ValueError: they did, unless `allow_other_base`.
+    """
+    if not adapter.quantized or allow_other_base:
+        return
+    first, *more = adapter.quantized
+    were = f" and {len(more)} more tensor(s) were" if more else " was"
+    raise other_base(
+        f"its {printable(first, 80)}{were} quantized in training, and that rounding would count as change",
+        _recorded(adapter),
+    )
+
+
+def _recorded(adapter: AdapterFile) -> dict[str, Any]:
+    return {"name": adapter.config.get("base_model_name_or_path"), "revision": adapter.config.get("revision")}
 
 
 def _missing_stage(adapter: AdapterFile, other: Collection[str], later: Sequence[AdapterFile]) -> str:
@@ -346,6 +363,33 @@ def effective_tensor(
     if adapter.sparse is not None:  # its changes are those of the base in the dtype that it was loaded in for training
         trained_on = base.to(getattr(torch, adapter.sparse.tensors[name].dtype))
     return adapter.tensor(name, trained_on, allow_other_base).to(base.dtype)
+
+
+def as_trained(
+    adapter: AdapterFile, name: str, checkpoint: Checkpoint, allow_other_base: bool = False
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The trained tensor `name` and the base's, both in the dtype of `trained_dtype`.
+
+    Raises:
+        ValueError: as `AdapterFile.tensor`.
+    """
+    import torch
+
+    base = checkpoint.read(checkpoint.stored_as[name]).to(getattr(torch, trained_dtype(adapter, name, checkpoint)))
+    return adapter.tensor(name, base, allow_other_base), base
+
+
+def trained_dtype(adapter: AdapterFile, name: str, checkpoint: Checkpoint) -> str:
+    """The dtype, as torch calls it, in which the checkpoint's tensor `name` is the base of the adapter: the one that it
+    was loaded in for training. It is the stored one where none is recorded, and where that was wider and the checkpoint
+    is a rounded copy of the base."""
+    stored, recorded = DTYPES[checkpoint.places[checkpoint.stored_as[name]].dtype], adapter.base_dtype(name)
+    if recorded is None:
+        return stored
+    if adapter.trained_on is not None and adapter.sparse is None and WIDTHS[recorded] > WIDTHS[stored]:
+        digest = adapter.trained_on.block[name].digests[recorded]
+        return recorded if checkpoint.entries[name].digest(recorded) == digest else stored
+    return recorded
 
 
 def _replace(checkpoint: Checkpoint, copy: Path, sources: dict[str, list[AdapterFile]], allow_other_base: bool) -> None:

@@ -11,7 +11,7 @@ from peft_onelayer.records.locate import hub_identity
 from peft_onelayer.sparse.base import BaseRecord
 
 from .checkpoint import Checkpoint
-from .merge import check_base
+from .merge import check_base, check_unquantized
 from .reader import AdapterFile
 from .stored import DTYPES, PIECE
 
@@ -47,8 +47,9 @@ class Parts:
         self.dtypes: dict[str, str] = {}
         for file in files:
             check_base(file, checkpoint, allow_other_base)
+            check_unquantized(file, allow_other_base)
             for name in file.names:
-                dtype = self._dtype(file, name)
+                dtype = file.base_dtype(name) or DTYPES[checkpoint.places[checkpoint.stored_as[name]].dtype]
                 if self.dtypes.setdefault(name, dtype) != dtype:
                     raise ValueError(
                         f"{file.folder} was trained on a base in {dtype} and another adapter on one in "
@@ -56,13 +57,6 @@ class Parts:
                     )
         self.layers = sorted({layer for file in files for layer in file.layers})
         self.expected, self.done = self.entries, 0
-
-    def _dtype(self, file: AdapterFile, name: str) -> str:
-        if file.sparse is not None:
-            return file.sparse.tensors[name].dtype
-        if file.trained_on is not None:
-            return file.trained_on.block[name].dtype
-        return DTYPES[self.checkpoint.places[self.checkpoint.stored_as[name]].dtype]
 
     def refuse_common_tensors(self) -> None:
         """Raise ValueError if two adapters train one tensor."""
@@ -136,7 +130,7 @@ class Parts:
             hub_id, commit = hub_identity(self.checkpoint.folder)
             if str(self.checkpoint.folder) != first.get("base_model_name_or_path") and commit != first.get("revision"):
                 config |= {"base_model_name_or_path": hub_id or str(self.checkpoint.folder), "revision": commit}
-            return config | {"trained_on": self.checkpoint.record(self.names).to_json()}
+            return config | {"trained_on": self.checkpoint.record(self.dtypes).to_json()}
         known = {name: sample for record in records for name, sample in record.tensors.items()}
         block = {name: known[name] for name in self.names}
         rest = {name: sample for name, sample in known.items() if name not in block}

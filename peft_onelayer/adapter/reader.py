@@ -16,7 +16,7 @@ from peft_onelayer.records.adapter_config import check_adapter_config
 from peft_onelayer.records.files import CONFIG, WEIGHTS, read_fields
 from peft_onelayer.records.locate import base_folder, check_base_of
 from peft_onelayer.records.text import one_line, printable
-from peft_onelayer.sparse.base import BaseRecord
+from peft_onelayer.sparse.base import QUANTIZED, BaseRecord
 from peft_onelayer.sparse.encoding import SparseEncoding, TensorRecord
 from peft_onelayer.sparse.names import MASK, TRAINED, base_name, split_key
 
@@ -80,6 +80,20 @@ class AdapterFile:
         if base is None:
             check_base_of(self.folder, instead)
         return base_folder(chosen, revision or (self.config.get("revision") if chosen == recorded else None))
+
+    @property
+    def quantized(self) -> list[str]:
+        """The trained tensors that were quantized in the base when the adapter was trained, sorted."""
+        block = {} if self.trained_on is None else self.trained_on.block
+        return sorted(name for name, sample in block.items() if sample.dtype == QUANTIZED)
+
+    def base_dtype(self, name: str) -> str | None:
+        """The dtype, as torch calls it, that the base's tensor `name` was loaded in for training; None where that is
+        not recorded, and for a quantized one."""
+        if self.sparse is not None and name in self.sparse.tensors:
+            return self.sparse.tensors[name].dtype
+        sample = None if self.trained_on is None else self.trained_on.block.get(name)
+        return None if sample is None or sample.dtype == QUANTIZED else sample.dtype
 
     def is_trained(self, name: str) -> bool:
         """Whether a tensor is one of the block's; the others were saved by `modules_to_save`."""
@@ -221,7 +235,10 @@ def _check_contents(file: AdapterFile) -> None:
     if file.trained_on is not None:
         missing |= file.trained_on.block.keys() - trained
         if extra := sorted(trained - file.trained_on.block.keys()):
-            raise ValueError(f"{where} holds {printable(extra[0])}, which {CONFIG} does not record as trained.")
+            raise ValueError(
+                f"{where} holds {printable(extra[0])}, which {CONFIG} does not record as trained; if an older version "
+                "saved it from a quantized base, load it on this with PeftModel.from_pretrained and save it again."
+            )
     if missing:
         raise ValueError(f"{where} lacks {printable(min(missing))}, which {CONFIG} says it holds: it is incomplete.")
     for name in trained:

@@ -21,8 +21,10 @@ from peft_onelayer.sparse.digest import dtype_name
 from peft_onelayer.sparse.encoding import DTYPES, SparseEncoding, describe_base, encode
 from peft_onelayer.sparse.names import TRAINED, base_name
 from peft_onelayer.tuner.base import base_entries, embedding_names
+from peft_onelayer.tuner.quantized import is_quantized
 
 from .checkpoint import Checkpoint
+from .merge import check_unquantized, trained_dtype
 from .reader import AdapterFile, open_adapter
 
 
@@ -42,18 +44,19 @@ def write_sparse(
     Args:
         adapter: a folder.
         out: a folder that does not exist yet, or an empty one.
-        base: the base, in the dtype it was trained in: a loaded model, wrapped by PEFT or not, or a checkpoint folder.
+        base: the base: a loaded model, wrapped by PEFT or not, in the dtype it was trained in, or a checkpoint folder,
+            which is taken in the recorded dtype.
         allow_other_base: take a base of the same shapes that a sparse adapter was not trained on.
 
     Returns:
         What was recorded.
 
     Raises:
-        ValueError: a damaged adapter, one made for another base, or a base that is quantized or merged.
+        ValueError: a damaged adapter, one made for another base or a quantized one, or a base that is merged.
         TargetError: `out` may not be used, by `check_folder`.
     """
     file = adapter if isinstance(adapter, AdapterFile) else open_adapter(adapter)
-    tensor_of, identity = _open_base(base, file.config)
+    tensor_of, identity = _open_base(base, file)
     record = file.trained_on
     if record is not None:
         comparison, here = _compare(file, record, base)
@@ -62,7 +65,8 @@ def write_sparse(
         elif comparison.other:
             known = {"name": file.config.get("base_model_name_or_path"), "revision": file.config.get("revision")}
             raise other_base(what_differs(comparison.other), known)
-        elif message := not_compared(comparison):
+        check_unquantized(file, allow_other_base)
+        if not allow_other_base and (message := not_compared(comparison)):
             warnings.warn(message, stacklevel=2)
     # A head or embeddings beside the block stay as they are.
     beside = {
@@ -106,15 +110,17 @@ def _compare(file: AdapterFile, record: BaseRecord, base: Any) -> tuple[Comparis
         checkpoint = Checkpoint(Path(base))
         comparison = checkpoint.compare(record)
         shapes = {name: entries.shape for name, entries in checkpoint.entries.items()}
-        here = checkpoint.record([name for name in record.block if name in checkpoint.entries], whole)
+        common = record.block.keys() & checkpoint.entries.keys()
+        here = checkpoint.record({name: trained_dtype(file, name, checkpoint) for name in sorted(common)}, whole)
     if not record.fits(shapes):  # said when the tensors are read
         return Comparison({}, {}), here
     comparison = comparison.without(file.config.get("saved_embeddings") or [])  # the adapter holds them itself
     return comparison if file.sparse is None else comparison.without(record.block), here
 
 
-def _open_base(base: Any, config: dict[str, Any]) -> tuple[Callable[[str], torch.Tensor], dict[str, Any]]:
+def _open_base(base: Any, file: AdapterFile) -> tuple[Callable[[str], torch.Tensor], dict[str, Any]]:
     """How to get a tensor of the base by name, and what is to be recorded of the base."""
+    config = file.config
     given_name, revision, depth = config.get("base_model_name_or_path"), config.get("revision"), config["num_layers"]
     if isinstance(base, nn.Module):
         if any(isinstance(module, BaseTunerLayer) and module.merged for module in base.modules()):
@@ -132,7 +138,10 @@ def _open_base(base: Any, config: dict[str, Any]) -> tuple[Callable[[str], torch
         revision = revision or hub_identity(Path(base))[1]
 
         def source(name: str) -> torch.Tensor:
-            return checkpoint.read(checkpoint.stored_as[name]).to(dtype=dtype)
+            tensor = checkpoint.read(checkpoint.stored_as[name])
+            if file.base_dtype(name) is None:
+                return tensor.to(dtype=dtype)
+            return tensor.to(getattr(torch, trained_dtype(file, name, checkpoint)))
 
     def tensor_of(name: str) -> torch.Tensor:
         if name not in names:
@@ -141,7 +150,7 @@ def _open_base(base: Any, config: dict[str, Any]) -> tuple[Callable[[str], torch
                 "several tensors of the checkpoint, and the base must be given as a loaded model."
             )
         tensor = source(name)
-        if dtype_name(tensor) not in DTYPES:
+        if is_quantized(tensor) or dtype_name(tensor) not in DTYPES:
             raise ValueError(f"the base's {name} is {tensor.dtype}, quantized; give the base in floating point.")
         return tensor
 

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from peft_onelayer.adapter.checkpoint import Checkpoint
-from peft_onelayer.adapter.merge import check_base
+from peft_onelayer.adapter.merge import check_base, check_unquantized, trained_dtype
 from peft_onelayer.adapter.reader import AdapterFile, open_adapter
 from peft_onelayer.adapter.stored import DTYPES, StoredTensor
 from peft_onelayer.records.files import CONFIG
@@ -116,6 +116,7 @@ class AdapterChange:
         self._files: dict[str, AdapterFile] = {}
         for file in files:
             check_base(file, base, allow_other_base)
+            check_unquantized(file, allow_other_base)
             for name in file.names:
                 if name in self._files:
                     raise ValueError(
@@ -147,9 +148,7 @@ class AdapterChange:
                 )
             if not stored.is_floating_point:
                 raise ValueError(f"{file.folder} stores {name} as {stored.dtype}, which is no floating-point weight.")
-            here = stored_values(place)
-            if file.trained_on is not None:
-                here = cast(here, file.trained_on.block[name].dtype)
+            here = cast(stored_values(place), trained_dtype(file, name, self.base))
             return Pair(name, here, stored_values(stored))
         import torch
 

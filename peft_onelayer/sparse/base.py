@@ -2,8 +2,8 @@
 
 Every encoding carries this record, in the field `trained_on`. It tells another base from the same one in another dtype
 and names the tensors that differ. Of a tensor up to `RUNS` x `RUN` entries are looked at: all of a small one, and of a
-larger one `RUNS` runs of `RUN` neighbours, the first and the last entries among them. Reading and checking a record
-imports no torch.
+larger one `RUNS` runs of `RUN` neighbours, the first and the last entries among them; none of a quantized one. Reading
+and checking a record imports no torch.
 """
 
 from __future__ import annotations
@@ -28,6 +28,7 @@ FORMAT = "onelayer-base-1"
 RUNS, RUN = 64, 64
 WIDTHS = {"bfloat16": 16, "float16": 16, "float32": 32, "float64": 64}
 NARROW = ("bfloat16", "float16")
+QUANTIZED = "quantized"  # in the place of a dtype
 OTHER_WEIGHTS = "holds other weights"
 
 
@@ -51,9 +52,10 @@ class Sampled:
     """What is recorded of one tensor.
 
     Attributes:
-        dtype: one of `WIDTHS`.
+        dtype: one of `WIDTHS`, or `QUANTIZED`.
         shape: of the whole tensor.
-        digests: of the sampled entries by the dtype that they were rounded to: `dtype`, and the narrower ones.
+        digests: of the sampled entries by the dtype that they were rounded to: `dtype`, and the narrower ones; none of
+            a quantized tensor.
     """
 
     dtype: str
@@ -67,8 +69,8 @@ class Sampled:
     @classmethod
     def from_json(cls, text: str) -> Sampled | None:
         """None for another text than `to_json` gives."""
-        match = re.fullmatch(r"(\w{7,8}) (scalar|\d{1,15}(?:x\d{1,15}){0,7})((?: [0-9a-f]{16}){2,4})", text)
-        if match is None or match[1] not in WIDTHS:
+        match = re.fullmatch(r"(\w{7,9}) (scalar|\d{1,15}(?:x\d{1,15}){0,7})((?: [0-9a-f]{16}){0,4})", text)
+        if match is None or match[1] not in (*WIDTHS, QUANTIZED):
             return None
         kinds, digests = _kinds(match[1]), match[3].split()
         if len(kinds) != len(digests):
@@ -168,6 +170,8 @@ class Entries:
         A wider dtype is rounded to the recorded one, and a narrower one is compared with the recorded entries rounded
         to it. Of bfloat16 and float16 only equal ones tell: a base may have been rounded to each of them on its own.
         """
+        if not recorded.digests:
+            return None
         here, there = dtype_name(self.values), recorded.dtype
         if here == there or WIDTHS[here] > WIDTHS[there]:
             return self.digest(there) == recorded.digests[there]
@@ -229,6 +233,8 @@ def compare(
             resized = name in embeddings and entries.shape[1:] == sample.shape[1:]
             sizes = f"shape {list(entries.shape)}, not {list(sample.shape)}"
             (unchecked if resized else other)[name] = f"resized: {sizes}" if resized else f"has {sizes}"
+        elif sample.dtype == QUANTIZED:
+            unchecked[name] = "quantized in training"
         elif (same := entries.equals(sample)) is None:
             undecided[name] = f"{dtype_name(entries.values)} here and {sample.dtype} in training"
         elif not same:
@@ -324,5 +330,7 @@ def not_compared(comparison: Comparison) -> str:
 
 
 def _kinds(dtype: str) -> list[str]:
+    if dtype == QUANTIZED:
+        return []
     narrower = ["float32", *NARROW] if dtype == "float64" else NARROW
     return [dtype, *(kind for kind in narrower if kind != dtype)]

@@ -18,10 +18,12 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 
 from peft_onelayer.sparse.base import (
+    QUANTIZED,
     WIDTHS,
     BaseRecord,
     Comparison,
     Entries,
+    Sampled,
     Stage,
     compare,
     name_stages,
@@ -35,6 +37,7 @@ from peft_onelayer.sparse.encoding import SparseEncoding, describe_base
 from peft_onelayer.sparse.names import base_name
 
 from .config import SingleLayerConfig
+from .mask import shape_of
 from .quantized import is_quantized
 from .sharding import gathered
 from .weights import AdapterWeights
@@ -68,9 +71,14 @@ def identify_base(
     shapes |= {name: old.block[name].shape for name in unavailable if old is not None and name in old.block}
     if old is not None and not config.allow_other_base and old.fits(shapes):
         _check_base(model, config, old, compare(old.tensors, found, unavailable, embedding_names(model)))
-    known = {name: entries.sampled for name, entries in found.items()}
+    known = {
+        name: Sampled(QUANTIZED, shape_of(tensor), {})
+        for name, tensor in _base_tensors(model, config.modules_to_save or [])
+        if is_quantized(tensor)
+    }
+    known |= {name: entries.sampled for name, entries in found.items()}
     if old is not None and not config.allow_other_base:  # what cannot be read here stays as it was recorded
-        known = {name: s for name, s in old.tensors.items() if name in unavailable} | known
+        known |= {name: s for name, s in old.tensors.items() if name in unavailable}
     block = {
         name: sample
         for name, sample in known.items()
@@ -116,7 +124,6 @@ def base_entries(model: nn.Module, left_out: Iterable[str] = ()) -> tuple[dict[s
     Args:
         left_out: names of modules whose tensors are not wanted, as `modules_to_save` names them.
     """
-    parts = tuple(f".{name}." for name in left_out)
     unmerged = {
         id(parameter): module._unmerged[name]
         for module in model.modules()
@@ -126,10 +133,7 @@ def base_entries(model: nn.Module, left_out: Iterable[str] = ()) -> tuple[dict[s
     sampled: dict[int, torch.Tensor] = {}
     names: dict[str, tuple[int, tuple[int, ...]]] = {}
     unavailable: dict[str, str] = {}
-    for full_name, tensor in _base_tensors(model):
-        name = _WRAPPERS.sub("", base_name(full_name)).removeprefix(".")
-        if any(part in f".{name}" for part in parts):
-            continue
+    for name, tensor in _base_tensors(model, left_out):
         tensor = unmerged.get(id(tensor), tensor)
         with gathered([tensor]):
             if reason := _unreadable(tensor):
@@ -173,14 +177,23 @@ def is_renamed(model: nn.Module) -> bool:
     return bool(vars(model).get(STAGES))
 
 
-def _base_tensors(model: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
-    for name, parameter in model.named_parameters(remove_duplicate=False):
-        if ".single_layer_params." not in name and ".modules_to_save." not in name:
-            yield name, parameter
-    for path, module in model.named_modules():
-        for name, buffer in module.named_buffers(recurse=False):
-            if buffer.is_floating_point() and name not in module._non_persistent_buffers_set:
-                yield f"{path}.{name}".removeprefix("."), buffer
+def _base_tensors(model: nn.Module, left_out: Iterable[str]) -> Iterator[tuple[str, torch.Tensor]]:
+    parts = tuple(f".{name}." for name in left_out)
+    tensors = [
+        (name, parameter)
+        for name, parameter in model.named_parameters(remove_duplicate=False)
+        if ".single_layer_params." not in name and ".modules_to_save." not in name
+    ]
+    tensors += [
+        (f"{path}.{name}", buffer)
+        for path, module in model.named_modules()
+        for name, buffer in module.named_buffers(recurse=False)
+        if buffer.is_floating_point() and name not in module._non_persistent_buffers_set
+    ]
+    for full_name, tensor in tensors:
+        name = _WRAPPERS.sub("", base_name(full_name)).removeprefix(".")
+        if not any(part in f".{name}" for part in parts):
+            yield name, tensor
 
 
 def _unreadable(tensor: torch.Tensor) -> str | None:

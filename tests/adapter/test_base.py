@@ -15,7 +15,7 @@ from peft_onelayer.adapter.checkpoint import Checkpoint
 from peft_onelayer.adapter.write_sparse import write_sparse
 from peft_onelayer.records.files import CONFIG
 from peft_onelayer.runs.models import load_adapter
-from peft_onelayer.sparse.base import RUN, RUNS, BaseRecord, Entries, Sampled, compare, positions
+from peft_onelayer.sparse.base import QUANTIZED, RUN, RUNS, BaseRecord, Entries, Sampled, compare, positions
 from peft_onelayer.tuner.base import base_entries
 
 BF16 = torch.bfloat16
@@ -297,7 +297,8 @@ def test_dtypes_that_tell():
 def test_a_record_is_read_back_exactly():
     entries = {n: Entries(torch.ones(s).flatten(), s) for n, s in (("a", (2, 3)), ("b", ()), ("c", (0,)))}
     samples = {name: e.sampled for name, e in entries.items()}
-    record = BaseRecord({"a": samples["a"]}, {"b": samples["b"], "c": samples["c"]})
+    samples["d"] = Sampled(QUANTIZED, (2, 3), {})
+    record = BaseRecord({"a": samples["a"], "d": samples["d"]}, {"b": samples["b"], "c": samples["c"]})
     assert BaseRecord.from_json(json.loads(json.dumps(record.to_json()))) == record
     assert compare(record.tensors, entries, {}).other == {}
     text = samples["a"].to_json()
@@ -307,6 +308,8 @@ def test_a_record_is_read_back_exactly():
         text + "0",
         text.replace("float32", "floot32"),
         text.replace("2x3", "2x-3"),
+        text.replace("float32", "quantized"),
+        "float32 2x3",
         "x" * 10**6,
     ):
         assert Sampled.from_json(wrong) is None
