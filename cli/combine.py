@@ -15,7 +15,7 @@ from peft_onelayer.records.locate import check_output_last
 
 from ._errors import user_error
 from ._hub import quiet_hub
-from ._options import AllowOtherBase, Chat, Json, LearningRate, Revision
+from ._options import AllowOtherBase, Chat, Json, LearningRate, Revision, refuse_given
 from ._output import TerminalProgress, late_bar, note, print_json, print_line, status
 
 EXAMPLES = """Examples:
@@ -27,6 +27,7 @@ EXAMPLES = """Examples:
 
 
 def combine(
+    context: typer.Context,
     adapters: Annotated[list[str], typer.Argument(metavar="ADAPTER...", help="Two or more: folders or Hub ids.")],
     out: Annotated[Path, typer.Argument(help="New folder for the adapter.")],
     method: Annotated[str, typer.Option(help="stack, sum, average, slerp, ties, dare or cpi.")] = "stack",
@@ -66,6 +67,16 @@ def combine(
     """Make one adapter of several of one base: of different blocks, or of one block by a formula."""
     with user_error(ValueError):
         check_output_last(adapters[0], out, shlex.join(["onelayer", "combine", *adapters[1:], str(out), adapters[0]]))
+        if method != "cpi":
+            refuse_given(context, ("core", "overlap"), "is of --method cpi; give that too, or leave it out")
+        if method not in ("ties", "dare"):
+            refuse_given(context, ("density",), "is of --method ties and dare; give one of them, or leave it out")
+        if stage_four is None:
+            of_training = ("steps", "learning_rate", "chat")
+            refuse_given(context, of_training, "is of --stage-four; give that too, or leave it out")
+            if method != "dare":
+                why = "is of --method dare and --stage-four; give one of them, or leave it out"
+                refuse_given(context, ("seed",), why)
     with status("loading ..."), quiet_hub():
         from peft_onelayer.adapter.combine import combine_adapters
         from peft_onelayer.records.text import name_blocks

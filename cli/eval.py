@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from peft_onelayer.records.locate import holds_adapter, is_local
+
 from ._errors import user_error
 from ._figures import print_completions, score
 from ._options import (
@@ -25,6 +27,7 @@ from ._options import (
     TaskName,
     TrustRemoteCode,
     Unsafe,
+    refuse_given,
 )
 from ._output import TerminalProgress, command_line, print_json, print_line, print_table, status
 
@@ -34,6 +37,7 @@ if TYPE_CHECKING:
 
 
 def evaluate(
+    context: typer.Context,
     model: Annotated[str, typer.Argument(help="Base model, a folder or a Hub id; or an adapter's folder.")],
     adapter: Annotated[
         str | None, typer.Option(help="Adapter to compare with the base: a folder or a Hub id.", show_default=False)
@@ -117,6 +121,8 @@ def evaluate(
         sys.stdout.flush()
 
     with user_error(ValueError, OSError, ImportError):
+        if adapter is None and not (is_local(model) and holds_adapter(model)):
+            refuse_given(context, ("allow_other_base",), "is of --adapter; give that too, or leave it out")
         source = recipe_or_config(recipe, config, "how to sample")
         asked = EvaluationSettings(
             model=model,

@@ -282,3 +282,47 @@ def test_wrong_use(onelayer, files, tmp_path, arguments, code, message):
     assert len(lines) == 1 and lines[0].startswith("onelayer"), lines
     assert any(part.format(**places).lower() in lines[0].lower() for part in message.split("|")), lines
     assert sorted(files.rglob("*")) + sorted(tmp_path.rglob("*")) == before
+
+
+@pytest.mark.parametrize(
+    ("command", "options", "needed"),
+    [
+        *(
+            (["combine", "a", "b", "out", "--method", "cpi"], options, "--stage-four")
+            for options in (["--steps", "20"], ["--learning-rate", "auto"], ["--chat"], ["--plain"])
+        ),
+        *(
+            (["combine", "a", "b", "out"], options, "--method cpi")
+            for options in (["--core", ".1"], ["--overlap", ".2"])
+        ),
+        (["combine", "a", "b", "out", "--method", "ties"], ["--seed", "0"], "--method dare and --stage-four"),
+        (["combine", "a", "b", "out", "--method", "cpi"], ["--seed", "0"], "--method dare and --stage-four"),
+        (
+            ["combine", "a", "b", "out", "--method", "cpi", "--stage-four", "sort"],
+            ["--density", ".2"],
+            "--method ties and dare",
+        ),
+        (["eval", "base", "--task", "sort"], ["--allow-other-base"], "--adapter"),
+        (["inspect", "a"], ["--allow-other-base"], "--base"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_an_option_without_effect_is_refused(onelayer, command, options, needed):
+    code, lines, out = onelayer(*command, *options)
+    assert (code, len(lines), out) == (1, 1, "")
+    assert f"{options[0]} is of {needed}; give " in lines[0] and lines[0].endswith(", or leave it out"), lines
+
+
+def test_options_that_have_an_effect_are_taken(onelayer, tmp_path):
+    folders = tmp_path / "a", tmp_path / "b", tmp_path / "out"
+    for method, options in (
+        ("dare", ["--seed", "1"]),
+        ("cpi", ["--core", ".1", "--overlap", ".2"]),
+        ("cpi", ["--stage-four", "sort", "--seed", "1", "--steps", "2", "--learning-rate", "1e-4", "--plain"]),
+    ):
+        code, lines, _ = onelayer("combine", *folders, "--method", method, *options)
+        assert code == 1 and "leave it out" not in lines[-1], lines
+    (tmp_path / "adapter").mkdir()
+    (tmp_path / "adapter" / "adapter_config.json").write_text("{}")
+    code, lines, _ = onelayer("eval", tmp_path / "adapter", "--task", "sort", "--allow-other-base")
+    assert code == 1 and "leave it out" not in lines[-1], lines
