@@ -334,6 +334,11 @@ def _write_weights(adapter: AdapterFile, staged: Path, base: Path | None, dense:
         _copy_weights(adapter.folder, staged)
         name = adapter.config.get("base_model_name_or_path")
         return [f"the base {name} is not on this machine, so the adapter goes up dense; download it to publish sparse"]
+    if "quantization_config" in read_fields(base / "config.json"):
+        raise ValueError(
+            f"the base in {base} is quantized, and the sparse encoding is of what differs from floating-point weights; "
+            "--dense publishes the adapter."
+        )
     from peft_onelayer.adapter.write_sparse import write_sparse
 
     with _scratch() as scratch:

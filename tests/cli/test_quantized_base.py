@@ -145,6 +145,20 @@ def test_push_sends_it_dense(trained):
     assert push_adapter(root / "run", "me/run", dense=True, dry_run=True).encoding == "dense"
 
 
+def test_push_names_the_way_where_the_checkpoint_itself_is_quantized(trained, tmp_path):
+    root, _, _ = trained
+    for folder in ("base", "run"):
+        shutil.copytree(root / folder, tmp_path / folder)
+    for file, fields in (
+        ("base/config.json", {"quantization_config": {"quant_method": "fp8"}}),
+        ("run/adapter_config.json", {"base_model_name_or_path": str(tmp_path / "base")}),
+    ):
+        (tmp_path / file).write_text(json.dumps(json.loads((tmp_path / file).read_text()) | fields))
+    with pytest.raises(ValueError, match=r"/base is quantized.*--dense publishes the adapter"):
+        push_adapter(tmp_path / "run", "me/run", dry_run=True)
+    assert push_adapter(tmp_path / "run", "me/run", dense=True, dry_run=True).encoding == "dense"
+
+
 def test_a_file_without_a_quantized_tensor_is_incomplete(trained, tmp_path):
     root, _, _ = trained
     shutil.copytree(root / "run", tmp_path / "run")
