@@ -12,7 +12,7 @@ from peft_onelayer.records.ranking import NO_COST, LayerRanking
 from peft_onelayer.rl.recipe import Recipe, make_recipe
 from peft_onelayer.tasks import Task
 from peft_onelayer.tuner import find_decoder_stack
-from peft_onelayer.tuner.model import commit_hash
+from peft_onelayer.tuner.base import commit_hash
 from peft_onelayer.tuner.stack import layer_kinds
 
 from .prior import depth_prior

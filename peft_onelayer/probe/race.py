@@ -27,7 +27,7 @@ from peft_onelayer.rollouts.completions import show_completions, why_equal
 from peft_onelayer.rollouts.sampling import Rollout, sample_rollouts
 from peft_onelayer.tasks import Task
 from peft_onelayer.tuner import find_decoder_stack
-from peft_onelayer.tuner.model import commit_hash
+from peft_onelayer.tuner.base import commit_hash
 
 from .batch import Batch, graded_batch
 from .budget import TokenBudget, base_prompts, shares_of_round

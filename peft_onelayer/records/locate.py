@@ -188,21 +188,54 @@ def cached_base(config: dict[str, Any]) -> Path | None:
 
 
 def cached_model(name: str, revision: str | None = None) -> Path | None:
-    """The folder of a model on the Hub, where the Hub's cache on this machine has it."""
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import LocalEntryNotFoundError
+    """The folder of a model on the Hub, where the Hub's cache on this machine has its config.json and all weights that
+    transformers loads; None where it has a part of them."""
+    folder = cached_snapshot(name, revision)
+    return folder if folder is not None and weight_files(folder) else None
 
-    try:
-        return Path(
-            snapshot_download(
-                name,
-                revision=revision,
-                local_files_only=True,
-                allow_patterns=["config.json", "*.safetensors", "*.safetensors.index.json"],
+
+def weight_files(folder: Path) -> list[Path]:
+    """The safetensors files of a model that transformers loads; [] where one is missing or none is named."""
+    from huggingface_hub.constants import SAFETENSORS_INDEX_FILE, SAFETENSORS_SINGLE_FILE
+
+    files = [folder / SAFETENSORS_SINGLE_FILE]
+    if not files[0].is_file():
+        try:
+            files = sorted(
+                {folder / file for file in read_fields(folder / SAFETENSORS_INDEX_FILE)["weight_map"].values()}
             )
-        )
-    except (LocalEntryNotFoundError, ValueError):  # not there, or no name of a repository
+        except (ValueError, KeyError, AttributeError, TypeError):
+            return []
+    return files if all(file.is_file() for file in files) else []
+
+
+def cached_commit(name: str, revision: str | None = None) -> str | None:
+    """The commit that a branch, tag or commit of a model on the Hub was when it was last loaded; None for a folder and
+    where the Hub's cache holds no config.json of it."""
+    folder = cached_snapshot(name, revision)
+    return None if folder is None else folder.name
+
+
+def cached_snapshots(name: str) -> list[Path]:
+    """The folders of all commits of a model on the Hub of which the Hub's cache has a file."""
+    from huggingface_hub import constants
+
+    if not name or is_local(name):
+        return []
+    return sorted((Path(constants.HF_HUB_CACHE) / f"models--{name.replace('/', '--')}" / "snapshots").glob("*"))
+
+
+def cached_snapshot(name: str, revision: str | None = None) -> Path | None:
+    """The folder in the Hub's cache where a model's config.json is."""
+    from huggingface_hub import try_to_load_from_cache
+
+    if is_local(name):
         return None
+    try:
+        found = try_to_load_from_cache(name, "config.json", revision=revision)
+    except ValueError:  # no name of a repository
+        return None
+    return Path(found).parent if isinstance(found, str) else None
 
 
 def hub_identity(folder: Path) -> tuple[str | None, str | None]:

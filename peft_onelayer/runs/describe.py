@@ -16,7 +16,7 @@ from peft_onelayer.records.files import model_digests
 from peft_onelayer.records.privacy import without_secrets
 from peft_onelayer.records.run import BaseModel
 from peft_onelayer.tuner import find_decoder_stack
-from peft_onelayer.tuner.model import commit_hash
+from peft_onelayer.tuner.base import commit_hash
 
 PACKAGES = ("peft-onelayer", "peft", "trl", "transformers", "torch", "accelerate", "datasets")
 # Where a run is kept and how it reports is no part of what it is.

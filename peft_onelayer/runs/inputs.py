@@ -16,7 +16,7 @@ from peft_onelayer.adapter.reader import open_adapter
 from peft_onelayer.adapter.stored import DTYPES, FLOATS, StoredTensor, read_header
 from peft_onelayer.layers import Layers, parse_layers, resolve_layers
 from peft_onelayer.records.files import CONFIG, WEIGHTS, read_fields
-from peft_onelayer.records.locate import adapter_folder, cached_model, check_adapter_folder, is_local
+from peft_onelayer.records.locate import adapter_folder, cached_snapshot, check_adapter_folder, is_local
 from peft_onelayer.sparse.base import OTHER_WEIGHTS, Sampled, other_base, positions, what_differs
 from peft_onelayer.tasks.files import check_named, read_rows
 
@@ -102,7 +102,7 @@ def check_fit(
     another = "another base model" + (f" ({recorded})" if recorded else "")
     if not model:
         model, revision = recorded or "", revision or adapter.config.get("revision")
-    base = Path(model).expanduser() if is_local(model) else cached_model(model, revision)
+    base = Path(model).expanduser() if is_local(model) else cached_snapshot(model, revision)
     if base is None:
         return
     depth = _depth(base)
@@ -113,7 +113,9 @@ def check_fit(
         )
     try:
         stored = Checkpoint(base).places
-    except ValueError:  # quantized or pickled weights, or what is said where the model is loaded
+    except (
+        ValueError
+    ):  # quantized or pickled weights, a part of them in the Hub's cache, or what is said where the model is loaded
         return
     record = adapter.trained_on
     if record is None:

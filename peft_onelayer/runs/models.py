@@ -26,7 +26,7 @@ from transformers import (
 from peft_onelayer.adapter.reader import open_adapter
 from peft_onelayer.records.files import CONFIG, read_fields
 from peft_onelayer.records.hub_errors import hub_reason, no_vain_retries
-from peft_onelayer.records.locate import check_model_name, is_local
+from peft_onelayer.records.locate import cached_commit, check_model_name, is_local
 from peft_onelayer.records.text import one_line
 from peft_onelayer.rl.cpu_products import use_float32_units
 from peft_onelayer.seams import check
@@ -97,6 +97,7 @@ def load_causal_lm(
     with _errors_in_one_line(name), quiet_logs():
         _checked_config(source, trusted)
         model, info = AutoModelForCausalLM.from_pretrained(source, dtype="auto", output_loading_info=True, **trusted)
+        _note_commit(model.config, source, revision)
         if info["missing_keys"]:
             missing = info["missing_keys"]
             raise NotCausalError(f"{source} lacks {len(missing)} weights, such as {min(missing)}.")
@@ -165,6 +166,7 @@ def _checked_config(source: str, trusted: dict[str, Any]) -> PretrainedConfig:
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
     config = AutoConfig.from_pretrained(source, **trusted)
+    _note_commit(config, source, trusted["revision"])
     if trusted["trust_remote_code"] and "AutoModelForCausalLM" in (getattr(config, "auto_map", None) or {}):
         return config
     causal = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(config.model_type)
@@ -177,6 +179,12 @@ def _checked_config(source: str, trusted: dict[str, Any]) -> PretrainedConfig:
             f"({config.model_type} {'has ' + accepted[0] if accepted else 'has none'})."
         )
     return config
+
+
+def _note_commit(config: PretrainedConfig, source: str, revision: str | None) -> None:
+    """Set what transformers before 5.23 sets: the Hub commit that was loaded."""
+    if getattr(config, "_commit_hash", None) is None:
+        config._commit_hash = cached_commit(source, revision)
 
 
 @contextmanager

@@ -19,7 +19,7 @@ from peft_onelayer.runs.models import load_skeleton
 from peft_onelayer.runs.plan import check_task
 from peft_onelayer.tasks import open_task
 from peft_onelayer.tuner import find_decoder_stack
-from peft_onelayer.tuner.model import commit_hash
+from peft_onelayer.tuner.base import commit_hash
 from peft_onelayer.tuner.stack import layer_kinds
 
 from .early import check_problems, check_sweep

@@ -10,13 +10,16 @@ import functools
 import re
 import warnings
 from collections.abc import Collection, Iterable, Iterator
+from pathlib import Path
 from typing import Any
 
 import torch
 from peft.utils.other import AuxiliaryTrainingWrapper
+from safetensors import SafetensorError, safe_open
 from torch import nn
 from torch.distributed.tensor import DTensor
 
+from peft_onelayer.records.locate import cached_commit, cached_snapshots, weight_files
 from peft_onelayer.sparse.base import (
     QUANTIZED,
     WIDTHS,
@@ -87,6 +90,8 @@ def identify_base(
     rest = {name: sample for name, sample in known.items() if name not in block}
     record = BaseRecord(block, rest, vars(model).get(STAGES, []))
     config.trained_on, config.base_is_recorded = (record.to_json() if block else None), True
+    if config.revision is None and not unavailable and not is_renamed(model) and commit_hash(model) is None:
+        note_commit(model, record)
 
 
 def _check_base(model: Any, config: SingleLayerConfig, old: BaseRecord, comparison: Comparison) -> None:
@@ -111,7 +116,54 @@ def describe_model(model: Any) -> dict[str, Any]:
     """What is known of a base in memory, as `describe_base` says it."""
     config = getattr(model, "config", None)
     known = config if hasattr(config, "to_diff_dict") else None
-    return describe_base(known, getattr(config, "_name_or_path", None), getattr(config, "_commit_hash", None), 0)
+    return describe_base(known, getattr(config, "_name_or_path", None), commit_hash(model), 0)
+
+
+def commit_hash(model: Any) -> str | None:
+    """The Hub commit that a transformers model was loaded from, where it is known; None for a local folder or a plain
+    module.
+
+    transformers before 5.23 notes it, and from there our own loaders and `note_commit` do.
+    """
+    return getattr(getattr(model, "config", None), "_commit_hash", None)
+
+
+def note_commit(model: Any, record: BaseRecord) -> None:
+    """Find the commit of a model that transformers from 5.23 has loaded from the Hub, by its weights, which lie in the
+    Hub's cache, and note it on the model.
+
+    It stays unknown where the weights in memory are those of no commit there, or of several with different files; where
+    a tensor of `record` is quantized; and where the checkpoint has no safetensors, or other names for the block's.
+    """
+    name = getattr(getattr(model, "config", None), "_name_or_path", None)
+    if not isinstance(name, str) or any(sample.dtype == QUANTIZED for sample in record.tensors.values()):
+        return
+    files = {folder.name: weight_files(folder) for folder in cached_snapshots(name)}
+    embeddings = embedding_names(model)
+    found = {
+        commit: tuple(path.resolve() for path in paths)
+        for commit, paths in files.items()
+        if paths and _are_of(paths, record, embeddings)
+    }
+    if len(set(found.values())) == 1:
+        main = cached_commit(name)
+        model.config._commit_hash = main if main in found else min(found)
+
+
+def _are_of(files: Iterable[Path], record: BaseRecord, embeddings: Collection[str]) -> bool:
+    """Whether `record` is of the tensors in these files."""
+    found = {}
+    try:
+        for path in files:
+            with safe_open(path, "pt") as file:
+                for name in record.tensors.keys() & set(file.keys()):
+                    tensor = file.get_tensor(name)
+                    if dtype_name(tensor) in WIDTHS:
+                        found[name] = Entries(_sample(tensor), tuple(tensor.shape))
+    except (OSError, SafetensorError):  # damaged
+        return False
+    comparison = compare(record.tensors, found, {}, embeddings)
+    return not comparison.other and not record.block.keys() <= comparison.unchecked.keys()
 
 
 def base_entries(model: nn.Module, left_out: Iterable[str] = ()) -> tuple[dict[str, Entries], dict[str, str]]:
@@ -168,7 +220,7 @@ def embedding_names(model: Any) -> set[str]:
 def record_stage(model: nn.Module, blocks: Iterable[int]) -> None:
     """Note on `model` that trained blocks were merged into it in memory, so that its name is no longer what it was."""
     name = getattr(model, "name_or_path", None) or None
-    stage = Stage(name, getattr(getattr(model, "config", None), "_commit_hash", None), sorted(set(blocks)))
+    stage = Stage(name, commit_hash(model), sorted(set(blocks)))
     vars(model)[STAGES] = [*vars(model).get(STAGES, []), stage]
 
 

@@ -25,6 +25,7 @@ from peft_onelayer.sparse.digest import dtype_name
 from peft_onelayer.sparse.encoding import SparseEncoding, describe_base
 from peft_onelayer.sparse.names import MASK, base_name, split_key, unwrapped
 
+from .base import commit_hash
 from .config import SingleLayerConfig
 from .layer import SingleLayerLayer
 from .mask import Mask, pack, positions, scatter, shape_of, split_masks, unpack
@@ -234,8 +235,7 @@ def _vocabulary_was_resized(model: Any) -> bool:
     if not name or not hasattr(config, "vocab_size"):
         return False
     try:
-        commit = getattr(config, "_commit_hash", None)
-        before = type(config).from_pretrained(name, revision=commit, local_files_only=True)
+        before = type(config).from_pretrained(name, revision=commit_hash(model), local_files_only=True)
     except (OSError, ValueError):
         return False
     return before.vocab_size != config.vocab_size
@@ -272,7 +272,7 @@ def _restore_sparse(
     found = describe_base(
         base_config if hasattr(base_config, "to_diff_dict") else None,
         getattr(base_config, "_name_or_path", None),
-        getattr(base_config, "_commit_hash", None),
+        commit_hash(model),
         config.num_layers or 0,
     )
 

@@ -27,7 +27,7 @@ from peft_onelayer.records.text import printable
 from peft_onelayer.sparse.base import BaseRecord
 from peft_onelayer.sparse.names import base_name, unwrapped
 
-from .base import identify_base, is_renamed, record_stage
+from .base import commit_hash, identify_base, is_renamed, record_stage
 from .config import SingleLayerConfig
 from .graph_cut import GraphCut, installed_graph_cut, installed_graph_cuts
 from .layer import SingleLayerLayer
@@ -454,8 +454,3 @@ def _with_heads(config: SingleLayerConfig) -> SingleLayerConfig:
 def _require_gradients(module: nn.Module, args: tuple, output: torch.Tensor) -> None:
     if not torch.compiler.is_compiling():
         output.requires_grad_()
-
-
-def commit_hash(model: nn.Module) -> str | None:
-    """The Hub commit that a transformers model was loaded from; None for a local folder or a plain module."""
-    return getattr(getattr(model, "config", None), "_commit_hash", None)

@@ -77,6 +77,15 @@ def test_with_the_base_at_hand_every_value_is_checked(hub, ask, published, base_
     assert answer.code == 1 and len(answer.err) == 1 and not (tmp_path / "tampered").exists(), answer
 
 
+def test_a_base_counts_as_here_with_the_weights_that_transformers_loads(hub, ask, published, base_folder, tmp_path):
+    files = {path.name: path.read_bytes() for path in base_folder.iterdir()}
+    hub.add("org/tiny", files | {"consolidated.safetensors": files["model.safetensors"]})
+    for name, whole in (("config.json", False), ("model.safetensors", True)):
+        assert ask(code=f"from huggingface_hub import hf_hub_download; hf_hub_download('org/tiny', {name!r})").code == 0
+        answer = ask("pull", "me/gsm", tmp_path / name, "--json")
+        assert json.loads(answer.out)["values_checked"] is whole, answer.err
+
+
 def test_a_revision(hub, ask, quick, tmp_path):
     assert ask("push", quick, "me/gsm", "--revision", "v1").code == 0
     answer = ask("pull", "me/gsm", tmp_path / "here", "--revision", "v1", "--json")

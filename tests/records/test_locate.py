@@ -1,6 +1,16 @@
 import pytest
 
-from peft_onelayer.records.locate import adapter_folder, base_folder, cached_base, hub_identity, is_local, last_part
+from peft_onelayer.records.locate import (
+    adapter_folder,
+    base_folder,
+    cached_base,
+    cached_commit,
+    cached_model,
+    cached_snapshot,
+    hub_identity,
+    is_local,
+    last_part,
+)
 
 
 def test_names_of_folders_and_of_repositories(tmp_path, monkeypatch):
@@ -41,8 +51,29 @@ def test_a_base_is_looked_for_in_the_hubs_cache_alone(tmp_path, monkeypatch):
     (repo / "refs").mkdir()
     (repo / "refs" / "main").write_text(commit)
     (repo / "snapshots" / commit / "config.json").write_text("{}")
+    (repo / "snapshots" / commit / "model.safetensors").touch()
     found = cached_base({"base_model_name_or_path": "org/tiny"})
     assert found == repo / "snapshots" / commit and hub_identity(found) == ("org/tiny", commit)
     for name in ("org/other", None, "", 3, ["org/tiny"], "./org/tiny", "not a name"):
         assert cached_base({"base_model_name_or_path": name}) is None
     assert cached_base({"base_model_name_or_path": "org/tiny", "revision": "1" * 40}) is None
+
+
+@pytest.mark.parametrize("index", ['{"weight_map": {"a": "1.safetensors", "b": "2.safetensors"}}', "{", "{}", None])
+def test_a_base_of_which_the_hubs_cache_has_a_part_is_not_there(tmp_path, monkeypatch, index):
+    import huggingface_hub.constants
+
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
+    folder = tmp_path / "models--org--tiny" / "snapshots" / ("0" * 40)
+    folder.mkdir(parents=True)
+    (folder.parents[1] / "refs").mkdir()
+    (folder.parents[1] / "refs" / "main").write_text(folder.name)
+    (folder / "config.json").write_text("{}")
+    if index is not None:
+        (folder / "model.safetensors.index.json").write_text(index)
+    for name in ("1.safetensors", "consolidated.safetensors"):
+        (folder / name).touch()
+        assert cached_model("org/tiny") is None
+    assert cached_snapshot("org/tiny") == folder and cached_commit("org/tiny") == folder.name
+    (folder / "2.safetensors").touch()
+    assert (cached_model("org/tiny") == folder) == ("2.safetensors" in (index or ""))
