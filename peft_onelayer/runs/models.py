@@ -119,7 +119,9 @@ def load_skeleton(
         if is_local(name) and not any(Path(source).glob("*.safetensors")) and not any(Path(source).glob("*.bin")):
             raise NotCausalError(f"{source} holds no weights; expected *.safetensors beside its config.json.")
         tokenizer = AutoTokenizer.from_pretrained(source, **trusted)
-    return build_skeleton(name, config, trust_remote_code=trust_remote_code), tokenizer
+    model = build_skeleton(name, config, trust_remote_code=trust_remote_code)
+    _note_commit(model.config, source, revision)
+    return model, tokenizer
 
 
 def build_skeleton(name: str, config: PretrainedConfig, *, trust_remote_code: bool = False) -> PreTrainedModel:
@@ -166,7 +168,6 @@ def _checked_config(source: str, trusted: dict[str, Any]) -> PretrainedConfig:
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
     config = AutoConfig.from_pretrained(source, **trusted)
-    _note_commit(config, source, trusted["revision"])
     if trusted["trust_remote_code"] and "AutoModelForCausalLM" in (getattr(config, "auto_map", None) or {}):
         return config
     causal = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(config.model_type)
@@ -183,8 +184,8 @@ def _checked_config(source: str, trusted: dict[str, Any]) -> PretrainedConfig:
 
 def _note_commit(config: PretrainedConfig, source: str, revision: str | None) -> None:
     """Set what transformers before 5.23 sets: the Hub commit that was loaded."""
-    if getattr(config, "_commit_hash", None) is None:
-        config._commit_hash = cached_commit(source, revision)
+    if getattr(config, "_commit_hash", None) is None and (commit := cached_commit(source, revision)):
+        config._commit_hash = commit
 
 
 @contextmanager
