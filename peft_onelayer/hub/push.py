@@ -333,7 +333,10 @@ def _write_weights(adapter: AdapterFile, staged: Path, base: Path | None, dense:
     if base is None:
         _copy_weights(adapter.folder, staged)
         name = adapter.config.get("base_model_name_or_path")
-        return [f"the base {name} is not on this machine, so the adapter goes up dense; download it to publish sparse"]
+        return [
+            f"the base {name} is not on this machine as safetensors, so the adapter goes up dense; download it to publish "
+            "sparse"
+        ]
     if "quantization_config" in read_fields(base / "config.json"):
         raise ValueError(
             f"the base in {base} is quantized, and the sparse encoding is of what differs from floating-point weights; "

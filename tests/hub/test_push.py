@@ -73,7 +73,8 @@ def test_sparse_where_the_base_is_here_and_dense_where_not_or_wished(hub, ask, a
     absent = ask("push", adapter, "me/absent", "--json")
     assert json.loads(absent.out)["encoding"] == "dense"
     assert absent.err[0] == (
-        "the base org/elsewhere is not on this machine, so the adapter goes up dense; download it to publish sparse"
+        "the base org/elsewhere is not on this machine as safetensors, so the adapter goes up dense; download it to "
+        "publish sparse"
     )
 
 
