@@ -334,8 +334,8 @@ def _write_weights(adapter: AdapterFile, staged: Path, base: Path | None, dense:
         _copy_weights(adapter.folder, staged)
         name = adapter.config.get("base_model_name_or_path")
         return [
-            f"the base {name} is not on this machine as safetensors, so the adapter goes up dense; download it to publish "
-            "sparse"
+            f"the base {name} is not on this machine as safetensors, so the adapter goes up dense; download it to "
+            "publish sparse"
         ]
     if "quantization_config" in read_fields(base / "config.json"):
         raise ValueError(
