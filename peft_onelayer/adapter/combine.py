@@ -16,7 +16,16 @@ from typing import TYPE_CHECKING, Any
 
 from peft_onelayer.records.adapter_config import CombinedRecord, Part
 from peft_onelayer.records.fields import without_missing_parts
-from peft_onelayer.records.files import CONFIG, WEIGHTS, check_folder, file_digest, output, staged_directory, whole_file
+from peft_onelayer.records.files import (
+    CONFIG,
+    WEIGHTS,
+    check_file,
+    check_folder,
+    file_digest,
+    output,
+    staged_directory,
+    whole_file,
+)
 from peft_onelayer.records.locate import adapter_folder, hub_identity, last_part
 from peft_onelayer.sparse.names import TRAINED
 
@@ -136,7 +145,8 @@ def combine_adapters(
     Raises:
         ValueError: in one line: fewer than two adapters, an unknown method, other bases or dtypes, another kind of
             adapter, modules beside the blocks, "stack" of adapters that train the same tensors, or NaN or Inf.
-        TargetError: `out` may not be used, by `check_folder`, or another process writes to it.
+        TargetError: `out` may not be used, by `check_folder`, or `mask_out`, by `check_file`, or another process writes
+            to `out`.
         DiskFullError: the disk is full.
     """
     if method not in METHODS:
@@ -152,6 +162,8 @@ def combine_adapters(
         if value is not None and not 0 < value <= 1:
             raise ValueError(f"{what}={value} is no share; expected a number above 0, at most 1.")
     check_folder(Path(out))  # before anything is downloaded
+    if mask_out is not None:
+        check_file(Path(mask_out))
     with output(Path(out)):
         folders = [adapter_folder(name) for name in names]
         files = [open_adapter(folder) for folder in folders]
@@ -312,6 +324,7 @@ def _write_mask(parts: Parts, cores: _Cores, path: Path) -> None:
     import torch
 
     walks = cores.walks()
+    path.parent.mkdir(parents=True, exist_ok=True)
     with whole_file(path) as staging, staging.open("wb") as file:
         file.write(header({name: ("BOOL", parts.shape(name)) for name in parts.names}))
         for name in parts.names:

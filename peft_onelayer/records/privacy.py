@@ -29,6 +29,8 @@ _NO_SECRET_TOKEN = {"bos", "eos", "pad", "unk", "sep", "cls", "mask", "start", "
 _NO_SECRET_TOKEN |= {"suffix", "middle", "image", "audio", "video", "think", "thinking", "next", "first", "last", "new"}
 _NO_SECRET_TOKEN |= {"decoder", "answer", "response", "tool", "boi", "eoi", "boa", "eoa", "fake", "pool", "additional"}
 _OF_URLS = {"sig", "signature", "key", "code", "auth"}  # of a query: ?sig=...
+# Of a tensor, whose name may have any word in it: dtype, shape and digests, as `sparse.base.Sampled` writes them.
+_OF_TENSOR = re.compile(r"\w{7,9} (?:scalar|\d{1,15}(?:x\d{1,15}){0,7})(?: [0-9a-f]{16}){0,4}")
 _LOOKS_RANDOM = re.compile(r"(?=.*\d)(?=.*[A-Za-z])(?![0-9a-f]+\Z)[\w+/=.-]{16,}")
 
 _B = r"(?<![A-Za-z0-9])"
@@ -135,7 +137,7 @@ def _clean(value: Any, clean: Callable[[str], str], publishing: bool = False) ->
     if isinstance(value, Mapping):
         return {
             clean(key): REMOVED
-            if isinstance(item, str) and item and is_secret_name(key, item)
+            if isinstance(item, str) and item and is_secret_name(key, item) and not _OF_TENSOR.fullmatch(item)
             else _command(item, clean, publishing)
             if key == "command" and isinstance(item, str)
             else _clean(item, clean, publishing)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import os
 import platform
+import shlex
 import shutil
 import time
 from collections.abc import Iterator
@@ -195,5 +196,6 @@ def _runs(folder: Path) -> Iterator[Finding]:
             yield Finding(f"run {name}", "bad", one_line(error), "another program or version wrote it")
             continue
         what = f"{run.settings.algorithm} on {run.settings.source.name}, {run.status}"
-        cure = "" if run.status == "finished" else f"onelayer train --resume --out {name}"
+        again = shlex.join(["onelayer", "train", "--resume", "--out", str(path.parent)])
+        cure = "" if run.status == "finished" else again
         yield Finding(f"run {name}", "ok", what, cure)

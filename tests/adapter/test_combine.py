@@ -192,7 +192,7 @@ def test_cpi(folder, tmp_path, share):
         "cpi",
         core=share,
         overlap=0.17,
-        mask_out=tmp_path / "mask.safetensors",
+        mask_out=tmp_path / "new" / "mask.safetensors",
     )
     base, parts = base_of(folder), [values(folder / n) for n in names]
     order = sorted(parts[0])
@@ -222,7 +222,7 @@ def test_cpi(folder, tmp_path, share):
         for value, core in zip(w, of, strict=True):
             hand[core] = value[core]
         assert torch.equal(values(tmp_path / "out")[name], hand.bfloat16()), name
-        assert torch.equal(load_file(tmp_path / "mask.safetensors")[name], rest)
+        assert torch.equal(load_file(tmp_path / "new" / "mask.safetensors")[name], rest)
 
 
 def test_slerp_is_linear_where_the_angle_is_tiny_and_on_the_sphere_elsewhere():
@@ -242,6 +242,7 @@ def test_what_cannot_be_combined_is_refused_in_one_line(folder, tmp_path):
     get_peft_model(models.build(), LoraConfig(target_modules=["q_proj"])).save_pretrained(tmp_path / "lora")
     shutil.copytree(folder / "two", tmp_path / "damaged")
     (tmp_path / "damaged" / "adapter_model.safetensors").write_bytes(b"no file")
+    (tmp_path / "notes").write_text("mine")
     one = folder / "one"
     cases = [
         ([one, folder / "two"], {"method": "stack"}, "both train .* so they do not stack"),
@@ -255,8 +256,10 @@ def test_what_cannot_be_combined_is_refused_in_one_line(folder, tmp_path):
         ([one, folder / "two"], {"method": "ties", "density": 0.0}, "density=0.0 is no share"),
         ([one, folder / "two"], {"method": "cpi", "core": 1.5}, "core=1.5 is no share"),
         ([one, folder / "two"], {"method": "sum", "mask_out": tmp_path / "m"}, "is of cpi, not of sum"),
+        ([one, folder / "two"], {"method": "cpi", "mask_out": tmp_path / "notes"}, "notes exists and is another file"),
     ]
     for adapters, options, match in cases:
         with pytest.raises(ValueError, match=match) as error:
             combine_adapters(adapters, tmp_path / "out", **options)
         assert "\n" not in str(error.value) and not (tmp_path / "out").exists()
+    assert (tmp_path / "notes").read_text() == "mine"

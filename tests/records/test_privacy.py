@@ -214,3 +214,10 @@ def test_a_token_file_that_cannot_be_read_hides_no_message(tmp_path, monkeypatch
     monkeypatch.delenv("HF_TOKEN", raising=False)
     monkeypatch.setattr("huggingface_hub.constants.HF_TOKEN_PATH", str(tmp_path / "file" / "token"))
     assert without_secrets(f"no folder; hf_{RANDOM}") == f"no folder; {REMOVED}"
+
+
+def test_digests_of_a_tensor_are_no_secret_whatever_its_name():
+    line = "bfloat16 2048x64 1f3a5b7c9d0e2468 0a1b2c3d4e5f6789"
+    record = {"trained_on": {"rest": {"token_embedding.weight": line, "shared_key": "quantized 8x8"}}}
+    assert without_private(record) == record and without_secrets(record) == record
+    assert without_secrets({"api_token": line + " x"}) == {"api_token": REMOVED}
