@@ -23,6 +23,16 @@ _HINT = "; onelayer writes anew what stands between such marks, and keeps the te
 _PART = re.compile(r"<!-- onelayer: (?P<name>\w+)[^>]*-->\n?(?P<text>.*?)<!-- /onelayer -->\n?", re.DOTALL)
 _FRONT = re.compile(r"---\r?\n(?P<yaml>.*?)\r?\n---\r?\n", re.DOTALL)
 _OF_A_RESULT = ("model-index",)  # fields that speak of one evaluation, and go with it
+# What TRL's trainers write beside each checkpoint (trl/templates/*_model_card.md): with a link to the user's logs, and
+# how to load a whole model.
+_BY_TRL = re.compile(
+    r"^# Model Card for [^\n]*\n+This model is a fine-tuned version of [^\n]*\n"
+    r"It has been trained using \[TRL\][^\n]*\n"
+    r"(?P<rest>.*?)^Cite TRL as:\s*```bibtex\n.*?\n```[ ]*\n?",
+    re.DOTALL | re.MULTILINE,
+)
+_HEADINGS = {"## Quick start", "## Training procedure", "### Framework versions", "## Citations"}
+_FIELDS_BY_TRL = ("model_name", "licence")
 # What PEFT writes of an adapter, and what we wrote before there were marks: nothing that a person wrote.
 _TEMPLATES = (
     ("# Model Card for Model ID", "[More Information Needed]"),
@@ -49,6 +59,7 @@ def merge_cards(ours: str, theirs: str, license: str | None = None, *, fields_on
         license: goes before the one that a person wrote.
         fields_only: take only the fields of their front matter.
     """
+    theirs = _without_trl(theirs)
     if _is_template(theirs):
         return ours
     our_fields, our_body = split_card(ours)
@@ -67,6 +78,7 @@ def merge_cards(ours: str, theirs: str, license: str | None = None, *, fields_on
 
 def own_text(card: str) -> str:
     """What of a card a person wrote around our parts."""
+    card = _without_trl(card)
     if _is_template(card):
         return ""
     return _PART.sub("", split_card(card)[1]).strip()
@@ -77,6 +89,18 @@ def is_edited(card: str, ours: str) -> bool:
     parts = {match["name"] for match in _PART.finditer(card)}
     missing = {match["name"] for match in _PART.finditer(ours)} - parts
     return bool(own_text(card) or (parts and missing))
+
+
+def _without_trl(card: str) -> str:
+    """A card without what TRL wrote into it; one in which a person has added a heading there stays as it is."""
+    found = _BY_TRL.search(card)
+    if not found or set(re.findall(r"^#{1,6} .*?(?=\s*$)", found["rest"], re.MULTILINE)) - _HEADINGS:
+        return card
+    front = _FRONT.match(card)
+    start = front.end() if front and front.end() <= found.start() else 0
+    names = "|".join(_FIELDS_BY_TRL)
+    fields = re.sub(rf"^(?:{names}):[^\n]*\n", "", card[:start], flags=re.MULTILINE)
+    return fields + card[start : found.start()] + card[found.end() :]
 
 
 def _is_template(card: str) -> bool:

@@ -7,10 +7,11 @@ import pytest
 from front_matter import metadata_errors
 from huggingface_hub import ModelCard
 from peft import get_peft_model
+from trl.trainer.utils import generate_model_card
 
 import models
 from peft_onelayer import SingleLayerConfig, write_card
-from peft_onelayer.hub.card_text import merge_cards, own_text
+from peft_onelayer.hub.card_text import merge_cards, own_text, part, split_card
 from peft_onelayer.records.evaluation import EvaluationRecord, Example
 
 MINE = "## How I made it\n\nWith *care*; see /// and <!-- a comment -->.\n"
@@ -140,3 +141,32 @@ def test_a_later_push_keeps_the_form_for_plain_peft_and_renews_it(hub, ask, quic
     (quick / "adapter_config.json").write_text(json.dumps(config | {"inference_mode": False}))
     assert ask("push", quick, "me/gsm").code == 0
     assert hub.files("me/gsm")["peft/adapter_model.safetensors"] == before["peft/adapter_model.safetensors"]
+
+
+@pytest.mark.parametrize("template", ["lm_model_card.md", "rm_model_card.md"])
+def test_what_trl_writes_beside_a_checkpoint_is_not_published(template):
+    written = str(
+        generate_model_card(
+            base_model=None,
+            model_name="out",
+            hub_model_id=None,
+            dataset_name=None,
+            tags=["generated_from_trainer", "grpo", "trl"],
+            wandb_url="https://wandb.ai/alice/secret-project/runs/1",
+            trackio_url=None,
+            trainer_name="GRPO",
+            trainer_citation="@article{x}",
+            template_file=template,
+        )
+    )
+    ours = "---\nlibrary_name: peft\ntags:\n- onelayer\n---\n\n" + part("title", "# One block") + "\n"
+    merged = merge_cards(ours, written)
+    assert own_text(written) == "" and split_card(merged)[1] == split_card(ours)[1]
+    assert split_card(merged)[0] == {
+        "library_name": "peft",
+        "tags": ["onelayer", "generated_from_trainer", "trl"],
+    }
+    mine = written.rstrip("\n") + "\n\n## My notes\n\nMine.\n"
+    assert own_text(mine) == "## My notes\n\nMine." and "secret-project" not in merge_cards(ours, mine)
+    within = written.replace("## Citations", "## Results\n\nMine.\n\n## Citations")
+    assert "Mine." in own_text(within)  # a person's heading among TRL's: nothing of the card is lost
