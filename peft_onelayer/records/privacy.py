@@ -75,9 +75,14 @@ _PATH = re.compile(rf"{_AHEAD}(?:{_WINDOWS}|{_POSIX})|(?<=<)(?:{_WINDOWS}|{_POSI
 _FILE = r"\S+/\S+\.(?:py|jsonl|jsonl\.gz|csv|parquet|json|md|txt|safetensors)(?::\w+)?"
 _IS_PATH = re.compile(rf"(?:file://)?(?:~[\w.-]*/|/(?=[^/\s]+/)|\.\.?/(?=.))|[A-Za-z]:[\\/]|\\\\|(?!\w+://){_FILE}\Z")
 _PRIVATE_IP = r"(?:10\.\d{1,3}|192\.168|172\.(?:1[6-9]|2\d|3[01])|169\.254)(?:\.\d{1,3}){2}(?![\w.]*\d)"
-_LABELS = r"(?:[A-Za-z0-9-]+\.)+(?:internal|intranet|local|localdomain|lan|corp|home\.arpa)\b(?![\w(-]|\.\w)"
+_LABELS = r"(?:[A-Za-z0-9-]+\.)+(?:internal|intranet|local|localdomain|lan|corp|cluster|home\.arpa)\b(?![\w(-]|\.\w)"
 # "==10.0.0.1" is a version
 _HOSTS = re.compile(rf"(?:(?<![\w.=-])|(?<=[^=<>!~]=)){_PRIVATE_IP}(?::\d+)?|(?<![\w.-]){_LABELS}(?::\d+)?")
+_BARE_HOST = re.compile(
+    r"(https?://)(?!localhost\b)(?=[\w-]*[A-Za-z])[A-Za-z0-9-]+(?::\d+)?(?![\w.@%:-])"
+)  # http://gpu-07:1
+_HOST_FIELD = re.compile(r".*[_-](?:host|base[_-]url)")  # such as vllm_server_host
+_LOCAL = re.compile(r"(?:https?://)?(?:localhost|127\.0\.0\.1|0\.0\.0\.0)(?:[:/].*)?")
 _OPTION = re.compile(r"(?P<name>[\w.-]+=)(?P<value>.*)", re.DOTALL)  # --out=DIR, or hub_token=... after --set
 _FOLDERS = ("--out", "--adapter")  # options that name a folder, which may look like a Hub id
 
@@ -138,6 +143,8 @@ def _clean(value: Any, clean: Callable[[str], str], publishing: bool = False) ->
         return {
             clean(key): REMOVED
             if isinstance(item, str) and item and is_secret_name(key, item) and not _OF_TENSOR.fullmatch(item)
+            else HOST
+            if publishing and isinstance(item, str) and _names_a_host(key, item)
             else _command(item, clean, publishing)
             if key == "command" and isinstance(item, str)
             else _clean(item, clean, publishing)
@@ -146,6 +153,11 @@ def _clean(value: Any, clean: Callable[[str], str], publishing: bool = False) ->
     if isinstance(value, (list, tuple)):
         return [_clean(item, clean, publishing) for item in value]
     return clean(value) if isinstance(value, str) else value
+
+
+def _names_a_host(name: str, value: str) -> bool:
+    """Whether a field or an option says where a server runs, other than on the machine itself."""
+    return bool(value and _HOST_FIELD.fullmatch(name) and not _LOCAL.fullmatch(value))
 
 
 def _command(command: str, clean: Callable[[str], str], publishing: bool) -> str:
@@ -166,6 +178,8 @@ def _command(command: str, clean: Callable[[str], str], publishing: bool) -> str
             given = REMOVED
         elif publishing and (name.rstrip("=") in _FOLDERS or before in _FOLDERS):
             given = last_part(given)
+        elif publishing and _names_a_host(name.rstrip("=") or before, given):
+            given = HOST
         words.append(name + clean(given))
     return shlex.join(words) if words != given_words else command
 
@@ -213,4 +227,4 @@ def _private_of(text: str, names: Mapping[str, str]) -> str:
             return last_part(text)
     text = _HOMES.sub(HOME, text)
     text = _PATH.sub(lambda found: last_part(found[0]), text)
-    return _HOSTS.sub(HOST, text)
+    return _BARE_HOST.sub(rf"\1{HOST}", _HOSTS.sub(HOST, text))

@@ -221,3 +221,25 @@ def test_digests_of_a_tensor_are_no_secret_whatever_its_name():
     record = {"trained_on": {"rest": {"token_embedding.weight": line, "shared_key": "quantized 8x8"}}}
     assert without_private(record) == record and without_secrets(record) == record
     assert without_secrets({"api_token": line + " x"}) == {"api_token": REMOVED}
+
+
+@pytest.mark.parametrize(
+    ("given", "published"),
+    [
+        ({"vllm_server_host": "gpu-07"}, {"vllm_server_host": "<host>"}),
+        ({"vllm_server_base_url": "http://gpu-07.our.org:8000"}, {"vllm_server_base_url": "<host>"}),
+        ({"vllm_server_host": "0.0.0.0"}, {"vllm_server_host": "0.0.0.0"}),
+        ({"vllm_server_base_url": "http://localhost:8000"}, {"vllm_server_base_url": "http://localhost:8000"}),
+        ({"vllm_server_host": None}, {"vllm_server_host": None}),
+        ("at http://gpu-07:8000/v1 or https://gpu-07", "at http://<host>/v1 or https://<host>"),
+        ("http://gpu-07.cluster:8000", "http://<host>"),
+        ("https://huggingface.co/a and http://localhost:1/b", "https://huggingface.co/a and http://localhost:1/b"),
+        (
+            {"command": "onelayer train m --set vllm_server_host=gpu-07 --seed 1"},
+            {"command": "onelayer train m --set 'vllm_server_host=<host>' --seed 1"},
+        ),
+    ],
+)
+def test_where_a_server_runs_is_not_published(given, published):
+    assert without_private(given) == published and without_private(published) == published
+    assert without_secrets(given) == given
