@@ -82,13 +82,14 @@ class Checkpoint:
 
     def other_files(self) -> tuple[list[str], list[str]]:
         """The paths of the folder's files that hold no tensor of the model, and of those that are left out of a copy
-        with changed weights: the unchanged weights in another format. Relative, sorted."""
+        with changed weights: the unchanged weights in another format. Relative, sorted; neither has what was
+        measured of the unchanged model (.eval_results)."""
         keep: list[str] = []
         leave: list[str] = []
         index = [] if self.shards == [SAFETENSORS_SINGLE_FILE] else [SAFETENSORS_INDEX_FILE]
         for path in sorted(self.folder.rglob("*")):
             name = path.relative_to(self.folder).as_posix()
-            if path.is_dir() or name.startswith((".git/", ".cache/")) or name in self.shards:
+            if path.is_dir() or name.startswith((".git/", ".cache/", ".eval_results/")) or name in self.shards:
                 continue
             weights = "/" not in name and name.endswith((".safetensors", ".safetensors.index.json"))
             stale = name not in index if weights else any(fnmatch(name, pattern) for pattern in OTHER_FORMATS)
