@@ -570,10 +570,7 @@ def test_secrets_reach_no_file_and_nothing_of_this_machine_is_published(tmp_path
     assert max(started(tmp_path).values()) == 1 and again == profile
     published = without_private(LayerRanking.from_file(tmp_path / "out" / "layer_profile.json").to_dict())
     given = published["settings"]
-    assert (
-        given["vllm_server_base_url"] == "http://<removed>@<host>/?token=<removed>"
-        and given["trackio_space_id"] == "logs"
-    )
+    assert given["vllm_server_base_url"] == "<host>" and given["trackio_space_id"] == "logs"
 
 
 @pytest.mark.parametrize("engine", ["ray", "slurm"])
