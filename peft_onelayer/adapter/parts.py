@@ -128,10 +128,11 @@ class Parts:
         records = [file.trained_on for file in self.files if file.trained_on is not None]
         if self.allow_other_base or len(records) < len(self.files):
             hub_id, commit = hub_identity(self.checkpoint.folder)
-            if str(self.checkpoint.folder) != first.get("base_model_name_or_path") and commit != first.get("revision"):
+            known = str(self.checkpoint.folder) == first.get("base_model_name_or_path")
+            if not known and (commit is None or commit != first.get("revision")):
                 config |= {"base_model_name_or_path": hub_id or str(self.checkpoint.folder), "revision": commit}
             return config | {"trained_on": self.checkpoint.record(self.dtypes).to_json()}
-        known = {name: sample for record in records for name, sample in record.tensors.items()}
-        block = {name: known[name] for name in self.names}
-        rest = {name: sample for name, sample in known.items() if name not in block}
+        samples = {name: sample for record in records for name, sample in record.tensors.items()}
+        block = {name: samples[name] for name in self.names}
+        rest = {name: sample for name, sample in samples.items() if name not in block}
         return config | {"trained_on": BaseRecord(block, rest, records[0].stages).to_json()}

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 from changes import save_adapter
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import AutoPeftModelForCausalLM, LoraConfig, PeftModel, get_peft_model
 from peft.utils.merge_utils import dare_linear, ties
 from safetensors.torch import load_file
 from tuner.helpers import logits
@@ -63,6 +63,17 @@ def by_hand(method, base, found, index, density):
         return w + ties(tensors, ones, density).numpy()
     torch.manual_seed(4 + index)
     return w + dare_linear(tensors, ones, density).numpy()
+
+
+@pytest.mark.parametrize("other", [True, False])
+def test_a_combination_names_the_base_that_it_was_made_for(folder, tmp_path, other):
+    base = folder / "base"
+    if other:
+        models.build(dtype=torch.bfloat16, seed=7).save_pretrained(base := tmp_path / "other")
+    names = [folder / "one", folder / "two"]
+    combine_adapters(names, tmp_path / "out", "sum", base=base, allow_other_base=True)
+    assert json.loads((tmp_path / "out" / "adapter_config.json").read_text())["base_model_name_or_path"] == str(base)
+    AutoPeftModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.bfloat16)
 
 
 @pytest.mark.parametrize("method", FORMULAS)
