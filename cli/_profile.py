@@ -11,8 +11,10 @@ if TYPE_CHECKING:
 
 
 def print_profile(profile: LayerRanking) -> None:
+    from peft_onelayer.records.figures import Figures, with_error
+
     def cell(value: float | None, error: float | None, sign: str = "") -> str:
-        return "" if value is None else f"{value:{sign}.4f} ± " + ("?" if error is None else f"{error:.4f}")
+        return "" if value is None else with_error(Figures(value, error), sign)
 
     sweep = profile.sweep
     assert sweep is not None and sweep.means and sweep.full_gain and sweep.contribution_errors and sweep.seeds

@@ -20,7 +20,7 @@ from peft_onelayer.records.text import one_line
 from peft_onelayer.seams import check
 from peft_onelayer.sparse.base import BaseRecord, Comparison, Entries, compare, positions
 
-from .stored import StoredTensor, read_header
+from .stored import DTYPES, StoredTensor, read_header
 
 if TYPE_CHECKING:
     import torch
@@ -95,6 +95,10 @@ class Checkpoint:
             stale = name not in index if weights else any(fnmatch(name, pattern) for pattern in OTHER_FORMATS)
             (leave if stale else keep).append(name)
         return keep, leave
+
+    def dtype(self, name: str) -> str:
+        """The dtype, as torch calls it, in which the tensor `name` of the loaded model is stored."""
+        return DTYPES[self.places[self.stored_as[name]].dtype]
 
     def read(self, name: str) -> torch.Tensor:
         """The tensor `name` (its name in the files), in its dtype there.

@@ -324,8 +324,7 @@ def _write_mask(parts: Parts, cores: _Cores, path: Path) -> None:
     import torch
 
     walks = cores.walks()
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with whole_file(path) as staging, staging.open("wb") as file:
+    with output(path), whole_file(path) as staging, staging.open("wb") as file:
         file.write(header({name: ("BOOL", parts.shape(name)) for name in parts.names}))
         for name in parts.names:
             for _, _, of_piece in cores.split(walks, name, parts.pieces(name)):

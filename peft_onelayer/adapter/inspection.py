@@ -143,8 +143,7 @@ def inspect_adapter(
         density=None if None in counts or not entries else sum(c for c in counts if c is not None) / entries,
         change=None if None in norms else sum(n**2 for n in norms if n is not None) ** 0.5,
         base={
-            "name": file.config.get("base_model_name_or_path"),
-            "revision": file.config.get("revision"),
+            **file.recorded_base,
             "config": None if file.sparse is None else file.sparse.base.get("config"),
         },
         provenance=_provenance(file),

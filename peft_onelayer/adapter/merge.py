@@ -264,7 +264,7 @@ def check_base(
                 if name not in adapter.sparse.tensors or what != OTHER_WEIGHTS
             }
         if other:
-            raise other_base(f"{what_differs(other)}{_missing_stage(adapter, other, later)}", _recorded(adapter))
+            raise other_base(f"{what_differs(other)}{_missing_stage(adapter, other, later)}", adapter.recorded_base)
         unchecked = {n: why for n, why in comparison.unchecked.items() if n not in adapter.trained_on.block}
     if difference := _other_base(adapter, checkpoint):
         raise ValueError(
@@ -286,12 +286,8 @@ def check_unquantized(adapter: AdapterFile, allow_other_base: bool = False) -> N
     were = f" and {len(more)} more tensor(s) were" if more else " was"
     raise other_base(
         f"its {printable(first, 80)}{were} quantized in training, and that rounding would count as change",
-        _recorded(adapter),
+        adapter.recorded_base,
     )
-
-
-def _recorded(adapter: AdapterFile) -> dict[str, Any]:
-    return {"name": adapter.config.get("base_model_name_or_path"), "revision": adapter.config.get("revision")}
 
 
 def _missing_stage(adapter: AdapterFile, other: Collection[str], later: Sequence[AdapterFile]) -> str:
@@ -383,7 +379,7 @@ def trained_dtype(adapter: AdapterFile, name: str, checkpoint: Checkpoint) -> st
     """The dtype, as torch calls it, in which the checkpoint's tensor `name` is the base of the adapter: the one that it
     was loaded in for training. It is the stored one where none is recorded, and where that was wider and the checkpoint
     is a rounded copy of the base."""
-    stored, recorded = DTYPES[checkpoint.places[checkpoint.stored_as[name]].dtype], adapter.base_dtype(name)
+    stored, recorded = checkpoint.dtype(name), adapter.base_dtype(name)
     if recorded is None:
         return stored
     if adapter.trained_on is not None and adapter.sparse is None and WIDTHS[recorded] > WIDTHS[stored]:

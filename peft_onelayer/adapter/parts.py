@@ -13,7 +13,7 @@ from peft_onelayer.sparse.base import BaseRecord
 from .checkpoint import Checkpoint
 from .merge import check_base, check_unquantized
 from .reader import AdapterFile
-from .stored import DTYPES, PIECE
+from .stored import PIECE
 
 if TYPE_CHECKING:
     import torch
@@ -49,7 +49,7 @@ class Parts:
             check_base(file, checkpoint, allow_other_base)
             check_unquantized(file, allow_other_base)
             for name in file.names:
-                dtype = file.base_dtype(name) or DTYPES[checkpoint.places[checkpoint.stored_as[name]].dtype]
+                dtype = file.base_dtype(name) or checkpoint.dtype(name)
                 if self.dtypes.setdefault(name, dtype) != dtype:
                     raise ValueError(
                         f"{file.folder} was trained on a base in {dtype} and another adapter on one in "

@@ -82,6 +82,11 @@ class AdapterFile:
         return base_folder(chosen, revision or (self.config.get("revision") if chosen == recorded else None))
 
     @property
+    def recorded_base(self) -> dict[str, Any]:
+        """The name and the revision of the base that the adapter was trained on, as `other_base` takes them."""
+        return {"name": self.config.get("base_model_name_or_path"), "revision": self.config.get("revision")}
+
+    @property
     def quantized(self) -> list[str]:
         """The trained tensors that were quantized in the base when the adapter was trained, sorted."""
         block = {} if self.trained_on is None else self.trained_on.block

@@ -63,8 +63,7 @@ def write_sparse(
         if allow_other_base:
             record = here
         elif comparison.other:
-            known = {"name": file.config.get("base_model_name_or_path"), "revision": file.config.get("revision")}
-            raise other_base(what_differs(comparison.other), known)
+            raise other_base(what_differs(comparison.other), file.recorded_base)
         check_unquantized(file, allow_other_base)
         if not allow_other_base and (message := not_compared(comparison)):
             warnings.warn(message, stacklevel=2)

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from peft_onelayer.adapter.checkpoint import Checkpoint
-from peft_onelayer.adapter.merge import check_base, check_unquantized, trained_dtype
+from peft_onelayer.adapter.merge import as_trained, check_base, check_unquantized, trained_dtype
 from peft_onelayer.adapter.reader import AdapterFile, open_adapter
 from peft_onelayer.adapter.stored import DTYPES, StoredTensor
 from peft_onelayer.records.files import CONFIG
@@ -150,11 +150,8 @@ class AdapterChange:
                 raise ValueError(f"{file.folder} stores {name} as {stored.dtype}, which is no floating-point weight.")
             here = cast(stored_values(place), trained_dtype(file, name, self.base))
             return Pair(name, here, stored_values(stored))
-        import torch
-
-        dtype = file.sparse.tensors[name].dtype
-        base = self.base.read(self.base.stored_as[name]).to(getattr(torch, dtype))
-        return Pair(name, held_values(base), held_values(file.tensor(name, base, self.allow_other_base)))
+        value, base = as_trained(file, name, self.base, self.allow_other_base)
+        return Pair(name, held_values(base), held_values(value))
 
 
 Change = CheckpointChange | AdapterChange

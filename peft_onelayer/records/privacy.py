@@ -29,8 +29,8 @@ _NO_SECRET_TOKEN = {"bos", "eos", "pad", "unk", "sep", "cls", "mask", "start", "
 _NO_SECRET_TOKEN |= {"suffix", "middle", "image", "audio", "video", "think", "thinking", "next", "first", "last", "new"}
 _NO_SECRET_TOKEN |= {"decoder", "answer", "response", "tool", "boi", "eoi", "boa", "eoa", "fake", "pool", "additional"}
 _OF_URLS = {"sig", "signature", "key", "code", "auth"}  # of a query: ?sig=...
-# Of a tensor, whose name may have any word in it: dtype, shape and digests, as `sparse.base.Sampled` writes them.
-_OF_TENSOR = re.compile(r"\w{7,9} (?:scalar|\d{1,15}(?:x\d{1,15}){0,7})(?: [0-9a-f]{16}){0,4}")
+# What `sparse.base.Sampled` records of a tensor, whose name may hold any word: dtype, shape and digests.
+OF_TENSOR = re.compile(r"(\w{7,9}) (scalar|\d{1,15}(?:x\d{1,15}){0,7})((?: [0-9a-f]{16}){0,4})")
 _LOOKS_RANDOM = re.compile(r"(?=.*\d)(?=.*[A-Za-z])(?![0-9a-f]+\Z)[\w+/=.-]{16,}")
 
 _B = r"(?<![A-Za-z0-9])"
@@ -78,9 +78,8 @@ _PRIVATE_IP = r"(?:10\.\d{1,3}|192\.168|172\.(?:1[6-9]|2\d|3[01])|169\.254)(?:\.
 _LABELS = r"(?:[A-Za-z0-9-]+\.)+(?:internal|intranet|local|localdomain|lan|corp|cluster|home\.arpa)\b(?![\w(-]|\.\w)"
 # "==10.0.0.1" is a version
 _HOSTS = re.compile(rf"(?:(?<![\w.=-])|(?<=[^=<>!~]=)){_PRIVATE_IP}(?::\d+)?|(?<![\w.-]){_LABELS}(?::\d+)?")
-_BARE_HOST = re.compile(
-    r"(https?://)(?!localhost\b)(?=[\w-]*[A-Za-z])[A-Za-z0-9-]+(?::\d+)?(?![\w.@%:-])"
-)  # http://gpu-07:1
+# http://gpu-07:1
+_BARE_HOST = re.compile(r"(https?://)(?!localhost\b)(?=[\w-]*[A-Za-z])[A-Za-z0-9-]+(?::\d+)?(?![\w.@%:-])")
 _HOST_FIELD = re.compile(r".*[_-](?:host|base[_-]url)")  # such as vllm_server_host
 _LOCAL = re.compile(r"(?:https?://)?(?:localhost|127\.0\.0\.1|0\.0\.0\.0)(?:[:/].*)?")
 _OPTION = re.compile(r"(?P<name>[\w.-]+=)(?P<value>.*)", re.DOTALL)  # --out=DIR, or hub_token=... after --set
@@ -140,19 +139,22 @@ def without_private(value: Any, names: Mapping[str, str] = MappingProxyType({}))
 
 def _clean(value: Any, clean: Callable[[str], str], publishing: bool = False) -> Any:
     if isinstance(value, Mapping):
-        return {
-            clean(key): REMOVED
-            if isinstance(item, str) and item and is_secret_name(key, item) and not _OF_TENSOR.fullmatch(item)
-            else HOST
-            if publishing and isinstance(item, str) and _names_a_host(key, item)
-            else _command(item, clean, publishing)
-            if key == "command" and isinstance(item, str)
-            else _clean(item, clean, publishing)
-            for key, item in value.items()
-        }
+        return {clean(key): _field(key, item, clean, publishing) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
         return [_clean(item, clean, publishing) for item in value]
     return clean(value) if isinstance(value, str) else value
+
+
+def _field(name: str, value: Any, clean: Callable[[str], str], publishing: bool) -> Any:
+    """The value of a field; the name of a tensor may hold any word."""
+    if isinstance(value, str):
+        if value and is_secret_name(name, value) and not OF_TENSOR.fullmatch(value):
+            return REMOVED
+        if publishing and _names_a_host(name, value):
+            return HOST
+        if name == "command":
+            return _command(value, clean, publishing)
+    return _clean(value, clean, publishing)
 
 
 def _names_a_host(name: str, value: str) -> bool:

@@ -113,9 +113,8 @@ def check_fit(
         )
     try:
         stored = Checkpoint(base).places
-    except (
-        ValueError
-    ):  # quantized or pickled weights, a part of them in the Hub's cache, or what is said where the model is loaded
+    except ValueError:
+        # quantized or pickled weights, a part of them in the Hub's cache, or what is said where the model is loaded
         return
     record = adapter.trained_on
     if record is None:
@@ -135,8 +134,7 @@ def check_fit(
                 return
             other[tensor] = OTHER_WEIGHTS
     if other:
-        trained_on = {"name": recorded, "revision": adapter.config.get("revision")}
-        raise other_base(what_differs(other), trained_on, {"name": model}, way_out)
+        raise other_base(what_differs(other), adapter.recorded_base, {"name": model}, way_out)
 
 
 def _sizes(shape: Sequence[int]) -> list[int]:

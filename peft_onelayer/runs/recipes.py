@@ -158,13 +158,8 @@ def _with_as_many_updates(recipe: Mapping[str, Any], flat: dict[str, Any]) -> di
         each = int(flat["prompts"]) * size // int(os.environ.get("WORLD_SIZE", "1"))
         now = each / int(flat.get(PASS_FIELD) or fitting_pass(each))
         return flat | {"steps_per_generation": math.ceil(updates * now)}
-    except (
-        KeyError,
-        TypeError,
-        ValueError,
-        ZeroDivisionError,
-    ):  # the recipe has no such fields, or one is refused later
-        return flat
+    except (KeyError, TypeError, ValueError, ZeroDivisionError):
+        return flat  # the recipe has no such fields, or one is refused later
 
 
 def _without_none(flat: Mapping[str, Any]) -> dict[str, Any]:

@@ -124,9 +124,7 @@ def _vote(settings: VoteSettings, command: str | None, progress: Progress) -> Vo
     together, alone = groups
     votes = [[voted(group, task) for group in each] for each in groups]
     differences = [a - b for a, b in zip(*votes, strict=True)]
-    unwatched = (
-        [difference for difference, seen in zip(differences, watched, strict=True) if not seen] if watched else []
-    )
+    others = [a for a, seen in zip(differences, watched, strict=True) if not seen] if any(watched) else []
     own_rewards = [[_mean([r.reward for r in group[i :: len(names)]]) for group in together] for i in range(len(names))]
     return VoteRecord(
         model=description,
@@ -144,7 +142,7 @@ def _vote(settings: VoteSettings, command: str | None, progress: Progress) -> Vo
         shared_blocks=min(index for config in configs for index in config["layer_indices"]),
         command=command,
         watched=sum(watched) or None,
-        unwatched=_figures(unwatched) if any(watched) and unwatched else None,
+        unwatched=_figures(others) if others else None,
     )
 
 

@@ -11,12 +11,12 @@ from __future__ import annotations
 import functools
 import hashlib
 import itertools
-import re
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from peft_onelayer.records.fields import read
+from peft_onelayer.records.privacy import OF_TENSOR
 from peft_onelayer.records.text import name_blocks, printable
 
 from .digest import dtype_name
@@ -69,7 +69,7 @@ class Sampled:
     @classmethod
     def from_json(cls, text: str) -> Sampled | None:
         """None for another text than `to_json` gives."""
-        match = re.fullmatch(r"(\w{7,9}) (scalar|\d{1,15}(?:x\d{1,15}){0,7})((?: [0-9a-f]{16}){0,4})", text)
+        match = OF_TENSOR.fullmatch(text)
         if match is None or match[1] not in (*WIDTHS, QUANTIZED):
             return None
         kinds, digests = _kinds(match[1]), match[3].split()

@@ -380,8 +380,8 @@ def _checked(where: str, reward: Reward, plays: bool = False) -> Reward:
         where: "file.py:name".
         plays: as for `_remedy`.
     """
-    needed = [name for name, one in inspect.signature(reward).parameters.items() if one.default is one.empty]
-    needed = [name for name in needed if name in PASSED[2:]]
+    parameters = inspect.signature(reward).parameters.items()
+    needed = [name for name, one in parameters if one.default is one.empty and name in PASSED[2:]]
 
     def checked(prompts: Sequence[Any], completions: Sequence[Any], **kwargs: Any) -> list[float]:
         kwargs = {name: log for name, log in _NO_LOG.items() if name in needed} | kwargs
